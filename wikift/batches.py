@@ -1,0 +1,88 @@
+"""Token store -> the blocks of step s for rank r, as a pure function of (seed, step, rank).
+
+The blocks of a split lie end to end in the tokens. An endless stream runs through all of them once an epoch, in an
+order drawn anew from (seed, epoch); step s takes positions [s * G, (s + 1) * G) of the stream, G the global batch, and
+the ranks take them in turn. Nothing is remembered between steps, so a resume starts at any position at once: the cost
+is one permutation, whatever came before. A step that crosses an epoch's end goes on in the next, so no block is
+dropped or seen twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+
+from wikift.world import seed
+
+
+def count_blocks(tokens: int, block_size: int) -> int:
+    """Whole blocks in a split: each predicts `block_size` tokens, and the token before the first is its context."""
+    return max(0, (tokens - 1) // block_size)
+
+
+def sample_blocks(blocks: int, fraction: float, run_seed: int) -> np.ndarray:
+    """The numbers of the blocks to train on: a seeded random sample of at least one, in ascending order; int64."""
+    if fraction >= 1:
+        return np.arange(blocks)
+    kept = max(1, round(blocks * fraction))
+    return np.sort(_permutation(blocks, seed(run_seed, "data fraction"))[:kept])
+
+
+class ResumableSampler(DistributedSampler[int]):
+    """torch's DistributedSampler made endless, and able to start at any position of the stream.
+
+    Rank r of R yields the items at positions start + r, start + r + R, ... Unlike its parent it pads nothing: an epoch
+    is every one of `items` exactly once over all ranks, and the next epoch follows at once.
+    """
+
+    def __init__(self, items: np.ndarray, *, rank: int, ranks: int, run_seed: int, start: int = 0) -> None:
+        super().__init__(items, num_replicas=ranks, rank=rank, shuffle=True, drop_last=False)  # type: ignore[arg-type]
+        assert len(items) > 0
+        self.items = items
+        self.run_seed = run_seed
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        position, drawn, order = self.start + self.rank, -1, self.items
+        while True:
+            epoch, place = divmod(position, len(self.items))
+            if epoch != drawn:
+                drawn, order = epoch, self.items[_permutation(len(self.items), seed(self.run_seed, "order", epoch))]
+            yield int(order[place])
+            position += self.num_replicas
+
+
+def micro_batches(
+    tokens: np.ndarray,
+    items: np.ndarray,
+    *,
+    block_size: int,
+    micro_batch: int,
+    accumulation: int,
+    rank: int,
+    ranks: int,
+    run_seed: int,
+    first_step: int,
+) -> Iterator[list[Tensor]]:
+    """This rank's micro-batches, each (micro_batch, block_size + 1) int64, of every step from `first_step` on."""
+    share = micro_batch * accumulation
+    sampler = ResumableSampler(items, rank=rank, ranks=ranks, run_seed=run_seed, start=first_step * share * ranks)
+    stream = iter(sampler)
+    while True:
+        blocks = read_blocks(tokens, np.fromiter(islice(stream, share), np.int64, share), block_size)
+        yield list(blocks.split(micro_batch))
+
+
+def read_blocks(tokens: np.ndarray, numbers: np.ndarray, block_size: int) -> Tensor:
+    """Blocks by number: (len(numbers), block_size + 1) int64, each with the token before its first prediction."""
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)
+    return torch.from_numpy(windows[numbers * block_size].astype(np.int64))
+
+
+def _permutation(count: int, number: int) -> np.ndarray:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(number)).numpy()

@@ -1,0 +1,260 @@
+"""A checkpoint: one safetensors file of fragments per rank, and a manifest that makes it complete.
+
+    RUN/checkpoints/step-00000500/rank-00000.safetensors   1-D ranges, keyed NAME|STATE|START
+    RUN/checkpoints/step-00000500/manifest.json            written last: step, settings, every file's size and sha256
+
+All ranks write at once into a folder beside; rank 0 checks that every element is there exactly once, writes the
+manifest and renames the folder into place. A reader takes ranges of the files, whoever wrote them, so any number of
+ranks and any engine can go on from it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wikift import tensorfile
+from wikift.engines.base import OPTIMIZER, STATES, Fragment
+from wikift.errors import EnvironmentFault, UserError
+from wikift.tensorfile import Entry
+from wikift.world import World
+
+FORMAT = "wikift-checkpoint-1"
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class _Place:
+    start: int
+    stop: int
+    file: Path
+    offset: int  # bytes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint: a FragmentReader. `manifest`: step, tokens, eval_loss, model_config, parameters ..."""
+
+    path: Path
+    manifest: dict[str, Any]
+    _places: dict[tuple[str, str], list[_Place]] = field(repr=False)
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter's shape, by Hugging Face name, in the model's order."""
+        return {name: tuple(shape) for name, shape in self.manifest["parameters"].items()}
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a flattened tensor, 1-D fp32 on the CPU; reads these bytes only."""
+        values = torch.empty(stop - start, dtype=torch.float32)
+        filled = 0
+        for place in self._places[name, state]:
+            low, high = max(start, place.start), min(stop, place.stop)
+            if low >= high:
+                continue
+            target = values[low - start : high - start].view(torch.uint8).numpy()
+            with open(place.file, "rb", buffering=0) as file:
+                file.seek(place.offset + 4 * (low - place.start))
+                view = memoryview(target.data)
+                while view:
+                    count = file.readinto(view)
+                    if not count:
+                        raise EnvironmentFault(f"{place.file} ends early; the checkpoint {self.path} is damaged")
+                    view = view[count:]
+            filled += high - low
+        assert filled == stop - start, (name, state, start, stop, filled)
+        return values
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(path.parent for path in (run / "checkpoints").glob("step-*/manifest.json"))
+
+
+def save(
+    fragments: Iterable[Fragment],
+    run: Path,
+    step: int,
+    about: dict[str, Any],
+    parameters: dict[str, list[int]],
+    world: World,
+) -> Path:
+    """Write and publish a checkpoint; collective. `about` goes into the manifest, `parameters` are shapes by name.
+
+    Raises EnvironmentFault on every rank where one could not write; older checkpoints are untouched then.
+    """
+    final = step_folder(run, step)
+    partial = final.with_name("." + final.name + _PARTIAL)
+    fault = ""
+    if world.rank == 0:
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        except OSError as error:
+            fault = _words(error)
+    _agree(fault, run, step, world)
+    try:
+        _write_rank(fragments, partial, world.rank)
+    except OSError as error:
+        fault = _words(error)
+    _agree(fault, run, step, world, partial)
+    if world.rank == 0:
+        try:
+            _publish(partial, final, {"format": FORMAT, "step": step, **about, "parameters": parameters}, world.size)
+        except OSError as error:
+            fault = _words(error)
+    _agree(fault, run, step, world, partial)
+    return final
+
+
+def open_checkpoint(path: Path, *, verify: bool = False) -> Checkpoint:
+    """Open a complete checkpoint; sizes are checked, with `verify` every byte.
+
+    Raises UserError naming what is missing or damaged.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: is not a checkpoint (no manifest.json); name OUTPUT_DIR/checkpoints/step-..."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: manifest.json cannot be read ({error}); take an older checkpoint") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path}: is not a checkpoint of this version of wikift (format {FORMAT})")
+    places: dict[tuple[str, str], list[_Place]] = {}
+    for name, facts in manifest["files"].items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != facts["bytes"]:
+            raise UserError(
+                f"{file}: {'is missing' if size is None else f'has {size} bytes'}, the manifest says {facts['bytes']}"
+            )
+        if verify and tensorfile.file_sha256(file) != facts["sha256"]:
+            raise UserError(f"{file}: its content has changed since it was written (sha256 differs)")
+        for key, (_, shape, offset) in tensorfile.read_header(file)[0].items():
+            parameter, state, start = key.split("|")
+            places.setdefault((parameter, state), []).append(_Place(int(start), int(start) + shape[0], file, offset))
+    return Checkpoint(path, manifest, places)
+
+
+def newest_sound(run: Path, world: World) -> Checkpoint | None:
+    """The newest checkpoint whose every byte is as written; collective (the ranks share the checking).
+
+    A damaged one is named and passed over; raises UserError where there are some and none is sound.
+    """
+    found = list_checkpoints(run)
+    for number in range(world.agreed(len(found)) - 1, -1, -1):
+        fault = 0
+        try:
+            checkpoint = open_checkpoint(found[number])
+            files = sorted(checkpoint.manifest["files"].items())[world.rank :: world.size]
+            if any(tensorfile.file_sha256(checkpoint.path / name) != facts["sha256"] for name, facts in files):
+                raise UserError(f"{checkpoint.path}: its content has changed since it was written (sha256 differs)")
+        except (UserError, OSError) as error:
+            print(f"wikift: passing over a damaged checkpoint: {error}", file=sys.stderr)
+            fault = 1
+        if not int(world.total(torch.tensor(fault))):
+            return checkpoint
+    if found:
+        raise UserError(
+            f"{run / 'checkpoints'}: no checkpoint there is sound; --resume never starts anew and keeps them aside"
+        )
+    return None
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the one with the lowest validation loss."""
+    found = list_checkpoints(run)
+    best = best_checkpoint(run)
+    for path in found[:-keep]:
+        if path != best:
+            (path / "manifest.json").unlink()  # first: a reader must not see it half deleted
+            shutil.rmtree(path)
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """The complete checkpoint with the lowest validation loss, None where none was validated."""
+    scored = []
+    for path in list_checkpoints(run):
+        loss = json.loads((path / "manifest.json").read_text(encoding="utf-8")).get("eval_loss")
+        if loss is not None:
+            scored.append((loss, path))
+    return min(scored)[1] if scored else None
+
+
+def _write_rank(fragments: Iterable[Fragment], folder: Path, rank: int) -> None:
+    held = {f"{f.name}|{f.state}|{f.start}": f.data for f in fragments if f.data.numel()}
+    entries = [Entry(key, "F32", (data.numel(),)) for key, data in held.items()]
+    name = f"rank-{rank:05d}.safetensors"
+    size, sha256 = tensorfile.write_tensors(folder / name, entries, held.__getitem__)
+    tensorfile.replace_json(folder / f"rank-{rank:05d}.json", {name: {"bytes": size, "sha256": sha256}})
+
+
+def _publish(partial: Path, final: Path, manifest: dict[str, Any], ranks: int) -> None:
+    files: dict[str, Any] = {}
+    fragments = []
+    for rank in range(ranks):
+        facts = partial / f"rank-{rank:05d}.json"
+        if not facts.is_file():
+            raise OSError(f"{facts} is not there: the output folder must be one that all machines share")
+        files |= json.loads(facts.read_text())
+        facts.unlink()
+    for name in files:
+        for key, (_, shape, offset) in tensorfile.read_header(partial / name)[0].items():
+            parameter, state, start = key.split("|")
+            fragments.append([parameter, state, int(start), int(start) + shape[0], name, offset])
+    _assert_complete(fragments, manifest["parameters"])
+    tensorfile.replace_json(partial / "manifest.json", {**manifest, "files": files, "fragments": fragments})
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(partial, final)
+    tensorfile.fsync_directory(final.parent)
+
+
+def _assert_complete(fragments: list[list[Any]], parameters: dict[str, list[int]]) -> None:
+    covered: dict[tuple[str, str], int] = {}
+    for name, state, start, stop, *_ in sorted(fragments, key=lambda f: f[:3]):
+        if name != OPTIMIZER:
+            assert start == covered.get((name, state), 0), f"{name} {state}: gap or overlap at {start}"
+            covered[name, state] = stop
+    for name, shape in parameters.items():
+        count = int(torch.Size(shape).numel())
+        assert all(covered.get((name, state)) == count for state in STATES), f"{name} is not whole"
+
+
+def _agree(fault: str, run: Path, step: int, world: World, partial: Path | None = None) -> None:
+    """All ranks learn whether one failed; collective. The one that did says why."""
+    if fault:
+        print(f"wikift: rank {world.rank} could not write the checkpoint of step {step}: {fault}", file=sys.stderr)
+    if not int(world.total(torch.tensor(1 if fault else 0))):
+        return
+    if partial is not None and world.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    kept = list_checkpoints(run)
+    raise EnvironmentFault(
+        f"the checkpoint of step {step} was not written; "
+        + (f"the newest complete one is {kept[-1]}" if kept else "there is none yet")
+        + ". Make room (or mend the disk) and run the same command to go on"
+    )
+
+
+def _words(error: OSError) -> str:
+    return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")

@@ -1,0 +1,219 @@
+"""Every command's settings, with their groups, units and defaults. What follows from them is in derive.py.
+
+Imports no torch, so `--help` and errors are instant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from wikift.cli import option
+from wikift.shape import RELEASED
+
+WIKITEXT = ("wikitext-2-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-103-raw-v1")
+
+# Settings that answer the same question: on the command line, one displaces the others of the config file.
+EXCLUSIVE = (("max_steps", "num_train_epochs"), ("data", "dataset"))
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which text, and how it becomes tokens."""
+
+    dataset: str | None = option(
+        None,
+        f"{', '.join(WIKITEXT)}, demo, another Hub dataset, or your own .txt, .jsonl or .parquet: a file, or a folder "
+        "with train.*, validation.*, test.* or in the Hub's layout",
+        group="data",
+        metavar="NAME|PATH",
+        shown="wikitext-103-v1; wikitext-2-v1 on one process",
+    )
+    dataset_config: str | None = option(
+        None, "configuration of a dataset that has several", group="data", metavar="NAME"
+    )
+    text_column: str = option("text", "column that holds the text", group="data", metavar="NAME")
+    validation_fraction: float | None = option(
+        None,
+        "part of the train rows cut off, by seed, where the dataset has no validation split",
+        group="data",
+        metavar="0..1",
+        shown="0.05",
+    )
+    tokenizer: str | None = option(
+        None,
+        "of the Hub, a folder, or train:SIZE for a byte-level BPE of SIZE tokens trained on the train split",
+        group="data",
+        metavar="NAME|PATH|train:SIZE",
+        shown="the model's, gpt2",
+    )
+    append_eos: bool | None = option(
+        None,
+        "end each row with the end-of-text token",
+        group="data",
+        shown="for .jsonl, .parquet and Hub datasets other than WikiText",
+    )
+    workers: int | None = option(None, "processes that tokenize", group="data", metavar="N", shown="all cores")
+
+
+@dataclass(frozen=True)
+class PrepareSettings(DataSettings):
+    """`launch/prepare.py`: text to a token store."""
+
+    out: str | None = option(None, "the store to make", group="store", metavar="DIR", shown="data/DATASET-TOKENIZER")
+    verify: bool = option(False, "check every byte of a store that is there already", group="store")
+    seed: int = option(42, "seed of the validation cut", group="store", metavar="N")
+    quiet: bool = option(False, "print errors only", group="store")
+    config: str | None = option(
+        None, "TOML or JSON file of settings; the command line wins", group="store", metavar="FILE"
+    )
+
+
+@dataclass(frozen=True)
+class TrainSettings(DataSettings):
+    """`launch/train.py`: a token store to a fine-tuned model."""
+
+    model: str = option(
+        "gpt2", f"{', '.join(RELEASED)}, another GPT-2 of the Hub, or a folder", group="model", metavar="NAME|PATH"
+    )
+    from_scratch: bool = option(False, "random weights in the model's shape", group="model")
+    config_overrides: str | None = option(
+        None, "with --from-scratch: n_layer=2,n_head=4,n_embd=128", group="model", metavar="K=V,..."
+    )
+    dropout: float | None = option(
+        None, "of embeddings, attention and residuals", group="model", metavar="0..1", shown="the model's, 0.1"
+    )
+
+    data: str | None = option(None, "a store that launch/prepare.py made", group="data", metavar="DIR")
+    data_fraction: float = option(1.0, "train on a seeded random sample of the blocks", group="data", metavar="0..1")
+    block_size: int | None = option(
+        None, "tokens predicted in one block", group="data", metavar="TOKENS", shown="the model's context, 1024"
+    )
+
+    global_batch_size: int | None = option(
+        None, "blocks per optimizer step, over all processes", group="batch", metavar="BLOCKS", shown="32"
+    )
+    per_device_train_batch_size: int | None = option(
+        None, "blocks of one forward", group="batch", metavar="BLOCKS", shown="up to 8, by the global batch"
+    )
+    gradient_accumulation_steps: int | None = option(
+        None, "forwards per optimizer step", group="batch", metavar="N", shown="by the global batch"
+    )
+
+    num_train_epochs: float | None = option(None, "passes over the data", group="length", metavar="EPOCHS", shown="3")
+    max_steps: int | None = option(None, "optimizer steps, in place of epochs", group="length", metavar="STEPS")
+
+    learning_rate: float | None = option(
+        None, "peak", group="optimizer", metavar="RATE", shown="5e-05; 6e-04 from scratch"
+    )
+    lr_scheduler_type: str = option(
+        "linear", "shape after the warm-up", group="optimizer", choices=("linear", "cosine", "constant")
+    )
+    warmup_steps: float = option(
+        0, "steps, or below 1 the part of the run, over which the rate rises", group="optimizer", metavar="STEPS"
+    )
+    weight_decay: float = option(0.0, "of matrices and embeddings", group="optimizer", metavar="RATE")
+    adam_beta1: float = option(0.9, "of AdamW", group="optimizer", metavar="0..1")
+    adam_beta2: float = option(0.999, "of AdamW", group="optimizer", metavar="0..1")
+    adam_epsilon: float = option(1e-8, "of AdamW", group="optimizer", metavar="EPSILON")
+    max_grad_norm: float = option(
+        1.0, "clip the gradient's norm to this; 0 is no clipping", group="optimizer", metavar="NORM"
+    )
+    seed: int = option(42, "of everything random", group="optimizer", metavar="N")
+
+    precision: str = option(
+        "auto", "of the products; weights stay fp32", group="speed", choices=("auto", "bf16", "fp16", "fp32")
+    )
+    gradient_checkpointing: bool = option(False, "less memory, a third more time", group="speed")
+    compile: bool = option(False, "torch.compile: minutes to start, faster steps", group="speed")
+    engine: str = option("auto", "who places the work", group="speed", choices=("auto", "single", "ddp"))
+    device: str = option("auto", "where", group="speed", choices=("auto", "cpu", "cuda"))
+
+    output_dir: str | None = option(None, "the run's folder", group="run", metavar="DIR", shown="runs/MODEL-DATASET")
+    eval_steps: int | None = option(
+        None, "steps between validations; each save validates too", group="run", metavar="STEPS", shown="--save-steps"
+    )
+    save_steps: int = option(500, "steps between checkpoints", group="run", metavar="STEPS")
+    logging_steps: int = option(10, "steps between lines of metrics.jsonl", group="run", metavar="STEPS")
+    save_total_limit: int = option(2, "newest checkpoints kept, beside the best", group="run", metavar="N")
+    per_device_eval_batch_size: int = option(8, "blocks of one forward in validation", group="run", metavar="BLOCKS")
+    resume: str = option(
+        "auto", "go on from the newest checkpoint, start anew, or from PATH", group="run", metavar="auto|never|PATH"
+    )
+    wandb: bool = option(False, "log to Weights & Biases too", group="run")
+    dry_run: bool = option(False, "print settings and derived numbers, do nothing", group="run")
+    quiet: bool = option(False, "print errors only", group="run")
+    config: str | None = option(
+        None, "TOML or JSON file of settings; the command line wins", group="run", metavar="FILE"
+    )
+
+
+@dataclass(frozen=True)
+class ConsolidateSettings:
+    """`launch/consolidate.py`: a checkpoint to a Hugging Face directory."""
+
+    run: str | None = option(
+        None, "a run's folder or one checkpoint of it", positional=True, metavar="RUN_OR_CHECKPOINT"
+    )
+    out: str | None = option(None, "the directory to make", metavar="DIR", shown="RUN/hf")
+    step: int | None = option(None, "of which step", metavar="STEP", shown="the newest")
+    best: bool = option(False, "the checkpoint with the lowest validation loss")
+    dtype: str = option("float32", "of the weights written", choices=("float32", "bfloat16", "float16"))
+    max_shard_size: str = option("5GB", "largest file of weights", metavar="SIZE")
+    quiet: bool = option(False, "print errors only")
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """`launch/evaluate.py`: perplexity of Hugging Face directories on a store."""
+
+    models: tuple[str, ...] = option((), "Hugging Face directories, runs or names", positional=True, metavar="MODEL")
+    data: str | None = option(
+        None, "a store that launch/prepare.py made", metavar="DIR", shown="the store a run was trained on"
+    )
+    split: str = option("validation", "of the store", metavar="NAME")
+    context: int | None = option(None, "tokens of one window", metavar="TOKENS", shown="the model's, 1024")
+    stride: int | None = option(None, "tokens between windows", metavar="TOKENS", shown="the context")
+    per_device_eval_batch_size: int = option(8, "windows of one forward", metavar="N")
+    precision: str = option("auto", "of the products", choices=("auto", "bf16", "fp16", "fp32"))
+    device: str = option("auto", "where", choices=("auto", "cpu", "cuda"))
+    json: bool = option(False, "print one JSON object a model")
+    quiet: bool = option(False, "no progress")
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """`launch/generate.py`: prompts to text."""
+
+    model: str | None = option(
+        None, "a Hugging Face directory, a run or a name", positional=True, metavar="MODEL", shown="the newest of runs/"
+    )
+    prompt: str | None = option(None, "answer this and leave", group="prompts", metavar="TEXT")
+    prompts_file: str | None = option(None, "answer each line of a file and leave", group="prompts", metavar="FILE")
+    examples: bool = option(False, "answer five built-in prompts and leave", group="prompts")
+    max_new_tokens: int = option(128, "at most, per answer", group="sampling", metavar="TOKENS")
+    temperature: float = option(0.8, "0 takes the likeliest token each time", group="sampling", metavar="T")
+    top_k: int = option(50, "sample from the K likeliest tokens; 0 is all", group="sampling", metavar="K")
+    top_p: float = option(0.95, "sample from the likeliest tokens that make up P", group="sampling", metavar="P")
+    repetition_penalty: float = option(1.1, "above 1 repeats less", group="sampling", metavar="R")
+    seed: int = option(42, "same seed, same text", group="sampling", metavar="N")
+    json: bool = option(False, "one JSON object an answer", group="output")
+    device: str = option("auto", "where", group="output", choices=("auto", "cpu", "cuda"))
+    train: bool = option(True, "start training where no model is there yet", group="output")
+    quiet: bool = option(False, "answers only", group="output")
+
+
+def slug(name: str) -> str:
+    """The last part of a path or Hub name, fit for a folder's name."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(name).name or "data").strip(".") or "data"
+
+
+def store_path(settings: DataSettings) -> Path:
+    """Where prepare puts the store of these (resolved) settings unless told otherwise."""
+    assert settings.dataset is not None
+    assert settings.tokenizer is not None
+    parts = [slug(settings.dataset), settings.dataset_config and slug(settings.dataset_config)]
+    parts.append(
+        settings.tokenizer.replace(":", "-") if settings.tokenizer.startswith("train:") else slug(settings.tokenizer)
+    )
+    return Path("data") / "-".join(filter(None, parts))

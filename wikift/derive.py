@@ -1,0 +1,314 @@
+"""What follows from a command's settings: where the batch lies, how long the run is, and what cannot be.
+
+Every check reports all the problems it can find at once. Imports no torch, so `--dry-run` and errors are instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wikift.cli import flag
+from wikift.config import WIKITEXT, DataSettings, TrainSettings, slug
+from wikift.errors import UserError
+from wikift.shape import RELEASED, Shape, parse_overrides, released_name, shape_of, with_overrides
+
+DEFAULT_GLOBAL_BATCH = 32  # run_clm.py's 8 per device on the 4 devices of the usual torchrun command
+MICRO_BATCH_CEILING = 8
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How one global batch lies on the ranks: `global_batch = ranks * micro_batch * accumulation` blocks."""
+
+    ranks: int
+    micro_batch: int
+    accumulation: int
+
+    @property
+    def global_batch(self) -> int:
+        return self.ranks * self.micro_batch * self.accumulation
+
+
+def ranks_started() -> int:
+    """World size as the launcher set it, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def placement(settings: TrainSettings, ranks: int) -> Placement:
+    """Fit the global batch on `ranks`. Raises UserError with the arithmetic where it cannot be.
+
+    The global batch is `--global-batch-size`, else the product where both of its parts are given, else 32.
+    """
+    micro, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    whole = settings.global_batch_size
+    if whole is None:
+        whole = ranks * micro * accumulation if micro and accumulation else DEFAULT_GLOBAL_BATCH
+    if whole % ranks:
+        fits = f"{whole // ranks * ranks or ranks} or {(whole // ranks + 1) * ranks}"
+        raise UserError(
+            f"--global-batch-size {whole}: must be a multiple of the {ranks} processes; "
+            f"take {fits}, or a number of processes that divides {whole}"
+        )
+    share = whole // ranks
+    if accumulation and share % accumulation == 0:
+        micro = micro or share // accumulation
+    micro = micro or max(m for m in range(1, min(share, MICRO_BATCH_CEILING) + 1) if share % m == 0)
+    accumulation = accumulation or max(1, share // micro)
+    if ranks * micro * accumulation != whole:
+        raise UserError(
+            f"--global-batch-size {whole}: not {ranks} processes x {micro} (--per-device-train-batch-size) x "
+            f"{accumulation} (--gradient-accumulation-steps) = {ranks * micro * accumulation}; leave one of the three out"
+        )
+    return Placement(ranks, micro, accumulation)
+
+
+def fallback_dataset(ranks: int) -> str:
+    """What is trained on where nothing is said: the mission's data on several processes, its small twin on one."""
+    return "wikitext-103-v1" if ranks > 1 else "wikitext-2-v1"
+
+
+def resolve(settings: TrainSettings, ranks: int) -> TrainSettings:
+    """Fill what follows from other settings alone: dataset, tokenizer, learning rate, length, output folder."""
+    changes: dict[str, Any] = {}
+    if settings.data is None and settings.dataset is None:
+        changes["dataset"] = fallback_dataset(ranks)
+    if settings.data is None and settings.tokenizer is None:
+        changes["tokenizer"] = (
+            "gpt2" if released_name(settings.model) and not Path(settings.model).is_dir() else settings.model
+        )
+    if settings.learning_rate is None:
+        changes["learning_rate"] = 6e-4 if settings.from_scratch else 5e-5  # nanoGPT's for 124M; run_clm.py's
+    if settings.num_train_epochs is None and settings.max_steps is None:
+        changes["num_train_epochs"] = 3.0
+    if settings.output_dir is None:
+        model = "scratch" if settings.from_scratch else slug(settings.model)
+        source = str(settings.data or changes.get("dataset") or settings.dataset)
+        changes["output_dir"] = f"runs/{model}-{slug(source)}" + (
+            f"-{settings.dataset_config}" if settings.dataset_config else ""
+        )
+    return dataclasses.replace(settings, **changes)
+
+
+def model_shape(settings: TrainSettings, vocab_size: int | None = None) -> Shape | None:
+    """The shape of the model to train; None where only the Hub knows. From scratch the vocabulary is the store's."""
+    shape = shape_of(settings.model)
+    return None if shape is None else apply_scratch(settings, shape, vocab_size)
+
+
+def apply_scratch(settings: TrainSettings, shape: Shape, vocab_size: int | None) -> Shape:
+    """`shape` as it is, or from scratch with the store's vocabulary and --config-overrides."""
+    if not settings.from_scratch:
+        return shape
+    if vocab_size is not None:
+        shape = dataclasses.replace(shape, vocab_size=vocab_size)
+    return with_overrides(shape, parse_overrides(settings.config_overrides or ""))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of a run that follow from settings, ranks, model and data."""
+
+    place: Placement
+    shape: Shape
+    block_size: int  # tokens
+    blocks: int  # trained on in an epoch
+    steps: int
+    warmup_steps: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.place.global_batch * self.block_size
+
+    @property
+    def epochs(self) -> float:
+        return self.steps * self.place.global_batch / self.blocks
+
+
+def plan_run(settings: TrainSettings, place: Placement, shape: Shape, tokens: int, vocab_size: int) -> Plan:
+    """Fit the run on a train split of `tokens` tokens. Raises UserError with everything that does not fit."""
+    problems = []
+    block_size = settings.block_size or min(shape.n_positions, 1024)
+    blocks = max(0, (tokens - 1) // block_size)
+    if block_size > shape.n_positions:
+        problems.append(f"--block-size {block_size}: the model has {shape.n_positions} positions; take that or less")
+    if not blocks:
+        fits = f"take --block-size {tokens - 1} or less, or more text" if tokens > 1 else "give more text"
+        problems.append(
+            f"--block-size {block_size}: the train split has {tokens} tokens, too few for one block and the token "
+            f"before it; {fits}"
+        )
+    if shape.vocab_size < vocab_size:
+        problems.append(
+            f"--model {settings.model}: its vocabulary has {shape.vocab_size} tokens, the store's {vocab_size}; "
+            "prepare with the model's tokenizer, or train --from-scratch without vocab_size"
+        )
+    blocks = max(1, round(blocks * settings.data_fraction))
+    steps = settings.max_steps or _epoch_steps(settings.num_train_epochs, blocks, place.global_batch)
+    warmup = math.ceil(settings.warmup_steps * steps) if settings.warmup_steps < 1 else int(settings.warmup_steps)
+    if settings.warmup_steps >= 1 and warmup >= steps and not problems:
+        problems.append(f"--warmup-steps {warmup}: must end before the run's {steps} steps do")
+    if problems:
+        raise UserError(*problems)
+    return Plan(place, shape, block_size, blocks, steps, warmup)
+
+
+def _epoch_steps(epochs: float | None, blocks: int, global_batch: int) -> int:
+    """Epochs rounded up to a whole step."""
+    assert epochs is not None
+    # rounded to a millionth of a step first, so that 0.3 epochs of 10 steps are 3 steps and not 4
+    return max(1, math.ceil(round(epochs * blocks / global_batch, 6)))
+
+
+def batch_words(place: Placement) -> str:
+    return (
+        f"{place.global_batch} blocks a step = {place.ranks} process{'es' if place.ranks > 1 else ''} x "
+        f"{place.micro_batch} blocks x {place.accumulation} accumulated"
+    )
+
+
+def plan_words(plan: Plan) -> dict[str, str]:
+    """The derived numbers, for people."""
+    return {
+        "parameters": f"{plan.shape.parameters:,}",
+        "tokens per step": f"{plan.tokens_per_step:,}",
+        "train blocks": f"{plan.blocks:,} blocks of {plan.block_size:,} tokens",
+        "steps": f"{plan.steps:,} steps, {plan.epochs:.2f} epochs",
+        "warm-up steps": f"{plan.warmup_steps:,}",
+    }
+
+
+def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str]:
+    """Every problem of resolved settings that can be known before data is read. `launched`: a launcher set RANK."""
+    problems = _check_ranges(settings)
+    if not problems:  # the arithmetic needs numbers in range
+        problems += problems_of(lambda: placement(settings, ranks))
+    problems += check_data(settings) + _check_model(settings)
+    if settings.max_steps is not None and settings.num_train_epochs is not None:
+        problems.append(
+            f"--max-steps {settings.max_steps}: the length is given twice, --num-train-epochs "
+            f"{settings.num_train_epochs:g} too; leave one out"
+        )
+    if settings.engine == "single" and ranks > 1:
+        problems.append(f"--engine single: is one process, the launcher started {ranks}; use --engine ddp or auto")
+    if settings.engine == "ddp" and not launched:
+        problems.append("--engine ddp: needs a launcher; start with torchrun --nproc_per_node=N launch/train.py ...")
+    output = Path(settings.output_dir or ".")
+    if output.exists() and not output.is_dir():
+        problems.append(f"--output-dir {output}: is a file; name a folder")
+    if settings.resume not in ("auto", "never") and not (Path(settings.resume) / "manifest.json").is_file():
+        problems.append(
+            f"--resume {settings.resume}: must be auto, never or a checkpoint, OUTPUT_DIR/checkpoints/step-..."
+        )
+    return problems
+
+
+def problems_of(attempt: Callable[[], object]) -> list[str]:
+    """The problems that `attempt` raises, none where it succeeds."""
+    try:
+        attempt()
+    except UserError as error:
+        return list(error.problems)
+    return []
+
+
+def check_data(settings: DataSettings) -> list[str]:
+    """Problems of the settings that say which text and how it is tokenized."""
+    problems = []
+    data = getattr(settings, "data", None)
+    if data is not None:
+        for name in ("dataset", "dataset_config", "tokenizer", "validation_fraction", "append_eos", "workers"):
+            if getattr(settings, name) is not None:
+                problems.append(
+                    f"{flag(name)} {getattr(settings, name)}: cannot act, --data {data} is tokenized already; "
+                    "leave one of the two out"
+                )
+    if settings.dataset_config is not None and settings.dataset in (*WIKITEXT, "demo"):
+        problems.append(
+            f"--dataset-config {settings.dataset_config}: cannot act, {settings.dataset} has no other; leave it out"
+        )
+    if settings.validation_fraction is not None and not 0 < settings.validation_fraction < 1:
+        problems.append(
+            f"--validation-fraction {settings.validation_fraction:g}: must be above 0 and below 1; try 0.05"
+        )
+    if settings.workers is not None and settings.workers < 1:
+        problems.append(f"--workers {settings.workers}: must be 1 or more; leave it out for all cores")
+    tokenizer = settings.tokenizer or ""
+    if tokenizer.startswith("train:"):
+        size = tokenizer.removeprefix("train:")
+        if not size.isdecimal() or int(size) < 257:
+            problems.append(
+                f"--tokenizer {tokenizer}: SIZE must be 257 tokens or more, the bytes and one; try train:8192"
+            )
+    return problems
+
+
+def _check_ranges(settings: TrainSettings) -> list[str]:
+    problems = []
+
+    def rule(name: str, holds: bool, words: str) -> None:
+        if not holds:
+            problems.append(f"{flag(name)} {getattr(settings, name):g}: must be {words}")
+
+    for name in (
+        "block_size", "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps",
+        "eval_steps", "save_steps", "logging_steps", "save_total_limit", "per_device_eval_batch_size",
+    ):  # fmt: skip
+        value = getattr(settings, name)
+        rule(name, value is None or value >= 1, "1 or more")
+    rule("num_train_epochs", settings.num_train_epochs is None or settings.num_train_epochs > 0, "above 0")
+    rule("data_fraction", 0 < settings.data_fraction <= 1, "above 0 and at most 1")
+    rule("learning_rate", settings.learning_rate is None or settings.learning_rate > 0, "above 0")
+    for name in ("weight_decay", "max_grad_norm", "seed", "warmup_steps"):
+        rule(name, getattr(settings, name) >= 0, "0 or more")
+    rule(
+        "warmup_steps", settings.warmup_steps < 1 or settings.warmup_steps % 1 == 0, "a whole number, or a part below 1"
+    )
+    for name in ("adam_beta1", "adam_beta2"):
+        rule(name, 0 <= getattr(settings, name) < 1, "at least 0 and below 1")
+    rule("adam_epsilon", settings.adam_epsilon > 0, "above 0")
+    rule("dropout", settings.dropout is None or 0 <= settings.dropout < 1, "at least 0 and below 1")
+    if settings.max_steps is not None and settings.warmup_steps >= max(1, settings.max_steps):
+        problems.append(f"--warmup-steps {settings.warmup_steps:g}: must be less than --max-steps {settings.max_steps}")
+    return problems
+
+
+def _check_model(settings: TrainSettings) -> list[str]:
+    problems = []
+    if settings.config_overrides is not None and not settings.from_scratch:
+        problems.append(
+            f"--config-overrides {settings.config_overrides}: cannot act on trained weights; "
+            "add --from-scratch or leave it out"
+        )
+    try:
+        shape = model_shape(settings)
+    except UserError as error:
+        return problems + list(error.problems)
+    if shape is None:
+        if not _is_hub_name(settings.model):
+            problems.append(
+                f"--model {settings.model}: no such folder, and not one of {', '.join(RELEASED)}; "
+                "name one of these, OWNER/NAME of the Hub, or a folder"
+            )
+        return problems
+    if shape.n_embd % shape.n_head:
+        problems.append(
+            f"--config-overrides n_head={shape.n_head}: must divide n_embd={shape.n_embd}; "
+            f"try n_head={math.gcd(shape.n_embd, shape.n_head)}"
+        )
+    if settings.block_size is not None and settings.block_size > shape.n_positions:
+        problems.append(
+            f"--block-size {settings.block_size}: the model has {shape.n_positions} positions; "
+            f"take {shape.n_positions} or less"
+        )
+    return problems
+
+
+def _is_hub_name(model: str) -> bool:
+    owner, slash, name = model.partition("/")
+    return bool(owner and slash and name) and "/" not in name and not model.startswith((".", "/", "~"))

@@ -1,0 +1,59 @@
+"""torch's DistributedDataParallel: whole weights on every rank, gradients averaged in the step's last backward."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from wikift.engines.base import Fragment, FragmentReader
+from wikift.engines.single import SingleEngine, whole_fragments
+from wikift.world import World
+
+
+class DDPEngine:
+    """A SingleEngine whose loss is wrapped in DDP; see Engine for the methods."""
+
+    def __init__(self, local: SingleEngine, world: World, block_size: int) -> None:
+        self.local, self.world = local, world
+        self.unwrapped = local.losses
+        assert isinstance(self.unwrapped, torch.nn.Module)
+        self.ddp = DistributedDataParallel(self.unwrapped, gradient_as_bucket_view=True)
+        self._settle_buckets(block_size)
+
+    def _settle_buckets(self, block_size: int) -> None:
+        """Let DDP lay out its buckets before the first step that counts.
+
+        DDP regroups its buckets after the first backward, by the order in which gradients came. From three ranks on,
+        where a gradient lies in its bucket decides the order in which the ranks' shares are added, so the first step of
+        a resumed run would round differently from the same step of an uninterrupted one. One backward before it makes
+        every real step use the final layout.
+        """
+        blocks = torch.zeros(1, block_size + 1, dtype=torch.int64)
+        for _ in range(2):  # the second forward rebuilds the buckets
+            self.forward_backward(blocks, last=True)
+        self.local.optimizer.zero_grad(set_to_none=True)
+
+    def forward_backward(self, blocks: Tensor, *, last: bool) -> Tensor:
+        # DDP decides in the forward whether the backward will communicate
+        with contextlib.nullcontext() if last else self.ddp.no_sync():
+            self.local.losses = self.ddp
+            try:
+                return self.local.forward_backward(blocks, last=last)
+            finally:
+                self.local.losses = self.unwrapped
+
+    def step(self, lr: float) -> Tensor:
+        return self.local.step(lr)
+
+    def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return self.local.nll(inputs, targets)
+
+    def fragments(self) -> Iterator[Fragment]:
+        return whole_fragments(self.local, self.world.rank, self.world.size)
+
+    def restore(self, reader: FragmentReader) -> None:
+        self.local.restore(reader)

@@ -1,0 +1,110 @@
+"""The training loop: one function, in the order of thought. It knows no engine, no file format and no terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wikift.engines.base import Engine
+from wikift.errors import EnvironmentFault
+from wikift.evaluate import Score
+from wikift.log import Log
+from wikift.meter import Meter
+from wikift.optim import Schedule
+from wikift.world import World, seed
+
+
+@dataclass(frozen=True)
+class Due:
+    """Steps between log lines, validations and checkpoints; a save validates first, the last step does all."""
+
+    logging_steps: int
+    eval_steps: int
+    save_steps: int
+    steps: int
+
+    def log(self, step: int) -> bool:
+        return step % self.logging_steps == 0 or step == 1 or self.evaluate(step)
+
+    def evaluate(self, step: int) -> bool:
+        return step % self.eval_steps == 0 or self.save(step)
+
+    def save(self, step: int) -> bool:
+        return step % self.save_steps == 0 or step == self.steps
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the loop is to do; the functions are collective."""
+
+    batches: Callable[[int], Iterator[list[Tensor]]]  # from a step on, counted from 0: each step's micro-batches
+    schedule: Schedule
+    due: Due
+    meter: Meter
+    tokens_per_step: int
+    run_seed: int
+    skips_overflow: bool  # fp16: a gradient that overflows is skipped and counted, elsewhere it ends the run
+    validate: Callable[[], Score | None]
+    save: Callable[[int, float | None], None]  # (step, eval_loss)
+    stop_signal: Callable[[], int]
+
+
+def run_steps(engine: Engine, job: Job, world: World, log: Log, *, done: int) -> int:
+    """Train from step `done` + 1 to the last; gives the signal that stopped it early, else 0.
+
+    Everything random comes from (run_seed, step, rank). A stop finishes the step and saves without validating. Raises
+    EnvironmentFault where the loss or the gradient is no longer finite.
+    """
+    due, meter = job.due, job.meter
+    skipped = torch.zeros((), device=world.device)
+    batches = job.batches(done)
+    for step in range(done + 1, due.steps + 1):
+        torch.manual_seed(seed(job.run_seed, "dropout", step, world.rank))
+        blocks, lr = next(batches), job.schedule.lr_at(step)
+        losses = [engine.forward_backward(b, last=i == len(blocks) - 1) for i, b in enumerate(blocks)]
+        norm = engine.step(lr)
+        skipped += ~torch.isfinite(norm)
+        meter.step(job.tokens_per_step)
+        log.tick(step=step)
+        stop = int(world.total(torch.tensor(job.stop_signal())))
+        record: dict[str, Any] = {"step": step}
+        if due.log(step) or stop:
+            loss = float(world.total(torch.stack(losses).mean())) / world.size
+            if not math.isfinite(loss) or (skipped.item() and not job.skips_overflow):
+                raise EnvironmentFault(diverged(step, loss, float(norm), lr))
+            record |= {
+                "loss": loss,
+                "grad_norm": float(norm),
+                "learning_rate": lr,
+                "tokens": step * job.tokens_per_step,
+            }
+            record |= {"skipped_steps": int(skipped)} if job.skips_overflow else {}
+            record |= meter.reading(due.steps - step, world.size)
+        with meter.paused():
+            score = job.validate() if due.evaluate(step) and not stop else None
+            if score is not None:
+                record |= {
+                    "eval_loss": score.loss,
+                    "eval_perplexity": score.perplexity,
+                    "eval_word_perplexity": score.word_perplexity,
+                }
+            if due.log(step):
+                log.record(record)
+            if due.save(step) or stop:
+                job.save(step, score.loss if score is not None else None)
+        if stop:
+            return stop
+    return 0
+
+
+def diverged(step: int, loss: float, norm: float, lr: float) -> str:
+    return (
+        f"the loss is {loss} and the gradient's norm {norm} at step {step}, learning rate {lr:g}: training has "
+        "diverged. "
+        "Start anew with a lower --learning-rate or more --warmup-steps; the checkpoints are as they were"
+    )

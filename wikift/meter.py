@@ -1,0 +1,75 @@
+"""Tokens per second, MFU, memory and time left, with validation and saving taken out of the clock."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+# Dense bf16/fp16 operations per second, from NVIDIA's data sheets, SXM parts where there are several; first match.
+_PEAK_FLOPS = (
+    ("H200", 989.4e12), ("H100 PCIe", 756e12), ("H100", 989.4e12), ("GH200", 989.4e12), ("B200", 2250e12),
+    ("A100", 312e12), ("L40S", 362e12), ("L4", 121e12), ("A10G", 70e12), ("RTX 4090", 165.2e12), ("V100", 125e12),
+    ("T4", 65e12),
+)  # fmt: skip
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The device's products per second where they are known: half precision on the GPUs listed; a CPU's are not."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAK_FLOPS if part in name), None)
+
+
+class Meter:
+    """Measures the steps between two readings. `clock` gives seconds."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        flops_per_token: float,
+        peak: float | None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.device, self.flops_per_token, self.peak, self.clock = device, flops_per_token, peak, clock
+        self.tokens = self.steps = 0
+        self.away = 0.0  # seconds spent on other things since the last reading
+        self.since = clock()
+
+    def step(self, tokens: int) -> None:
+        """One optimizer step over `tokens` tokens, all ranks together."""
+        self.tokens += tokens
+        self.steps += 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not training."""
+        start = self.clock()
+        yield
+        self.away += self.clock() - start
+
+    def reading(self, steps_left: int, ranks: int) -> dict[str, float]:
+        """tokens_per_second, mfu (where the peak is known), memory_gb of this process, seconds_left; starts anew."""
+        now = self.clock()
+        seconds = max(1e-9, now - self.since - self.away)
+        rate = self.tokens / seconds
+        found = {
+            "tokens_per_second": rate,
+            "memory_gb": memory_gb(self.device),
+            "seconds_left": seconds / max(1, self.steps) * steps_left,
+        }
+        if self.peak is not None:
+            found["mfu"] = rate * self.flops_per_token / (self.peak * ranks)
+        self.since, self.away, self.tokens, self.steps = now, 0.0, 0, 0
+        return found
+
+
+def memory_gb(device: torch.device) -> float:
+    """The most this process has held so far: on the GPU, or resident on the host (10^9 bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,133 @@
+"""From where a run goes on, whether it may, and who may write to its folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from wikift import checkpoint
+from wikift.checkpoint import Checkpoint
+from wikift.config import TrainSettings
+from wikift.derive import Plan
+from wikift.errors import EnvironmentFault, UserError
+from wikift.tokens import TokenStore
+from wikift.world import World
+
+Say = Callable[[str], None]
+
+# Settings that only place or show a run: a change of these between two starts is not worth a word.
+_SILENT = ("output_dir", "resume", "config", "dry_run", "quiet", "workers", "wandb", "data", "device")
+_LOCK_SECONDS = 60
+
+
+def checkpoint_to_resume(settings: TrainSettings, run: Path, world: World) -> Checkpoint | None:
+    """The checkpoint that --resume means, None to start anew. Collective."""
+    if settings.resume == "never":
+        return None
+    if settings.resume == "auto":
+        return checkpoint.newest_sound(run, world)
+    return checkpoint.open_checkpoint(Path(settings.resume), verify=True)
+
+
+def experiment(settings: TrainSettings, plan: Plan, store: TokenStore) -> dict[str, Any]:
+    """What the losses of a run depend on beyond its schedule: a run whose any of these changed is another run."""
+    started = settings.model + (" from scratch" if settings.from_scratch else "")
+    return {
+        "data": store.fingerprint,
+        "--data-fraction": settings.data_fraction,
+        "--block-size": plan.block_size,
+        "--global-batch-size": plan.place.global_batch,
+        "--seed": settings.seed,
+        "--model": started,
+        "--config-overrides": settings.config_overrides,
+        "--dropout": settings.dropout,
+    }
+
+
+def check_same_experiment(settings: TrainSettings, plan: Plan, store: TokenStore, start: Checkpoint, say: Say) -> None:
+    """Say what changed since `start` was written. Raises UserError where going on would break the run."""
+    before, now = start.manifest["experiment"], experiment(settings, plan, store)
+    problems = []
+    for name, value in now.items():
+        if before.get(name) == value:
+            continue
+        if name == "data":
+            problems.append(f"--data {store.path}: is other data than this run was started on")
+        else:
+            problems.append(f"{name} {value}: this run was started with {before.get(name)}")
+    if problems:
+        way_out = "; take the old value, another --output-dir, or --resume never (the old run is kept aside)"
+        raise UserError(*(problem + way_out for problem in problems))
+    old = start.manifest["settings"]
+    changed = [
+        f"{name} {old.get(name)} -> {value}"
+        for name, value in dataclasses.asdict(settings).items()
+        if name not in _SILENT and old.get(name) != value
+    ]
+    if changed:
+        say("changed since the checkpoint: " + ", ".join(changed))
+
+
+def set_aside(run: Path, start: Checkpoint | None) -> None:
+    """Move what an earlier run left, or what it wrote after `start`, into before-N: nothing of the user's is lost."""
+    if start is None:
+        stale = [p for p in run.iterdir() if p.name in ("config.json", "model", "metrics.jsonl", "checkpoints", "hf")]
+        if not checkpoint.list_checkpoints(run):
+            stale = [p for p in stale if p.name == "hf"]  # killed before its first checkpoint: nothing worth keeping
+    else:
+        stale = [p for p in checkpoint.list_checkpoints(run) if int(p.name.removeprefix("step-")) > start.step]
+    if stale:
+        number = next(n for n in range(1, 10**6) if not (run / f"before-{n}").exists())
+        aside = run / f"before-{number}"
+        for path in stale:
+            target = aside / path.relative_to(run)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(path, target)
+        if start is not None and (run / "metrics.jsonl").exists():
+            shutil.copyfile(run / "metrics.jsonl", aside / "metrics.jsonl")
+
+
+@contextlib.contextmanager
+def locked(run: Path, world: World, say: Say) -> Iterator[None]:
+    """One writer per run folder: a killed launcher's ranks may still be saving when the command is typed again."""
+    if world.rank != 0:
+        world.barrier()
+        yield
+        return
+    made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {run}: cannot be made ({error.strerror}); name a folder you may write") from None
+    descriptor = os.open(run, os.O_RDONLY)
+    try:
+        deadline, told = time.monotonic() + _LOCK_SECONDS, False
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise EnvironmentFault(
+                        f"another process is writing to {run}; wait for it, stop it, or take another --output-dir"
+                    ) from None
+                if not told:
+                    say(f"another process is still writing to {run}; waiting")
+                told = True
+                time.sleep(0.5)
+            except OSError:  # a file system without locks
+                break
+        world.barrier()  # the others look at the folder only now
+        yield
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):  # a run that never began leaves no empty folder
+            for folder in made:
+                folder.rmdir()

@@ -1,0 +1,232 @@
+"""A run and its folder: from where it goes on, whether it may, and the parts that the loop is given.
+
+OUTPUT_DIR/config.json      settings, derived numbers and the store's record, of the newest start
+OUTPUT_DIR/model/           the model's config and the tokenizer, for consolidation
+OUTPUT_DIR/metrics.jsonl    see log.py
+OUTPUT_DIR/checkpoints/     see checkpoint.py
+OUTPUT_DIR/before-1/ ...    what an earlier run left here, kept when another starts anew
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GPT2LMHeadModel
+from transformers.utils import logging as transformers_logging
+
+from wikift import __version__, checkpoint, derive
+from wikift.batches import count_blocks, micro_batches, sample_blocks
+from wikift.checkpoint import Checkpoint
+from wikift.config import TrainSettings
+from wikift.derive import Plan
+from wikift.engines.base import Engine
+from wikift.engines.ddp import DDPEngine
+from wikift.engines.single import SingleEngine
+from wikift.errors import UserError
+from wikift.evaluate import Score, score_split
+from wikift.interrupt import stop_requests
+from wikift.log import Log, open_log
+from wikift.loop import Due, Job, run_steps
+from wikift.meter import Meter, peak_flops
+from wikift.model import Precision, build_model, model_from_config, resolve_precision, set_options
+from wikift.optim import AdamSettings, Schedule
+from wikift.resume import Say, check_same_experiment, checkpoint_to_resume, experiment, locked, set_aside
+from wikift.tensorfile import replace_json
+from wikift.tokens import TokenStore
+from wikift.world import World, started_world
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every part of a run is made from."""
+
+    folder: Path
+    settings: TrainSettings
+    plan: Plan
+    store: TokenStore
+    world: World
+    precision: Precision
+
+
+def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) -> int:
+    """Train to the end or to a stop; collective. Gives the signal that stopped it, else 0."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    folder = Path(settings.output_dir or "")
+    validates = _validates(settings, store, say)
+    with started_world(settings.device) as world, stop_requests() as stop_signal, locked(folder, world, say):
+        run = Run(folder, settings, plan, store, world, resolve_precision(settings.precision, world.device))
+        start = checkpoint_to_resume(settings, folder, world)
+        if start is not None:
+            check_same_experiment(settings, plan, store, start, say)
+            if start.step >= plan.steps:
+                say(f"{folder} is finished, step {start.step:,}; a longer --max-steps or --num-train-epochs goes on")
+                return 0
+        model, engine = _build(run, start)
+        if world.rank == 0:
+            _prepare_folder(run, model, start)
+        for text in _announcement(run, engine, start):
+            say(text)
+        done = start.step if start is not None else 0
+        with _log(run, done) as log:
+            job = _job(run, model, engine, log, validates, stop_signal)
+            stopped = run_steps(engine, job, world, log, done=done)
+            if stopped:
+                log.say(f"stopped by signal {stopped} and saved; the same command goes on from here")
+    if not stopped:
+        say(f"done: {folder}\n  python launch/consolidate.py {folder}\n  python launch/generate.py {folder}")
+    return stopped
+
+
+def _build(run: Run, start: Checkpoint | None) -> tuple[GPT2LMHeadModel, Engine]:
+    """The model on its device and the engine around it, new or as `start` left them."""
+    settings, plan = run.settings, run.plan
+    if start is None:
+        model = build_model(settings, plan.shape, run.store.eos_token_id)
+    else:
+        model = model_from_config(start.manifest["model_config"])
+    set_options(model, dropout=settings.dropout, gradient_checkpointing=settings.gradient_checkpointing)
+    model.to(run.world.device)  # type: ignore[arg-type]
+    adam = AdamSettings(
+        settings.weight_decay, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon, settings.max_grad_norm
+    )
+    single = SingleEngine(
+        model, adam, accumulation=plan.place.accumulation, precision=run.precision.name, compile=settings.compile
+    )
+    ddp = settings.engine == "ddp" or run.world.size > 1
+    engine = DDPEngine(single, run.world, plan.block_size) if ddp else single
+    if start is not None:
+        engine.restore(start)
+    return model, engine
+
+
+def _job(
+    run: Run, model: GPT2LMHeadModel, engine: Engine, log: Log, validates: bool, stop_signal: Callable[[], int]
+) -> Job:
+    """The functions and numbers that the loop works with."""
+    settings, plan, store, world = run.settings, run.plan, run.store, run.world
+    about = {
+        "settings": dataclasses.asdict(settings),
+        "experiment": experiment(settings, plan, store),
+        "model_config": json.loads(model.config.to_json_string(use_diff=False)),
+    }
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+
+    def validate() -> Score | None:
+        if not validates:
+            return None
+        return score_split(
+            engine.nll, store, "validation", context=plan.block_size, stride=plan.block_size,
+            batch=settings.per_device_eval_batch_size, world=world,
+            progress=lambda done, of: log.tick(now=f"validating {done:,}/{of:,}"),
+        )  # fmt: skip
+
+    def save(step: int, eval_loss: float | None) -> None:
+        log.tick(now="saving")
+        about_step = {"tokens": step * plan.tokens_per_step, "eval_loss": eval_loss, **about}
+        path = checkpoint.save(engine.fragments(), run.folder, step, about_step, shapes, world)
+        if world.rank == 0:
+            checkpoint.prune(run.folder, settings.save_total_limit)
+        log.tick(saved=path.name, now=None)
+
+    return Job(
+        batches=lambda first_step: _batches(run, first_step),
+        schedule=Schedule(settings.lr_scheduler_type, settings.learning_rate or 0.0, plan.warmup_steps, plan.steps),
+        due=Due(settings.logging_steps, settings.eval_steps or settings.save_steps, settings.save_steps, plan.steps),
+        meter=Meter(
+            world.device,
+            plan.shape.flops_per_token(plan.block_size),
+            peak_flops(world.device, run.precision.name),
+        ),
+        tokens_per_step=plan.tokens_per_step,
+        run_seed=settings.seed,
+        skips_overflow=run.precision.name == "fp16",
+        validate=validate,
+        save=save,
+        stop_signal=stop_signal,
+    )
+
+
+def _batches(run: Run, first_step: int) -> Iterator[list[torch.Tensor]]:
+    plan, tokens = run.plan, run.store.tokens("train")
+    items = sample_blocks(count_blocks(len(tokens), plan.block_size), run.settings.data_fraction, run.settings.seed)
+    assert len(items) == plan.blocks
+    return micro_batches(
+        tokens,
+        items,
+        block_size=plan.block_size,
+        micro_batch=plan.place.micro_batch,
+        accumulation=plan.place.accumulation,
+        rank=run.world.rank,
+        ranks=run.world.size,
+        run_seed=run.settings.seed,
+        first_step=first_step,
+    )
+
+
+def _validates(settings: TrainSettings, store: TokenStore, say: Say) -> bool:
+    """Whether there is something to validate on. Raises UserError where it was asked for and there is not."""
+    split = store.splits.get("validation")
+    if split is not None and split.tokens > 1:
+        return True
+    if settings.eval_steps is not None:
+        raise UserError(
+            f"--eval-steps {settings.eval_steps}: cannot act, {store.path} has no validation text; prepare with "
+            "--validation-fraction, or leave it out"
+        )
+    say(f"{store.path} has no validation text: no validation, no best checkpoint")
+    return False
+
+
+def _prepare_folder(run: Run, model: GPT2LMHeadModel, start: Checkpoint | None) -> None:
+    """Set aside what lies after `start`, then write config.json and model/."""
+    set_aside(run.folder, start)
+    folder = run.folder / "model"
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    for file in (run.store.path / "tokenizer").iterdir():
+        shutil.copyfile(file, folder / file.name)
+    about = {
+        "wikift": __version__,
+        "settings": dataclasses.asdict(run.settings),
+        "derived": {**dataclasses.asdict(run.plan), "tokens_per_step": run.plan.tokens_per_step},
+        "store": run.store.record,
+        "store_path": str(run.store.path.resolve()),
+    }
+    replace_json(run.folder / "config.json", about)
+
+
+@contextlib.contextmanager
+def _log(run: Run, done: int) -> Iterator[Log]:
+    """The run's log on rank 0, a silent one on the others."""
+    if run.world.rank != 0:
+        yield Log()
+        return
+    words = dataclasses.asdict(run.settings)
+    settings = run.settings
+    with open_log(
+        run.folder, after_step=done, steps=run.plan.steps, quiet=settings.quiet, wandb=settings.wandb, settings=words
+    ) as log:
+        yield log
+
+
+def _announcement(run: Run, engine: Engine, start: Checkpoint | None) -> Iterator[str]:
+    words = derive.plan_words(run.plan)
+    name = "ddp" if isinstance(engine, DDPEngine) else "single"
+    scratch = " from scratch" if run.settings.from_scratch else ""
+    yield f"{run.settings.model}{scratch}: {words['parameters']} parameters; {words['train blocks']}"
+    yield f"engine {name} on {run.world.device.type}, {run.precision.name} ({run.precision.reason})"
+    if run.precision.warning:
+        yield f"warning: {run.precision.warning}"
+    yield f"{derive.batch_words(run.plan.place)} = {words['tokens per step']} tokens; {words['steps']}"
+    if start is not None:
+        yield f"going on from {start.path}, after step {start.step:,}"

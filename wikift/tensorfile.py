@@ -1,0 +1,118 @@
+"""Safetensors files written tensor by tensor: one tensor in memory at a time, the checksum taken on the way.
+
+The format (https://github.com/huggingface/safetensors#format): eight bytes of header length, a JSON header with each
+tensor's dtype, shape and byte range, then the bytes. The library's own writer wants all tensors in memory at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CHUNK_BYTES = 1 << 24
+
+
+class Entry(NamedTuple):
+    """A tensor to be written: `dtype` in the format's words (F32, F16, BF16)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * DTYPES[self.dtype].itemsize
+
+
+def write_tensors(
+    path: Path, entries: Sequence[Entry], read: Callable[[str], torch.Tensor], metadata: dict[str, str] | None = None
+) -> tuple[int, str]:
+    """Write `entries`, each fetched by `read(name)` when its turn comes; gives (bytes, sha256) of the file.
+
+    The file is on the disk when this returns (fsync). Raises OSError (a full disk, say) and leaves a torn file then:
+    write beside the place where a reader looks, and rename.
+    """
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.bytes],
+        }
+        offset += entry.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data to eight bytes
+    digest = hashlib.sha256()
+    written = 0
+    with open(path, "wb") as file:
+        for chunk in (len(text).to_bytes(8, "little"), text):
+            digest.update(chunk)
+            written += file.write(chunk)
+        for entry in entries:
+            tensor = read(entry.name).detach()
+            assert tuple(tensor.shape) == entry.shape, (entry, tensor.shape)
+            flat = tensor.to("cpu", DTYPES[entry.dtype]).contiguous().reshape(-1).view(torch.uint8).numpy()
+            for start in range(0, flat.size, _CHUNK_BYTES):
+                piece = flat[start : start + _CHUNK_BYTES].data
+                digest.update(piece)
+                written += file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    assert written == 8 + len(text) + offset
+    if path.stat().st_size != written:
+        raise OSError(f"{path} is {path.stat().st_size} bytes on the disk, {written} were written")
+    return written, digest.hexdigest()
+
+
+def read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], dict[str, str]]:
+    """({name: (dtype, shape, absolute byte offset)}, metadata). Raises ValueError where the header makes no sense."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size - 8:
+            raise ValueError(f"{path}: header of {length} bytes in a file of {path.stat().st_size}")
+        header = json.loads(file.read(length))
+    metadata = header.pop("__metadata__", {})
+    places = {
+        name: (entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+    return places, metadata
+
+
+def file_sha256(path: Path) -> str:
+    """The checksum of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fsync_directory(path: Path) -> None:
+    """Make a rename inside `path` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write a JSON file aside and rename it into place."""
+    aside = path.with_name(path.name + ".partial")
+    with open(aside, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)

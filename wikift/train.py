@@ -1,0 +1,116 @@
+"""launch/train.py: settings -> store -> plan -> run. What can be said without torch is said before torch loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wikift import config, derive
+from wikift.cli import EXIT_DONE, EXIT_INTERRUPTED, parse
+from wikift.config import TrainSettings
+from wikift.derive import Placement, Plan
+from wikift.errors import UserError
+from wikift.shape import Shape
+
+if TYPE_CHECKING:
+    from wikift.tokens import TokenStore
+
+DESCRIPTION = "Fine-tune GPT-2, or train it from scratch. The same command goes on where it stopped."
+EPILOG = """examples:
+  torchrun --nproc_per_node=4 launch/train.py          gpt2 on wikitext-103-v1
+  python launch/train.py --max-steps 100               gpt2 on wikitext-2-v1, one process
+  python launch/train.py --dataset my.txt --model distilgpt2
+
+exit codes: 0 done; 1 the machine or the training failed; 2 wrong settings; 75 stopped by a signal, all saved"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; gives its exit code."""
+    given = parse(
+        TrainSettings, argv, prog="launch/train.py", description=DESCRIPTION, epilog=EPILOG, exclusive=config.EXCLUSIVE
+    )
+    ranks = derive.ranks_started()
+    settings = derive.resolve(given, ranks)
+    if problems := derive.check_train(settings, ranks, launched="RANK" in os.environ):
+        raise UserError(*problems)
+    place = derive.placement(settings, ranks)
+    speaks = os.environ.get("RANK", "0") == "0" and not settings.quiet
+
+    def say(text: str) -> None:
+        if speaks:
+            print(text, flush=True)
+
+    if given.data is None and given.dataset is None and ranks == 1:
+        say("one process: falling back to wikitext-2-v1 (torchrun starts several, and wikitext-103-v1)")
+    if settings.dry_run:
+        say(dry_run(settings, place))
+        return EXIT_DONE
+    store = _store(settings, speaks, say)
+    plan = _plan(settings, place, store)
+
+    from wikift.run import train_run
+
+    return EXIT_INTERRUPTED if train_run(settings, plan, store, say) else EXIT_DONE
+
+
+def dry_run(settings: TrainSettings, place: Placement) -> str:
+    """The resolved settings as a file that `--config` takes, and the numbers that follow from them. Writes nothing."""
+    from wikift.tokens import open_store
+
+    lines = ["# settings: a file that --config takes"]
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value is not None and field.name not in ("config", "dry_run"):
+            lines.append(f"{field.name} = {json.dumps(value, ensure_ascii=False)}")
+    lines += ["", "# derived", f"# batch: {derive.batch_words(place)}"]
+    path = Path(settings.data) if settings.data is not None else config.store_path(settings)
+    shape = derive.model_shape(settings)
+    if settings.data is not None or (path / "store.json").exists():
+        plan = _plan(settings, place, open_store(path))
+        lines += [f"# {name}: {text}" for name, text in derive.plan_words(plan).items()]
+    else:
+        lines.append(f"# steps of an epoch: known when {path} is prepared (by launch/prepare.py, or by the run itself)")
+        if shape is not None:
+            lines.append(f"# parameters: {shape.parameters:,} with a vocabulary of {shape.vocab_size:,}")
+            lines.append(f"# tokens per step: {place.global_batch * (settings.block_size or shape.n_positions):,}")
+        if settings.max_steps is not None and settings.warmup_steps < 1:
+            lines.append(f"# warm-up steps: {int(settings.warmup_steps * settings.max_steps)}")
+    return "\n".join(lines)
+
+
+def _plan(settings: TrainSettings, place: Placement, store: TokenStore) -> Plan:
+    train = store.splits.get("train")
+    if train is None:
+        raise UserError(
+            f"--data {store.path}: has no train split, only {', '.join(store.splits)}; prepare a dataset that has one"
+        )
+    shape = derive.model_shape(settings, store.vocab_size) or _shape_from_hub(settings, store.vocab_size)
+    return derive.plan_run(settings, place, shape, train.tokens, store.vocab_size)
+
+
+def _shape_from_hub(settings: TrainSettings, vocab_size: int) -> Shape:
+    from wikift.model import load_config
+
+    asked = load_config(settings.model).to_dict()
+    shape = Shape(**{f.name: asked[f.name] for f in dataclasses.fields(Shape)})
+    return derive.apply_scratch(settings, shape, vocab_size)
+
+
+def _store(settings: TrainSettings, speaks: bool, say: Callable[[str], None]) -> TokenStore:
+    """The store, prepared first where it is missing: by one process, before any process group exists."""
+    from wikift.tokens import check_tokenizer, open_store
+
+    if settings.data is not None:
+        path = Path(settings.data)
+    else:
+        from wikift.prepare import ensure_store
+
+        path = ensure_store(settings, seed=settings.seed, quiet=not speaks, out=config.store_path(settings), say=say)
+    store = open_store(path)
+    if not settings.from_scratch and Path(settings.model).is_dir():
+        check_tokenizer(store, Path(settings.model))
+    return store

@@ -1,0 +1,201 @@
+"""Who am I among the processes: start, stop, sums over ranks, seeds, and how a failing rank ends all of them.
+
+The launcher (torchrun) sets RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous; without one there is a single process and
+no process group. CUDA ranks get gloo beside nccl, so that small numbers on the host never wait for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from wikift.cli import EXIT_FAULT, EXIT_USER
+from wikift.errors import EnvironmentFault, UserError
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+_FAILED = "wikift/failed"
+_GRACE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class World:
+    """One process' place: `rank` of `size`, `local_rank` on its machine, and the device it computes on."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of `value` over all ranks, the same on each; collective."""
+        if self.size == 1:
+            return value
+        summed = value.clone()
+        dist.all_reduce(summed)
+        return summed
+
+    def barrier(self) -> None:
+        """Wait for all ranks, on the host."""
+        self.total(torch.zeros(1))
+
+    def agreed(self, number: int) -> int:
+        """Rank 0's `number` on every rank; collective."""
+        return int(self.total(torch.tensor(number if self.rank == 0 else 0, dtype=torch.int64)))
+
+
+def seed(seed: int, *parts: int | str) -> int:
+    """A 63-bit seed that depends on `seed` and on each of `parts`, so that no two uses share a random stream.
+
+    Sums like `seed + epoch` collide: seed 1 in epoch 1 would draw what seed 2 draws in epoch 0.
+    """
+    digest = hashlib.blake2b(repr((seed, *parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def start_world(device: str = "auto") -> World:
+    """Join the process group that the launcher describes, or one that the caller started already.
+
+    `device` is auto, cpu or cuda. Raises UserError where CUDA is asked for and absent, or has fewer devices than ranks.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    place = _device(device, local_rank, local_size)
+    if place.type == "cpu" and local_size > 1:
+        # torchrun gives every rank one thread; share the cores out instead
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    if dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size(), local_rank, place)
+    if "RANK" not in os.environ:
+        return World(device=place)
+    store, rank, size = next(iter(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
+        store=torch.distributed.distributed_c10d.PrefixStore("wikift/group", store),
+        rank=rank,
+        world_size=size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=place if place.type == "cuda" else None,
+    )
+    return World(rank, size, local_rank, place)
+
+
+def stop_world() -> None:
+    """Wait for the other ranks: none may leave while another still needs it.
+
+    The process group is left standing, and `cli.run` leaves without destructors: one of gloo's waits for a thread that
+    waits for Python's lock (seen with torch 2.13: a rank in some dozens never ended).
+    """
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))
+
+
+@contextlib.contextmanager
+def started_world(device: str = "auto") -> Iterator[World]:
+    """`start_world`, and at the end `stop_world`. A rank that raises says why first, then ends all the others.
+
+    Without this a rank that raised would leave the others in a collective until its timeout of half an hour.
+    """
+    world = start_world(device)
+    if world.size == 1 or "MASTER_ADDR" not in os.environ:
+        yield world
+        stop_world()
+        return
+    # a client of its own: the process group's may be busy in a blocking call
+    store = torch.distributed.distributed_c10d.PrefixStore(
+        "wikift", next(iter(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))[0]
+    )
+    _start_watching(store, world.rank)
+    try:
+        yield world
+    except Exception as error:
+        _fail(error, store, world.rank)
+    stop_world()
+
+
+def _device(requested: str, local_rank: int, local_size: int) -> torch.device:
+    if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda: torch sees no CUDA device here; use --device cpu, or install a CUDA build of torch"
+        )
+    if local_size > torch.cuda.device_count():
+        raise UserError(
+            f"--nproc_per_node {local_size}: this machine has {torch.cuda.device_count()} CUDA devices, one for each "
+            "process at most; start fewer processes or use --device cpu"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _start_watching(store: Any, rank: int) -> None:
+    """A thread that ends this process when another rank has failed, and stops it gently when the launcher is gone."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while True:
+            time.sleep(1.0)
+            if os.getppid() != parent:  # torchrun was killed: an orphan would train on, unseen
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            with contextlib.suppress(Exception):  # a store that is gone is what the main thread reports
+                if _failed_rank(store) not in (None, rank):
+                    time.sleep(_GRACE_SECONDS)  # the main thread has left by then, unless a device call holds it
+                    os._exit(EXIT_FAULT)
+
+    threading.Thread(target=watch, name="wikift-watch", daemon=True).start()
+
+
+def _failed_rank(store: Any) -> int | None:
+    return int(store.get(_FAILED)) if store.check([_FAILED]) else None
+
+
+def _fail(error: Exception, store: Any, rank: int) -> None:
+    """Say why, tell the others, leave at once: destructors of a broken process group may wait for ever."""
+    first: int | None = rank
+    try:
+        if _is_lost_peer(error):  # give the rank that failed time to say so
+            deadline = time.monotonic() + _GRACE_SECONDS
+            while (first := _failed_rank(store)) is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+        if first in (None, rank):
+            store.set(_FAILED, str(rank))
+    except Exception:
+        first = first if first != rank or not _is_lost_peer(error) else None
+    if first is None:
+        print(
+            f"wikift: rank {rank} lost another process, which left no word (killed, or out of memory?); "
+            "run the same command again to go on from the newest checkpoint",
+            file=sys.stderr,
+        )
+    elif first != rank:
+        print(f"wikift: rank {rank} stops, rank {first} failed", file=sys.stderr)
+    elif isinstance(error, UserError):
+        print(f"wikift: rank {rank}:", *error.problems, sep="\n  ", file=sys.stderr)
+    elif isinstance(error, EnvironmentFault):
+        print(f"wikift: rank {rank}: {error}", file=sys.stderr)
+    else:
+        print(f"wikift: rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, end="")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_USER if isinstance(error, UserError) else EXIT_FAULT)
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
