@@ -26,11 +26,16 @@ def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, timeout
     """`function(*arguments)` on every rank of a gloo group; what each returned, by rank.
 
     `function` is a module's own, and what it takes and gives can be pickled. Raises AssertionError with the traceback
-    of the first rank that failed, or TimeoutError naming the ranks that were killed.
+    of the first rank that failed, or TimeoutError naming the ranks that were killed. What the ranks printed, stderr
+    included, is printed here, rank by rank.
     """
     with tempfile.TemporaryDirectory() as folder:
         children = [start(function, rank, ranks, Path(folder) / "meeting", *arguments) for rank in range(ranks)]
-        return collect(children, timeout_seconds)
+        try:
+            return collect(children, timeout_seconds)
+        finally:
+            for rank in range(ranks):
+                print((Path(folder) / f"meeting.{rank}").read_text(errors="replace"), end="")
 
 
 Child = tuple[Any, Connection]
@@ -102,17 +107,23 @@ def _child(
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
     torch.set_num_threads(1)
+    output = os.open(f"{meeting}.{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     try:
         if ranks > 1:
             dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
         else:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
                 del os.environ[name]
-        connection.send((True, function(*arguments)))
+        result = function(*arguments)
+        sys.stdout.flush()  # before the parent, told that all is done, reads it
+        connection.send((True, result))
     except BaseException:
         connection.send((False, traceback.format_exc()))
         sys.stderr.flush()
         os._exit(1)
     finally:
         connection.close()
+        sys.stdout.flush()
     os._exit(0)  # the process group's threads are not worth waiting for

@@ -111,6 +111,7 @@ def _store(settings: TrainSettings, speaks: bool, say: Callable[[str], None]) ->
 
         path = ensure_store(settings, seed=settings.seed, quiet=not speaks, out=config.store_path(settings), say=say)
     store = open_store(path)
-    if not settings.from_scratch and Path(settings.model).is_dir():
-        check_tokenizer(store, Path(settings.model))
+    folder = Path(settings.model)
+    if not settings.from_scratch and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        check_tokenizer(store, folder)
     return store
