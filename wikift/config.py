@@ -5,16 +5,13 @@ Imports no torch, so `--help` and errors are instant.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from wikift.cli import option
 from wikift.shape import RELEASED
 
 WIKITEXT = ("wikitext-2-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-103-raw-v1")
-
-# Settings that answer the same question: on the command line, one displaces the others of the config file.
-EXCLUSIVE = (("max_steps", "num_train_epochs"), ("data", "dataset"))
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class DataSettings:
     )
     tokenizer: str | None = option(
         None,
-        "of the Hub, a folder, or train:SIZE for a byte-level BPE of SIZE tokens trained on the train split",
+        "a name of the Hub, a folder, or train:SIZE for a byte-level BPE of SIZE tokens trained on the train split",
         group="data",
         metavar="NAME|PATH|train:SIZE",
         shown="the model's, gpt2",
@@ -56,6 +53,15 @@ class DataSettings:
     workers: int | None = option(None, "processes that tokenize", group="data", metavar="N", shown="all cores")
 
 
+# What a setting on the command line displaces of the config file: the same question's answer, or what hangs on it.
+EXCLUSIVE = {
+    "max_steps": ("num_train_epochs",),
+    "num_train_epochs": ("max_steps",),
+    "data": tuple(field.name for field in fields(DataSettings)),
+    "dataset": ("data", "dataset_config"),
+}
+
+
 @dataclass(frozen=True)
 class PrepareSettings(DataSettings):
     """`launch/prepare.py`: text to a token store."""
@@ -65,7 +71,10 @@ class PrepareSettings(DataSettings):
     seed: int = option(42, "seed of the validation cut", group="store", metavar="N")
     quiet: bool = option(False, "print errors only", group="store")
     config: str | None = option(
-        None, "TOML or JSON file of settings; the command line wins", group="store", metavar="FILE"
+        None,
+        "TOML or JSON file of settings; the command line wins, --no-NAME takes back NAME = true",
+        group="store",
+        metavar="FILE",
     )
 
 
@@ -81,7 +90,11 @@ class TrainSettings(DataSettings):
         None, "with --from-scratch: n_layer=2,n_head=4,n_embd=128", group="model", metavar="K=V,..."
     )
     dropout: float | None = option(
-        None, "of embeddings, attention and residuals", group="model", metavar="0..1", shown="the model's, 0.1"
+        None,
+        "dropout rate of embeddings, attention and residuals",
+        group="model",
+        metavar="0..1",
+        shown="the model's, 0.1",
     )
 
     data: str | None = option(None, "a store that launch/prepare.py made", group="data", metavar="DIR")
@@ -91,10 +104,18 @@ class TrainSettings(DataSettings):
     )
 
     global_batch_size: int | None = option(
-        None, "blocks per optimizer step, over all processes", group="batch", metavar="BLOCKS", shown="32"
+        None,
+        "blocks per optimizer step, over all processes; with the data and the seed it decides what is learned",
+        group="batch",
+        metavar="BLOCKS",
+        shown="32, or what the two below make",
     )
     per_device_train_batch_size: int | None = option(
-        None, "blocks of one forward", group="batch", metavar="BLOCKS", shown="up to 8, by the global batch"
+        None,
+        "blocks of one forward, per process",
+        group="batch",
+        metavar="BLOCKS",
+        shown="up to 8, by the global batch",
     )
     gradient_accumulation_steps: int | None = option(
         None, "forwards per optimizer step", group="batch", metavar="N", shown="by the global batch"
@@ -104,30 +125,41 @@ class TrainSettings(DataSettings):
     max_steps: int | None = option(None, "optimizer steps, in place of epochs", group="length", metavar="STEPS")
 
     learning_rate: float | None = option(
-        None, "peak", group="optimizer", metavar="RATE", shown="5e-05; 6e-04 from scratch"
+        None, "the highest, after the warm-up", group="optimizer", metavar="RATE", shown="5e-05; 6e-04 from scratch"
     )
     lr_scheduler_type: str = option(
-        "linear", "shape after the warm-up", group="optimizer", choices=("linear", "cosine", "constant")
+        "linear", "course of the rate after the warm-up", group="optimizer", choices=("linear", "cosine", "constant")
     )
     warmup_steps: float = option(
-        0, "steps, or below 1 the part of the run, over which the rate rises", group="optimizer", metavar="STEPS"
+        0.0,
+        "steps over which the rate rises from 0; below 1: a part of the run",
+        group="optimizer",
+        metavar="STEPS",
+        shown="0",
     )
-    weight_decay: float = option(0.0, "of matrices and embeddings", group="optimizer", metavar="RATE")
-    adam_beta1: float = option(0.9, "of AdamW", group="optimizer", metavar="0..1")
-    adam_beta2: float = option(0.999, "of AdamW", group="optimizer", metavar="0..1")
-    adam_epsilon: float = option(1e-8, "of AdamW", group="optimizer", metavar="EPSILON")
+    weight_decay: float = option(
+        0.0, "AdamW's, of matrices and embeddings; biases and LayerNorm have none", group="optimizer", metavar="RATE"
+    )
+    adam_beta1: float = option(0.9, "AdamW's memory of the gradient", group="optimizer", metavar="0..1")
+    adam_beta2: float = option(0.999, "AdamW's memory of its square", group="optimizer", metavar="0..1")
+    adam_epsilon: float = option(1e-8, "AdamW's, against division by 0", group="optimizer", metavar="EPSILON")
     max_grad_norm: float = option(
         1.0, "clip the gradient's norm to this; 0 is no clipping", group="optimizer", metavar="NORM"
     )
-    seed: int = option(42, "of everything random", group="optimizer", metavar="N")
+    seed: int = option(42, "decides everything random", group="optimizer", metavar="N")
 
     precision: str = option(
-        "auto", "of the products; weights stay fp32", group="speed", choices=("auto", "bf16", "fp16", "fp32")
+        "auto",
+        "number format of the products, weights stay fp32; auto: bf16 where the device has it natively, else fp32",
+        group="speed",
+        choices=("auto", "bf16", "fp16", "fp32"),
     )
     gradient_checkpointing: bool = option(False, "less memory, a third more time", group="speed")
     compile: bool = option(False, "torch.compile: minutes to start, faster steps", group="speed")
-    engine: str = option("auto", "who places the work", group="speed", choices=("auto", "single", "ddp"))
-    device: str = option("auto", "where", group="speed", choices=("auto", "cpu", "cuda"))
+    engine: str = option(
+        "auto", "single: one process; ddp: several, by torchrun", group="speed", choices=("auto", "single", "ddp")
+    )
+    device: str = option("auto", "auto: cuda where there is one", group="speed", choices=("auto", "cpu", "cuda"))
 
     output_dir: str | None = option(None, "the run's folder", group="run", metavar="DIR", shown="runs/MODEL-DATASET")
     eval_steps: int | None = option(
@@ -144,7 +176,10 @@ class TrainSettings(DataSettings):
     dry_run: bool = option(False, "print settings and derived numbers, do nothing", group="run")
     quiet: bool = option(False, "print errors only", group="run")
     config: str | None = option(
-        None, "TOML or JSON file of settings; the command line wins", group="run", metavar="FILE"
+        None,
+        "TOML or JSON file of settings; the command line wins, --no-NAME takes back NAME = true",
+        group="run",
+        metavar="FILE",
     )
 
 
@@ -156,9 +191,9 @@ class ConsolidateSettings:
         None, "a run's folder or one checkpoint of it", positional=True, metavar="RUN_OR_CHECKPOINT"
     )
     out: str | None = option(None, "the directory to make", metavar="DIR", shown="RUN/hf")
-    step: int | None = option(None, "of which step", metavar="STEP", shown="the newest")
+    step: int | None = option(None, "the checkpoint of this step", metavar="STEP", shown="the newest")
     best: bool = option(False, "the checkpoint with the lowest validation loss")
-    dtype: str = option("float32", "of the weights written", choices=("float32", "bfloat16", "float16"))
+    dtype: str = option("float32", "number format of the weights written", choices=("float32", "bfloat16", "float16"))
     max_shard_size: str = option("5GB", "largest file of weights", metavar="SIZE")
     quiet: bool = option(False, "print errors only")
 
@@ -171,12 +206,14 @@ class EvaluateSettings:
     data: str | None = option(
         None, "a store that launch/prepare.py made", metavar="DIR", shown="the store a run was trained on"
     )
-    split: str = option("validation", "of the store", metavar="NAME")
+    split: str = option("validation", "split of the store", metavar="NAME")
     context: int | None = option(None, "tokens of one window", metavar="TOKENS", shown="the model's, 1024")
     stride: int | None = option(None, "tokens between windows", metavar="TOKENS", shown="the context")
     per_device_eval_batch_size: int = option(8, "windows of one forward", metavar="N")
-    precision: str = option("auto", "of the products", choices=("auto", "bf16", "fp16", "fp32"))
-    device: str = option("auto", "where", choices=("auto", "cpu", "cuda"))
+    precision: str = option(
+        "auto", "number format of the products; auto: as in training", choices=("auto", "bf16", "fp16", "fp32")
+    )
+    device: str = option("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
     json: bool = option(False, "print one JSON object a model")
     quiet: bool = option(False, "no progress")
 
@@ -188,17 +225,17 @@ class GenerateSettings:
     model: str | None = option(
         None, "a Hugging Face directory, a run or a name", positional=True, metavar="MODEL", shown="the newest of runs/"
     )
-    prompt: str | None = option(None, "answer this and leave", group="prompts", metavar="TEXT")
+    prompt: str | None = option(None, "answer this and leave", group="prompts", metavar="TEXT", prose=True)
     prompts_file: str | None = option(None, "answer each line of a file and leave", group="prompts", metavar="FILE")
     examples: bool = option(False, "answer five built-in prompts and leave", group="prompts")
-    max_new_tokens: int = option(128, "at most, per answer", group="sampling", metavar="TOKENS")
+    max_new_tokens: int = option(128, "tokens of an answer, at most", group="sampling", metavar="TOKENS")
     temperature: float = option(0.8, "0 takes the likeliest token each time", group="sampling", metavar="T")
     top_k: int = option(50, "sample from the K likeliest tokens; 0 is all", group="sampling", metavar="K")
     top_p: float = option(0.95, "sample from the likeliest tokens that make up P", group="sampling", metavar="P")
     repetition_penalty: float = option(1.1, "above 1 repeats less", group="sampling", metavar="R")
     seed: int = option(42, "same seed, same text", group="sampling", metavar="N")
     json: bool = option(False, "one JSON object an answer", group="output")
-    device: str = option("auto", "where", group="output", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "auto: cuda where there is one", group="output", choices=("auto", "cpu", "cuda"))
     train: bool = option(True, "start training where no model is there yet", group="output")
     quiet: bool = option(False, "answers only", group="output")
 

@@ -13,59 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wikift.cli import flag
+from wikift.cli import flag, nearest
 from wikift.config import WIKITEXT, DataSettings, TrainSettings, slug
 from wikift.errors import UserError
+from wikift.folders import is_hub_name
+from wikift.placement import Placement, placement
 from wikift.shape import RELEASED, Shape, parse_overrides, released_name, shape_of, with_overrides
-
-DEFAULT_GLOBAL_BATCH = 32  # run_clm.py's 8 per device on the 4 devices of the usual torchrun command
-MICRO_BATCH_CEILING = 8
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How one global batch lies on the ranks: `global_batch = ranks * micro_batch * accumulation` blocks."""
-
-    ranks: int
-    micro_batch: int
-    accumulation: int
-
-    @property
-    def global_batch(self) -> int:
-        return self.ranks * self.micro_batch * self.accumulation
 
 
 def ranks_started() -> int:
-    """World size as the launcher set it, 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def placement(settings: TrainSettings, ranks: int) -> Placement:
-    """Fit the global batch on `ranks`. Raises UserError with the arithmetic where it cannot be.
-
-    The global batch is `--global-batch-size`, else the product where both of its parts are given, else 32.
-    """
-    micro, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-    whole = settings.global_batch_size
-    if whole is None:
-        whole = ranks * micro * accumulation if micro and accumulation else DEFAULT_GLOBAL_BATCH
-    if whole % ranks:
-        fits = f"{whole // ranks * ranks or ranks} or {(whole // ranks + 1) * ranks}"
-        raise UserError(
-            f"--global-batch-size {whole}: must be a multiple of the {ranks} processes; "
-            f"take {fits}, or a number of processes that divides {whole}"
-        )
-    share = whole // ranks
-    if accumulation and share % accumulation == 0:
-        micro = micro or share // accumulation
-    micro = micro or max(m for m in range(1, min(share, MICRO_BATCH_CEILING) + 1) if share % m == 0)
-    accumulation = accumulation or max(1, share // micro)
-    if ranks * micro * accumulation != whole:
-        raise UserError(
-            f"--global-batch-size {whole}: not {ranks} processes x {micro} (--per-device-train-batch-size) x "
-            f"{accumulation} (--gradient-accumulation-steps) = {ranks * micro * accumulation}; leave one of the three out"
-        )
-    return Placement(ranks, micro, accumulation)
+    """World size as the launcher set it, 1 without a launcher. Raises UserError where that makes no sense."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or int(size) < 1:
+        raise UserError(f"WORLD_SIZE {size}: must be the number of processes; let torchrun set it, or unset it")
+    if int(size) > 1 and "RANK" not in os.environ:
+        raise UserError(f"WORLD_SIZE {size}: is set in the environment, RANK is not; start with torchrun, or unset it")
+    return int(size)
 
 
 def fallback_dataset(ranks: int) -> str:
@@ -145,17 +108,30 @@ def plan_run(settings: TrainSettings, place: Placement, shape: Shape, tokens: in
         )
     if shape.vocab_size < vocab_size:
         problems.append(
-            f"--model {settings.model}: its vocabulary has {shape.vocab_size} tokens, the store's {vocab_size}; "
-            "prepare with the model's tokenizer, or train --from-scratch without vocab_size"
+            f"--config-overrides vocab_size={shape.vocab_size}: the store's tokenizer has {vocab_size} tokens; "
+            "leave vocab_size out, it follows from the store"
+            if settings.from_scratch
+            else f"--model {settings.model}: its vocabulary has {shape.vocab_size} tokens, the store's {vocab_size}; "
+            "prepare the text with the model's tokenizer, or train --from-scratch"
         )
     blocks = max(1, round(blocks * settings.data_fraction))
     steps = settings.max_steps or _epoch_steps(settings.num_train_epochs, blocks, place.global_batch)
-    warmup = math.ceil(settings.warmup_steps * steps) if settings.warmup_steps < 1 else int(settings.warmup_steps)
-    if settings.warmup_steps >= 1 and warmup >= steps and not problems:
-        problems.append(f"--warmup-steps {warmup}: must end before the run's {steps} steps do")
+    warmup = warmup_steps(settings, steps)
+    if warmup >= steps and not problems:
+        problems.append(
+            f"--warmup-steps {warmup}: must be less than the run's {steps} steps; take fewer, or a part below 1"
+        )
     if problems:
         raise UserError(*problems)
     return Plan(place, shape, block_size, blocks, steps, warmup)
+
+
+def warmup_steps(settings: TrainSettings, steps: int) -> int:
+    """Updates over which the rate rises. A part of the run is rounded up, and leaves one update at the full rate."""
+    if settings.warmup_steps >= 1:
+        return int(settings.warmup_steps)
+    # rounded to a millionth of a step first: 0.07 of 100 steps are 7, though 0.07 * 100 is above 7
+    return min(math.ceil(round(settings.warmup_steps * steps, 6)), steps - 1)
 
 
 def _epoch_steps(epochs: float | None, blocks: int, global_batch: int) -> int:
@@ -163,13 +139,6 @@ def _epoch_steps(epochs: float | None, blocks: int, global_batch: int) -> int:
     assert epochs is not None
     # rounded to a millionth of a step first, so that 0.3 epochs of 10 steps are 3 steps and not 4
     return max(1, math.ceil(round(epochs * blocks / global_batch, 6)))
-
-
-def batch_words(place: Placement) -> str:
-    return (
-        f"{place.global_batch} blocks a step = {place.ranks} process{'es' if place.ranks > 1 else ''} x "
-        f"{place.micro_batch} blocks x {place.accumulation} accumulated"
-    )
 
 
 def plan_words(plan: Plan) -> dict[str, str]:
@@ -186,7 +155,8 @@ def plan_words(plan: Plan) -> dict[str, str]:
 def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str]:
     """Every problem of resolved settings that can be known before data is read. `launched`: a launcher set RANK."""
     problems = _check_ranges(settings)
-    if not problems:  # the arithmetic needs numbers in range
+    batch = (settings.global_batch_size, settings.per_device_train_batch_size, settings.gradient_accumulation_steps)
+    if all(number is None or number >= 1 for number in batch):
         problems += problems_of(lambda: placement(settings, ranks))
     problems += check_data(settings) + _check_model(settings)
     if settings.max_steps is not None and settings.num_train_epochs is not None:
@@ -199,8 +169,9 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
     if settings.engine == "ddp" and not launched:
         problems.append("--engine ddp: needs a launcher; start with torchrun --nproc_per_node=N launch/train.py ...")
     output = Path(settings.output_dir or ".")
-    if output.exists() and not output.is_dir():
-        problems.append(f"--output-dir {output}: is a file; name a folder")
+    for path in (output, *output.parents):
+        if path.exists() and not path.is_dir():
+            problems.append(f"--output-dir {output}: {'is' if path == output else f'{path} is'} a file; name a folder")
     if settings.resume not in ("auto", "never") and not (Path(settings.resume) / "manifest.json").is_file():
         problems.append(
             f"--resume {settings.resume}: must be auto, never or a checkpoint, OUTPUT_DIR/checkpoints/step-..."
@@ -222,10 +193,12 @@ def check_data(settings: DataSettings) -> list[str]:
     problems = []
     data = getattr(settings, "data", None)
     if data is not None:
-        for name in ("dataset", "dataset_config", "tokenizer", "validation_fraction", "append_eos", "workers"):
-            if getattr(settings, name) is not None:
+        for field in dataclasses.fields(DataSettings):
+            value = getattr(settings, field.name)
+            if value != field.default:
+                words = f"{flag(field.name)} {value}" if value is not False else flag("no_" + field.name)
                 problems.append(
-                    f"{flag(name)} {getattr(settings, name)}: cannot act, --data {data} is tokenized already; "
+                    f"{words.removesuffix(' True')}: cannot act, --data {data} is tokenized already; "
                     "leave one of the two out"
                 )
     if settings.dataset_config is not None and settings.dataset in (*WIKITEXT, "demo"):
@@ -248,12 +221,17 @@ def check_data(settings: DataSettings) -> list[str]:
     return problems
 
 
+def _plain(value: float) -> str:
+    """3.0 -> 3, 1234567 -> 1234567, 1e-05 -> 1e-05."""
+    return str(int(value)) if value == int(value) else repr(value)
+
+
 def _check_ranges(settings: TrainSettings) -> list[str]:
     problems = []
 
     def rule(name: str, holds: bool, words: str) -> None:
         if not holds:
-            problems.append(f"{flag(name)} {getattr(settings, name):g}: must be {words}")
+            problems.append(f"{flag(name)} {_plain(getattr(settings, name))}: must be {words}")
 
     for name in (
         "block_size", "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps",
@@ -261,7 +239,11 @@ def _check_ranges(settings: TrainSettings) -> list[str]:
     ):  # fmt: skip
         value = getattr(settings, name)
         rule(name, value is None or value >= 1, "1 or more")
-    rule("num_train_epochs", settings.num_train_epochs is None or settings.num_train_epochs > 0, "above 0")
+    rule(
+        "num_train_epochs",
+        settings.num_train_epochs is None or 0 < settings.num_train_epochs <= 1e6,
+        "above 0 and at most a million",
+    )
     rule("data_fraction", 0 < settings.data_fraction <= 1, "above 0 and at most 1")
     rule("learning_rate", settings.learning_rate is None or settings.learning_rate > 0, "above 0")
     for name in ("weight_decay", "max_grad_norm", "seed", "warmup_steps"):
@@ -274,7 +256,10 @@ def _check_ranges(settings: TrainSettings) -> list[str]:
     rule("adam_epsilon", settings.adam_epsilon > 0, "above 0")
     rule("dropout", settings.dropout is None or 0 <= settings.dropout < 1, "at least 0 and below 1")
     if settings.max_steps is not None and settings.warmup_steps >= max(1, settings.max_steps):
-        problems.append(f"--warmup-steps {settings.warmup_steps:g}: must be less than --max-steps {settings.max_steps}")
+        problems.append(
+            f"--warmup-steps {_plain(settings.warmup_steps)}: must be less than --max-steps {settings.max_steps}; "
+            "take fewer, or a part of the run below 1"
+        )
     return problems
 
 
@@ -285,20 +270,22 @@ def _check_model(settings: TrainSettings) -> list[str]:
             f"--config-overrides {settings.config_overrides}: cannot act on trained weights; "
             "add --from-scratch or leave it out"
         )
-    try:
-        shape = model_shape(settings)
-    except UserError as error:
-        return problems + list(error.problems)
+    problems += problems_of(lambda: parse_overrides(settings.config_overrides or ""))
+    problems += problems_of(lambda: shape_of(settings.model))
+    if problems:
+        return problems
+    shape = model_shape(settings)
     if shape is None:
-        if not _is_hub_name(settings.model):
+        if not is_hub_name(settings.model):
             problems.append(
-                f"--model {settings.model}: no such folder, and not one of {', '.join(RELEASED)}; "
-                "name one of these, OWNER/NAME of the Hub, or a folder"
+                f"--model {settings.model}: no such folder, and not one of {', '.join(RELEASED)}"
+                f"{nearest(settings.model, RELEASED)}; name one of these, OWNER/NAME of the Hub, or a folder"
             )
         return problems
     if shape.n_embd % shape.n_head:
+        where = "--config-overrides" if settings.from_scratch else f"--model {settings.model}:"
         problems.append(
-            f"--config-overrides n_head={shape.n_head}: must divide n_embd={shape.n_embd}; "
+            f"{where} n_head={shape.n_head}: must divide n_embd={shape.n_embd}; "
             f"try n_head={math.gcd(shape.n_embd, shape.n_head)}"
         )
     if settings.block_size is not None and settings.block_size > shape.n_positions:
@@ -307,8 +294,3 @@ def _check_model(settings: TrainSettings) -> list[str]:
             f"take {shape.n_positions} or less"
         )
     return problems
-
-
-def _is_hub_name(model: str) -> bool:
-    owner, slash, name = model.partition("/")
-    return bool(owner and slash and name) and "/" not in name and not model.startswith((".", "/", "~"))

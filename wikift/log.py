@@ -21,6 +21,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from wikift.errors import EnvironmentFault
@@ -77,12 +78,21 @@ class Log:
 def open_log(
     run: Path, *, after_step: int, steps: int, quiet: bool, wandb: bool, settings: dict[str, Any]
 ) -> Iterator[Log]:
-    """Rank 0's log of a run that goes on after `after_step`. Raises EnvironmentFault where wandb cannot start."""
+    """Rank 0's log of a run that goes on after `after_step`.
+
+    Raises EnvironmentFault where metrics.jsonl cannot be written (its lines stay as they are) or wandb cannot start.
+    """
     path = run / "metrics.jsonl"
-    keep_until(path, after_step)
     with contextlib.ExitStack() as stack:
-        wandb_run = stack.enter_context(_wandb_run(run, settings)) if wandb else None
-        file = stack.enter_context(open(path, "a", encoding="utf-8"))
+        try:
+            keep_until(path, after_step)
+            file = stack.enter_context(open(path, "a", encoding="utf-8"))
+        except OSError as error:
+            raise EnvironmentFault(
+                f"{path} cannot be written ({error.strerror}); make room or mend its permissions, then run the same "
+                "command again"
+            ) from None
+        wandb_run = stack.enter_context(_wandb_run(run, settings, quiet)) if wandb else None
         view = None
         console = Console(file=sys.stdout)
         if console.is_terminal and not quiet:
@@ -97,7 +107,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
                 values = json.loads(text)
-                if isinstance(values, dict) and "step" in values:
+                if isinstance(values, dict) and isinstance(values.get("step"), int):
                     found.append(values)
     return found
 
@@ -120,7 +130,8 @@ def panel(values: dict[str, Any], steps: int) -> Panel:
     """One step as a live panel that fits any width."""
     step = values.get("step", 0)
     parts = [Text.assemble((name + " ", "dim"), (text, "bold")) for name, text in _parts(values)]
-    bar = ProgressBar(total=max(1, steps), completed=step)
+    bar = Table.grid(expand=True)  # a bar of its own ends without a line's end, and swallows what follows
+    bar.add_row(ProgressBar(total=max(1, steps), completed=step))
     title = f"step {step:,} of {steps:,}"
     return Panel(Group(bar, Columns(parts, padding=(0, 2))), title=title, title_align="left")
 
@@ -130,14 +141,14 @@ def _parts(values: dict[str, Any]) -> list[tuple[str, str]]:
     shown = (
         ("loss", "loss", "{:.4f}"), ("ppl", "perplexity", "{:,.2f}"), ("eval loss", "eval_loss", "{:.4f}"),
         ("eval ppl", "eval_perplexity", "{:,.2f}"), ("norm", "grad_norm", "{:.3f}"), ("lr", "learning_rate", "{:.2e}"),
-        ("tok/s", "tokens_per_second", "{:,.0f}"), ("mfu", "mfu", "{:.1%}"), ("GB", "memory_gb", "{:.2f}"),
+        ("tok/s", "tokens_per_second", "{:,.0f}"), ("mfu", "mfu", "{:.1%}"), ("memory", "memory_gb", "{:.2f} GB"),
         ("skipped", "skipped_steps", "{}"), ("now", "now", "{}"), ("saved", "saved", "{}"),
     )  # fmt: skip
     if values.get("loss") is not None:
         values = {"perplexity": _exp(values["loss"]), **values}
     parts = [(name, form.format(values[key])) for name, key, form in shown if values.get(key) is not None]
     if values.get("seconds_left") is not None:
-        parts.append(("left", duration(values["seconds_left"])))
+        parts.append(("time left", duration(values["seconds_left"])))
     return parts
 
 
@@ -153,9 +164,13 @@ def _exp(value: float) -> float:
 
 
 @contextlib.contextmanager
-def _wandb_run(run: Path, settings: dict[str, Any]) -> Iterator[Any]:
+def _wandb_run(run: Path, settings: dict[str, Any], quiet: bool) -> Iterator[Any]:
     import wandb
 
+    # its copy of the terminal would hold every frame of the live view
+    chosen = wandb.Settings(console="off")
+    if quiet:
+        chosen.silent = True
     name = run / "wandb-id.txt"  # the same run goes on there when training is resumed
     if not name.exists():
         name.write_text(uuid.uuid4().hex[:12])
@@ -167,6 +182,7 @@ def _wandb_run(run: Path, settings: dict[str, Any]) -> Iterator[Any]:
             resume="allow",
             dir=run,
             config=settings,
+            settings=chosen,
         )
     except Exception as error:
         words = " ".join(str(error).split())[:200]

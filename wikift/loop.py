@@ -71,7 +71,7 @@ def run_steps(engine: Engine, job: Job, world: World, log: Log, *, done: int) ->
         skipped += ~torch.isfinite(norm)
         meter.step(job.tokens_per_step)
         log.tick(step=step)
-        stop = int(world.total(torch.tensor(job.stop_signal())))
+        stop = world.highest(job.stop_signal())
         record: dict[str, Any] = {"step": step}
         if due.log(step) or stop:
             loss = float(world.total(torch.stack(losses).mean())) / world.size

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
             job = _job(run, model, engine, log, validates, stop_signal)
             stopped = run_steps(engine, job, world, log, done=done)
             if stopped:
-                log.say(f"stopped by signal {stopped} and saved; the same command goes on from here")
+                log.say(f"stopped by {signal.Signals(stopped).name} and saved; the same command goes on from here")
     if not stopped:
         say(f"done: {folder}\n  python launch/consolidate.py {folder}\n  python launch/generate.py {folder}")
     return stopped
@@ -227,6 +228,6 @@ def _announcement(run: Run, engine: Engine, start: Checkpoint | None) -> Iterato
     yield f"engine {name} on {run.world.device.type}, {run.precision.name} ({run.precision.reason})"
     if run.precision.warning:
         yield f"warning: {run.precision.warning}"
-    yield f"{derive.batch_words(run.plan.place)} = {words['tokens per step']} tokens; {words['steps']}"
+    yield f"{run.plan.place.words} = {words['tokens per step']} tokens; {words['steps']}"
     if start is not None:
         yield f"going on from {start.path}, after step {start.step:,}"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from wikift.cli import nearest
 from wikift.errors import UserError
 
 # layers, heads, width: the released models (Radford et al. 2019, table 2; Sanh et al. 2019 for distilgpt2)
@@ -34,6 +36,7 @@ OVERRIDES: dict[str, type] = {
     "embd_pdrop": float,
     "attn_pdrop": float,
 }
+ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh", "relu", "silu", "tanh")  # of transformers' ACT2FN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +94,15 @@ def shape_of(model: str) -> Shape | None:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "gpt2":
         raise UserError(f"--model {model}: config.json says model_type {kind!r}; wikift trains gpt2 models only")
-    return with_overrides(Shape(), {f.name: config[f.name] for f in dataclasses.fields(Shape) if f.name in config})
+    found = {f.name: config[f.name] for f in dataclasses.fields(Shape) if f.name in config}
+    problems = [
+        f"--model {model}: config.json says {name} {value!r}, which must be a whole number of 1 or more"
+        for name, value in found.items()
+        if not (type(value) is int and value >= 1) and not (name == "n_inner" and value is None)
+    ]
+    if problems:
+        raise UserError(*problems)
+    return with_overrides(Shape(), found)
 
 
 def with_overrides(shape: Shape, overrides: dict[str, Any]) -> Shape:
@@ -107,19 +118,34 @@ def parse_overrides(text: str) -> dict[str, Any]:
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, equals, value = (p.strip() for p in part.partition("="))
         if not equals or name not in OVERRIDES:
-            problems.append(f"--config-overrides {part}: must be NAME=VALUE, NAME one of {', '.join(OVERRIDES)}")
-            continue
-        try:
-            found[name] = OVERRIDES[name](value)
-        except ValueError:
-            problems.append(
-                f"--config-overrides {part}: {name} must be {'a whole ' if OVERRIDES[name] is int else 'a '}number"
-            )
-            continue
-        if OVERRIDES[name] is int and found[name] < 1:
-            problems.append(f"--config-overrides {part}: {name} must be 1 or more")
-        if name.endswith("pdrop") and not 0 <= found[name] < 1:
-            problems.append(f"--config-overrides {part}: {name} must be at least 0 and below 1")
+            names = f"one of {', '.join(OVERRIDES)}{nearest(name, tuple(OVERRIDES))}"
+            problems.append(f"--config-overrides {part}: must be NAME=VALUE, NAME {names}")
+        elif name in found:
+            problems.append(f"--config-overrides {part}: {name} is given twice; leave one out")
+        else:
+            try:
+                found[name] = OVERRIDES[name](value)
+            except ValueError:
+                found[name] = None
+            if not _may_be(name, found[name]):
+                problems.append(f"--config-overrides {part}: {name} must be {_rule(name)}")
     if problems:
         raise UserError(*problems)
     return found
+
+
+def _may_be(name: str, value: Any) -> bool:
+    """Whether `value` (None where it has not the right type) is one that the override `name` can have."""
+    if value is None or OVERRIDES[name] is str:
+        return value in ACTIVATIONS
+    if OVERRIDES[name] is int:
+        return bool(value >= 1)
+    return bool(0 <= value < 1 if name.endswith("pdrop") else 0 < value < math.inf)
+
+
+def _rule(name: str) -> str:
+    if OVERRIDES[name] is str:
+        return f"one of {', '.join(ACTIVATIONS)}"
+    if OVERRIDES[name] is int:
+        return "a whole number of 1 or more"
+    return "a number, at least 0 and below 1" if name.endswith("pdrop") else "a number above 0"

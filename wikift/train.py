@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from wikift import config, derive
 from wikift.cli import EXIT_DONE, EXIT_INTERRUPTED, parse
 from wikift.config import TrainSettings
-from wikift.derive import Placement, Plan
+from wikift.derive import Plan
 from wikift.errors import UserError
+from wikift.placement import Placement, placement
 from wikift.shape import Shape
 
 if TYPE_CHECKING:
@@ -21,11 +22,18 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Fine-tune GPT-2, or train it from scratch. The same command goes on where it stopped."
 EPILOG = """examples:
-  torchrun --nproc_per_node=4 launch/train.py          gpt2 on wikitext-103-v1
-  python launch/train.py --max-steps 100               gpt2 on wikitext-2-v1, one process
-  python launch/train.py --dataset my.txt --model distilgpt2
+  torchrun --nproc_per_node=4 launch/train.py
+                 four processes: gpt2 on wikitext-103-v1
+  python launch/train.py
+                 one process: gpt2 on wikitext-2-v1
+  python launch/train.py --dataset my.txt --model distilgpt2 --max-steps 500
+                 your own text
 
-exit codes: 0 done; 1 the machine or the training failed; 2 wrong settings; 75 stopped by a signal, all saved"""
+exit codes:
+  0    done
+  1    the machine or the training failed; what is saved and what to do is said
+  2    wrong settings or files; nothing was written
+  75   stopped by a signal, all saved; the same command goes on"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,17 +43,19 @@ def main(argv: Sequence[str]) -> int:
     )
     ranks = derive.ranks_started()
     settings = derive.resolve(given, ranks)
-    if problems := derive.check_train(settings, ranks, launched="RANK" in os.environ):
-        raise UserError(*problems)
-    place = derive.placement(settings, ranks)
-    speaks = os.environ.get("RANK", "0") == "0" and not settings.quiet
+    problems = derive.check_train(settings, ranks, launched="RANK" in os.environ) + _data_problems(settings, given)
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    place = placement(settings, ranks)
+    speaks = os.environ.get("RANK", "0") == "0" and (settings.dry_run or not settings.quiet)
 
     def say(text: str) -> None:
         if speaks:
             print(text, flush=True)
 
     if given.data is None and given.dataset is None and ranks == 1:
-        say("one process: falling back to wikitext-2-v1 (torchrun starts several, and wikitext-103-v1)")
+        comment = "# " if settings.dry_run else ""  # a dry run prints a config file
+        say(f"{comment}one process: falling back to wikitext-2-v1 (torchrun starts several, and wikitext-103-v1)")
     if settings.dry_run:
         say(dry_run(settings, place))
         return EXIT_DONE
@@ -65,8 +75,9 @@ def dry_run(settings: TrainSettings, place: Placement) -> str:
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if value is not None and field.name not in ("config", "dry_run"):
-            lines.append(f"{field.name} = {json.dumps(value, ensure_ascii=False)}")
-    lines += ["", "# derived", f"# batch: {derive.batch_words(place)}"]
+            # JSON's values are TOML's too, but for the delete character
+            lines.append(f"{field.name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f"))
+    lines += ["", "# derived", f"# batch: {place.words}"]
     path = Path(settings.data) if settings.data is not None else config.store_path(settings)
     shape = derive.model_shape(settings)
     if settings.data is not None or (path / "store.json").exists():
@@ -78,8 +89,20 @@ def dry_run(settings: TrainSettings, place: Placement) -> str:
             lines.append(f"# parameters: {shape.parameters:,} with a vocabulary of {shape.vocab_size:,}")
             lines.append(f"# tokens per step: {place.global_batch * (settings.block_size or shape.n_positions):,}")
         if settings.max_steps is not None and settings.warmup_steps < 1:
-            lines.append(f"# warm-up steps: {int(settings.warmup_steps * settings.max_steps)}")
+            lines.append(f"# warm-up steps: {derive.warmup_steps(settings, settings.max_steps)}")
     return "\n".join(lines)
+
+
+def _data_problems(settings: TrainSettings, given: TrainSettings) -> list[str]:
+    """What is wrong with the store or the text, as far as it shows at once; `given` before derivations."""
+    from wikift.prepare import source_problems
+    from wikift.tokens import open_store
+
+    data = settings.data
+    if data is not None:
+        return derive.problems_of(lambda: open_store(data))
+    # a tokenizer that follows from --model is not complained of beside --model
+    return source_problems(dataclasses.replace(settings, tokenizer=given.tokenizer))
 
 
 def _plan(settings: TrainSettings, place: Placement, store: TokenStore) -> Plan:

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from wikift.cli import EXIT_FAULT, EXIT_USER
+from wikift.cli import EXIT_FAULT, EXIT_USER, report
 from wikift.errors import EnvironmentFault, UserError
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -48,6 +48,13 @@ class World:
         summed = value.clone()
         dist.all_reduce(summed)
         return summed
+
+    def highest(self, number: int) -> int:
+        """The largest of the ranks' numbers, on every rank; collective."""
+        value = torch.tensor(number)
+        if self.size > 1:
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return int(value)
 
     def barrier(self) -> None:
         """Wait for all ranks, on the host."""
@@ -168,33 +175,43 @@ def _failed_rank(store: Any) -> int | None:
 
 def _fail(error: Exception, store: Any, rank: int) -> None:
     """Say why, tell the others, leave at once: destructors of a broken process group may wait for ever."""
-    first: int | None = rank
-    try:
-        if _is_lost_peer(error):  # give the rank that failed time to say so
-            deadline = time.monotonic() + _GRACE_SECONDS
-            while (first := _failed_rank(store)) is None and time.monotonic() < deadline:
-                time.sleep(0.05)
-        if first in (None, rank):
-            store.set(_FAILED, str(rank))
-    except Exception:
-        first = first if first != rank or not _is_lost_peer(error) else None
-    if first is None:
+    # A lost peer has a cause elsewhere, and a wrong setting is wrong on every rank: let the one speak that knows.
+    secondary = _is_lost_peer(error) or (isinstance(error, (UserError, EnvironmentFault)) and rank != 0)
+    first = _first_failure(store, rank, wait=secondary)
+    if _is_lost_peer(error) and first is None:
         print(
             f"wikift: rank {rank} lost another process, which left no word (killed, or out of memory?); "
             "run the same command again to go on from the newest checkpoint",
             file=sys.stderr,
         )
-    elif first != rank:
-        print(f"wikift: rank {rank} stops, rank {first} failed", file=sys.stderr)
+    elif first not in (None, rank):
+        if not isinstance(error, (UserError, EnvironmentFault)):
+            print(f"wikift: rank {rank} stops, rank {first} failed", file=sys.stderr)
     elif isinstance(error, UserError):
-        print(f"wikift: rank {rank}:", *error.problems, sep="\n  ", file=sys.stderr)
+        report(error)
     elif isinstance(error, EnvironmentFault):
-        print(f"wikift: rank {rank}: {error}", file=sys.stderr)
+        print(f"wikift: {error}", file=sys.stderr)
     else:
         print(f"wikift: rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, end="")
     sys.stdout.flush()
     sys.stderr.flush()
+    if first != rank:
+        time.sleep(1.0)  # the launcher names the rank that left first as the cause
     os._exit(EXIT_USER if isinstance(error, UserError) else EXIT_FAULT)
+
+
+def _first_failure(store: Any, rank: int, *, wait: bool) -> int | None:
+    """The rank that failed first, this one where it does not `wait` for another's word; None where none said so."""
+    deadline = time.monotonic() + (_GRACE_SECONDS if wait else 0.0)
+    try:
+        while (first := _failed_rank(store)) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if first is None:
+            store.set(_FAILED, str(rank))
+            first = None if wait else rank
+        return first
+    except Exception:  # the store went with its host
+        return None if wait else rank
 
 
 def _is_lost_peer(error: Exception) -> bool:

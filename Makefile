@@ -1,0 +1,54 @@
+# make demo    everything once, in three minutes on two cores: tokenizer, store, training, evaluation, prompts
+# make test    the whole test suite
+# make check   ruff and mypy
+# make pins    requirements.txt anew from setup.cfg
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := demo
+
+.PHONY: install demo test check pins
+.DELETE_ON_ERROR:
+
+install: .venv/installed
+
+.venv/installed: requirements.txt setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "wikift needs Python 3.10 or newer with venv (Debian: apt install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+.venv/test-installed: .venv/installed tests/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	@touch $@
+
+demo: install
+	$(BIN)/python launch/prepare.py --dataset demo --tokenizer train:2048 --out $(DEMO)/store
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 launch/train.py --config launch/demo.toml \
+	  --data $(DEMO)/store --output-dir $(DEMO)/run
+	$(BIN)/python launch/consolidate.py $(DEMO)/run
+	$(BIN)/python launch/evaluate.py $(DEMO)/run/hf --data $(DEMO)/store --split test
+	$(BIN)/python launch/generate.py $(DEMO)/run/hf --prompts-file launch/demo_prompts.txt --max-new-tokens 48
+	@echo
+	@echo "$(CURDIR)/$(DEMO)/run/hf is a Hugging Face model directory. Next:"
+	@echo "  $(BIN)/python launch/generate.py $(DEMO)/run/hf                    # prompts of your own"
+	@echo "  $(BIN)/python launch/train.py --dry-run                        # what fine-tuning gpt2 would do"
+	@echo "  $(BIN)/torchrun --nproc_per_node=2 launch/train.py --dataset YOUR.txt --model distilgpt2"
+
+test: .venv/test-installed
+	$(BIN)/python -m pytest -q
+
+check: .venv/test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy wikift
+
+pins:
+	{ echo "# uv pip compile --universal --python-version 3.10 --no-header --no-annotate setup.cfg -o requirements.txt"; \
+	  uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate setup.cfg; } > requirements.new
+	{ echo "# uv pip compile --universal --python-version 3.10 --no-header --no-annotate -c requirements.txt tests/requirements.in -o tests/requirements.txt"; \
+	  uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate -c requirements.new tests/requirements.in; } > tests/requirements.new
+	mv requirements.new requirements.txt
+	mv tests/requirements.new tests/requirements.txt
