@@ -89,6 +89,7 @@ def test_fp16_counts_skipped_steps_and_resumes_bit_for_bit(store: Path, tmp_path
         shutil.rmtree(path)
     assert run_ranks(train, ranks, arguments(store, run, **words)) == [0] * ranks
     assert curve(run) == curve(whole)
+    assert metrics(run)[-1]["skipped_steps"] == skipped
 
 
 def test_divergence_ends_the_run_with_advice(store: Path, tmp_path: Path) -> None:

@@ -71,7 +71,8 @@ class Log:
         """Refresh the live view."""
         if self.view is not None:
             self.shown |= values
-            self.view.update(panel(self.shown, self.steps))
+            # not to the right edge: what a terminal echoes for Ctrl-C would wrap there and spoil the frame
+            self.view.update(panel(self.shown, self.steps, min(self.view.console.width - 3, 120)))
 
 
 @contextlib.contextmanager
@@ -126,14 +127,14 @@ def line(values: dict[str, Any], steps: int) -> str:
     return f"step {values['step']:,}/{steps:,}  " + "  ".join(f"{name} {text}" for name, text in _parts(values))
 
 
-def panel(values: dict[str, Any], steps: int) -> Panel:
-    """One step as a live panel that fits any width."""
+def panel(values: dict[str, Any], steps: int, width: int | None = None) -> Panel:
+    """One step as a live panel, `width` columns wide or as wide as the terminal."""
     step = values.get("step", 0)
     parts = [Text.assemble((name + " ", "dim"), (text, "bold")) for name, text in _parts(values)]
     bar = Table.grid(expand=True)  # a bar of its own ends without a line's end, and swallows what follows
     bar.add_row(ProgressBar(total=max(1, steps), completed=step))
     title = f"step {step:,} of {steps:,}"
-    return Panel(Group(bar, Columns(parts, padding=(0, 2))), title=title, title_align="left")
+    return Panel(Group(bar, Columns(parts, padding=(0, 2))), title=title, title_align="left", width=width)
 
 
 def _parts(values: dict[str, Any]) -> list[tuple[str, str]]:
@@ -160,7 +161,7 @@ def duration(seconds: float) -> str:
 
 
 def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+    return math.inf if value >= 700 else math.exp(value)  # not a number stays that
 
 
 @contextlib.contextmanager

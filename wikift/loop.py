@@ -49,6 +49,7 @@ class Job:
     tokens_per_step: int
     run_seed: int
     skips_overflow: bool  # fp16: a gradient that overflows is skipped and counted, elsewhere it ends the run
+    skipped: int  # steps skipped before this start
     validate: Callable[[], Score | None]
     save: Callable[[int, float | None], None]  # (step, eval_loss)
     stop_signal: Callable[[], int]
@@ -61,7 +62,7 @@ def run_steps(engine: Engine, job: Job, world: World, log: Log, *, done: int) ->
     EnvironmentFault where the loss or the gradient is no longer finite.
     """
     due, meter = job.due, job.meter
-    skipped = torch.zeros((), device=world.device)
+    skipped = torch.tensor(float(job.skipped), device=world.device)
     batches = job.batches(done)
     for step in range(done + 1, due.steps + 1):
         torch.manual_seed(seed(job.run_seed, "dropout", step, world.rank))
@@ -75,7 +76,7 @@ def run_steps(engine: Engine, job: Job, world: World, log: Log, *, done: int) ->
         record: dict[str, Any] = {"step": step}
         if due.log(step) or stop:
             loss = float(world.total(torch.stack(losses).mean())) / world.size
-            if not math.isfinite(loss) or (skipped.item() and not job.skips_overflow):
+            if not math.isfinite(loss) or (skipped.item() > job.skipped and not job.skips_overflow):
                 raise EnvironmentFault(diverged(step, loss, float(norm), lr))
             record |= {
                 "loss": loss,

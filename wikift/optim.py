@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_NORM_CHUNK = 1 << 20  # elements
+_NORM_CHUNK = 1 << 18  # elements
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def build_adamw(parameters: Iterable[nn.Parameter], settings: AdamSettings) -> t
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all `gradients` together, on their device.
 
-    In pieces of a million elements: the CPU's fp32 norm of one tensor of 30M elements reads 1e-3 low (measured).
+    In pieces: the CPU's fp32 norm of one tensor of 40M elements reads 3e-3 low, of a million 1e-5, of these 1e-6
+    (measured on normal numbers; smaller pieces gain little and make thousands of tensors of a large model).
     """
     pieces = [piece for gradient in gradients for piece in gradient.reshape(-1).split(_NORM_CHUNK)]
     return torch.nn.utils.get_total_norm(pieces)

@@ -27,7 +27,7 @@ from wikift.batches import count_blocks, micro_batches, sample_blocks
 from wikift.checkpoint import Checkpoint
 from wikift.config import TrainSettings
 from wikift.derive import Plan
-from wikift.engines.base import Engine
+from wikift.engines.base import OPTIMIZER, Engine
 from wikift.engines.ddp import DDPEngine
 from wikift.engines.single import SingleEngine
 from wikift.errors import UserError
@@ -77,7 +77,7 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
             say(text)
         done = start.step if start is not None else 0
         with _log(run, done) as log:
-            job = _job(run, model, engine, log, validates, stop_signal)
+            job = _job(run, model, engine, log, start, validates, stop_signal)
             stopped = run_steps(engine, job, world, log, done=done)
             if stopped:
                 log.say(f"stopped by {signal.Signals(stopped).name} and saved; the same command goes on from here")
@@ -109,7 +109,13 @@ def _build(run: Run, start: Checkpoint | None) -> tuple[GPT2LMHeadModel, Engine]
 
 
 def _job(
-    run: Run, model: GPT2LMHeadModel, engine: Engine, log: Log, validates: bool, stop_signal: Callable[[], int]
+    run: Run,
+    model: GPT2LMHeadModel,
+    engine: Engine,
+    log: Log,
+    start: Checkpoint | None,
+    validates: bool,
+    stop_signal: Callable[[], int],
 ) -> Job:
     """The functions and numbers that the loop works with."""
     settings, plan, store, world = run.settings, run.plan, run.store, run.world
@@ -149,6 +155,7 @@ def _job(
         tokens_per_step=plan.tokens_per_step,
         run_seed=settings.seed,
         skips_overflow=run.precision.name == "fp16",
+        skipped=start.step - int(start.read(OPTIMIZER, "updates", 0, 1)) if start is not None else 0,
         validate=validate,
         save=save,
         stop_signal=stop_signal,

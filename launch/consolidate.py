@@ -1,0 +1,12 @@
+"""Make a Hugging Face directory of a checkpoint. `--help` tells the rest."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from wikift.cli import run
+from wikift.export import main
+
+if __name__ == "__main__":
+    run(main)

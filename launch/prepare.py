@@ -1,0 +1,12 @@
+"""Text to a token store: see `python launch/prepare.py --help`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from wikift.cli import run
+from wikift.prepare import main
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,69 @@
+"""How far a long reading of text has come: one plain line on stderr. (The rich console is training's, in `log`.)"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+Part = TypeVar("Part")
+
+
+class Progress:
+    """One line, rewritten twice a second on a terminal; elsewhere a line every ten seconds; nothing where `quiet`."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.terminal = sys.stderr.isatty()
+        self.pause_seconds = 0.5 if self.terminal else 10.0
+        self.shown = False
+
+    def over(
+        self, name: str, size: int | None, parts: Iterator[Part], count: Callable[[Part], tuple[int, int]]
+    ) -> Iterator[Part]:
+        """Pass `parts` on. `size` is the bytes of text to come, about; `count` gives a part's bytes and tokens."""
+        start = last = time.monotonic()
+        done = tokens = 0
+        for part in parts:
+            yield part
+            more = count(part)
+            done, tokens = done + more[0], tokens + more[1]
+            now = time.monotonic()
+            if now - last >= self.pause_seconds:
+                last = now
+                self._show(line(name, size, done, tokens, now - start))
+
+    def _show(self, text: str) -> None:
+        if self.quiet:
+            return
+        if self.terminal:
+            text = "\r" + text[: _columns() - 1] + "\x1b[K"  # a line that wraps could not be rewritten
+        print(text, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+        self.shown = True
+
+    def clear(self) -> None:
+        """Take the line away from a terminal, for what is printed next."""
+        if self.shown and self.terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self.shown = False
+
+
+def line(name: str, size: int | None, done: int, tokens: int, seconds: float) -> str:
+    """`train: 14.1 MB, 1.3 MB/s, 3,054,627 tokens, 7%, 2 min left`; the last two only where `size` is known."""
+    rate = done / max(seconds, 1e-9)
+    text = f"{name}: {done / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s"
+    if tokens:
+        text += f", {tokens:,} tokens"
+    if size and rate and done < size:  # an estimate, it may be passed
+        left = (size - done) / rate
+        text += f", {100 * done / size:.0f}%, {f'{left / 60:.0f} min' if left >= 90 else f'{left:.0f} s'} left"
+    return text
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:
+        return 80
