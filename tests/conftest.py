@@ -2,6 +2,7 @@
 
 import os
 
+os.environ["OMP_NUM_THREADS"] = "1"  # two test processes share two cores; threads that wait for a core spin
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network
 os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -48,8 +48,8 @@ def measure(micro: int, accumulation: int, fault: str = "", clip: float = 0.5, d
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 16, "vocab_size": VOCABULARY}
     rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
     model = GPT2LMHeadModel(GPT2Config(**shape, **rates, bos_token_id=0, eos_token_id=0))
-    # The gradient of a key's bias is zero in exact arithmetic (softmax does not see it), so what comes is rounding. Adam
-    # blows it up to whole steps unless epsilon lies above it.
+    # The gradient of a key's bias is zero in exact arithmetic (softmax does not see it), so what comes is rounding;
+    # Adam makes whole steps of it unless epsilon lies above it.
     adam = AdamSettings(0.1, 0.9, 0.95, 1e-6, 0.0 if fault == "no clipping" else clip)
     engine: Engine
     local = SingleEngine(
@@ -239,7 +239,8 @@ def test_equal_to_a_plain_loop_on_one_and_two_ranks(tmp_path: Path) -> None:
 
     store, model = tiny_store(tmp_path / "store"), tmp_path / "model"
     run_ranks(save_stock_model, 1, str(model))
-    words = {"from_scratch": None, "config_overrides": None, "model": model, "max_steps": 20, "weight_decay": 0.1, "learning_rate": 1e-3}
+    words = {"from_scratch": None, "config_overrides": None, "model": model}
+    words |= {"max_steps": 20, "weight_decay": 0.1, "learning_rate": 1e-3}
     for ranks in (1, 2):
         line = arguments(store, tmp_path / f"run{ranks}", **words, per_device_train_batch_size=4 // ranks)
         assert run_ranks(train, ranks, line) == [0] * ranks

@@ -287,7 +287,7 @@ _MEASURE = """
 import re, sys
 from pathlib import Path
 import torch
-import wikift.checkpoint, wikift.card, wikift.log
+import wikift.checkpoint, wikift.card, wikift.log, wikift.weights
 from wikift.export import export
 def peak_kb():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -1,6 +1,6 @@
 """A run that was stopped, killed or damaged goes on as if nothing had happened, to the last bit.
 
-    pytest tests/test_resume.py
+pytest tests/test_resume.py
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def forget_after(run: Path, step: int) -> None:
 
 @pytest.mark.parametrize(("ranks", "every"), [(1, 1), (2, 3), (3, 4)])
 def test_resume_from_every_step_is_bit_for_bit(tmp_path: Path, ranks: int, every: int) -> None:
-    """12 steps over two epochs (51 blocks, 6 or 12 a step), dropout on. Three ranks: DDP's bucket order matters there."""
+    """12 steps over two epochs (51 blocks, 6 or 12 a step), dropout on. Three ranks: DDP's bucket order matters."""
     store = tiny_store(tmp_path / "store")
     batch = 8 if ranks < 3 else 6
     words = {"global_batch_size": batch, "save_steps": 1, "save_total_limit": 12, "gradient_accumulation_steps": 2}

@@ -127,7 +127,8 @@ def _from_files(settings: DataSettings, files: UserFiles) -> Corpus:
             last = "\n"
             for path in paths:
                 if lines and not last.endswith("\n"):
-                    yield ["\n"]  # a line ends with its file, also if another file follows
+                    last = "\n"
+                    yield [last]  # a line ends with its file, also if another file follows
                 for batch in READERS[files.suffix](path, column):
                     yield batch
                     last = batch[-1]

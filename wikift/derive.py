@@ -65,11 +65,13 @@ def model_shape(settings: TrainSettings, vocab_size: int | None = None) -> Shape
 
 
 def apply_scratch(settings: TrainSettings, shape: Shape, vocab_size: int | None) -> Shape:
-    """`shape` as it is, or from scratch with the store's vocabulary and --config-overrides."""
+    """`shape` as it is, or from scratch with the store's vocabulary, the block's length and --config-overrides."""
     if not settings.from_scratch:
         return shape
     if vocab_size is not None:
         shape = dataclasses.replace(shape, vocab_size=vocab_size)
+    if settings.block_size is not None:  # positions beyond the block would never be trained
+        shape = dataclasses.replace(shape, n_positions=settings.block_size)
     return with_overrides(shape, parse_overrides(settings.config_overrides or ""))
 
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from wikift.world import World
 
-__all__ = ["Score", "main", "score_split"]
 
 EPILOG = """examples:
   python launch/evaluate.py runs/gpt2-wikitext-2-v1
@@ -150,7 +149,7 @@ def _score_model(task: _Task, settings: EvaluateSettings, world: World) -> tuple
         folders.model_source(task.name, say)
     world.barrier()
     source = folders.model_source(task.name, lambda text: None)
-    model = load_model(source, world.device)
+    model = load_model(source, world.device, "MODEL")
     positions = model.config.n_positions
     if task.positions is None:
         _check_loaded(task, settings, source, positions)

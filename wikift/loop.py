@@ -12,10 +12,10 @@ from torch import Tensor
 
 from wikift.engines.base import Engine
 from wikift.errors import EnvironmentFault
-from wikift.evaluate import Score
 from wikift.log import Log
 from wikift.meter import Meter
 from wikift.optim import Schedule
+from wikift.scoring import Score
 from wikift.world import World, seed
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
+from wikift import hub
 from wikift.config import TrainSettings
 from wikift.errors import EnvironmentFault, UserError
 from wikift.shape import Shape, parse_overrides
@@ -75,19 +76,21 @@ class NextTokenLoss(nn.Module):
         )
 
 
-def load_config(name: str) -> GPT2Config:
+def load_config(name: str, setting: str = "--model") -> GPT2Config:
     """The configuration of a model by name or folder. Raises as `load_model` does."""
-    with _explained(name):
+    if not os.path.isdir(name):
+        hub.offline_if_unreachable()
+    with _explained(name, setting):
         found = AutoConfig.from_pretrained(name)
     if not isinstance(found, GPT2Config):
-        raise UserError(f"--model {name}: is a {found.model_type} model; wikift knows gpt2 models only")
+        raise UserError(f"{setting} {name}: is a {found.model_type} model; wikift knows gpt2 models only")
     return found
 
 
-def load_model(name: str, device: torch.device | str = "cpu") -> GPT2LMHeadModel:
+def load_model(name: str, device: torch.device | str = "cpu", setting: str = "--model") -> GPT2LMHeadModel:
     """A trained GPT-2 in fp32 and eval mode. Raises UserError for a wrong folder, EnvironmentFault without network."""
-    loaded = load_config(name)
-    with _explained(name):
+    loaded = load_config(name, setting)
+    with _explained(name, setting):
         model = GPT2LMHeadModel.from_pretrained(name, config=loaded, dtype=torch.float32, attn_implementation="sdpa")
     return model.to(device).eval()  # type: ignore[no-any-return,arg-type]
 
@@ -122,15 +125,15 @@ def set_options(model: GPT2LMHeadModel, *, dropout: float | None, gradient_check
 
 
 @contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _explained(name: str, setting: str) -> Iterator[None]:
     """transformers' long errors about a missing model, in one line with the way out."""
     try:
         yield
     except (OSError, ValueError) as error:
         words = " ".join(str(error).split())[:200]
         if os.path.isdir(name):
-            raise UserError(f"--model {name}: cannot be loaded ({words}); name a Hugging Face GPT-2 folder") from None
+            raise UserError(f"{setting} {name}: cannot be loaded ({words}); name a Hugging Face GPT-2 folder") from None
         raise EnvironmentFault(
             f"the model {name} is not in the cache and could not be fetched from the Hub ({words}). "
-            "Fetch it where there is a network, or pass --model FOLDER; nothing was changed."
+            "Fetch it where there is a network, or name a folder; nothing was changed."
         ) from None

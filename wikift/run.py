@@ -31,7 +31,6 @@ from wikift.engines.base import OPTIMIZER, Engine
 from wikift.engines.ddp import DDPEngine
 from wikift.engines.single import SingleEngine
 from wikift.errors import UserError
-from wikift.evaluate import Score, score_split
 from wikift.interrupt import stop_requests
 from wikift.log import Log, open_log
 from wikift.loop import Due, Job, run_steps
@@ -39,6 +38,7 @@ from wikift.meter import Meter, peak_flops
 from wikift.model import Precision, build_model, model_from_config, resolve_precision, set_options
 from wikift.optim import AdamSettings, Schedule
 from wikift.resume import Say, check_same_experiment, checkpoint_to_resume, experiment, locked, set_aside
+from wikift.scoring import Score, score_split
 from wikift.tensorfile import replace_json
 from wikift.tokens import TokenStore
 from wikift.world import World, started_world

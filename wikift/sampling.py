@@ -30,7 +30,7 @@ def load_writer(source: str, device: str) -> Writer:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     place = start_world(device).device
-    model = load_model(source, place)
+    model = load_model(source, place, "MODEL")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:

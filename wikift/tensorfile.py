@@ -11,12 +11,12 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CHUNK_BYTES = 1 << 24
+_CHUNK_BYTES = 1 << 20
 
 
 class Entry(NamedTuple):
@@ -60,19 +60,24 @@ def write_tensors(
             digest.update(chunk)
             written += file.write(chunk)
         for entry in entries:
-            tensor = read(entry.name).detach()
-            assert tuple(tensor.shape) == entry.shape, (entry, tensor.shape)
-            flat = tensor.to("cpu", DTYPES[entry.dtype]).contiguous().reshape(-1).view(torch.uint8).numpy()
-            for start in range(0, flat.size, _CHUNK_BYTES):
-                piece = flat[start : start + _CHUNK_BYTES].data
-                digest.update(piece)
-                written += file.write(piece)
+            written += _write_tensor(file, digest, entry, read(entry.name).detach())
         file.flush()
         os.fsync(file.fileno())
     assert written == 8 + len(text) + offset
     if path.stat().st_size != written:
         raise OSError(f"{path} is {path.stat().st_size} bytes on the disk, {written} were written")
     return written, digest.hexdigest()
+
+
+def _write_tensor(file: BinaryIO, digest: Any, entry: Entry, tensor: torch.Tensor) -> int:
+    """A function of its own, so that nothing of one tensor is held while the next is fetched."""
+    assert tuple(tensor.shape) == entry.shape, (entry, tensor.shape)
+    flat = tensor.to("cpu", DTYPES[entry.dtype]).contiguous().reshape(-1).view(torch.uint8).numpy()
+    for start in range(0, flat.size, _CHUNK_BYTES):
+        piece = flat[start : start + _CHUNK_BYTES].data
+        digest.update(piece)
+        file.write(piece)
+    return int(flat.size)
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], dict[str, str]]:

@@ -15,7 +15,7 @@ from wikift.tensorfile import DTYPES, Entry, read_header, write_tensors
 
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _HEAD = "lm_head.weight"
-_PIECE = 1 << 20  # elements read at a time
+_PIECE = 1 << 18  # elements read at a time
 
 
 def write_weights(checkpoint: Checkpoint, folder: Path, dtype: str, shard_bytes: int) -> int:
