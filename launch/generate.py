@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wikift.cli import run
+from wikift.command import run
 from wikift.generate import main
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_one_process_exits_with_75_and_a_second_signal_stops_at_once(tmp_path: P
 FAILING = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from wikift.cli import run
+from wikift.command import run
 from wikift.errors import UserError
 
 def main(argv):

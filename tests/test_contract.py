@@ -34,7 +34,7 @@ class Measured:
 
 
 def measure(micro: int, accumulation: int, fault: str = "", clip: float = 0.5, dropout: float = 0.0) -> Measured:
-    """On one rank: six steps of a tiny GPT-2, the learning rate changing at each, optionally with a deliberate fault."""
+    """On one rank: six steps of a tiny GPT-2, the learning rate changing at each, with a deliberate fault or none."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from wikift.engines.base import Engine

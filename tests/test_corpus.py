@@ -85,7 +85,7 @@ PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
     "nothing of that name": ({}, "none.txt", {}, r"--dataset \S*none.txt: no such file or folder; mend the path"),
     "nothing fitting": (
         {"a.md": "", "b.pdf": ""}, "", {},
-        r"has no train, validation or test with .txt, .jsonl, .parquet \(there: a.md, b.pdf\); name the files train.txt",
+        r"has no train, validation or test with .txt, .jsonl, .parquet \(there: a.md, b.pdf\); name the files train",
     ),
     "empty folder": ({}, "", {}, r"\(there: nothing\)"),
     "unknown ending": ({"a.csv": "x"}, "a.csv", {}, "wikift reads .txt, .jsonl, .parquet, not .csv; convert the text"),

@@ -143,7 +143,7 @@ def plan(tokens: int, place: Placement | None = None, shape: Shape | None = None
     warm=st.integers(0, 99),
 )
 def test_plan_arithmetic(tokens: int, block_size: int, place: Placement, tenths: int, percent: int, warm: int) -> None:
-    """Against exact fractions: 0.3 epochs of 10 steps are 3, and 7 % of 100 steps are 7, whatever floats say."""
+    """Against exact fractions."""
     words = {"block_size": block_size, "num_train_epochs": tenths / 10, "warmup_steps": warm / 100}
     whole = (tokens - 1) // block_size
     if whole == 0:
@@ -160,6 +160,8 @@ def test_plan_arithmetic(tokens: int, block_size: int, place: Placement, tenths:
 
 
 def test_plan_by_steps_and_defaults() -> None:
+    assert 1.1 * 50 > 55
+    assert plan(50 * 8 + 1, block_size=8, num_train_epochs=1.1).steps == 55
     found = plan(118_000_000, Placement(4, 8, 1), max_steps=500, warmup_steps=50.0)
     assert (found.steps, found.warmup_steps, found.block_size) == (500, 50, 1024)
     assert plan(10_001, shape=Shape(n_positions=16)).block_size == 16

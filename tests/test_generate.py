@@ -297,7 +297,7 @@ def test_wrong_command_lines(made: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_user_errors_come_before_torch(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom wikift.cli import run\nfrom wikift.{} import main\n"
+        "import sys\nfrom wikift.command import run\nfrom wikift.{} import main\n"
         "try: run(main, sys.argv[1:])\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
     )
     for module, words in (
@@ -437,7 +437,7 @@ def slowly(self, tokens):
     time.sleep(0.1)
     put(self, tokens)
 Stream.put = slowly
-from wikift.cli import run
+from wikift.command import run
 from wikift.generate import main
 run(main)
 """

@@ -6,30 +6,18 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wikift.cli import flag
 from wikift.config import GenerateSettings
 
 if TYPE_CHECKING:
-    from wikift.sampling import Writer
+    from wikift.sampling import Answer, Writer
 
 # What /set changes and --json reports.
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
 # C0 without tab and newline, delete, C1: a model may make them, and a terminal obeys them
 _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What followed on a prompt. `finish_reason` is stop (end of text), length or interrupted."""
-
-    prompt: str
-    text: str
-    new_tokens: int
-    seconds: float
-    finish_reason: str
 
 
 def check_sampling(settings: GenerateSettings) -> list[str]:

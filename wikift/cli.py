@@ -1,4 +1,4 @@
-"""A settings dataclass <-> its command line and config file, and the exit codes of every command.
+"""A settings dataclass <-> its command line and config file.
 
 A setting is one dataclass field made by `option`. All problems of a command line are collected and reported at once,
 which is why argparse sees strings only and the conversion happens here. Imports nothing heavy: `--help` is instant.
@@ -11,29 +11,22 @@ import dataclasses
 import difflib
 import json
 import math
-import os
 import re
 import shutil
 import sys
 import textwrap
-import time
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wikift.errors import EnvironmentFault, UserError
+from wikift.errors import UserError
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # pragma: no cover
     import tomli as tomllib
-
-EXIT_DONE = 0
-EXIT_FAULT = 1
-EXIT_USER = 2
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, all saved, "try again" goes on
 
 Settings = TypeVar("Settings")
 
@@ -145,41 +138,6 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(*(f"{name} in {path}: is there twice, with - and with _; leave one out" for name in twice))
     return dict(zip(names, content.values(), strict=True))
-
-
-def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> typing.NoReturn:
-    """Run one command to its exit code, printing the two kinds of expected failure without a traceback."""
-    first = os.environ.get("RANK", "0") == "0"
-    try:
-        code = command(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
-    except UserError as error:
-        if not first:
-            time.sleep(2)  # torchrun ends every rank when the first one leaves: let rank 0 speak before
-            sys.exit(EXIT_USER)
-        code = report(error)
-    except EnvironmentFault as error:
-        print(f"wikift: {error}", file=sys.stderr)
-        code = EXIT_FAULT
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_FAULT
-    except KeyboardInterrupt:
-        print("wikift: interrupted", file=sys.stderr)
-        code = 130
-    if "RANK" in os.environ:  # a process group's destructors may never end: see world.stop_world
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
-def report(error: UserError) -> int:
-    """Print every problem of the user's; gives the exit code."""
-    count = len(error.problems)
-    head = "wikift: " + ("one problem" if count == 1 else f"{count} problems")
-    print(head, *(f"  {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-    return EXIT_USER
 
 
 def _words(argv: Sequence[str]) -> list[str]:

@@ -139,7 +139,7 @@ def warmup_steps(settings: TrainSettings, steps: int) -> int:
 def _epoch_steps(epochs: float | None, blocks: int, global_batch: int) -> int:
     """Epochs rounded up to a whole step."""
     assert epochs is not None
-    # rounded to a millionth of a step first, so that 0.3 epochs of 10 steps are 3 steps and not 4
+    # rounded to a millionth of a step first: 1.1 epochs of 50 steps are 55, though 1.1 * 50 is above 55
     return max(1, math.ceil(round(epochs * blocks / global_batch, 6)))
 
 

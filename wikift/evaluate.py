@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wikift import folders
-from wikift.cli import EXIT_DONE, parse
+from wikift.cli import parse
+from wikift.command import EXIT_DONE
 from wikift.config import EvaluateSettings
 from wikift.errors import UserError
+from wikift.export import model_source
 from wikift.scoring import Score, score_split
 from wikift.shape import shape_of
 from wikift.tokens import TokenStore, check_tokenizer, open_store
@@ -146,9 +148,9 @@ def _score_model(task: _Task, settings: EvaluateSettings, world: World) -> tuple
             print(f"wikift: {text}", file=sys.stderr, flush=True)
 
     if world.rank == 0:  # a run is exported by one process
-        folders.model_source(task.name, say)
+        model_source(task.name, say)
     world.barrier()
-    source = folders.model_source(task.name, lambda text: None)
+    source = model_source(task.name, lambda text: None)
     model = load_model(source, world.device, "MODEL")
     positions = model.config.n_positions
     if task.positions is None:

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from wikift import __version__, folders
+from wikift import __version__, folders, hub
 from wikift.card import model_card
-from wikift.cli import EXIT_DONE, parse
+from wikift.cli import parse
+from wikift.command import EXIT_DONE
 from wikift.config import ConsolidateSettings
 from wikift.derive import ranks_started
 from wikift.errors import EnvironmentFault, UserError
@@ -107,6 +108,30 @@ def export(
         _write_json(partial / folders.EXPORT_RECORD, record)
     say(f"{target}: step {checkpoint.step:,} as {dtype}, {show_bytes(weights)} of weights")
     return target
+
+
+def model_source(name: str, say: Callable[[str], None]) -> str:
+    """The directory or Hub name to load for `name`; a run without `hf` is exported first.
+
+    Raises UserError where there are no trained weights.
+    """
+    run = Path(name)
+    if not folders.has_model(name):
+        what = "has no checkpoint yet" if folders.is_run(run) else "no such folder, and no name of the Hub"
+        raise UserError(f"{name}: {what}; train it first: python launch/train.py --output-dir {name}")
+    if not run.exists():
+        hub.offline_if_unreachable()  # else the libraries try for half a minute, even where all is cached
+        return name
+    if folders.is_model(run):
+        return name
+    steps, target = folders.checkpoint_steps(run), run / "hf"
+    if not folders.is_model(target):
+        export(run, None, step=None, best=False, dtype="float32", max_shard_size="5GB", say=say)
+    else:
+        step = folders.read_json(target / folders.EXPORT_RECORD).get("step")
+        if steps and isinstance(step, int) and step < steps[-1]:
+            say(f"{target} is of step {step}, the run has come to {steps[-1]}: python launch/consolidate.py {run}")
+    return str(target)
 
 
 def _choose(run: Path, step: int | None, best: bool) -> Path:

@@ -16,12 +16,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from wikift import derive, folders
-from wikift.cli import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, parse
+from wikift.cli import parse
+from wikift.command import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER
 from wikift.config import EXCLUSIVE, TrainSettings
 from wikift.errors import EnvironmentFault, UserError
 
 _SCRIPT = Path(__file__).resolve().parent.parent / "launch" / "train.py"
-_MAIN = "from wikift.cli import run; from wikift.train import main; run(main)"  # installed without launch/
+_MAIN = "from wikift.command import run; from wikift.train import main; run(main)"  # installed without launch/
 
 
 def train_first(run: str | None, arguments: Sequence[str], *, allowed: bool, quiet: bool) -> tuple[int, str]:

@@ -8,11 +8,9 @@ RUN/hf/                      the exported model, `wikift.json` in it says of whi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from wikift import hub
 from wikift.errors import UserError
 from wikift.shape import released_name
 
@@ -21,12 +19,12 @@ EXPORT_RECORD = "wikift.json"
 
 def is_model(folder: Path) -> bool:
     """Whether `folder` is a Hugging Face model directory."""
-    return "model_type" in _json(folder / "config.json")
+    return "model_type" in read_json(folder / "config.json")
 
 
 def is_run(folder: Path) -> bool:
     """Whether `folder` is the output directory of a training, finished or not."""
-    return "wikift" in _json(folder / "config.json")
+    return "wikift" in read_json(folder / "config.json")
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -47,7 +45,7 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 def run_config(run: Path) -> dict[str, Any]:
     """A run's `config.json`. Raises UserError where `run` is not a run's folder."""
-    config = _json(run / "config.json")
+    config = read_json(run / "config.json")
     if "wikift" not in config:
         raise UserError(f"{run}: is not a run's folder (no config.json of launch/train.py in it); name one, runs/NAME")
     return config
@@ -88,38 +86,12 @@ def has_model(name: str) -> bool:
     return not path.exists() and is_hub_name(name)
 
 
-def model_source(name: str, say: Callable[[str], None]) -> str:
-    """The directory or Hub name to load for `name`; a run without `hf` is exported first.
-
-    Raises UserError where there are no trained weights.
-    """
-    run = Path(name)
-    if not has_model(name):
-        what = "has no checkpoint yet" if is_run(run) else "no such folder, and no name of the Hub"
-        raise UserError(f"{name}: {what}; train it first: python launch/train.py --output-dir {name}")
-    if not run.exists():
-        hub.offline_if_unreachable()  # else the libraries try for half a minute, even where all is cached
-        return name
-    if is_model(run):
-        return name
-    steps, target = checkpoint_steps(run), run / "hf"
-    if not is_model(target):
-        from wikift.export import export
-
-        export(run, None, step=None, best=False, dtype="float32", max_shard_size="5GB", say=say)
-    else:
-        step = _json(target / EXPORT_RECORD).get("step")
-        if steps and isinstance(step, int) and step < steps[-1]:
-            say(f"{target} is of step {step}, the run has come to {steps[-1]}: python launch/consolidate.py {run}")
-    return str(target)
-
-
 def run_of(name: str) -> Path | None:
     """The run that `name` is, or is the model directory of (RUN/hf); None otherwise."""
     return next((path for path in (Path(name), Path(name).parent) if is_run(path)), None)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The object in `path`, empty where there is none that can be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -13,10 +13,12 @@ from pathlib import Path
 
 from wikift import folders, prompts
 from wikift.answers import check_sampling, print_answer
-from wikift.cli import EXIT_DONE, parse
+from wikift.cli import parse
+from wikift.command import EXIT_DONE
 from wikift.config import GenerateSettings
 from wikift.derive import ranks_started
 from wikift.errors import UserError
+from wikift.export import model_source
 
 DESCRIPTION = "Let a trained model go on from a prompt. Without a prompt it is interactive."
 EPILOG = """examples:
@@ -93,7 +95,7 @@ def _answer_all(settings: GenerateSettings, name: str, asked: list[str] | None) 
         if not settings.quiet:
             print(f"wikift: {text}", file=sys.stderr, flush=True)
 
-    source = folders.model_source(name, say)
+    source = model_source(name, say)
     from wikift.sampling import load_writer
 
     writer = load_writer(source, settings.device)

@@ -75,7 +75,8 @@ def out_problems(out: Path) -> list[str]:
             return [f"--out {out}: is a folder with other things in it; name a new folder"]
     elif out.exists():
         return [f"--out {out}: is a file; name a folder"]
-    return []
+    files = [str(above) for above in out.parents if above.is_file()]
+    return [f"--out {out}: {files[0]} is a file, not a folder; name another place"] if files else []
 
 
 def ensure_store(settings: DataSettings, *, seed: int, quiet: bool, out: Path, say: Say) -> Path:

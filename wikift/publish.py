@@ -85,6 +85,8 @@ def _take(
             state = _lock(descriptor, partial)
             if state == "unsupported":  # everybody prepares, the first to finish wins
                 os.close(descriptor)
+                with suppress(OSError):
+                    partial.rmdir()
                 folder = partial.with_name(f"{partial.name}-{os.uname().nodename}-{os.getpid()}")
                 folder.mkdir(exist_ok=True)
                 return None, folder

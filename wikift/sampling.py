@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
-from wikift.answers import Answer
 from wikift.config import GenerateSettings
 from wikift.errors import UserError
 from wikift.model import load_model
@@ -23,6 +23,17 @@ from wikift.world import seed, start_world
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _GREEDY_BELOW = 1e-4  # logits divided by less leave fp32's range
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What followed on a prompt. `finish_reason` is stop (end of text), length or interrupted."""
+
+    prompt: str
+    text: str
+    new_tokens: int
+    seconds: float
+    finish_reason: str
 
 
 def load_writer(source: str, device: str) -> Writer:

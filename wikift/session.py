@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from wikift import cli
 from wikift.answers import SAMPLING, check_sampling, print_answer
-from wikift.cli import EXIT_DONE
+from wikift.command import EXIT_DONE
 from wikift.config import GenerateSettings
 from wikift.errors import UserError
 

@@ -134,7 +134,7 @@ def train(texts: Iterable[str], size: int, folder: Path) -> SavedTokenizer:
 
 
 def _without_long_runs(text: str) -> str:
-    return _LONG_RUN.sub(lambda match: match[match.lastindex or 0], text)
+    return text if len(text) <= _TAUGHT_RUN else _LONG_RUN.sub(lambda match: match[match.lastindex or 0], text)
 
 
 def _saved(folder: Path, name: str, eos_token_id: int) -> SavedTokenizer:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wikift import config, derive
-from wikift.cli import EXIT_DONE, EXIT_INTERRUPTED, parse
+from wikift.cli import parse
+from wikift.command import EXIT_DONE, EXIT_INTERRUPTED
 from wikift.config import TrainSettings
 from wikift.derive import Plan
 from wikift.errors import UserError

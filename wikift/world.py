@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from wikift.cli import EXIT_FAULT, EXIT_USER, report
+from wikift.command import EXIT_FAULT, EXIT_USER, report
 from wikift.errors import EnvironmentFault, UserError
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
