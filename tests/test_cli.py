@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from wikift import cli, evaluate, export, generate, prepare, train
+from wikift import command as exits
+from wikift import evaluate, export, generate, prepare, train
 from wikift.cli import flag, option, parse
 from wikift.config import (
     EXCLUSIVE,
@@ -280,7 +281,7 @@ def processor_seconds(line: list[str]) -> float:
 
 def ended(command: Main, capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:
     with pytest.raises(SystemExit) as left:
-        cli.run(command, ["a"])
+        exits.run(command, ["a"])
     return left.value.code, capsys.readouterr().err
 
 
@@ -297,7 +298,7 @@ def test_exit_codes_and_messages(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended(raising(EnvironmentFault("full")), capsys) == (1, "wikift: full\n")
     assert ended(raising(KeyboardInterrupt()), capsys) == (130, "wikift: interrupted\n")
     with pytest.raises(ZeroDivisionError):  # a fault of wikift's keeps its traceback
-        cli.run(raising(ZeroDivisionError()), [])
+        exits.run(raising(ZeroDivisionError()), [])
 
 
 def test_only_the_first_rank_speaks_and_all_leave_with_the_code(tmp_path: Path) -> None:

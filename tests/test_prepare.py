@@ -22,7 +22,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.real import GPT2_TOKENIZER, ROOT, WIKITEXT_MIRROR, needs_data
-from wikift import cli, prepare
+from wikift import command as exits
+from wikift import prepare
 from wikift.errors import UserError
 from wikift.tokens import TokenStore, open_store
 
@@ -34,7 +35,7 @@ def run(*words: Any) -> tuple[int, list[str]]:
     try:
         return prepare.main([str(word) for word in words]), []
     except UserError as error:
-        return cli.EXIT_USER, list(error.problems)
+        return exits.EXIT_USER, list(error.problems)
 
 
 def stored(out: Path, *words: Any) -> TokenStore:

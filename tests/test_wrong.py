@@ -18,7 +18,7 @@ import pytest
 from tests.test_cli import COMMANDS, LAUNCH
 from tests.tiny import SHAPE, tiny_store
 from tests.trained import text_store, trained_run
-from wikift import cli
+from wikift import command as exits
 
 FITS = f"--from-scratch --config-overrides {SHAPE} --block-size 8 --global-batch-size 8 --max-steps 12 --output-dir out"
 
@@ -106,7 +106,7 @@ def refused(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     def run(command: str, line: str, *expected: str) -> None:
         before = listing(work)
         with pytest.raises(SystemExit) as left:
-            cli.run(COMMANDS[command][0], line.split())
+            exits.run(COMMANDS[command][0], line.split())
         check(left.value.code, *capsys.readouterr(), list(expected))
         assert listing(work) == before
 
@@ -345,7 +345,7 @@ def test_generate(refused: Any, line: str, expected: list[str]) -> None:
 
 def test_generate_without_a_model_and_without_training(refused: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        cli.run(COMMANDS["generate"][0], ["runs/new", "--no-train", "--prompt", "a"])
+        exits.run(COMMANDS["generate"][0], ["runs/new", "--no-train", "--prompt", "a"])
     assert left.value.code == 2
     head, first, *commands = capsys.readouterr().err.splitlines()
     assert head == "wikift: one problem"

@@ -104,8 +104,8 @@ def start_world(device: str = "auto") -> World:
 def stop_world() -> None:
     """Wait for the other ranks: none may leave while another still needs it.
 
-    The process group is left standing, and `cli.run` leaves without destructors: one of gloo's waits for a thread that
-    waits for Python's lock (seen with torch 2.13: a rank in some dozens never ended).
+    The process group is left standing, and `command.run` leaves without destructors: one of gloo's waits for a thread
+    that waits for Python's lock (seen with torch 2.13: a rank in some dozens never ended).
     """
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1))
