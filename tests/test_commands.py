@@ -67,7 +67,7 @@ def test_torchrun_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_one_process_exits_with_75_and_a_second_signal_stops_at_once(tmp_path: Path, number: int) -> None:
+def test_one_process_exits_with_75(tmp_path: Path, number: int) -> None:
     line, run = endless(tmp_path), tmp_path / "run"
     process = start([sys.executable, TRAIN, *line])
     wait_for_lines(run, 3, process)
@@ -76,20 +76,39 @@ def test_one_process_exits_with_75_and_a_second_signal_stops_at_once(tmp_path: P
     assert process.returncode == 75, output
     assert "saved; the same command goes on" in output
     assert "Traceback" not in output
-    # a validation that takes minutes: the second signal does not wait for it
-    big = tiny_store(tmp_path / "big", validation=2_000_000)
-    slow = arguments(big, tmp_path / "slow", max_steps=5, eval_steps=1, save_steps=5)
-    process = start([sys.executable, TRAIN, *slow])
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    """A step that takes a minute: one signal waits for its end, the second does not."""
+    store = tiny_store(tmp_path / "store", train=2_000_000)
+    line = arguments(store, tmp_path / "run", global_batch_size=100_000, per_device_train_batch_size=5)
+    process = start([sys.executable, TRAIN, *line])
     deadline = time.monotonic() + SECONDS
-    while not (tmp_path / "slow" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    time.sleep(2.0)
-    process.send_signal(number)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
     time.sleep(1.5)
     assert process.poll() is None, "one signal finishes the step first"
-    process.send_signal(number)
-    process.communicate(timeout=5)
-    assert process.returncode == 128 + number
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=5)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "stopped at once" in output
+    assert list_checkpoints(tmp_path / "run") == []
+
+
+def test_a_stop_cuts_a_long_validation_short_and_saves(tmp_path: Path) -> None:
+    store = tiny_store(tmp_path / "store", validation=2_000_000)
+    line = arguments(store, tmp_path / "run", max_steps=5, eval_steps=1, save_steps=5, quiet=False)
+    process = start([*TORCHRUN, "--nproc_per_node=2", TRAIN, *line])
+    deadline = time.monotonic() + SECONDS
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(2.0)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=25)
+    assert "cut short" in output
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000001"]
 
 
 FAILING = """

@@ -1,6 +1,6 @@
 """What launch/train.py offers beside the contract: precision, checkpointing, compile, own text, what is said.
 
-    pytest tests/test_train.py
+pytest tests/test_train.py
 """
 
 from __future__ import annotations

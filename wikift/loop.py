@@ -94,6 +94,8 @@ def run_steps(engine: Engine, job: Job, world: World, log: Log, *, done: int) ->
                     "eval_perplexity": score.perplexity,
                     "eval_word_perplexity": score.word_perplexity,
                 }
+            if due.evaluate(step):  # it may have come in the meantime, and cut the validation short
+                stop = stop or world.highest(job.stop_signal())
             if due.log(step):
                 log.record(record)
             if due.save(step) or stop:
@@ -106,6 +108,5 @@ def run_steps(engine: Engine, job: Job, world: World, log: Log, *, done: int) ->
 def diverged(step: int, loss: float, norm: float, lr: float) -> str:
     return (
         f"the loss is {loss} and the gradient's norm {norm} at step {step}, learning rate {lr:g}: training has "
-        "diverged. "
-        "Start anew with a lower --learning-rate or more --warmup-steps; the checkpoints are as they were"
+        "diverged. Start anew with a lower --learning-rate or more --warmup-steps; the checkpoints are as they were"
     )

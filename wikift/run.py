@@ -62,7 +62,7 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
     transformers_logging.disable_progress_bar()
     folder = Path(settings.output_dir or "")
     validates = _validates(settings, store, say)
-    with started_world(settings.device) as world, stop_requests() as stop_signal, locked(folder, world, say):
+    with started_world(settings.device) as world, locked(folder, world, say), stop_requests() as stop_signal:
         run = Run(folder, settings, plan, store, world, resolve_precision(settings.precision, world.device))
         start = checkpoint_to_resume(settings, folder, world)
         if start is not None:
@@ -108,6 +108,10 @@ def _build(run: Run, start: Checkpoint | None) -> tuple[GPT2LMHeadModel, Engine]
     return model, engine
 
 
+class _CutShort(Exception):
+    """A stop was asked for while validating."""
+
+
 def _job(
     run: Run,
     model: GPT2LMHeadModel,
@@ -129,11 +133,22 @@ def _job(
     def validate() -> Score | None:
         if not validates:
             return None
-        return score_split(
-            engine.nll, store, "validation", context=plan.block_size, stride=plan.block_size,
-            batch=settings.per_device_eval_batch_size, world=world,
-            progress=lambda done, of: log.tick(now=f"validating {done:,}/{of:,}"),
-        )  # fmt: skip
+
+        def progress(done: int, of: int) -> None:
+            log.tick(now=f"validating {done:,}/{of:,}")
+            if world.highest(stop_signal()):
+                raise _CutShort  # torchrun waits 30 s after a signal, a validation on CPU may take minutes
+
+        try:
+            return score_split(
+                engine.nll, store, "validation", context=plan.block_size, stride=plan.block_size,
+                batch=settings.per_device_eval_batch_size, world=world, progress=progress,
+            )  # fmt: skip
+        except _CutShort:
+            log.say("the validation is cut short")
+            return None
+        finally:
+            log.tick(now=None)
 
     def save(step: int, eval_loss: float | None) -> None:
         log.tick(now="saving")
