@@ -14,7 +14,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -352,11 +352,22 @@ def long_text(tmp_path: Path) -> Path:
     return tmp_path / "long.txt"
 
 
-def start(source: Path, out: Path, **environment: str) -> subprocess.Popen[str]:
+_STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test() -> Iterator[None]:
+    yield
+    while _STARTED:
+        process = _STARTED.pop()
+        process.kill()
+        process.communicate(timeout=30)
+
+
+def start(source: Path, out: Path) -> subprocess.Popen[str]:
     words = ["--dataset", str(source), "--tokenizer", "train:300", "--out", str(out), "--workers", "2"]
-    return subprocess.Popen(
-        [*LAUNCH, *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
-    )
+    _STARTED.append(subprocess.Popen([*LAUNCH, *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    return _STARTED[-1]
 
 
 def until_writing(process: subprocess.Popen[str], out: Path) -> list[int]:
@@ -385,8 +396,12 @@ def all_gone(pids: list[int]) -> bool:
 def test_a_stopped_prepare_leaves_nothing(long_text: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     process = start(long_text, tmp_path / "out")
     children = until_writing(process, tmp_path / "out")
-    for pid in [process.pid, *(children if number == signal.SIGINT else [])]:  # a terminal tells the whole group
-        os.kill(pid, number)
+    if number == signal.SIGINT:  # a terminal tells the whole group, and it is the parent's to act
+        for pid in children:
+            os.kill(pid, number)
+        time.sleep(0.7)
+        assert process.poll() is None
+    os.kill(process.pid, number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == code
     assert "Traceback" not in err
@@ -424,10 +439,11 @@ def test_of_two_prepares_one_works_and_one_waits(long_text: Path, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long.txt", "out"]
 
 
-def test_a_terminal_gets_one_line_that_fits(long_text: Path, tmp_path: Path) -> None:
+def on_a_terminal(source: Path, out: Path, *, interrupt: bool = False) -> tuple[int, str]:
+    """The exit code, and what a terminal of 40 columns gets on stderr."""
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
-    words = ["--dataset", str(long_text), "--tokenizer", "train:300", "--out", str(tmp_path / "b"), "--workers", "2"]
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    words = ["--dataset", str(source), "--tokenizer", "train:300", "--out", str(out), "--workers", "2"]
     with subprocess.Popen([*LAUNCH, *words], stderr=theirs, stdout=subprocess.PIPE) as process:
         os.close(theirs)
         shown = b""
@@ -436,14 +452,27 @@ def test_a_terminal_gets_one_line_that_fits(long_text: Path, tmp_path: Path) -> 
                 shown += os.read(ours, 4096)
             except OSError:  # the other end is closed
                 break
+            if interrupt and b"train: " in shown:
+                process.send_signal(signal.SIGINT)
+                interrupt = False
     os.close(ours)
-    assert process.returncode == 0
-    lines = [part.replace("\x1b[K", "") for line in shown.decode().splitlines() for part in line.split("\r")]
-    rates = [line for line in lines if line.startswith("train:")]
+    return process.returncode, shown.decode()
+
+
+def test_a_terminal_gets_one_line_that_fits(long_text: Path, tmp_path: Path) -> None:
+    code, shown = on_a_terminal(long_text, tmp_path / "out")
+    assert code == 0
+    rates = [part.removesuffix("\x1b[K") for part in shown.split("\r") if part.startswith("train: ")]
     assert len(rates) > 1
-    assert all("MB/s" in line for line in rates)
-    assert max(map(len, rates)) < 60
-    assert shown.decode().rstrip("\n").endswith("\x1b[K"), "the last line is taken away"
+    assert all("MB/s" in line and "\n" not in line for line in rates)
+    assert max(map(len, rates)) == 39
+    assert shown.endswith("\r\x1b[K"), "the last line is taken away"
+
+
+def test_an_interrupted_terminal_is_left_clean(long_text: Path, tmp_path: Path) -> None:
+    code, shown = on_a_terminal(long_text, tmp_path / "out", interrupt=True)
+    assert code == 130
+    assert shown.endswith("\r\x1b[Kwikift: interrupted\r\n")
 
 
 def limit_file_size() -> None:

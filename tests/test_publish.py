@@ -68,6 +68,18 @@ def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path) -> None:
     assert everything(tmp_path) == ["out", "out/inner", "out/part", "out/store.json"]
 
 
+def test_a_lock_on_a_folder_that_has_gone_is_none(tmp_path: Path) -> None:
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    descriptor = os.open(partial, os.O_RDONLY)
+    assert publish._lock(descriptor, partial) == "ours"
+    partial.rename(tmp_path / "out")  # published meanwhile
+    assert publish._lock(descriptor, partial) == "gone"
+    partial.mkdir()  # and another process began anew
+    assert publish._lock(descriptor, partial) == "gone"
+    os.close(descriptor)
+
+
 def waiting(out: Path, seconds: float, pipe: Any, local_rank: str = "0") -> None:
     os.environ["LOCAL_RANK"] = local_rank
 
@@ -153,7 +165,12 @@ def test_of_the_ranks_of_a_machine_the_first_prepares(tmp_path: Path) -> None:
     assert (out / "part").read_text() == str(first.pid)
 
 
-def test_a_rank_prepares_if_the_first_does_not_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("left", [False, True])
+def test_a_rank_prepares_if_the_first_does_not_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bool
+) -> None:
+    if left:
+        (tmp_path / ".out.partial").mkdir()
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(publish, "_HEAD_START_SECONDS", 1.2)
     start = time.monotonic()

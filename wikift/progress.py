@@ -40,8 +40,8 @@ class Progress:
             return
         if self.terminal:
             text = "\r" + text[: _columns() - 1] + "\x1b[K"  # a line that wraps could not be rewritten
+        self.shown = True  # first, as Ctrl-C may come in between
         print(text, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
-        self.shown = True
 
     def clear(self) -> None:
         """Take the line away from a terminal, for what is printed next."""
