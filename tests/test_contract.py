@@ -77,14 +77,19 @@ def measure(micro: int, accumulation: int, fault: str = "", clip: float = 0.5, d
 @contextlib.contextmanager
 def _broken_sync(engine: Any, fault: str, last: bool) -> Any:
     """Put one of STYLE.md's communication faults into the DDP engine's decision when to communicate."""
-    if fault == "never sync" or (fault == "flag after forward" and last):
-        # the decision DDP takes in the forward: here that of an inner micro-batch, on the last one
-        with engine.ddp.no_sync():
-            original, engine.ddp.require_backward_grad_sync = engine.ddp.require_backward_grad_sync, False
-            yield
-            engine.ddp.require_backward_grad_sync = original
-    else:
+    if fault not in ("never sync", "flag after forward"):
         yield
+        return
+    ddp, decide = engine.ddp, engine.ddp.no_sync
+    ddp.no_sync = contextlib.nullcontext  # the engine's own decision is taken away
+    if fault == "never sync":
+        ddp.require_backward_grad_sync = False
+        yield
+    else:  # the forward still sees what the micro-batch before it left behind
+        hook = ddp.register_forward_hook(lambda *_: setattr(ddp, "require_backward_grad_sync", last))
+        yield
+        hook.remove()
+    ddp.no_sync = decide
 
 
 def assert_same(ranks: list[Measured], reference: Measured) -> None:

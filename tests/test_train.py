@@ -154,12 +154,17 @@ def test_own_text_is_prepared_by_one_rank_while_the_others_wait(
     words: dict[str, Any] = {"data": None, "dataset": text, "tokenizer": "train:300", "quiet": False, "max_steps": 2}
     line = arguments(Path(), tmp_path / "run", **words)
     assert run_ranks(in_folder, 2, str(tmp_path), line) == [0, 0]
-    assert (tmp_path / "data" / "mine.txt-train-300" / "store.json").is_file()
+    store = tmp_path / "data" / "mine.txt-train-300" / "store.json"
+    made = store.stat().st_mtime_ns
     assert len(metrics(tmp_path / "run")) == 2
     assert capsys.readouterr().out.count("engine ddp") == 1, "only rank 0 speaks"
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     assert record["settings"]["dataset"] == str(text)
     assert record["store"]["splits"]["train"]["tokens"] > 0
+    # another seed is another run on the same text, cut in the same place
+    again = arguments(Path(), tmp_path / "again", **words, seed=7)
+    assert run_ranks(in_folder, 1, str(tmp_path), again) == [0]
+    assert store.stat().st_mtime_ns == made
 
 
 def in_folder(folder: str, command_line: list[str]) -> int:

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     if problems:
         raise UserError(*problems)
     there = out.is_dir() and any(out.iterdir())
-    ensure_store(settings, seed=settings.seed, quiet=settings.quiet, out=out, say=say)
+    ensure_store(settings, seed=settings.seed, quiet=settings.quiet, out=out, say=say, setting="--out")
     if there:
         say(f"{out} is there already, made by the same recipe")
     return _report(_open(out, verify=settings.verify), settings)
@@ -79,7 +79,9 @@ def out_problems(out: Path) -> list[str]:
     return [f"--out {out}: {files[0]} is a file, not a folder; name another place"] if files else []
 
 
-def ensure_store(settings: DataSettings, *, seed: int, quiet: bool, out: Path, say: Say) -> Path:
+def ensure_store(
+    settings: DataSettings, *, seed: int, quiet: bool, out: Path, say: Say, setting: str = "the store"
+) -> Path:
     """The store of the (resolved) settings at `out`: there already, made by this process, or by one that it waits for.
 
     Needs no process group and has no time limit, so every rank may call it. `say` gets one line at a time. Raises
@@ -101,14 +103,14 @@ def ensure_store(settings: DataSettings, *, seed: int, quiet: bool, out: Path, s
             make_once(out, lambda folder: _prepare(settings, seed, progress, folder, say), is_made=is_made, say=say)
         finally:
             progress.clear()
-    check_recipe(_open(out), settings, seed)
+    check_recipe(_open(out, setting=setting), settings, seed)
     return out
 
 
-def _open(out: Path, *, verify: bool = False) -> TokenStore:
+def _open(out: Path, *, verify: bool = False, setting: str = "--out") -> TokenStore:
     from wikift.tokens import open_store
 
-    return open_store(out, verify=verify, setting="--out")
+    return open_store(out, verify=verify, setting=setting)
 
 
 # --- the work ----------------------------------------------------------------------------------------------------
