@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from wikift import tensorfile
+from wikift.disk import replace_json, sha256_of, sync_folder
 from wikift.engines.base import OPTIMIZER, STATES, Fragment
 from wikift.errors import EnvironmentFault, UserError
 from wikift.tensorfile import Entry
@@ -147,7 +148,7 @@ def open_checkpoint(path: Path, *, verify: bool = False) -> Checkpoint:
             raise UserError(
                 f"{file}: {'is missing' if size is None else f'has {size} bytes'}, the manifest says {facts['bytes']}"
             )
-        if verify and tensorfile.file_sha256(file) != facts["sha256"]:
+        if verify and sha256_of(file) != facts["sha256"]:
             raise UserError(f"{file}: its content has changed since it was written (sha256 differs)")
         for key, (_, shape, offset) in tensorfile.read_header(file)[0].items():
             parameter, state, start = key.split("|")
@@ -166,7 +167,7 @@ def newest_sound(run: Path, world: World) -> Checkpoint | None:
         try:
             checkpoint = open_checkpoint(found[number])
             files = sorted(checkpoint.manifest["files"].items())[world.rank :: world.size]
-            if any(tensorfile.file_sha256(checkpoint.path / name) != facts["sha256"] for name, facts in files):
+            if any(sha256_of(checkpoint.path / name) != facts["sha256"] for name, facts in files):
                 raise UserError(f"{checkpoint.path}: its content has changed since it was written (sha256 differs)")
         except (UserError, OSError) as error:
             print(f"wikift: passing over a damaged checkpoint: {error}", file=sys.stderr)
@@ -205,7 +206,7 @@ def _write_rank(fragments: Iterable[Fragment], folder: Path, rank: int) -> None:
     entries = [Entry(key, "F32", (data.numel(),)) for key, data in held.items()]
     name = f"rank-{rank:05d}.safetensors"
     size, sha256 = tensorfile.write_tensors(folder / name, entries, held.__getitem__)
-    tensorfile.replace_json(folder / f"rank-{rank:05d}.json", {name: {"bytes": size, "sha256": sha256}})
+    replace_json(folder / f"rank-{rank:05d}.json", {name: {"bytes": size, "sha256": sha256}})
 
 
 def _publish(partial: Path, final: Path, manifest: dict[str, Any], ranks: int) -> None:
@@ -222,11 +223,11 @@ def _publish(partial: Path, final: Path, manifest: dict[str, Any], ranks: int) -
             parameter, state, start = key.split("|")
             fragments.append([parameter, state, int(start), int(start) + shape[0], name, offset])
     _assert_complete(fragments, manifest["parameters"])
-    tensorfile.replace_json(partial / "manifest.json", {**manifest, "files": files, "fragments": fragments})
+    replace_json(partial / "manifest.json", {**manifest, "files": files, "fragments": fragments})
     if final.exists():
         shutil.rmtree(final)
     os.rename(partial, final)
-    tensorfile.fsync_directory(final.parent)
+    sync_folder(final.parent)
 
 
 def _assert_complete(fragments: list[list[Any]], parameters: dict[str, list[int]]) -> None:

@@ -22,6 +22,7 @@ from wikift.cli import parse
 from wikift.command import EXIT_DONE
 from wikift.config import ConsolidateSettings
 from wikift.derive import ranks_started
+from wikift.disk import sync_folder
 from wikift.errors import EnvironmentFault, UserError
 from wikift.publish import stopping_by_exception
 from wikift.sizes import parse_size, show_bytes
@@ -236,10 +237,8 @@ def _is_ours(lock: int, partial: Path) -> bool:
 
 
 def _swap(partial: Path, target: Path, old: Path) -> None:
-    from wikift.tensorfile import fsync_directory
-
     for path in (*partial.iterdir(), partial):
-        fsync_directory(path)
+        sync_folder(path)
     if target.exists() and any(target.iterdir()):
         os.rename(target, old)
         try:
@@ -249,7 +248,7 @@ def _swap(partial: Path, target: Path, old: Path) -> None:
             raise
     else:
         os.rename(partial, target)
-    fsync_directory(partial.parent)
+    sync_folder(partial.parent)
 
 
 def _write_model_files(run: Path, folder: Path, dtype: str) -> None:

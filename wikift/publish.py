@@ -19,8 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from wikift.disk import sync_folder
 from wikift.errors import EnvironmentFault, UserError
-from wikift.tokens import sync_folder
 
 _POLL_SECONDS = 0.5
 _HEAD_START_SECONDS = 10.0

@@ -13,9 +13,10 @@ from typing import Any
 
 from wikift.config import WIKITEXT, DataSettings
 from wikift.corpus import DEFAULT_VALIDATION_FRACTION, Corpus, idle_fraction
+from wikift.disk import sha256_of
 from wikift.errors import UserError
 from wikift.tokenizer import SavedTokenizer, tokenizer_fingerprint
-from wikift.tokens import TokenStore, sha256_of
+from wikift.tokens import TokenStore
 from wikift.userfiles import user_files
 
 FileList = dict[str, list[dict[str, Any]]]

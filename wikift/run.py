@@ -27,6 +27,7 @@ from wikift.batches import count_blocks, micro_batches, sample_blocks
 from wikift.checkpoint import Checkpoint
 from wikift.config import TrainSettings
 from wikift.derive import Plan
+from wikift.disk import replace_json
 from wikift.engines.base import OPTIMIZER, Engine
 from wikift.engines.ddp import DDPEngine
 from wikift.engines.single import SingleEngine
@@ -39,7 +40,6 @@ from wikift.model import Precision, build_model, model_from_config, resolve_prec
 from wikift.optim import AdamSettings, Schedule
 from wikift.resume import Say, check_same_experiment, checkpoint_to_resume, experiment, locked, set_aside
 from wikift.scoring import Score, score_split
-from wikift.tensorfile import replace_json
 from wikift.tokens import TokenStore
 from wikift.world import World, started_world
 

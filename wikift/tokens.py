@@ -23,13 +23,13 @@ import numpy as np
 import numpy.typing as npt
 
 from wikift import __version__
+from wikift.disk import sha256_of, sync_folder
 from wikift.errors import UserError
 
 FORMAT = "wikift-store-1"
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
-_BLOCK_BYTES = 1 << 20
 _SAMPLED_PLACES = 256
 _EDGE_TOKENS = 4096
 
@@ -126,15 +126,6 @@ def write_store(
         os.fsync(file.fileno())
     sync_folder(path)
     return open_store(path)
-
-
-def sync_folder(path: Path) -> None:
-    """Put the names in a folder on the disk, as `fsync` does for a file's content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_split(path: Path, parts: Iterable[Encoded], dtype: str) -> Split:
@@ -258,15 +249,6 @@ def _split_problems(store: TokenStore, name: str, where: str, verify: bool) -> l
     except OSError as error:
         return [f"{where}: {split.file} cannot be read ({error.strerror}); mend its permissions or the disk"]
     return []
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in blocks of a megabyte."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_tokenizer(store: TokenStore, model_folder: str | Path, *, setting: str = "--model") -> None:
