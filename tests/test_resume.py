@@ -62,7 +62,7 @@ def forget_after(run: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
-@pytest.mark.parametrize(("ranks", "every"), [(1, 1), (2, 3), (3, 4)])
+@pytest.mark.parametrize(("ranks", "every"), [(1, 1), (2, 1), (3, 4)])
 def test_resume_from_every_step_is_bit_for_bit(tmp_path: Path, ranks: int, every: int) -> None:
     """12 steps over two epochs (51 blocks, 6 or 12 a step), dropout on. Three ranks: DDP's bucket order matters."""
     store = tiny_store(tmp_path / "store")
