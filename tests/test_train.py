@@ -59,6 +59,21 @@ def test_compile_is_the_same_run_within_rounding(store: Path, tmp_path: Path) ->
         assert got[2] == pytest.approx(expected[2], rel=1e-5)
 
 
+def without_a_compiler(command_line: list[str]) -> tuple[str, ...]:
+    import os
+
+    os.environ["PATH"] = ""
+    os.environ.pop("CXX", None)
+    return problems_of_training(command_line)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_compile_without_a_compiler_is_said(store: Path, tmp_path: Path, ranks: int) -> None:
+    for (problem,) in run_ranks(without_a_compiler, ranks, arguments(store, tmp_path / "run", compile=True)):
+        assert problem.startswith("--compile: needs a compiler, g++ is not found")
+    assert not (tmp_path / "run").exists(), "nothing written"
+
+
 def test_bf16_keeps_fp32_weights_and_stays_near_fp32(store: Path, tmp_path: Path) -> None:
     for precision in ("fp32", "bf16"):
         words: dict[str, Any] = {"precision": precision, "dropout": 0, "learning_rate": 1e-3}

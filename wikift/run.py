@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -89,6 +90,8 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
 def _build(run: Run, start: Checkpoint | None) -> tuple[GPT2LMHeadModel, Engine]:
     """The model on its device and the engine around it, new or as `start` left them."""
     settings, plan = run.settings, run.plan
+    if settings.compile:
+        _check_compiler(run.world.device)
     if start is None:
         model = build_model(settings, plan.shape, run.store.eos_token_id)
     else:
@@ -106,6 +109,16 @@ def _build(run: Run, start: Checkpoint | None) -> tuple[GPT2LMHeadModel, Engine]
     if start is not None:
         engine.restore(start)
     return model, engine
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Raises UserError where torch.compile would end in a traceback: it calls g++ for a CPU, triton a C compiler."""
+    names = [os.environ.get("CXX", "g++")] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
+    if not any(map(shutil.which, names)):
+        raise UserError(
+            f"--compile: needs a compiler, {' or '.join(names)} is not found; install one (Debian: apt install g++) "
+            "or leave --compile out"
+        )
 
 
 class _CutShort(Exception):
