@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 from tests.trained import SENTENCES, text_store, trained_run
-from wikift import checkpoint, tensorfile
+from wikift import tensorfile
 from wikift.card import command_of
 from wikift.checkpoint import open_checkpoint, step_folder
 from wikift.cli import parse
@@ -27,6 +27,7 @@ from wikift.config import TrainSettings
 from wikift.engines.base import OPTIMIZER, SCALARS, STATES, Fragment
 from wikift.errors import EnvironmentFault, UserError
 from wikift.export import export, main
+from wikift.saving import Saver
 from wikift.sizes import parse_size
 from wikift.world import World
 
@@ -309,7 +310,7 @@ def save_checkpoint(run: Path, parameters: dict[str, list[int]], *, tied: bool =
             yield Fragment(OPTIMIZER, name, 0, (1,), torch.zeros(1))
 
     about = {"tokens": 1, "eval_loss": None, "model_config": {"tie_word_embeddings": tied}}
-    checkpoint.save(fragments(), run, 99, about, parameters, World())
+    Saver(run, World(), keep=9, aside=False).save(fragments(), 99, about, parameters)
 
 
 @pytest.mark.parametrize("tied", [True, False])

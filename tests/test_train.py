@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.tiny import VOCABULARY, arguments, curve, metrics, tiny_store
+from tests.tiny import arguments, curve, metrics, tiny_store
 from wikift.checkpoint import list_checkpoints, open_checkpoint
 from wikift.errors import EnvironmentFault, UserError
 
@@ -136,16 +136,13 @@ def test_the_logged_loss_is_the_mean_over_the_whole_global_batch(store: Path, tm
 
 
 def initial_loss(blocks: torch.Tensor) -> float:
-    from wikift.config import TrainSettings
-    from wikift.derive import apply_scratch
-    from wikift.model import build_model
-    from wikift.shape import Shape
+    from tests.engines import make_engine, random_start, tiny_config
+    from wikift.world import World
 
-    settings = TrainSettings(from_scratch=True, config_overrides="n_layer=2,n_head=2,n_embd=32,n_positions=16")
-    model = build_model(settings, apply_scratch(settings, Shape(), VOCABULARY), 0).eval()
-    with torch.no_grad():
-        logits = model(blocks[:, :-1]).logits
-    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()))
+    config = tiny_config()
+    engine = make_engine("single", World(), config)
+    engine.restore(random_start(config, seed=42))
+    return float(engine.nll(blocks[:, :-1], blocks[:, 1:])) / blocks[:, 1:].numel()
 
 
 def test_validation_counts_every_token_once(store: Path, tmp_path: Path) -> None:

@@ -3,18 +3,15 @@
     RUN/checkpoints/step-00000500/rank-00000.safetensors   1-D ranges, keyed NAME|STATE|START
     RUN/checkpoints/step-00000500/manifest.json            written last: step, settings, every file's size and sha256
 
-All ranks write at once into a folder beside; rank 0 checks that every element is there exactly once, writes the
-manifest and renames the folder into place. A reader takes ranges of the files, whoever wrote them, so any number of
-ranks and any engine can go on from it.
+A reader takes ranges of the files, whoever wrote them, so any number of ranks and any engine can go on from it. How
+checkpoints are written: saving.py.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,14 +20,11 @@ import torch
 from torch import Tensor
 
 from wikift import tensorfile
-from wikift.disk import replace_json, sha256_of, sync_folder
-from wikift.engines.base import OPTIMIZER, STATES, Fragment
+from wikift.disk import read_range, sha256_of
 from wikift.errors import EnvironmentFault, UserError
-from wikift.tensorfile import Entry
 from wikift.world import World
 
 FORMAT = "wikift-checkpoint-1"
-_PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -67,14 +61,10 @@ class Checkpoint:
             if low >= high:
                 continue
             target = values[low - start : high - start].view(torch.uint8).numpy()
-            with open(place.file, "rb", buffering=0) as file:
-                file.seek(place.offset + 4 * (low - place.start))
-                view = memoryview(target.data)
-                while view:
-                    count = file.readinto(view)
-                    if not count:
-                        raise EnvironmentFault(f"{place.file} ends early; the checkpoint {self.path} is damaged")
-                    view = view[count:]
+            try:
+                read_range(place.file, place.offset + 4 * (low - place.start), memoryview(target.data))
+            except OSError as error:
+                raise EnvironmentFault(f"{error}; the checkpoint {self.path} is damaged") from None
             filled += high - low
         assert filled == stop - start, (name, state, start, stop, filled)
         return values
@@ -87,42 +77,6 @@ def step_folder(run: Path, step: int) -> Path:
 def list_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return sorted(path.parent for path in (run / "checkpoints").glob("step-*/manifest.json"))
-
-
-def save(
-    fragments: Iterable[Fragment],
-    run: Path,
-    step: int,
-    about: dict[str, Any],
-    parameters: dict[str, list[int]],
-    world: World,
-) -> Path:
-    """Write and publish a checkpoint; collective. `about` goes into the manifest, `parameters` are shapes by name.
-
-    Raises EnvironmentFault on every rank where one could not write; older checkpoints are untouched then.
-    """
-    final = step_folder(run, step)
-    partial = final.with_name("." + final.name + _PARTIAL)
-    fault = ""
-    if world.rank == 0:
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        except OSError as error:
-            fault = _words(error)
-    _agree(fault, run, step, world)
-    try:
-        _write_rank(fragments, partial, world.rank)
-    except OSError as error:
-        fault = _words(error)
-    _agree(fault, run, step, world, partial)
-    if world.rank == 0:
-        try:
-            _publish(partial, final, {"format": FORMAT, "step": step, **about, "parameters": parameters}, world.size)
-        except OSError as error:
-            fault = _words(error)
-    _agree(fault, run, step, world, partial)
-    return final
 
 
 def open_checkpoint(path: Path, *, verify: bool = False) -> Checkpoint:
@@ -199,63 +153,3 @@ def best_checkpoint(run: Path) -> Path | None:
         if loss is not None:
             scored.append((loss, path))
     return min(scored)[1] if scored else None
-
-
-def _write_rank(fragments: Iterable[Fragment], folder: Path, rank: int) -> None:
-    held = {f"{f.name}|{f.state}|{f.start}": f.data for f in fragments if f.data.numel()}
-    entries = [Entry(key, "F32", (data.numel(),)) for key, data in held.items()]
-    name = f"rank-{rank:05d}.safetensors"
-    size, sha256 = tensorfile.write_tensors(folder / name, entries, held.__getitem__)
-    replace_json(folder / f"rank-{rank:05d}.json", {name: {"bytes": size, "sha256": sha256}})
-
-
-def _publish(partial: Path, final: Path, manifest: dict[str, Any], ranks: int) -> None:
-    files: dict[str, Any] = {}
-    fragments = []
-    for rank in range(ranks):
-        facts = partial / f"rank-{rank:05d}.json"
-        if not facts.is_file():
-            raise OSError(f"{facts} is not there: the output folder must be one that all machines share")
-        files |= json.loads(facts.read_text())
-        facts.unlink()
-    for name in files:
-        for key, (_, shape, offset) in tensorfile.read_header(partial / name)[0].items():
-            parameter, state, start = key.split("|")
-            fragments.append([parameter, state, int(start), int(start) + shape[0], name, offset])
-    _assert_complete(fragments, manifest["parameters"])
-    replace_json(partial / "manifest.json", {**manifest, "files": files, "fragments": fragments})
-    if final.exists():
-        shutil.rmtree(final)
-    os.rename(partial, final)
-    sync_folder(final.parent)
-
-
-def _assert_complete(fragments: list[list[Any]], parameters: dict[str, list[int]]) -> None:
-    covered: dict[tuple[str, str], int] = {}
-    for name, state, start, stop, *_ in sorted(fragments, key=lambda f: f[:3]):
-        if name != OPTIMIZER:
-            assert start == covered.get((name, state), 0), f"{name} {state}: gap or overlap at {start}"
-            covered[name, state] = stop
-    for name, shape in parameters.items():
-        count = int(torch.Size(shape).numel())
-        assert all(covered.get((name, state)) == count for state in STATES), f"{name} is not whole"
-
-
-def _agree(fault: str, run: Path, step: int, world: World, partial: Path | None = None) -> None:
-    """All ranks learn whether one failed; collective. The one that did says why."""
-    if fault:
-        print(f"wikift: rank {world.rank} could not write the checkpoint of step {step}: {fault}", file=sys.stderr)
-    if not int(world.total(torch.tensor(1 if fault else 0))):
-        return
-    if partial is not None and world.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-    kept = list_checkpoints(run)
-    raise EnvironmentFault(
-        f"the checkpoint of step {step} was not written; "
-        + (f"the newest complete one is {kept[-1]}" if kept else "there is none yet")
-        + ". Make room (or mend the disk) and run the same command to go on"
-    )
-
-
-def _words(error: OSError) -> str:
-    return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")

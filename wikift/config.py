@@ -157,7 +157,17 @@ class TrainSettings(DataSettings):
     gradient_checkpointing: bool = option(False, "less memory, a third more time", group="speed")
     compile: bool = option(False, "torch.compile: minutes to start, faster steps", group="speed")
     engine: str = option(
-        "auto", "single: one process; ddp: several, by torchrun", group="speed", choices=("auto", "single", "ddp")
+        "auto",
+        "how weights and work lie on the processes. single: one process; ddp: whole on each; fsdp: FSDP2, a share on "
+        "each; auto: the first of these that fits into memory",
+        group="speed",
+        choices=("auto", "single", "ddp", "fsdp"),
+    )
+    deepspeed: str | None = option(
+        None, "ZeRO 1, 2 or 3 as a DeepSpeed config file says, ds_configs/ has some", group="speed", metavar="FILE"
+    )
+    fsdp_reshard_after_forward: bool = option(
+        True, "fsdp: free a block's weights after its forward; without it faster, more memory", group="speed"
     )
     device: str = option("auto", "auto: cuda where there is one", group="speed", choices=("auto", "cpu", "cuda"))
 
@@ -167,6 +177,7 @@ class TrainSettings(DataSettings):
     )
     save_steps: int = option(500, "steps between checkpoints", group="run", metavar="STEPS")
     logging_steps: int = option(10, "steps between lines of metrics.jsonl", group="run", metavar="STEPS")
+    async_save: bool = option(True, "write checkpoints while the training goes on", group="run")
     save_total_limit: int = option(2, "newest checkpoints kept, beside the best", group="run", metavar="N")
     per_device_eval_batch_size: int = option(8, "blocks of one forward in validation", group="run", metavar="BLOCKS")
     resume: str = option(

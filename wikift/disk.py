@@ -37,3 +37,14 @@ def replace_json(path: Path, content: Mapping[str, object]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+
+
+def read_range(path: Path, offset: int, into: memoryview) -> None:
+    """Fill `into` (bytes) from a file's `offset` on, reading these bytes only. Raises OSError where the file ends."""
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        while into:
+            count = file.readinto(into)
+            if not count:
+                raise OSError(f"{path} ends early")
+            into = into[count:]

@@ -7,17 +7,12 @@ a clash is an error that names both. Imports neither torch nor deepspeed.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wikift.cli import flag, nearest
 from wikift.config import TrainSettings
-from wikift.dskeys import HARMLESS, KNOWN, OWN, PASSED, REFUSED, RENAMED, SECTIONS, SETTINGS, UNUSED
-from wikift.errors import UserError
 
 Config = dict[str, Any]
 

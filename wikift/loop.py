@@ -52,7 +52,8 @@ class Job:
     skipped: int  # steps skipped before this start
     validate: Callable[[], Score | None]
     save: Callable[[int, float | None], None]  # (step, eval_loss)
-    stop_signal: Callable[[], int]
+    saved: Callable[[], dict[str, Any]]  # what to log of a checkpoint published meanwhile; not collective
+    stopped: Callable[[], int]  # the signal that asks for a stop, the same on every rank; 0 while there is none
 
 
 def run_steps(engine: Engine, job: Job, world: World, log: Log, *, done: int) -> int:
@@ -72,7 +73,7 @@ def run_steps(engine: Engine, job: Job, world: World, log: Log, *, done: int) ->
         skipped += ~torch.isfinite(norm)
         meter.step(job.tokens_per_step)
         log.tick(step=step)
-        stop = world.highest(job.stop_signal())
+        stop = job.stopped()
         record: dict[str, Any] = {"step": step}
         if due.log(step) or stop:
             loss = float(world.total(torch.stack(losses).mean())) / world.size
@@ -85,7 +86,7 @@ def run_steps(engine: Engine, job: Job, world: World, log: Log, *, done: int) ->
                 "tokens": step * job.tokens_per_step,
             }
             record |= {"skipped_steps": int(skipped)} if job.skips_overflow else {}
-            record |= meter.reading(due.steps - step, world.size)
+            record |= meter.reading(due.steps - step, world.size) | job.saved()
         with meter.paused():
             score = job.validate() if due.evaluate(step) and not stop else None
             if score is not None:
@@ -95,7 +96,7 @@ def run_steps(engine: Engine, job: Job, world: World, log: Log, *, done: int) ->
                     "eval_word_perplexity": score.word_perplexity,
                 }
             if due.evaluate(step):  # it may have come in the meantime, and cut the validation short
-                stop = stop or world.highest(job.stop_signal())
+                stop = stop or job.stopped()
             if due.log(step):
                 log.record(record)
             if due.save(step) or stop:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,19 +11,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from wikift import hub
-from wikift.config import TrainSettings
 from wikift.errors import EnvironmentFault, UserError
-from wikift.shape import Shape, parse_overrides
-from wikift.world import seed
 
 NOT_SCORED = -100
 # Positions whose logits are held at once in validation. On a CPU 128 x 50,257 x 4 bytes stay below the 32 MiB where
 # glibc starts to get memory afresh each time: page faults were two fifths of a validation's processor time (measured).
 _SCORED_TOGETHER = {"cpu": 128, "cuda": 8192}
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Precision(NamedTuple):
@@ -60,19 +57,26 @@ def resolve_precision(requested: str, device: torch.device) -> Precision:
 @contextlib.contextmanager
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """Products in `precision` (bf16, fp16, fp32), weights and reductions in fp32."""
-    with torch.autocast(device.type, dtype=_DTYPES[precision], enabled=precision != "fp32"):
+    with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
         yield
 
 
 class NextTokenLoss(nn.Module):
-    """A language model and its loss in one module, so that DDP and torch.compile wrap both."""
+    """A language model and its loss in one module, so that every engine and torch.compile wrap both.
 
-    def __init__(self, model: GPT2LMHeadModel) -> None:
+    The autocast is inside: DeepSpeed switches off one that is around it.
+    """
+
+    def __init__(self, model: GPT2LMHeadModel, precision: str = "fp32") -> None:
         super().__init__()
-        self.model = model
+        self.model, self.precision = model, precision
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Per-token negative log-likelihood (rows * length,) in fp32 of `targets` (rows, length); 0 where -100."""
+        with autocast(inputs.device, self.precision):
+            return self._losses(inputs, targets)
+
+    def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         hidden: Tensor = self.model.transformer(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         together = hidden.shape[0] if torch.is_grad_enabled() else _SCORED_TOGETHER[hidden.device.type]
         losses = []
@@ -86,52 +90,88 @@ def load_config(name: str, setting: str = "--model") -> GPT2Config:
     """The configuration of a model by name or folder. Raises as `load_model` does."""
     if not os.path.isdir(name):
         hub.offline_if_unreachable()
-    with _explained(name, setting):
+    with explained(name, setting):
         found = AutoConfig.from_pretrained(name)
     if not isinstance(found, GPT2Config):
         raise UserError(f"{setting} {name}: is a {found.model_type} model; wikift knows gpt2 models only")
     return found
 
 
+def load_generation_config(name: str, config: GPT2Config) -> GenerationConfig:
+    """The generation configuration that a model by name or folder comes with, or what follows from its own."""
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
+
+
 def load_model(name: str, device: torch.device | str = "cpu", setting: str = "--model") -> GPT2LMHeadModel:
     """A trained GPT-2 in fp32 and eval mode. Raises UserError for a wrong folder, EnvironmentFault without network."""
     loaded = load_config(name, setting)
-    with _explained(name, setting):
+    with explained(name, setting):
         model = GPT2LMHeadModel.from_pretrained(name, config=loaded, dtype=torch.float32, attn_implementation="sdpa")
     return model.to(device).eval()  # type: ignore[no-any-return,arg-type]
 
 
-def build_model(settings: TrainSettings, shape: Shape, eos_token_id: int) -> GPT2LMHeadModel:
-    """The model to train, on the CPU in fp32: trained weights, or random ones drawn from the run's seed."""
-    if not settings.from_scratch:
-        model = load_model(settings.model)
-    else:
-        words: dict[str, Any] = {**dataclasses.asdict(shape), **parse_overrides(settings.config_overrides or "")}
-        torch.manual_seed(seed(settings.seed, "initial weights"))
-        model = model_from_config({**words, "bos_token_id": eos_token_id, "eos_token_id": eos_token_id})
+def model_config(words: dict[str, Any]) -> GPT2Config:
+    """The configuration of a model to train, from what `config.to_dict()` gave, or a part of it."""
+    made = GPT2Config(**{**words, "architectures": ["GPT2LMHeadModel"], "dtype": "float32"})
+    made._attn_implementation = "sdpa"
+    return made
+
+
+def make_model(config: GPT2Config, *, gradient_checkpointing: bool = False) -> GPT2LMHeadModel:
+    """The modules. On the meta device they have no memory: engines make room for what a rank keeps, and no more."""
+    model = GPT2LMHeadModel(config)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
-def model_from_config(words: dict[str, Any]) -> GPT2LMHeadModel:
-    """A model with random weights, from what `config.to_dict()` gave."""
-    made = GPT2Config(**{**words, "architectures": ["GPT2LMHeadModel"], "dtype": "float32"})
-    made._attn_implementation = "sdpa"
-    return GPT2LMHeadModel(made)
+def materialize(model: GPT2LMHeadModel, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    """Give a meta model memory, sharded tensors their shard's; what is in it is left open. The head stays tied."""
+    if dtype != torch.float32:
+        nn.Module.to(model, dtype)
+    assert not list(model.buffers()), "a buffer would lose its content"
+    model.to_empty(device=device)
+    model.tie_weights()
+    check_tied(model)
 
 
-def set_options(model: GPT2LMHeadModel, *, dropout: float | None, gradient_checkpointing: bool) -> None:
-    """Set every dropout rate (None leaves the model's own), and trade time for memory."""
-    if dropout is not None:
-        model.config.resid_pdrop = model.config.embd_pdrop = model.config.attn_pdrop = dropout
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = dropout
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+def check_tied(model: GPT2LMHeadModel) -> None:
+    """The head and the embedding are one tensor where the configuration says so: a silent copy would train apart."""
+    if model.config.tie_word_embeddings:
+        assert model.lm_head.weight is model.transformer.wte.weight, "the tied head came apart"
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Every parameter's whole shape by Hugging Face name, the tied head once; under ZeRO-3 too."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+
+
+def keep_residual_in_fp32(model: GPT2LMHeadModel) -> None:
+    """For weights held in bf16 or fp16: sum the residual and normalise in fp32, as autocast does with fp32 weights.
+
+    Sharded engines gather weights in the products' precision. Without this the whole residual stream would be rounded
+    to 8 bits in each block, and bf16 under FSDP2 or ZeRO would be another experiment than bf16 under DDP.
+    """
+    model.transformer.drop.register_forward_pre_hook(_as_float)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.forward = functools.partial(_layer_norm_in_fp32, module)  # type: ignore[method-assign]
+
+
+def _as_float(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor.float() for tensor in inputs)
+
+
+def _layer_norm_in_fp32(module: nn.LayerNorm, hidden: Tensor) -> Tensor:
+    weight, bias = module.weight.float(), module.bias.float()
+    return F.layer_norm(hidden.float(), module.normalized_shape, weight, bias, module.eps)
 
 
 @contextlib.contextmanager
-def _explained(name: str, setting: str) -> Iterator[None]:
+def explained(name: str, setting: str) -> Iterator[None]:
     """transformers' long errors about a missing model, in one line with the way out."""
     try:
         yield

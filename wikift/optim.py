@@ -54,9 +54,13 @@ class Schedule:
 def build_adamw(parameters: Iterable[nn.Parameter], settings: AdamSettings) -> torch.optim.AdamW:
     """Decay for matrices and embeddings, none for biases and LayerNorm gains (nanoGPT, the Trainer)."""
     trained = [p for p in parameters if p.requires_grad]
+
+    def is_matrix(parameter: nn.Parameter) -> bool:
+        return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2  # ZeRO-3 leaves an empty vector in its place
+
     groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if is_matrix(p)], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if not is_matrix(p)], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.epsilon, fused=True)
 
@@ -71,26 +75,49 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm(pieces)
 
 
-class LossScale:
-    """fp16's dynamic loss scale: halved when a gradient overflows, doubled after 2,000 good steps (GradScaler's rule).
+@dataclass(frozen=True)
+class ScaleRule:
+    """fp16's dynamic loss scale, torch's GradScaler's rule by default, in DeepSpeed's words.
 
-    Held on the device, so that nothing waits; a fixed 1 for the other precisions.
+    Halved, but not below `smallest`, at every `hysteresis`-th overflow; doubled after `window` good steps in a row.
     """
 
-    GROWTH_INTERVAL = 2000
+    initial: float = 65536.0
+    window: int = 2000  # steps
+    hysteresis: int = 1  # overflows
+    smallest: float = 1.0
+    dynamic: bool = True  # False: `initial` for ever
 
-    def __init__(self, dynamic: bool, device: torch.device) -> None:
-        self.dynamic = dynamic
-        self.scale = torch.tensor(65536.0 if dynamic else 1.0, device=device)
+
+class LossScale:
+    """fp16's loss scale, held on the device, so that nothing waits; a fixed 1 where `rule` is None."""
+
+    def __init__(self, rule: ScaleRule | None, device: torch.device) -> None:
+        self.rule = rule
+        self.scale = torch.tensor(rule.initial if rule else 1.0, device=device)
         self.good_steps = torch.tensor(0.0, device=device)
+        self.overflows = torch.tensor(0.0, device=device)  # since the scale changed
 
     def update(self, finite: Tensor) -> None:
-        if not self.dynamic:
+        rule = self.rule
+        if rule is None or not rule.dynamic:
             return
         good = torch.where(finite, self.good_steps + 1, 0.0)
-        grow = good >= self.GROWTH_INTERVAL
-        self.scale = torch.where(finite, torch.where(grow, self.scale * 2, self.scale), self.scale / 2)
+        overflows = self.overflows + ~finite
+        shrink, grow = overflows >= rule.hysteresis, good >= rule.window
+        smaller = torch.clamp(self.scale / 2, min=rule.smallest)
+        self.scale = torch.where(shrink, smaller, torch.where(grow, self.scale * 2, self.scale))
+        self.overflows = torch.where(shrink | grow, 0.0, overflows)
         self.good_steps = torch.where(grow, 0.0, good)
+
+    def numbers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(scale, good steps, overflows) as a checkpoint keeps them; a scale of 0 where there is none."""
+        return self.scale * (self.rule is not None), self.good_steps, self.overflows
+
+    def restore(self, scale: Tensor, good_steps: Tensor, overflows: Tensor) -> None:
+        """Take what `numbers` gave; a run that had no scale before starts with the rule's."""
+        if self.rule is not None and float(scale):
+            self.scale, self.good_steps, self.overflows = (n.to(self.scale) for n in (scale, good_steps, overflows))
 
 
 def clip_and_step(

@@ -23,7 +23,7 @@ from wikift.world import World
 Say = Callable[[str], None]
 
 # Settings that only place or show a run: a change of these between two starts is not worth a word.
-_SILENT = ("output_dir", "resume", "config", "dry_run", "quiet", "workers", "wandb", "data", "device")
+_SILENT = ("output_dir", "resume", "config", "dry_run", "quiet", "workers", "wandb", "data", "device", "async_save")
 _LOCK_SECONDS = 60
 
 

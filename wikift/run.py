@@ -12,34 +12,33 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
-from wikift import __version__, checkpoint, derive
+from wikift import __version__, derive
 from wikift.batches import count_blocks, micro_batches, sample_blocks
+from wikift.build import Built, Choice, build
 from wikift.checkpoint import Checkpoint
 from wikift.config import TrainSettings
 from wikift.derive import Plan
 from wikift.disk import replace_json
-from wikift.engines.base import OPTIMIZER, Engine
-from wikift.engines.ddp import DDPEngine
-from wikift.engines.single import SingleEngine
+from wikift.engines.base import OPTIMIZER
 from wikift.errors import UserError
 from wikift.interrupt import stop_requests
 from wikift.log import Log, open_log
 from wikift.loop import Due, Job, run_steps
 from wikift.meter import Meter, peak_flops
-from wikift.model import Precision, build_model, model_from_config, resolve_precision, set_options
-from wikift.optim import AdamSettings, Schedule
+from wikift.model import Precision, resolve_precision
+from wikift.optim import Schedule
 from wikift.resume import Say, check_same_experiment, checkpoint_to_resume, experiment, locked, set_aside
+from wikift.saving import Saver
 from wikift.scoring import Score, score_split
 from wikift.tokens import TokenStore
 from wikift.world import World, started_world
@@ -71,15 +70,17 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
             if start.step >= plan.steps:
                 say(f"{folder} is finished, step {start.step:,}; a longer --max-steps or --num-train-epochs goes on")
                 return 0
-        model, engine = _build(run, start)
+        built = build(settings, plan, world, run.precision, store.eos_token_id, start)
         if world.rank == 0:
-            _prepare_folder(run, model, start)
-        for text in _announcement(run, engine, start):
+            _prepare_folder(run, built, start)
+        for text in _announcement(run, built.choice, start):
             say(text)
         done = start.step if start is not None else 0
         with _log(run, done) as log:
-            job = _job(run, model, engine, log, start, validates, stop_signal)
-            stopped = run_steps(engine, job, world, log, done=done)
+            saver = Saver(folder, world, keep=settings.save_total_limit, aside=settings.async_save)
+            job = _job(run, built, log, start, validates, saver, stop_signal)
+            stopped = run_steps(built.engine, job, world, log, done=done)
+            saver.finish()
             if stopped:
                 log.say(f"stopped by {signal.Signals(stopped).name} and saved; the same command goes on from here")
     if not stopped:
@@ -87,38 +88,7 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
     return stopped
 
 
-def _build(run: Run, start: Checkpoint | None) -> tuple[GPT2LMHeadModel, Engine]:
-    """The model on its device and the engine around it, new or as `start` left them."""
-    settings, plan = run.settings, run.plan
-    if settings.compile:
-        _check_compiler(run.world.device)
-    if start is None:
-        model = build_model(settings, plan.shape, run.store.eos_token_id)
-    else:
-        model = model_from_config(start.manifest["model_config"])
-    set_options(model, dropout=settings.dropout, gradient_checkpointing=settings.gradient_checkpointing)
-    model.to(run.world.device)  # type: ignore[arg-type]
-    adam = AdamSettings(
-        settings.weight_decay, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon, settings.max_grad_norm
-    )
-    single = SingleEngine(
-        model, adam, accumulation=plan.place.accumulation, precision=run.precision.name, compile=settings.compile
-    )
-    ddp = settings.engine == "ddp" or run.world.size > 1
-    engine = DDPEngine(single, run.world, plan.block_size) if ddp else single
-    if start is not None:
-        engine.restore(start)
-    return model, engine
-
-
-def _check_compiler(device: torch.device) -> None:
-    """Raises UserError where torch.compile would end in a traceback: it calls g++ for a CPU, triton a C compiler."""
-    names = [os.environ.get("CXX", "g++")] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
-    if not any(map(shutil.which, names)):
-        raise UserError(
-            f"--compile: needs a compiler, {' or '.join(names)} is not found; install one (Debian: apt install g++) "
-            "or leave --compile out"
-        )
+_SAVE_FAILED = 1 << 16  # above every signal's number
 
 
 class _CutShort(Exception):
@@ -127,21 +97,21 @@ class _CutShort(Exception):
 
 def _job(
     run: Run,
-    model: GPT2LMHeadModel,
-    engine: Engine,
+    built: Built,
     log: Log,
     start: Checkpoint | None,
     validates: bool,
+    saver: Saver,
     stop_signal: Callable[[], int],
 ) -> Job:
     """The functions and numbers that the loop works with."""
-    settings, plan, store, world = run.settings, run.plan, run.store, run.world
+    settings, plan, store, world, engine = run.settings, run.plan, run.store, run.world, built.engine
     about = {
         "settings": dataclasses.asdict(settings),
         "experiment": experiment(settings, plan, store),
-        "model_config": json.loads(model.config.to_json_string(use_diff=False)),
+        "model_config": json.loads(built.config.to_json_string(use_diff=False)),
     }
-    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: list(shape) for name, shape in built.shapes.items()}
 
     def validate() -> Score | None:
         if not validates:
@@ -149,7 +119,7 @@ def _job(
 
         def progress(done: int, of: int) -> None:
             log.tick(now=f"validating {done:,}/{of:,}")
-            if world.highest(stop_signal()):
+            if stopped():
                 raise _CutShort  # torchrun waits 30 s after a signal, a validation on CPU may take minutes
 
         try:
@@ -166,10 +136,22 @@ def _job(
     def save(step: int, eval_loss: float | None) -> None:
         log.tick(now="saving")
         about_step = {"tokens": step * plan.tokens_per_step, "eval_loss": eval_loss, **about}
-        path = checkpoint.save(engine.fragments(), run.folder, step, about_step, shapes, world)
-        if world.rank == 0:
-            checkpoint.prune(run.folder, settings.save_total_limit)
-        log.tick(saved=path.name, now=None)
+        saver.save(engine.fragments(), step, about_step, shapes)
+        log.tick(now=None)
+
+    def saved() -> dict[str, Any]:
+        found = saver.take_saved()
+        if found is None:
+            return {}
+        log.tick(saved=found.path.name)
+        step = int(found.path.name.removeprefix("step-"))
+        return {"saved_step": step, "save_stall_seconds": found.stall_seconds, "save_seconds": found.seconds}
+
+    def stopped() -> int:
+        word = world.highest(_SAVE_FAILED if saver.fault else stop_signal())
+        if word == _SAVE_FAILED:
+            saver.finish()  # raises, on every rank
+        return word
 
     return Job(
         batches=lambda first_step: _batches(run, first_step),
@@ -186,7 +168,8 @@ def _job(
         skipped=start.step - int(start.read(OPTIMIZER, "updates", 0, 1)) if start is not None else 0,
         validate=validate,
         save=save,
-        stop_signal=stop_signal,
+        saved=saved,
+        stopped=stopped,
     )
 
 
@@ -221,14 +204,13 @@ def _validates(settings: TrainSettings, store: TokenStore, say: Say) -> bool:
     return False
 
 
-def _prepare_folder(run: Run, model: GPT2LMHeadModel, start: Checkpoint | None) -> None:
+def _prepare_folder(run: Run, built: Built, start: Checkpoint | None) -> None:
     """Set aside what lies after `start`, then write config.json and model/."""
     set_aside(run.folder, start)
     folder = run.folder / "model"
     folder.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+    built.config.save_pretrained(folder)
+    built.generation_config.save_pretrained(folder)
     for file in (run.store.path / "tokenizer").iterdir():
         shutil.copyfile(file, folder / file.name)
     about = {
@@ -255,12 +237,12 @@ def _log(run: Run, done: int) -> Iterator[Log]:
         yield log
 
 
-def _announcement(run: Run, engine: Engine, start: Checkpoint | None) -> Iterator[str]:
+def _announcement(run: Run, choice: Choice, start: Checkpoint | None) -> Iterator[str]:
     words = derive.plan_words(run.plan)
-    name = "ddp" if isinstance(engine, DDPEngine) else "single"
     scratch = " from scratch" if run.settings.from_scratch else ""
     yield f"{run.settings.model}{scratch}: {words['parameters']} parameters; {words['train blocks']}"
-    yield f"engine {name} on {run.world.device.type}, {run.precision.name} ({run.precision.reason})"
+    yield f"engine {choice.name} ({choice.reason})"
+    yield f"{run.precision.name} on {run.world.device.type} ({run.precision.reason})"
     if run.precision.warning:
         yield f"warning: {run.precision.warning}"
     yield f"{run.plan.place.words} = {words['tokens per step']} tokens; {words['steps']}"

@@ -91,7 +91,7 @@ def start_world(device: str = "auto") -> World:
         return World(device=place)
     store, rank, size = next(iter(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
+        _backend(place),
         store=torch.distributed.distributed_c10d.PrefixStore("wikift/group", store),
         rank=rank,
         world_size=size,
@@ -99,6 +99,17 @@ def start_world(device: str = "auto") -> World:
         device_id=place if place.type == "cuda" else None,
     )
     return World(rank, size, local_rank, place)
+
+
+def join_group(world: World) -> None:
+    """Make sure that there is a process group: sharding engines want one even for a single process."""
+    if not dist.is_initialized():
+        assert world.size == 1
+        dist.init_process_group(_backend(world.device), store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def stop_world() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 STATES = ("weight", "exp_avg", "exp_avg_sq")
 # Numbers that an engine saves beside its parameters, each a fragment of one element under the name OPTIMIZER.
 OPTIMIZER = "optimizer"
-SCALARS = ("updates", "loss_scale", "steps_since_overflow")
+SCALARS = ("updates", "loss_scale", "steps_since_overflow", "overflows")
 
 
 class Fragment(NamedTuple):

@@ -9,31 +9,40 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from wikift.engines.base import OPTIMIZER, SCALARS, STATES, Fragment, FragmentReader
-from wikift.model import NextTokenLoss, autocast
-from wikift.optim import AdamSettings, LossScale, build_adamw, clip_and_step, total_norm
+from wikift.model import NextTokenLoss, materialize
+from wikift.optim import AdamSettings, LossScale, ScaleRule, build_adamw, clip_and_step, total_norm
 
 
 class SingleEngine:
-    """Whole weights, gradients and moments on one device; see Engine for the methods."""
+    """Whole weights, gradients and moments on one device; see Engine for the methods.
+
+    `model` comes without memory (meta); what is in it is open until `restore`.
+    """
 
     def __init__(
-        self, model: GPT2LMHeadModel, adam: AdamSettings, *, accumulation: int, precision: str, compile: bool
+        self,
+        model: GPT2LMHeadModel,
+        adam: AdamSettings,
+        device: torch.device,
+        *,
+        accumulation: int,
+        precision: str,
+        compile: bool,
     ) -> None:
+        materialize(model, device)
         self.model = model.train()
-        self.device = next(model.parameters()).device
+        self.device = device
         self.adam = adam
         self.accumulation = accumulation
-        self.precision = precision
         self.optimizer = build_adamw(model.parameters(), adam)
-        self.loss_scale = LossScale(precision == "fp16", self.device)
-        self.losses: Callable[[Tensor, Tensor], Tensor] = NextTokenLoss(model)
+        self.loss_scale = LossScale(ScaleRule() if precision == "fp16" else None, device)
+        self.losses: Callable[[Tensor, Tensor], Tensor] = NextTokenLoss(model, precision)
         if compile:
             self.losses = torch.compile(self.losses, dynamic=False)
 
     def forward_backward(self, blocks: Tensor, *, last: bool) -> Tensor:
         blocks = blocks.to(self.device, non_blocking=True)
-        with autocast(self.device, self.precision):
-            loss = self.losses(blocks[:, :-1], blocks[:, 1:]).mean()
+        loss = self.losses(blocks[:, :-1], blocks[:, 1:]).mean()
         (loss * (self.loss_scale.scale / self.accumulation)).backward()
         return loss.detach()
 
@@ -44,33 +53,34 @@ class SingleEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    @torch.no_grad()
     def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        training = self.model.training
-        self.model.eval()
-        try:
-            with autocast(self.device, self.precision):
-                losses = self.losses(inputs.to(self.device), targets.to(self.device))
-            return losses.double().sum()
-        finally:
-            self.model.train(training)
+        return summed_nll(self.model, self.losses, inputs.to(self.device), targets.to(self.device))
 
     def fragments(self) -> Iterator[Fragment]:
         return whole_fragments(self, rank=0, ranks=1)
 
     def restore(self, reader: FragmentReader) -> None:
         """Copy into the live tensors: their memory, and so the rounding of the kernels, stays as it was."""
-        updates, scale, good = (reader.read(OPTIMIZER, name, 0, 1)[0] for name in SCALARS)
+        updates = restore_scalars(reader, self.loss_scale)
         for name, parameter in self.model.named_parameters():
+            count = parameter.numel()
             with torch.no_grad():
-                parameter.copy_(reader.read(name, "weight", 0, parameter.numel()).view_as(parameter))
-            moments = {
-                state: reader.read(name, state, 0, parameter.numel()).view_as(parameter).to(self.device)
-                for state in STATES[1:]
-            }
+                parameter.copy_(reader.read(name, "weight", 0, count).view_as(parameter))
+            moments = {s: reader.read(name, s, 0, count).view_as(parameter).to(self.device) for s in STATES[1:]}
             self.optimizer.state[parameter] = {"step": updates.clone().to(self.device), **moments}
-        self.loss_scale.scale = scale.to(self.device)
-        self.loss_scale.good_steps = good.to(self.device)
+
+
+@torch.no_grad()
+def summed_nll(
+    model: torch.nn.Module, losses: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, targets: Tensor
+) -> Tensor:
+    """The sum of `losses` in eval mode, float64; `model` keeps the mode it had."""
+    training = model.training
+    model.eval()
+    try:
+        return losses(inputs, targets).double().sum()
+    finally:
+        model.train(training)
 
 
 def whole_fragments(engine: SingleEngine, rank: int, ranks: int) -> Iterator[Fragment]:
@@ -87,6 +97,17 @@ def whole_fragments(engine: SingleEngine, rank: int, ranks: int) -> Iterator[Fra
         for kind, tensor in (("weight", parameter), ("exp_avg", state["exp_avg"]), ("exp_avg_sq", state["exp_avg_sq"])):
             yield Fragment(name, kind, 0, shape, tensor.detach().reshape(-1))
     if rank == 0:
-        updates = next(iter(engine.optimizer.state.values()))["step"]
-        for kind, number in zip(SCALARS, (updates, engine.loss_scale.scale, engine.loss_scale.good_steps), strict=True):
-            yield Fragment(OPTIMIZER, kind, 0, (1,), number.detach().float().reshape(1))
+        yield from scalar_fragments(next(iter(engine.optimizer.state.values()))["step"], engine.loss_scale)
+
+
+def scalar_fragments(updates: Tensor, loss_scale: LossScale) -> Iterator[Fragment]:
+    """The numbers of the whole optimizer, for one rank to write."""
+    for kind, number in zip(SCALARS, (updates, *loss_scale.numbers()), strict=True):
+        yield Fragment(OPTIMIZER, kind, 0, (1,), number.detach().float().reshape(1))
+
+
+def restore_scalars(reader: FragmentReader, loss_scale: LossScale) -> Tensor:
+    """Put the saved loss scale in place; gives the count of updates that Adam has made."""
+    updates, scale, good_steps, overflows = (reader.read(OPTIMIZER, name, 0, 1)[0] for name in SCALARS)
+    loss_scale.restore(scale, good_steps, overflows)
+    return updates

@@ -1,0 +1,151 @@
+"""The engine of a run: which one and why, the model inside it, and what it starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+
+from wikift import dsconfig, memory
+from wikift.checkpoint import Checkpoint
+from wikift.config import TrainSettings
+from wikift.derive import Plan
+from wikift.engines.base import Engine
+from wikift.engines.ddp import DDPEngine
+from wikift.engines.single import SingleEngine
+from wikift.errors import UserError
+from wikift.initial import FreshStart, random_weights, trained_weights
+from wikift.model import Precision, load_config, load_generation_config, make_model, model_config, parameter_shapes
+from wikift.optim import AdamSettings
+from wikift.shape import parse_overrides
+from wikift.sizes import show_bytes
+from wikift.world import World
+
+_FULL = 0.9  # part of the memory that an estimate may fill
+
+
+class Choice(NamedTuple):
+    """An engine by name (single, ddp, fsdp, zero1, zero2, zero3), and why it was taken."""
+
+    name: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A run's engine, ready for the next step, and what describes its model."""
+
+    engine: Engine
+    choice: Choice
+    config: GPT2Config
+    generation_config: GenerationConfig
+    shapes: dict[str, tuple[int, ...]]  # of every parameter, by Hugging Face name
+
+
+def build(
+    settings: TrainSettings, plan: Plan, world: World, precision: Precision, eos_token_id: int, start: Checkpoint | None
+) -> Built:
+    """The engine that the settings ask for, new or as `start` left it; collective."""
+    if settings.compile:
+        _check_compiler(world.device)
+    choice = choose(settings, plan, world, precision.name)
+    config = _config(settings, plan, eos_token_id, start)
+    make = partial(make_model, config, gradient_checkpointing=settings.gradient_checkpointing)
+    with torch.device("meta"):
+        model = make()
+    shapes = parameter_shapes(model)
+    engine = _engine(choice.name, settings, plan, world, precision.name, model, make)
+    if start is not None:
+        engine.restore(start)
+    elif settings.from_scratch:
+        engine.restore(FreshStart(random_weights(config, shapes, settings.seed)))
+    else:
+        engine.restore(FreshStart(trained_weights(settings.model, shapes)))
+    scratch = settings.from_scratch or start is not None
+    generation = (
+        GenerationConfig.from_model_config(config) if scratch else load_generation_config(settings.model, config)
+    )
+    return Built(engine, choice, config, generation, shapes)
+
+
+def choose(settings: TrainSettings, plan: Plan, world: World, precision: str) -> Choice:
+    """The engine, the same on every rank; collective."""
+    if settings.deepspeed is not None:
+        stage = dsconfig.stage(dsconfig.read(settings.deepspeed))
+        return Choice(f"zero{stage}", f"stage {stage} in {settings.deepspeed}")
+    if settings.engine != "auto":
+        return Choice(settings.engine, "asked for")
+    if world.size == 1:
+        return Choice("single", "one process")
+    need = memory.training_bytes(
+        plan.shape, block_size=plan.block_size, micro_batch=plan.place.micro_batch, precision=precision,
+        checkpointing=settings.gradient_checkpointing,
+    )  # fmt: skip
+    have = memory.available_bytes(world, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    full = world.highest(int(have is not None and need > _FULL * have))
+    if full:
+        return Choice("fsdp", f"whole on each process it would take about {show_bytes(need)}, more than there is")
+    return Choice("ddp", f"{world.size} processes, and about {show_bytes(need)} fit into each")
+
+
+def _engine(
+    name: str,
+    settings: TrainSettings,
+    plan: Plan,
+    world: World,
+    precision: str,
+    model: GPT2LMHeadModel,
+    make: Callable[[], GPT2LMHeadModel],
+) -> Engine:
+    adam = AdamSettings(
+        settings.weight_decay, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon, settings.max_grad_norm
+    )
+    accumulation, compile = plan.place.accumulation, settings.compile
+    if name == "fsdp":
+        from wikift.engines.fsdp import FSDPEngine
+
+        return FSDPEngine(
+            model, adam, world, accumulation=accumulation, precision=precision, compile=compile,
+            reshard=settings.fsdp_reshard_after_forward,
+        )  # fmt: skip
+    if name.startswith("zero"):
+        from wikift.engines.zero import ZeroEngine
+
+        assert settings.deepspeed is not None
+        config = dsconfig.engine_config(
+            dsconfig.read(settings.deepspeed), micro_batch=plan.place.micro_batch, accumulation=accumulation,
+            ranks=world.size, precision=precision, max_grad_norm=settings.max_grad_norm, hidden_size=plan.shape.n_embd,
+        )  # fmt: skip
+        return ZeroEngine(make, adam, world, config, precision=precision, compile=compile)
+    single = SingleEngine(model, adam, world.device, accumulation=accumulation, precision=precision, compile=compile)
+    return DDPEngine(single, world, plan.block_size) if name == "ddp" else single
+
+
+def _config(settings: TrainSettings, plan: Plan, eos_token_id: int, start: Checkpoint | None) -> GPT2Config:
+    words: dict[str, Any]
+    if start is not None:
+        words = start.manifest["model_config"]
+    elif settings.from_scratch:
+        words = {**dataclasses.asdict(plan.shape), **parse_overrides(settings.config_overrides or "")}
+        words |= {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
+    else:
+        words = load_config(settings.model).to_dict()
+    if settings.dropout is not None:
+        words = words | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.dropout)
+    return model_config(words)
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Raises UserError where torch.compile would end in a traceback: it calls g++ for a CPU, triton a C compiler."""
+    names = [os.environ.get("CXX", "g++")] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
+    if not any(map(shutil.which, names)):
+        raise UserError(
+            f"--compile: needs a compiler, {' or '.join(names)} is not found; install one (Debian: apt install g++) "
+            "or leave --compile out"
+        )

@@ -1,0 +1,132 @@
+"""torch's FSDP2 (fully_shard): each rank keeps its rows of every weight, gradient and moment.
+
+A block's weights are gathered when it is needed, in the precision of the products; gradients are averaged in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import GPT2LMHeadModel
+
+from wikift.engines.base import STATES, Fragment, FragmentReader
+from wikift.engines.single import restore_scalars, scalar_fragments, summed_nll
+from wikift.model import DTYPES, NextTokenLoss, check_tied, keep_residual_in_fp32, materialize
+from wikift.optim import AdamSettings, LossScale, ScaleRule, build_adamw, clip_and_step, total_norm
+from wikift.world import World, join_group
+
+
+class FSDPEngine:
+    """See Engine for the methods. `model` comes without memory (meta) and gets its shard's only.
+
+    `reshard`: free a block's weights after its forward and gather them again for its backward, and let no gradient
+    stay whole between micro-batches (the memory of ZeRO-3). Without it weights and gradients stay whole within a step,
+    and only the last micro-batch communicates (ZeRO-2's memory, less traffic).
+    """
+
+    def __init__(
+        self,
+        model: GPT2LMHeadModel,
+        adam: AdamSettings,
+        world: World,
+        *,
+        accumulation: int,
+        precision: str,
+        compile: bool,
+        reshard: bool,
+    ) -> None:
+        self.world, self.adam, self.accumulation, self.reshard = world, adam, accumulation, reshard
+        self.model = model.train()
+        low = DTYPES[precision] if precision != "fp32" else None
+        if low is not None:
+            keep_residual_in_fp32(model)
+        join_group(world)
+        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("ranks",))
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        self.losses = NextTokenLoss(model, precision)
+        for block in model.transformer.h:
+            if compile:  # a block each, so that the gathering stays outside of the graphs
+                block.compile(dynamic=False)
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(self.losses, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # its backward comes at once
+        materialize(model, world.device)
+        self.loss_scale = LossScale(ScaleRule() if precision == "fp16" else None, world.device)
+        # AdamW works on the shards as plain tensors that share their memory: torch's fused kernel takes no DTensor here
+        self.local = {name: nn.Parameter(_shard(p)) for name, p in model.named_parameters() if _shard(p).numel()}
+        decay = {name: p.dim() for name, p in model.named_parameters()}
+        assert all(decay[name] == p.dim() for name, p in self.local.items()), "shards keep their dimensions"
+        self.optimizer = build_adamw(self.local.values(), adam)
+
+    def forward_backward(self, blocks: Tensor, *, last: bool) -> Tensor:
+        blocks = blocks.to(self.world.device, non_blocking=True)
+        assert isinstance(self.losses, FSDPModule)
+        self.losses.set_requires_gradient_sync(last or self.reshard)
+        self.losses.set_reshard_after_backward(last or self.reshard)
+        loss: Tensor = self.losses(blocks[:, :-1], blocks[:, 1:]).mean()
+        (loss * (self.loss_scale.scale / self.accumulation)).backward()
+        return loss.detach()
+
+    def step(self, lr: float) -> Tensor:
+        for name, parameter in self.model.named_parameters():
+            if name in self.local:
+                gradient = parameter.grad
+                assert isinstance(gradient, DTensor)
+                self.local[name].data = _shard(parameter)  # FSDP2 may have moved it
+                self.local[name].grad = gradient.to_local()
+        squared = total_norm([p.grad for p in self.local.values() if p.grad is not None]).square()
+        norm = self.world.total(squared).sqrt() / self.loss_scale.scale
+        clip_and_step(self.optimizer, norm, lr, self.adam.max_grad_norm, self.loss_scale)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
+        return norm
+
+    def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        summed = summed_nll(self.model, self.losses, inputs.to(self.world.device), targets.to(self.world.device))
+        for module in self.losses.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # without a backward nothing else frees the weights, nor gathers new ones
+        return summed
+
+    def fragments(self) -> Iterator[Fragment]:
+        for name, parameter in self.model.named_parameters():
+            if name not in self.local:
+                continue
+            shape, start = tuple(parameter.shape), _start(parameter)
+            state = self.optimizer.state[self.local[name]]
+            yield Fragment(name, "weight", start, shape, _shard(parameter).reshape(-1))
+            for kind in STATES[1:]:
+                yield Fragment(name, kind, start, shape, state[kind].reshape(-1))
+        if self.world.rank == 0:
+            yield from scalar_fragments(next(iter(self.optimizer.state.values()))["step"], self.loss_scale)
+
+    def restore(self, reader: FragmentReader) -> None:
+        check_tied(self.model)
+        updates = restore_scalars(reader, self.loss_scale)
+        for name, parameter in self.model.named_parameters():
+            if name not in self.local:
+                continue
+            shard, start = _shard(parameter), _start(parameter)
+            stop = start + shard.numel()
+            shard.copy_(reader.read(name, "weight", start, stop).view_as(shard))
+            moments = {s: reader.read(name, s, start, stop).view_as(shard).to(shard.device) for s in STATES[1:]}
+            self.optimizer.state[self.local[name]] = {"step": updates.clone().to(shard.device), **moments}
+
+
+def _shard(parameter: Tensor) -> Tensor:
+    """This rank's rows, sharing their memory."""
+    assert isinstance(parameter, DTensor)
+    return parameter.to_local().detach()
+
+
+def _start(parameter: Tensor) -> int:
+    """Where this rank's rows begin in the flattened whole."""
+    assert isinstance(parameter, DTensor)
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    row = parameter.numel() // max(1, parameter.shape[0])
+    return int(offset[0]) * row

@@ -1,0 +1,203 @@
+"""DeepSpeed's ZeRO 1, 2 and 3: optimizer state, gradients and weights split over the ranks as flat ranges.
+
+The only home of `deepspeed`. What it would decide by itself is decided here, so that a run under it is the same run:
+the learning rate is set for each step, AdamW is ours, the loss scale is ours, and its log stays quiet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel
+
+from wikift.engines.base import STATES, Fragment, FragmentReader
+from wikift.engines.single import restore_scalars, scalar_fragments, summed_nll
+from wikift.model import DTYPES, NextTokenLoss, check_tied, keep_residual_in_fp32, materialize, parameter_shapes
+from wikift.optim import AdamSettings, LossScale, ScaleRule, build_adamw
+from wikift.world import World, join_group
+
+
+class ZeroEngine:
+    """See Engine for the methods. `config` is a complete ds_config, as `dsconfig.engine_config` makes it.
+
+    `build` gives the model: called on the meta device at stages 1 and 2, which keep whole weights in the precision of
+    the products, and under `deepspeed.zero.Init` at stage 3, which keeps this rank's ranges and nothing more.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], GPT2LMHeadModel],
+        adam: AdamSettings,
+        world: World,
+        config: dict[str, Any],
+        *,
+        precision: str,
+        compile: bool,
+    ) -> None:
+        deepspeed = _import_deepspeed()
+        self.world, self.stage = world, int(config["zero_optimization"]["stage"])
+        dtype = DTYPES[precision]
+        config, rule = _with_own_scale(config) if precision == "fp16" else (config, None)
+        self.loss_scale = LossScale(rule, torch.device("cpu"))
+        join_group(world)
+        with _quiet():
+            if precision == "fp16" and world.device.type == "cpu":  # refused, though torch multiplies it there, slowly
+                deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
+            deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
+            if self.stage == 3:
+                with deepspeed.zero.Init(config_dict_or_path=config):
+                    self.model = build()
+                check_tied(self.model)
+            else:
+                with torch.device("meta"):
+                    self.model = build()
+                materialize(self.model, world.device, dtype)
+            if precision != "fp32":
+                keep_residual_in_fp32(self.model)
+            self.model.train()
+            self.shapes = parameter_shapes(self.model)
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=NextTokenLoss(self.model, precision),
+                optimizer=build_adamw(self.model.parameters(), adam),
+                config=config,
+            )
+            if compile:
+                self.engine.compile()
+        self.adamw: torch.optim.AdamW = self.optimizer.optimizer
+        self._share_step_counts()
+
+    def forward_backward(self, blocks: Tensor, *, last: bool) -> Tensor:
+        blocks = blocks.to(self.world.device, non_blocking=True)
+        self.optimizer.loss_scaler.cur_scale = float(self.loss_scale.scale)
+        loss: Tensor = self.engine(blocks[:, :-1], blocks[:, 1:]).mean()
+        self.engine.backward(loss)  # divides by the accumulation and scales
+        if not last:
+            self.engine.step()  # counts the micro-batch
+        return loss.detach()
+
+    def step(self, lr: float) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        norm = torch.tensor(float("inf") if self.optimizer.overflow else float(self.engine.get_global_grad_norm()))
+        self.loss_scale.update(torch.isfinite(norm))
+        return norm.to(self.world.device)
+
+    def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.no_grad():
+            inputs, targets = inputs.to(self.world.device), targets.to(self.world.device)
+            return summed_nll(self.engine, self.engine, inputs, targets)
+
+    def fragments(self) -> Iterator[Fragment]:
+        for name, parameter in self.model.named_parameters():
+            for state, start, data in self._owned(parameter):
+                yield Fragment(name, state, start, self.shapes[name], data)
+        if self.world.rank == 0:
+            yield from scalar_fragments(next(iter(self.adamw.state.values()))["step"], self.loss_scale)
+
+    def restore(self, reader: FragmentReader) -> None:
+        check_tied(self.model)
+        updates = restore_scalars(reader, self.loss_scale)
+        for state in self.adamw.state.values():
+            state["step"].copy_(updates)
+        for name, parameter in self.model.named_parameters():
+            for state_name, start, data in self._owned(parameter):
+                data.copy_(reader.read(name, state_name, start, start + data.numel()))
+        with _quiet():
+            self._refresh_low_precision()
+
+    def _owned(self, parameter: nn.Parameter) -> Iterator[tuple[str, int, Tensor]]:
+        """(state, start, live fp32 memory) of the range of `parameter` that is this rank's, if there is one."""
+        if self.stage < 3:
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:
+                return
+            start = mapping.lp_fragment_address.start
+            yield "weight", start, mapping.hp_fragment.detach()
+            for state in STATES[1:]:
+                yield state, start, mapping.optim_fragment[state]
+            return
+        group, offset, padded = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        start = self.world.rank * padded
+        count = min(start + padded, parameter.ds_numel) - start  # type: ignore[attr-defined]
+        if count <= 0:  # the last ranks' shares of a small tensor are padding alone
+            return
+        flat = self.optimizer.fp32_partitioned_groups_flat[group]
+        yield "weight", start, flat.detach().narrow(0, offset, count)
+        for state in STATES[1:]:
+            yield state, start, self.adamw.state[flat][state].narrow(0, offset, count)
+
+    def _share_step_counts(self) -> None:
+        """Make AdamW's state exist before its first step, so that it can be saved and restored at any time."""
+        flats = (
+            self.optimizer.single_partition_of_fp32_groups
+            if self.stage < 3
+            else self.optimizer.fp32_partitioned_groups_flat
+        )
+        for flat in flats:
+            moments = {state: torch.zeros_like(flat) for state in STATES[1:]}
+            self.adamw.state[flat] = {"step": torch.zeros((), device=flat.device), **moments}
+        if self.stage < 3:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _refresh_low_precision(self) -> None:
+        """Make the weights that are computed with from the fp32 masters; collective."""
+        if self.stage < 3:
+            self.optimizer.update_lp_params()
+            for group in range(len(self.optimizer.bit16_groups)):
+                self.optimizer._update_model_bit16_weights(group)
+            return
+        self.optimizer._partition_all_parameters()
+        for group in range(len(self.optimizer.fp16_groups)):
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        self.optimizer._post_step(set())
+
+
+def _with_own_scale(config: dict[str, Any]) -> tuple[dict[str, Any], ScaleRule]:
+    """`config` with a constant loss scale in DeepSpeed, which `forward_backward` sets, and the rule that moves it.
+
+    DeepSpeed's own scaler doubles a step later than torch's, and could not go on where another engine stopped.
+    """
+    asked = config["fp16"]
+    fixed = float(asked.get("loss_scale", 0))
+    default = ScaleRule()
+    rule = ScaleRule(
+        initial=fixed or 2.0 ** asked.get("initial_scale_power", 16),
+        window=asked.get("loss_scale_window", default.window),
+        hysteresis=asked.get("hysteresis", default.hysteresis),
+        smallest=asked.get("min_loss_scale", default.smallest),
+        dynamic=not fixed,
+    )
+    return {**config, "fp16": {**asked, "loss_scale": rule.initial}}, rule
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed without its noise, and without its own all-reduce through shared memory.
+
+    On a CPU that is an extension compiled at the first use (30 s, and a compiler must be there); gloo does the same.
+    """
+    os.environ.setdefault("LOCAL_RANK", "0")  # zero.Init asks for it
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        import deepspeed
+        import deepspeed.comm.torch
+    deepspeed.utils.logging.logger.setLevel(logging.ERROR)
+    # its own use of functions that torch 2.13 renamed
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    deepspeed.comm.torch.build_shm_op = lambda: None
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what DeepSpeed prints (not what it raises) out of the terminal."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
