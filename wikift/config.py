@@ -159,6 +159,9 @@ class TrainSettings(DataSettings):
     engine: str = option(
         "auto", "single: one process; ddp: several, by torchrun", group="speed", choices=("auto", "single", "ddp")
     )
+    deepspeed: str | None = option(
+        None, "ZeRO by a DeepSpeed config file, ds_configs/zero2.json or your own", group="speed", metavar="FILE"
+    )
     device: str = option("auto", "auto: cuda where there is one", group="speed", choices=("auto", "cpu", "cuda"))
 
     output_dir: str | None = option(None, "the run's folder", group="run", metavar="DIR", shown="runs/MODEL-DATASET")
