@@ -53,7 +53,7 @@ def make_engine(
     if kind.startswith("zero"):
         stage = int(kind.removeprefix("zero"))
         whole = dsconfig.engine_config(
-            {"zero_optimization": {"stage": stage}} if ds_config is None else ds_config, micro_batch=micro,
+            {"zero_optimization.stage": stage} if ds_config is None else ds_config, micro_batch=micro,
             accumulation=accumulation, ranks=world.size, precision=precision, max_grad_norm=adam.max_grad_norm,
             hidden_size=config.n_embd,
         )  # fmt: skip

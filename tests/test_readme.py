@@ -43,17 +43,18 @@ def test_every_command_parses(command: str) -> None:
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[1] in targets
         return
-    assert words[0] in ("python", "torchrun"), command
+    assert words[0] in ("python", "torchrun", "deepspeed"), command
     script = next(word for word in words if word.endswith(".py"))
     if words[0] == "torchrun":
         assert all(word.startswith("--nproc_per_node=") for word in words[1 : words.index(script)])
-    cli.parse(SETTINGS[script], words[words.index(script) + 1 :], prog=script, description="")
+    settings = cli.parse(SETTINGS[script], words[words.index(script) + 1 :], prog=script, description="")
+    assert (ROOT / (getattr(settings, "deepspeed", None) or "README.md")).is_file()
 
 
 def test_the_python_block_compiles_and_every_file_named_exists() -> None:
     for block in blocks("python"):
         compile(block, "README.md", "exec")
-    for name in re.findall(r"`((?:launch|tests|wikift)/[\w.]+|[\w.]+\.(?:txt|toml|cfg))`", README):
+    for name in re.findall(r"`((?:launch|tests|wikift|ds_configs)/[\w.]+|[\w.]+\.(?:txt|toml|cfg))`", README):
         if not name.endswith("my.txt"):
             assert (ROOT / name).exists() or name == ".txt", name
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from wikift import dsconfig, memory
+from wikift import dscheck, dsconfig, memory
 from wikift.checkpoint import Checkpoint
 from wikift.config import TrainSettings
 from wikift.derive import Plan
@@ -77,7 +77,7 @@ def build(
 def choose(settings: TrainSettings, plan: Plan, world: World, precision: str) -> Choice:
     """The engine, the same on every rank; collective."""
     if settings.deepspeed is not None:
-        stage = dsconfig.stage(dsconfig.read(settings.deepspeed))
+        stage = dscheck.stage(dsconfig.read(settings.deepspeed))
         return Choice(f"zero{stage}", f"stage {stage} in {settings.deepspeed}")
     if settings.engine != "auto":
         return Choice(settings.engine, "asked for")

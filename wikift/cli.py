@@ -73,10 +73,12 @@ def parse(
     description: str,
     epilog: str = "",
     exclusive: Mapping[str, Sequence[str]] | None = None,
+    said: dict[str, str] | None = None,
 ) -> Settings:
     """Read `argv` (and the file that `--config` names, which the command line overrides) into `settings_class`.
 
     `exclusive` tells for some settings which ones of the config file they displace when given on the command line.
+    `said` is filled with how each setting was given: {"max_steps": "--max-steps 5", "seed": "seed 1 in my.toml"}.
     Raises UserError with every problem found; `--help` prints and exits with 0.
     """
     fields = {f.name: f for f in dataclasses.fields(settings_class) if f.init}  # type: ignore[arg-type]
@@ -111,11 +113,13 @@ def parse(
         for name, value in raw.items():
             meta = fields[name].metadata
             label = (meta["metavar"] or name) if meta["positional"] else flag(name) if source == "line" else name
-            where = "" if source == "line" else f" in {typed['config']}"
+            words = f"{label} {_show(value)}" + ("" if source == "line" else f" in {typed['config']}")
             try:
                 values[name] = _convert(value, kinds[name], meta, source)
             except ValueError as error:
-                problems.append(f"{label} {_show(value)}{where}: {error}")
+                problems.append(f"{words}: {error}")
+            if said is not None:
+                said[name] = words
     if problems:
         raise UserError(*problems)
     return settings_class(**values)

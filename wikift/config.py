@@ -163,11 +163,11 @@ class TrainSettings(DataSettings):
         group="speed",
         choices=("auto", "single", "ddp", "fsdp"),
     )
-    deepspeed: str | None = option(
-        None, "ZeRO 1, 2 or 3 as a DeepSpeed config file says, ds_configs/ has some", group="speed", metavar="FILE"
-    )
     fsdp_reshard_after_forward: bool = option(
         True, "fsdp: free a block's weights after its forward; without it faster, more memory", group="speed"
+    )
+    deepspeed: str | None = option(
+        None, "ZeRO by a DeepSpeed config file, ds_configs/zero2.json or your own", group="speed", metavar="FILE"
     )
     device: str = option("auto", "auto: cuda where there is one", group="speed", choices=("auto", "cpu", "cuda"))
 

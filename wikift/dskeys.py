@@ -21,7 +21,7 @@ PASSED: dict[str, type] = {
     "fp16.loss_scale_window": int,
     "fp16.hysteresis": int,
     "fp16.consecutive_hysteresis": bool,
-    "fp16.min_loss_scale": float,
+    "fp16.min_loss_scale": int,
     "bf16.immediate_grad_update": bool,
     "aio.block_size": int,
     "aio.queue_depth": int,
@@ -56,6 +56,15 @@ PASSED: dict[str, type] = {
     },
 }  # fmt: skip
 
+_FORMATS = ("fp32", "fp16", "bf16")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "communication_data_type": _FORMATS,
+    "data_types.grad_accum_dtype": _FORMATS,
+    "zero_optimization.offload_optimizer.device": ("none", "cpu", "nvme"),
+    "zero_optimization.offload_param.device": ("none", "cpu", "nvme"),
+}
+ABOVE_ZERO = ("zero_optimization.reduce_bucket_size", "fp16.loss_scale_window", "fp16.min_loss_scale")
+
 # Read as wikift's own settings, with the kind of their value.
 SETTINGS: dict[str, tuple[str, type]] = {
     "train_batch_size": ("global_batch_size", int),
@@ -66,9 +75,12 @@ SETTINGS: dict[str, tuple[str, type]] = {
     "optimizer.params.eps": ("adam_epsilon", float),
     "optimizer.params.weight_decay": ("weight_decay", float),
     "scheduler.params.warmup_max_lr": ("learning_rate", float),
-    "scheduler.params.warmup_num_steps": ("warmup_steps", int),
+    "scheduler.params.warmup_num_steps": ("warmup_steps", float),  # float: below 1 is a part of the run
     "scheduler.params.total_num_steps": ("max_steps", int),
 }
+
+# DeepSpeed's schedulers that are wikift's, by name, with their --lr-scheduler-type.
+SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear"}
 
 # Looked at by dsconfig itself.
 OWN = (

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wikift import config, derive
+from wikift import config, derive, dsconfig
 from wikift.cli import parse
 from wikift.command import EXIT_DONE, EXIT_INTERRUPTED
 from wikift.config import TrainSettings
@@ -39,12 +39,21 @@ exit codes:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; gives its exit code."""
+    said: dict[str, str] = {}
     given = parse(
-        TrainSettings, argv, prog="launch/train.py", description=DESCRIPTION, epilog=EPILOG, exclusive=config.EXCLUSIVE
+        TrainSettings,
+        _without_local_rank(argv),
+        prog="launch/train.py",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        exclusive=config.EXCLUSIVE,
+        said=said,
     )
     ranks = derive.ranks_started()
-    settings = derive.resolve(given, ranks)
+    merged = dsconfig.merge(given, said)
+    settings = derive.resolve(merged.settings, ranks)
     problems = derive.check_train(settings, ranks, launched="RANK" in os.environ) + _data_problems(settings, given)
+    problems = [*merged.problems, *dsconfig.with_places(problems, merged)]
     if problems:
         raise UserError(*dict.fromkeys(problems))
     place = placement(settings, ranks)
@@ -54,8 +63,10 @@ def main(argv: Sequence[str]) -> int:
         if speaks:
             print(text, flush=True)
 
+    comment = "# " if settings.dry_run else ""  # a dry run prints a config file
+    for note in merged.notes:
+        say(comment + note)
     if given.data is None and given.dataset is None and ranks == 1:
-        comment = "# " if settings.dry_run else ""  # a dry run prints a config file
         say(f"{comment}one process: falling back to wikitext-2-v1 (torchrun starts several, and wikitext-103-v1)")
     if settings.dry_run:
         say(dry_run(settings, place))
@@ -66,6 +77,21 @@ def main(argv: Sequence[str]) -> int:
     from wikift.run import train_run
 
     return EXIT_INTERRUPTED if train_run(settings, plan, store, say) else EXIT_DONE
+
+
+def _without_local_rank(argv: Sequence[str]) -> list[str]:
+    """`argv` less the --local_rank=N that DeepSpeed's launcher appends. Raises UserError where LOCAL_RANK differs."""
+    words, ranks = list(argv), []
+    for place in reversed(range(len(words))):
+        name, equals, value = words[place].partition("=")
+        if name in ("--local_rank", "--local-rank"):
+            value = value if equals else "".join(words[place + 1 : place + 2])
+            ranks.append(value)
+            del words[place : place + (1 if equals else 2)]
+    own = os.environ.get("LOCAL_RANK")
+    if wrong := [rank for rank in ranks if rank != (own or rank) or not rank.isdecimal()]:
+        raise UserError(f"--local-rank {wrong[0]}: is the launcher's to set, LOCAL_RANK is {own}; leave it out")
+    return words
 
 
 def dry_run(settings: TrainSettings, place: Placement) -> str:

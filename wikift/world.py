@@ -105,7 +105,8 @@ def join_group(world: World) -> None:
     """Make sure that there is a process group: sharding engines want one even for a single process."""
     if not dist.is_initialized():
         assert world.size == 1
-        dist.init_process_group(_backend(world.device), store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(_backend(world.device), store=store, rank=0, world_size=1)
 
 
 def _backend(device: torch.device) -> str:
