@@ -64,7 +64,9 @@ def make_engine(
         return FSDPEngine(
             model, adam, world, accumulation=accumulation, precision=precision, compile=compile, reshard=reshard
         )
-    single = SingleEngine(model, adam, world.device, accumulation=accumulation, precision=precision, compile=compile)
+    single = SingleEngine(
+        model, adam, world.device, accumulation=accumulation, precision=precision, compile=compile, ranks=world.size
+    )
     return DDPEngine(single, world, BLOCK) if kind == "ddp" else single
 
 

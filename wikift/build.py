@@ -123,7 +123,9 @@ def _engine(
             ranks=world.size, precision=precision, max_grad_norm=settings.max_grad_norm, hidden_size=plan.shape.n_embd,
         )  # fmt: skip
         return ZeroEngine(make, adam, world, config, precision=precision, compile=compile)
-    single = SingleEngine(model, adam, world.device, accumulation=accumulation, precision=precision, compile=compile)
+    single = SingleEngine(
+        model, adam, world.device, accumulation=accumulation, precision=precision, compile=compile, ranks=world.size
+    )
     return DDPEngine(single, world, plan.block_size) if name == "ddp" else single
 
 

@@ -90,13 +90,22 @@ class ScaleRule:
 
 
 class LossScale:
-    """fp16's loss scale, held on the device, so that nothing waits; a fixed 1 where `rule` is None."""
+    """fp16's loss scale, held on the device, so that nothing waits; a fixed 1 where `rule` is None.
 
-    def __init__(self, rule: ScaleRule | None, device: torch.device) -> None:
-        self.rule = rule
+    The gradient of a token in fp16 is then `scale / global batch` times its own, whatever the number of `ranks`, so the
+    same steps overflow.
+    """
+
+    def __init__(self, rule: ScaleRule | None, device: torch.device, ranks: int = 1) -> None:
+        self.rule, self.ranks = rule, ranks
         self.scale = torch.tensor(rule.initial if rule else 1.0, device=device)
         self.good_steps = torch.tensor(0.0, device=device)
         self.overflows = torch.tensor(0.0, device=device)  # since the scale changed
+
+    @property
+    def gain(self) -> Tensor:
+        """What a rank's mean loss is multiplied by; gradients are averaged over the ranks, not summed."""
+        return self.scale / self.ranks if self.rule is not None else self.scale
 
     def update(self, finite: Tensor) -> None:
         rule = self.rule
@@ -125,7 +134,7 @@ def clip_and_step(
 ) -> None:
     """One update by gradients whose true (unscaled) norm is `norm`; skipped on the device where that is not finite."""
     finite = torch.isfinite(norm)
-    divisor = loss_scale.scale
+    divisor = loss_scale.gain
     if max_grad_norm > 0:
         divisor = divisor * torch.clamp(norm / max_grad_norm, min=1.0)
     optimizer.grad_scale = divisor  # type: ignore[attr-defined]

@@ -56,7 +56,7 @@ class FSDPEngine:
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         fully_shard(self.losses, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # its backward comes at once
         materialize(model, world.device)
-        self.loss_scale = LossScale(ScaleRule() if precision == "fp16" else None, world.device)
+        self.loss_scale = LossScale(ScaleRule() if precision == "fp16" else None, world.device, world.size)
         # AdamW works on the shards as plain tensors that share their memory: torch's fused kernel takes no DTensor here
         self.local = {name: nn.Parameter(_shard(p)) for name, p in model.named_parameters() if _shard(p).numel()}
         decay = {name: p.dim() for name, p in model.named_parameters()}
@@ -69,7 +69,7 @@ class FSDPEngine:
         self.losses.set_requires_gradient_sync(last or self.reshard)
         self.losses.set_reshard_after_backward(last or self.reshard)
         loss: Tensor = self.losses(blocks[:, :-1], blocks[:, 1:]).mean()
-        (loss * (self.loss_scale.scale / self.accumulation)).backward()
+        (loss * (self.loss_scale.gain / self.accumulation)).backward()
         return loss.detach()
 
     def step(self, lr: float) -> Tensor:
@@ -80,7 +80,7 @@ class FSDPEngine:
                 self.local[name].data = _shard(parameter)  # FSDP2 may have moved it
                 self.local[name].grad = gradient.to_local()
         squared = total_norm([p.grad for p in self.local.values() if p.grad is not None]).square()
-        norm = self.world.total(squared).sqrt() / self.loss_scale.scale
+        norm = self.world.total(squared).sqrt() / self.loss_scale.gain
         clip_and_step(self.optimizer, norm, lr, self.adam.max_grad_norm, self.loss_scale)
         self.optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)

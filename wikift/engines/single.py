@@ -28,6 +28,7 @@ class SingleEngine:
         accumulation: int,
         precision: str,
         compile: bool,
+        ranks: int = 1,
     ) -> None:
         materialize(model, device)
         self.model = model.train()
@@ -35,7 +36,7 @@ class SingleEngine:
         self.adam = adam
         self.accumulation = accumulation
         self.optimizer = build_adamw(model.parameters(), adam)
-        self.loss_scale = LossScale(ScaleRule() if precision == "fp16" else None, device)
+        self.loss_scale = LossScale(ScaleRule() if precision == "fp16" else None, device, ranks)
         self.losses: Callable[[Tensor, Tensor], Tensor] = NextTokenLoss(model, precision)
         if compile:
             self.losses = torch.compile(self.losses, dynamic=False)
@@ -43,12 +44,12 @@ class SingleEngine:
     def forward_backward(self, blocks: Tensor, *, last: bool) -> Tensor:
         blocks = blocks.to(self.device, non_blocking=True)
         loss = self.losses(blocks[:, :-1], blocks[:, 1:]).mean()
-        (loss * (self.loss_scale.scale / self.accumulation)).backward()
+        (loss * (self.loss_scale.gain / self.accumulation)).backward()
         return loss.detach()
 
     def step(self, lr: float) -> Tensor:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = total_norm(gradients) / self.loss_scale.scale
+        norm = total_norm(gradients) / self.loss_scale.gain
         clip_and_step(self.optimizer, norm, lr, self.adam.max_grad_norm, self.loss_scale)
         self.optimizer.zero_grad(set_to_none=True)
         return norm

@@ -42,11 +42,11 @@ class ZeroEngine:
         precision: str,
         compile: bool,
     ) -> None:
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         self.world, self.stage = world, int(config["zero_optimization"]["stage"])
         dtype = DTYPES[precision]
         config, rule = _with_own_scale(config) if precision == "fp16" else (config, None)
-        self.loss_scale = LossScale(rule, torch.device("cpu"))
+        self.loss_scale = LossScale(rule, torch.device("cpu"), world.size)
         join_group(world)
         with _quiet():
             if precision == "fp16" and world.device.type == "cpu":  # refused, though torch multiplies it there, slowly
@@ -76,7 +76,7 @@ class ZeroEngine:
 
     def forward_backward(self, blocks: Tensor, *, last: bool) -> Tensor:
         blocks = blocks.to(self.world.device, non_blocking=True)
-        self.optimizer.loss_scaler.cur_scale = float(self.loss_scale.scale)
+        self.optimizer.loss_scaler.cur_scale = float(self.loss_scale.gain)
         loss: Tensor = self.engine(blocks[:, :-1], blocks[:, 1:]).mean()
         self.engine.backward(loss)  # divides by the accumulation and scales
         if not last:
@@ -179,7 +179,7 @@ def _with_own_scale(config: dict[str, Any]) -> tuple[dict[str, Any], ScaleRule]:
     return {**config, "fp16": {**asked, "loss_scale": rule.initial}}, rule
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
     """DeepSpeed without its noise, and without its own all-reduce through shared memory.
 
     On a CPU that is an extension compiled at the first use (30 s, and a compiler must be there); gloo does the same.
