@@ -83,7 +83,7 @@ def _value_problems(key: str, value: Any, where: str) -> Iterator[str]:
     """A key that nobody knows, that asks for something not honoured, or whose value is of another kind."""
     place = f"{key} {show(value)}{where}"
     if key in REFUSED:
-        if not _asks_nothing(value) and not (key in HARMLESS and value == HARMLESS[key]):
+        if not (value in (HARMLESS[key], None, "auto") if key in HARMLESS else _asks_nothing(value)):
             yield f"{place}: not honoured; {REFUSED[key]}"
     elif key in PASSED or key in SETTINGS:
         kind = PASSED[key] if key in PASSED else SETTINGS[key][1]
