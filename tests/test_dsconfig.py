@@ -345,6 +345,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("zero_optimization.stage", "2", "must be 1, 2 or 3"),
     ("optimizer.type", "Lamb", "wikift's is AdamW"),
     ("optimizer.type", "OneBitAdam", "wikift's is AdamW"),
+    ("optimizer.type", ["AdamW"], "wikift's is AdamW"),
+    ("scheduler.type", {"name": "WarmupLR"}, "--lr-scheduler-type linear"),
     ("optimizer.params.adam_w_mode", False, "wikift's optimizer is AdamW"),
     ("optimizer.params.momentum", 0.9, "no such setting"),
     ("optimizer.params.betas", [0.9], "must be two numbers"),

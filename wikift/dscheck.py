@@ -42,7 +42,7 @@ def file_problems(config: Config, path: str) -> list[str]:
         section = key.rpartition(".")[0]
         if section == "optimizer.params" and not is_adam(config.get("optimizer.type")):
             continue  # the type is complained of
-        if section == "scheduler.params" and config.get("scheduler.type") not in SCHEDULERS:
+        if section == "scheduler.params" and schedule_of(config) is None:
             continue
         problems += _value_problems(key, value, where)
     return problems
@@ -71,6 +71,12 @@ def is_pair(value: Any) -> bool:
 def is_adam(name: Any) -> bool:
     """Whether DeepSpeed runs the optimizer of this name as AdamW: Adam too, unless adam_w_mode is false."""
     return isinstance(name, str) and name.lower() in ("adam", "adamw")
+
+
+def schedule_of(config: Config) -> str | None:
+    """The --lr-scheduler-type that the file's scheduler is; None where it has none, or one that wikift has not."""
+    name = config.get("scheduler.type")
+    return SCHEDULERS.get(name) if isinstance(name, str) else None
 
 
 def show(value: Any) -> str:
@@ -132,7 +138,7 @@ def _type_problems(config: Config, where: str) -> Iterator[str]:
             f"optimizer.type {show(optimizer)}{where}: not honoured, wikift's is AdamW; write AdamW, "
             "or leave the section out"
         )
-    if "scheduler" in sections and scheduler not in SCHEDULERS:
+    if "scheduler" in sections and schedule_of(config) is None:
         instead = "cosine" if scheduler == "WarmupCosineLR" else "linear, cosine or constant"
         yield (
             f"scheduler.type {show(scheduler)}{where}: not honoured, wikift knows {' and '.join(SCHEDULERS)}; "
