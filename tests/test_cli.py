@@ -135,6 +135,20 @@ def test_toml_and_json_say_the_same_and_the_command_line_wins(tmp_path: Path) ->
         assert (line.model, line.max_steps, line.learning_rate, line.wandb) == ("gpt2", 9, 1.0, False)
 
 
+def test_how_each_setting_was_given_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "my.toml"
+    file.write_text("seed = 7\nmax-steps = 9\n")
+    said: dict[str, str] = {}
+    words = ["--config", str(file), "--max_steps=5", "--model", "gpt2"]
+    parse(TrainSettings, words, prog="train.py", description="", said=said)
+    assert said == {
+        "config": f"--config {file}",
+        "max_steps": "--max-steps 5",
+        "model": "--model gpt2",
+        "seed": f"seed 7 in {file}",
+    }
+
+
 def test_a_file_from_windows_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
     path.write_bytes(b"\xef\xbb\xbfmax_steps = 7\r\nmodel = 'gpt2-xl'\r\n")

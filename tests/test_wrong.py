@@ -33,6 +33,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "unknown.toml": "max_steps = 5\nlearning_rat = 1e-4",
         "types.toml": "max_steps = 1.5\nwandb = 1\nmodel = 7",
         "not-json.json": '{"max_steps": 5',
+        "zero0.json": '{"zero_optimization": {"stage": 0}}',
+        "no-zero.json": '{"optimizer": {"type": "Lamb"}, "gradient_clipping": 0.5, "zero_optimisation": {"stage": 2}}',
+        "batch.json": '{"zero_optimization": {"stage": 2}, "train_batch_size": 8, "gradient_accumulation_steps": 3}',
         "no-config/readme.txt": "a model was here",
         "bert/config.json": '{"model_type": "bert"}',
         "broken/config.json": '{"model_type": "gpt2", ',
@@ -116,6 +119,20 @@ def refused(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 TRAIN: list[tuple[str, list[str]]] = [
     ("--learning-rate -1e-4", ["--learning-rate -0.0001: must be above 0"]),
     ("--learning-rate 0", ["--learning-rate 0: must be above 0"]),
+    ("--deepspeed none.json", ["--deepspeed none.json: cannot be read"]),
+    ("--deepspeed not-json.json", ["--deepspeed not-json.json: not valid JSON"]),
+    ("--deepspeed zero0.json --engine single", ["zero_optimization.stage 0 in zero0.json: is no", "--engine single: "]),
+    ("--deepspeed batch.json", ["--gradient-accumulation-steps 3: must divide the 8 blocks"]),
+    (
+        "--deepspeed no-zero.json --max-grad-norm 1 --learning-rate 0",
+        [
+            "zero_optimization.stage in no-zero.json: is missing",
+            'optimizer.type "Lamb" in no-zero.json: not honoured',
+            "zero_optimisation in no-zero.json: no such setting",
+            "--max-grad-norm 1: clashes with gradient_clipping 0.5 in no-zero.json",
+            "--learning-rate 0: must be above 0",
+        ],
+    ),
     (
         "--adam-beta1 1 --adam-beta2 -0.5",
         ["--adam-beta1 1: must be at least 0", "--adam-beta2 -0.5: must be at least 0"],

@@ -42,7 +42,7 @@ def file_problems(config: Config, path: str) -> list[str]:
         section = key.rpartition(".")[0]
         if section == "optimizer.params" and not is_adam(config.get("optimizer.type")):
             continue  # the type is complained of
-        if section == "scheduler.params" and config.get("scheduler.type") not in SCHEDULERS:
+        if section == "scheduler.params" and schedule_of(config) is None:
             continue
         problems += _value_problems(key, value, where)
     return problems
@@ -73,6 +73,12 @@ def is_adam(name: Any) -> bool:
     return isinstance(name, str) and name.lower() in ("adam", "adamw")
 
 
+def schedule_of(config: Config) -> str | None:
+    """The --lr-scheduler-type that the file's scheduler is; None where it has none, or one that wikift has not."""
+    name = config.get("scheduler.type")
+    return SCHEDULERS.get(name) if isinstance(name, str) else None
+
+
 def show(value: Any) -> str:
     """A value as the file has it, cut where it is long."""
     text = json.dumps(value)
@@ -83,7 +89,7 @@ def _value_problems(key: str, value: Any, where: str) -> Iterator[str]:
     """A key that nobody knows, that asks for something not honoured, or whose value is of another kind."""
     place = f"{key} {show(value)}{where}"
     if key in REFUSED:
-        if not _asks_nothing(value) and not (key in HARMLESS and value == HARMLESS[key]):
+        if not (value in (HARMLESS[key], None, "auto") if key in HARMLESS else _asks_nothing(value)):
             yield f"{place}: not honoured; {REFUSED[key]}"
     elif key in PASSED or key in SETTINGS:
         kind = PASSED[key] if key in PASSED else SETTINGS[key][1]
@@ -132,7 +138,7 @@ def _type_problems(config: Config, where: str) -> Iterator[str]:
             f"optimizer.type {show(optimizer)}{where}: not honoured, wikift's is AdamW; write AdamW, "
             "or leave the section out"
         )
-    if "scheduler" in sections and scheduler not in SCHEDULERS:
+    if "scheduler" in sections and schedule_of(config) is None:
         instead = "cosine" if scheduler == "WarmupCosineLR" else "linear, cosine or constant"
         yield (
             f"scheduler.type {show(scheduler)}{where}: not honoured, wikift knows {' and '.join(SCHEDULERS)}; "

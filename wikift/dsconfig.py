@@ -19,8 +19,8 @@ from typing import Any
 
 from wikift.cli import flag
 from wikift.config import TrainSettings
-from wikift.dscheck import Config, file_problems, is_kind, is_pair, show, stage
-from wikift.dskeys import PASSED, RENAMED, SCHEDULERS, SECTIONS, SETTINGS, UNUSED
+from wikift.dscheck import Config, file_problems, is_kind, is_pair, schedule_of, show, stage
+from wikift.dskeys import PASSED, RENAMED, SECTIONS, SETTINGS, UNUSED
 from wikift.errors import UserError
 
 _ZERO = "zero_optimization."
@@ -178,7 +178,7 @@ def engine_config(
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything; an empty section is given as None."""
+    """(dotted key, value) of everything, older spellings brought to today's."""
     for name, value in table.items():
         key = RENAMED.get(prefix + name, prefix + name)
         if key != prefix + name and isinstance(value, bool):  # cpu_offload: true
@@ -201,9 +201,9 @@ def _number_wishes(config: Config) -> Iterator[_Wish]:
 
 
 def _scheduler_wish(config: Config) -> Iterator[_Wish]:
-    kind = config.get("scheduler.type")
-    if kind in SCHEDULERS:
-        yield _Wish("scheduler.type", f'"{kind}" ({SCHEDULERS[kind]})', "lr_scheduler_type", SCHEDULERS[kind])
+    kind = schedule_of(config)
+    if kind is not None:
+        yield _Wish("scheduler.type", f"{show(config['scheduler.type'])} ({kind})", "lr_scheduler_type", kind)
 
 
 def _precision_wish(config: Config, given: Mapping[str, Any]) -> Iterator[_Wish]:
@@ -226,10 +226,9 @@ def _notes(config: Config, merged: TrainSettings, wishes: Sequence[_Wish]) -> It
         yield f"optimizer {config['optimizer.type']} is wikift's AdamW, without decay of biases and LayerNorm"
     if "scheduler.type" in config:
         shape = f"--lr-scheduler-type {merged.lr_scheduler_type} with a linear warm-up"
-        log = (
-            "" if config.get("scheduler.params.warmup_type") == "linear" else " (DeepSpeed's own would be logarithmic)"
-        )
-        yield f"scheduler {config['scheduler.type']} is wikift's {shape}{log}"
+        linear = config.get("scheduler.params.warmup_type") == "linear"
+        other = "" if linear else " (DeepSpeed's own would be logarithmic)"
+        yield f"scheduler {config['scheduler.type']} is wikift's {shape}{other}"
     if merged.precision == "fp16":
         own = [f"{key} {show(config[key])}" for key in PASSED if key.startswith("fp16.") and key in config]
         if own:

@@ -105,7 +105,7 @@ UNUSED = (
     "zero_optimization.stage3_gather_fp16_weights_on_model_save",
 )
 
-# Values of refused keys that ask for nothing, beside false, 0, null, "none", "auto" and {"enabled": false}.
+# Refused keys with the one value that asks for nothing; for all others that is false, 0, "none" or {"enabled": false}.
 HARMLESS: dict[str, Any] = {
     "gradient_allreduce_op": "mean",
     "managed_gradient_accumulation": True,
