@@ -143,7 +143,13 @@ def engine_config(
     if stage(config) == 3:
         sizes["stage3_prefetch_bucket_size"] = int(0.9 * hidden_size * hidden_size)
         sizes["stage3_param_persistence_threshold"] = 10 * hidden_size
+    exact: Config = {}
+    if precision != "fp32":  # gradients are averaged and summed as under the other engines
+        exact["communication_data_type"] = "fp32"
+        if not (precision == "bf16" and stage(config) == 1):  # there DeepSpeed would take quite another optimizer
+            exact["data_types.grad_accum_dtype"] = "fp32"
     flat: Config = {
+        **exact,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offloading keeps the optimizer that it is given: torch's AdamW
         "steps_per_print": 10**9,
