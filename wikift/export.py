@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from wikift import __version__, folders, hub
+from wikift import __version__, folders, hub, peer
 from wikift.card import model_card
 from wikift.cli import parse
 from wikift.command import EXIT_DONE
@@ -33,24 +33,26 @@ def main(argv: Sequence[str]) -> int:
         ConsolidateSettings,
         argv,
         prog="launch/consolidate.py",
-        description="Make a standard Hugging Face directory of a run's newest (or best, or a given) checkpoint.",
+        description="Make a standard Hugging Face directory of a run's newest (or best, or a given) checkpoint, or of "
+        "one that DeepSpeed (ZeRO 1 to 3) or torch.distributed.checkpoint wrote.",
         epilog="examples:\n  python launch/consolidate.py runs/gpt2-wikitext-2-v1\n"
-        "  python launch/consolidate.py runs/gpt2-wikitext-2-v1 --best --dtype bfloat16 --out models/small",
+        "  python launch/consolidate.py runs/gpt2-wikitext-2-v1 --best --dtype bfloat16 --out models/small\n"
+        "  python launch/consolidate.py their-run/global_step500 --model gpt2 --out models/theirs",
     )
     if settings.run is None:
         raise UserError("RUN_OR_CHECKPOINT: is missing; name a run, runs/NAME, or one checkpoint of it")
     if ranks_started() > 1:
         raise UserError(f"torchrun: started {ranks_started()} processes, this is work for one; start it with python")
     say = (lambda text: None) if settings.quiet else print
-    out = export(
-        Path(settings.run),
-        Path(settings.out) if settings.out else None,
-        step=settings.step,
-        best=settings.best,
-        dtype=settings.dtype,
-        max_shard_size=settings.max_shard_size,
-        say=say,
-    )
+    source, target = Path(settings.run), Path(settings.out) if settings.out else None
+    words: dict[str, Any] = {"step": settings.step, "best": settings.best, "dtype": settings.dtype, "say": say}
+    words["max_shard_size"] = settings.max_shard_size
+    if not folders.is_run(source) and not folders.is_checkpoint(source) and peer.is_peer(source):
+        out = peer.export_peer(source, target, model=settings.model, **words)
+    elif settings.model is not None:
+        raise UserError(f"--model {settings.model}: cannot act, a run of wikift knows its model; leave it out")
+    else:
+        out = export(source, target, **words)
     say(f"next:  python launch/evaluate.py {out}\n       python launch/generate.py {out}")
     return EXIT_DONE
 

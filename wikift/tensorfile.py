@@ -36,7 +36,7 @@ class Entry(NamedTuple):
 
 
 def torch_dtype(code: str) -> torch.dtype:
-    """The format's word for a dtype in torch's. Raises KeyError for one that is no floating point format of 16 or 32 bits."""
+    """The torch dtype of F32, F16 or BF16. Raises KeyError for another."""
     import torch  # here: who only moves bytes does not wait a second and a half for it
 
     return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[code]
