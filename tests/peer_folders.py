@@ -21,7 +21,7 @@ def tiny_model() -> Any:
 
 
 def save_with_deepspeed(folder: Path, stage: int, precision: str, frozen: bool) -> dict[str, Any]:
-    """Two AdamW steps under real DeepSpeed, then save_checkpoint; gives the fp32 masters by the model's names (numpy)"""
+    """Two AdamW steps under real DeepSpeed, then save_checkpoint; gives the fp32 masters by name (numpy)"""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
