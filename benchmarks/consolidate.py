@@ -5,7 +5,7 @@
 Stock DeepSpeed trains a random gpt2 (124M) for one step under ZeRO-2 and ZeRO-3 on two gloo ranks and saves it; the
 same weights and moments are saved as a checkpoint of wikift by two ranks. Then, in interleaved rounds, each program
 makes its model file or directory; peak memory is the kernel's (ru_maxrss), beside that of the imports alone. All
-results are compared bit for bit. Writes benchmarks/results/consolidate.json and .md. zero_to_fp32 writes pytorch_model.bin: its
+results are compared bit for bit. Writes benchmarks/results/consolidate.json and .md. zero_to_fp32 writes a .bin: its
 --safe_serialization fails on GPT-2's tied head.
 """
 
