@@ -14,15 +14,16 @@ import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from wikift import tensorfile
 from wikift.disk import read_range, sha256_of
 from wikift.errors import EnvironmentFault, UserError
-from wikift.world import World
+
+if TYPE_CHECKING:  # consolidation moves bytes; it does not wait a second and a half for torch
+    from torch import Tensor
+
+    from wikift.world import World
 
 FORMAT = "wikift-checkpoint-1"
 
@@ -54,20 +55,32 @@ class Checkpoint:
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a flattened tensor, 1-D fp32 on the CPU; reads these bytes only."""
+        import torch
+
         values = torch.empty(stop - start, dtype=torch.float32)
+        self.read_into(name, state, start, memoryview(values.view(torch.uint8).numpy().data))
+        return values
+
+    def read_into(self, name: str, state: str, start: int, into: memoryview) -> None:
+        """Fill `into` (bytes) with the fp32 elements from `start` on, as `read` does; needs no torch."""
+        stop = start + len(into) // 4
         filled = 0
         for place in self._places[name, state]:
             low, high = max(start, place.start), min(stop, place.stop)
             if low >= high:
                 continue
-            target = values[low - start : high - start].view(torch.uint8).numpy()
+            target = into[4 * (low - start) : 4 * (high - start)]
             try:
-                read_range(place.file, place.offset + 4 * (low - place.start), memoryview(target.data))
+                read_range(place.file, place.offset + 4 * (low - place.start), target)
             except OSError as error:
                 raise EnvironmentFault(f"{error}; the checkpoint {self.path} is damaged") from None
             filled += high - low
         assert filled == stop - start, (name, state, start, stop, filled)
-        return values
+
+    def verify(self, file: str) -> None:
+        """Read every byte of one of the manifest's files. Raises UserError where it is not as it was written."""
+        if sha256_of(self.path / file) != self.manifest["files"][file]["sha256"]:
+            raise UserError(f"{self.path / file}: its content has changed since it was written (sha256 differs)")
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -102,12 +115,18 @@ def open_checkpoint(path: Path, *, verify: bool = False) -> Checkpoint:
             raise UserError(
                 f"{file}: {'is missing' if size is None else f'has {size} bytes'}, the manifest says {facts['bytes']}"
             )
-        if verify and sha256_of(file) != facts["sha256"]:
-            raise UserError(f"{file}: its content has changed since it was written (sha256 differs)")
-        for key, (_, shape, offset) in tensorfile.read_header(file)[0].items():
+        try:
+            header, _ = tensorfile.read_header(file)
+        except ValueError as error:
+            raise UserError(f"{file}: its content has changed since it was written ({error})") from None
+        for key, (_, shape, offset) in header.items():
             parameter, state, start = key.split("|")
             places.setdefault((parameter, state), []).append(_Place(int(start), int(start) + shape[0], file, offset))
-    return Checkpoint(path, manifest, places)
+    checkpoint = Checkpoint(path, manifest, places)
+    if verify:
+        for name in manifest["files"]:
+            checkpoint.verify(name)
+    return checkpoint
 
 
 def newest_sound(run: Path, world: World) -> Checkpoint | None:
@@ -115,14 +134,15 @@ def newest_sound(run: Path, world: World) -> Checkpoint | None:
 
     A damaged one is named and passed over; raises UserError where there are some and none is sound.
     """
+    import torch
+
     found = list_checkpoints(run)
     for number in range(world.agreed(len(found)) - 1, -1, -1):
         fault = 0
         try:
             checkpoint = open_checkpoint(found[number])
-            files = sorted(checkpoint.manifest["files"].items())[world.rank :: world.size]
-            if any(sha256_of(checkpoint.path / name) != facts["sha256"] for name, facts in files):
-                raise UserError(f"{checkpoint.path}: its content has changed since it was written (sha256 differs)")
+            for name in sorted(checkpoint.manifest["files"])[world.rank :: world.size]:
+                checkpoint.verify(name)
         except (UserError, OSError) as error:
             print(f"wikift: passing over a damaged checkpoint: {error}", file=sys.stderr)
             fault = 1

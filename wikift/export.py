@@ -2,32 +2,29 @@
 
 The directory is written beside its place (`.hf.partial`), read back, and renamed in; an earlier export of the same run
 is renamed out and deleted after that, so a reader sees a whole one or none. Cost: the checkpoint is read once to verify
-its checksums, its weights once more to be written.
+its checksums, by threads beside the writing, its weights once more to be written.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from wikift import __version__, folders, hub
+from wikift import __version__, folders, hub, peer
 from wikift.card import model_card
 from wikift.cli import parse
 from wikift.command import EXIT_DONE
 from wikift.config import ConsolidateSettings
 from wikift.derive import ranks_started
-from wikift.disk import sync_folder
-from wikift.errors import EnvironmentFault, UserError
+from wikift.errors import UserError
+from wikift.exportfolder import FORMAT, check_target, published, write_json
 from wikift.publish import stopping_by_exception
 from wikift.sizes import parse_size, show_bytes
-
-FORMAT = "wikift-export-1"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,24 +33,26 @@ def main(argv: Sequence[str]) -> int:
         ConsolidateSettings,
         argv,
         prog="launch/consolidate.py",
-        description="Make a standard Hugging Face directory of a run's newest (or best, or a given) checkpoint.",
+        description="Make a standard Hugging Face directory of a run's newest (or best, or a given) checkpoint, or of "
+        "one that DeepSpeed (ZeRO 1 to 3) or torch.distributed.checkpoint wrote.",
         epilog="examples:\n  python launch/consolidate.py runs/gpt2-wikitext-2-v1\n"
-        "  python launch/consolidate.py runs/gpt2-wikitext-2-v1 --best --dtype bfloat16 --out models/small",
+        "  python launch/consolidate.py runs/gpt2-wikitext-2-v1 --best --dtype bfloat16 --out models/small\n"
+        "  python launch/consolidate.py their-run/global_step500 --model gpt2 --out models/theirs",
     )
     if settings.run is None:
         raise UserError("RUN_OR_CHECKPOINT: is missing; name a run, runs/NAME, or one checkpoint of it")
     if ranks_started() > 1:
         raise UserError(f"torchrun: started {ranks_started()} processes, this is work for one; start it with python")
     say = (lambda text: None) if settings.quiet else print
-    out = export(
-        Path(settings.run),
-        Path(settings.out) if settings.out else None,
-        step=settings.step,
-        best=settings.best,
-        dtype=settings.dtype,
-        max_shard_size=settings.max_shard_size,
-        say=say,
-    )
+    source, target = Path(settings.run), Path(settings.out) if settings.out else None
+    words: dict[str, Any] = {"step": settings.step, "best": settings.best, "dtype": settings.dtype, "say": say}
+    words["max_shard_size"] = settings.max_shard_size
+    if not folders.is_run(source) and not folders.is_checkpoint(source) and peer.is_peer(source):
+        out = peer.export_peer(source, target, model=settings.model, **words)
+    elif settings.model is not None:
+        raise UserError(f"--model {settings.model}: cannot act, a run of wikift knows its model; leave it out")
+    else:
+        out = export(source, target, **words)
     say(f"next:  python launch/evaluate.py {out}\n       python launch/generate.py {out}")
     return EXIT_DONE
 
@@ -95,18 +94,22 @@ def export(
     path = run_or_checkpoint if from_checkpoint else _choose(run, step, best)
     target = run / "hf" if out is None else out
     record: dict[str, Any] = {"format": FORMAT, "run": _identity(run, config), "wikift": __version__}
-    _check_target(target, record["run"], own=target.absolute() == (run / "hf").absolute())
+    check_target(target, record["run"], own=target.absolute() == (run / "hf").absolute())
 
     from wikift.checkpoint import open_checkpoint
-    from wikift.weights import write_weights
+    from wikift.weights import checkpoint_weights, write_weights
 
-    checkpoint = open_checkpoint(path, verify=True)
+    checkpoint = open_checkpoint(path)
+    tied = checkpoint.manifest["model_config"].get("tie_word_embeddings", True)
     record |= {"step": checkpoint.step, "tokens": checkpoint.manifest.get("tokens"), "dtype": dtype}
-    with stopping_by_exception(), _published(target) as partial:
+    with stopping_by_exception(), published(target) as partial, ThreadPoolExecutor(os.cpu_count()) as pool:
+        checks = [pool.submit(checkpoint.verify, name) for name in checkpoint.manifest["files"]]
         _write_model_files(run, partial, dtype)
-        weights = write_weights(checkpoint, partial, dtype, shard_bytes)
+        weights = write_weights(checkpoint_weights(checkpoint), partial, dtype, shard_bytes, tied=tied)
+        for check in checks:  # what was written is published only if what was read is as it was saved
+            check.result()
         (partial / "README.md").write_text(model_card(run, config, checkpoint.manifest, dtype), encoding="utf-8")
-        _write_json(partial / folders.EXPORT_RECORD, record)
+        write_json(partial / folders.EXPORT_RECORD, record)
     say(f"{target}: step {checkpoint.step:,} as {dtype}, {show_bytes(weights)} of weights")
     return target
 
@@ -169,88 +172,6 @@ def _identity(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_target(target: Path, identity: Any, *, own: bool) -> None:
-    """Raises UserError where something lies at `target` that is not an export of this run (in RUN/hf: any export)."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not target.is_dir():
-        raise UserError(f"--out {target}: is a file; name a folder")
-    try:
-        there = json.loads((target / folders.EXPORT_RECORD).read_text(encoding="utf-8"))
-        found = there["run"] if there["format"] == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError):
-        found = None
-    if found is None:
-        raise UserError(
-            f"--out {target}: holds something that wikift did not export; name another folder or move it away"
-        )
-    if found != identity and not own:
-        name = found.get("name") if isinstance(found, dict) else found
-        raise UserError(f"--out {target}: holds the model of another run ({name}); name another folder or move it away")
-
-
-@contextlib.contextmanager
-def _published(target: Path) -> Iterator[Path]:
-    """A folder to write into; it becomes `target` when all went well and is gone otherwise."""
-    partial = target.absolute().with_name(f".{target.absolute().name}.partial")
-    old = partial.with_suffix(".old")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY)
-    except OSError as error:
-        raise EnvironmentFault(
-            f"{target}: cannot be made ({error.strerror}); name another --out, nothing was changed"
-        ) from None
-    try:
-        if not _is_ours(lock, partial):
-            raise EnvironmentFault(f"{target}: another process is making it at this moment; try again after it")
-        try:
-            if old.exists() and not target.exists():  # one that was killed between its two renames
-                os.rename(old, target)
-            for left in [*partial.iterdir(), *([old] if old.exists() else [])]:  # of one that was killed
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            yield partial
-            _swap(partial, target, old)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError):
-                free = shutil.disk_usage(partial.parent).free
-                raise EnvironmentFault(
-                    f"{target} was not made: {error.strerror or error} ({show_bytes(free)} are free there); "
-                    "make room or name another --out. What was there before still is"
-                ) from None
-            raise
-    finally:
-        os.close(lock)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _is_ours(lock: int, partial: Path) -> bool:
-    """Take the lock on the open folder `partial`; False where another process has it, or has just published it."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        pass
-    return partial.exists() and partial.stat().st_ino == os.fstat(lock).st_ino
-
-
-def _swap(partial: Path, target: Path, old: Path) -> None:
-    for path in (*partial.iterdir(), partial):
-        sync_folder(path)
-    if target.exists() and any(target.iterdir()):
-        os.rename(target, old)
-        try:
-            os.rename(partial, target)
-        except OSError:
-            os.rename(old, target)
-            raise
-    else:
-        os.rename(partial, target)
-    sync_folder(partial.parent)
-
-
 def _write_model_files(run: Path, folder: Path, dtype: str) -> None:
     """The run's configuration with `dtype` set, and its generation configuration and tokenizer as they are."""
     source = run / "model"
@@ -260,11 +181,7 @@ def _write_model_files(run: Path, folder: Path, dtype: str) -> None:
         raise UserError(f"{source}: the model's config.json cannot be read ({error}); the run is damaged") from None
     config["dtype"] = dtype
     config.pop("torch_dtype", None)  # transformers 4's name for it
-    _write_json(folder / "config.json", dict(sorted(config.items())))
+    write_json(folder / "config.json", dict(sorted(config.items())))
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name not in ("config.json", "README.md") and path.suffix != ".safetensors":
             shutil.copyfile(path, folder / path.name)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

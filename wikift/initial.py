@@ -22,7 +22,7 @@ from wikift.engines.base import OPTIMIZER
 from wikift.errors import UserError
 from wikift.folders import read_json
 from wikift.model import explained
-from wikift.tensorfile import DTYPES, read_header
+from wikift.tensorfile import ITEM_BYTES, read_header, torch_dtype
 from wikift.world import seed
 
 _DRAWN_TOGETHER = 1 << 20  # elements of one random stream
@@ -92,7 +92,7 @@ def trained_weights(model: str, shapes: dict[str, tuple[int, ...]]) -> ReadWeigh
         place = places.get(name) or places.get(name.removeprefix("transformer."))  # the Hub's gpt2 has no prefix
         if place is None:
             problems.append(f"--model {model}: {name} is not in {', '.join(file.name for file in files)}")
-        elif place[2] != shape or place[1] not in DTYPES:
+        elif place[2] != shape or place[1] not in ITEM_BYTES:
             problems.append(
                 f"--model {model}: {name} is {place[1]} {list(place[2])}, config.json makes it {list(shape)}"
             )
@@ -103,7 +103,7 @@ def trained_weights(model: str, shapes: dict[str, tuple[int, ...]]) -> ReadWeigh
 
     def weight(name: str, start: int, stop: int) -> Tensor:
         file, code, _, offset = found[name]
-        values = torch.empty(stop - start, dtype=DTYPES[code])
+        values = torch.empty(stop - start, dtype=torch_dtype(code))
         read_range(file, offset + start * values.itemsize, memoryview(values.view(torch.uint8).numpy().data))
         return values.float()
 

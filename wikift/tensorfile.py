@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _CHUNK_BYTES = 1 << 20
 
 
@@ -31,7 +32,14 @@ class Entry(NamedTuple):
         count = 1
         for size in self.shape:
             count *= size
-        return count * DTYPES[self.dtype].itemsize
+        return count * ITEM_BYTES[self.dtype]
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """The torch dtype of F32, F16 or BF16. Raises KeyError for another."""
+    import torch  # here: who only moves bytes does not wait a second and a half for it
+
+    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[code]
 
 
 def write_tensors(
@@ -39,8 +47,25 @@ def write_tensors(
 ) -> tuple[int, str]:
     """Write `entries`, each fetched by `read(name)` when its turn comes; gives (bytes, sha256) of the file.
 
-    The file is on the disk when this returns (fsync). Raises OSError (a full disk, say) and leaves a torn file then:
-    write beside the place where a reader looks, and rename.
+    As `write_pieces` otherwise.
+    """
+    digest = hashlib.sha256()
+    written = write_pieces(path, entries, lambda entry: _bytes_of(entry, read(entry.name).detach()), metadata, digest)
+    return written, digest.hexdigest()
+
+
+def write_pieces(
+    path: Path,
+    entries: Sequence[Entry],
+    pieces: Callable[[Entry], Iterable[memoryview]],
+    metadata: dict[str, str] | None = None,
+    digest: Any = None,
+) -> int:
+    """Write `entries`, each as the bytes that `pieces(entry)` gives when its turn comes; gives the file's bytes.
+
+    `digest`, a hash of hashlib's, is fed all that is written. The file is on the disk when this returns (fsync).
+    Raises OSError (a full disk, say) and leaves a torn file then: write beside the place where a reader looks, and
+    rename.
     """
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     offset = 0
@@ -53,31 +78,36 @@ def write_tensors(
         offset += entry.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data to eight bytes
-    digest = hashlib.sha256()
     written = 0
-    with open(path, "wb") as file:
-        for chunk in (len(text).to_bytes(8, "little"), text):
-            digest.update(chunk)
-            written += file.write(chunk)
+    with open(path, "wb", buffering=0) as file:
+
+        def write(piece: memoryview) -> int:
+            if digest is not None:
+                digest.update(piece)
+            left = piece
+            while left:
+                left = left[file.write(left) :]
+            return piece.nbytes
+
+        written += write(memoryview(len(text).to_bytes(8, "little") + text))
         for entry in entries:
-            written += _write_tensor(file, digest, entry, read(entry.name).detach())
-        file.flush()
+            count = sum(map(write, pieces(entry)))
+            assert count == entry.bytes, (entry, count)
+            written += count
         os.fsync(file.fileno())
     assert written == 8 + len(text) + offset
     if path.stat().st_size != written:
         raise OSError(f"{path} is {path.stat().st_size} bytes on the disk, {written} were written")
-    return written, digest.hexdigest()
+    return written
 
 
-def _write_tensor(file: BinaryIO, digest: Any, entry: Entry, tensor: torch.Tensor) -> int:
-    """A function of its own, so that nothing of one tensor is held while the next is fetched."""
+def _bytes_of(entry: Entry, tensor: torch.Tensor) -> Iterator[memoryview]:
+    import torch
+
     assert tuple(tensor.shape) == entry.shape, (entry, tensor.shape)
-    flat = tensor.to("cpu", DTYPES[entry.dtype]).contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.to("cpu", torch_dtype(entry.dtype)).contiguous().reshape(-1).view(torch.uint8).numpy()
     for start in range(0, flat.size, _CHUNK_BYTES):
-        piece = flat[start : start + _CHUNK_BYTES].data
-        digest.update(piece)
-        file.write(piece)
-    return int(flat.size)
+        yield flat[start : start + _CHUNK_BYTES].data
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], dict[str, str]]:
