@@ -55,6 +55,11 @@ def build(
     if settings.compile:
         _check_compiler(world.device)
     choice = choose(settings, plan, world, precision.name)
+    if not settings.fsdp_reshard_after_forward and choice.name != "fsdp":
+        raise UserError(
+            f"--no-fsdp-reshard-after-forward: cannot act, --engine auto takes {choice.name} here ({choice.reason}); "
+            "leave it out, or use --engine fsdp"
+        )
     config = _config(settings, plan, eos_token_id, start)
     make = partial(make_model, config, gradient_checkpointing=settings.gradient_checkpointing)
     with torch.device("meta"):

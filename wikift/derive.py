@@ -170,6 +170,9 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
         problems.append(f"--engine single: is one process, the launcher started {ranks}; use --engine ddp or auto")
     if settings.engine == "ddp" and not launched:
         problems.append("--engine ddp: needs a launcher; start with torchrun --nproc_per_node=N launch/train.py ...")
+    if not settings.fsdp_reshard_after_forward and (settings.engine not in ("auto", "fsdp") or settings.deepspeed):
+        other = "--deepspeed" if settings.deepspeed else f"--engine {settings.engine}"
+        problems.append(f"--no-fsdp-reshard-after-forward: cannot act under {other}; leave it out, or use --engine fsdp")
     output = Path(settings.output_dir or ".")
     for path in (output, *output.parents):
         if path.exists() and not path.is_dir():
