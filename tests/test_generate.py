@@ -29,7 +29,8 @@ from wikift import folders, prompts
 from wikift.config import GenerateSettings
 from wikift.errors import EnvironmentFault, UserError
 from wikift.generate import main
-from wikift.sampling import Stream, Writer, load_writer
+from wikift.sampling import Writer, load_writer
+from wikift.stream import Stream
 from wikift.session import set_value
 from wikift.tokenizer import train
 
@@ -89,14 +90,13 @@ def test_the_stream_writes_whole_characters_as_soon_as_they_are(scripted_tokeniz
     ids = scripted_tokenizer(text)["input_ids"]
     assert len(ids) == len(text.encode()), "a token is a byte"
     written: list[str] = []
-    stream = Stream(scripted_tokenizer, written.append, lambda: False)
-    stream.put(torch.tensor([[0, 1]]))  # the prompt
+    stream = Stream(scripted_tokenizer, written.append)
     for count, token in enumerate(ids[:cut], 1):
-        stream.put(torch.tensor([token]))
+        stream.take(token)
         # all that is whole by now, and nothing of a character begun; a real U+FFFD waits for what follows it
         whole = text.encode()[:count].decode(errors="ignore").removesuffix("\ufffd")
         assert "".join(written) == whole == stream.text
-    stream.end()
+    assert stream.finish() == stream.text == "".join(written)
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +106,29 @@ def scripted_tokenizer(scripted: Path) -> Any:
 
 def test_bytes_that_are_no_text_are_shown_as_such(scripted_tokenizer: Any) -> None:
     written: list[str] = []
-    stream = Stream(scripted_tokenizer, written.append, lambda: False)
-    stream.put(torch.tensor([[0]]))
+    stream = Stream(scripted_tokenizer, written.append)
     first, second = scripted_tokenizer("é")["input_ids"]
     for token in (second, *scripted_tokenizer("a")["input_ids"], first, first, second):
-        stream.put(torch.tensor([token]))
+        stream.take(token)
     assert "".join(written) == "\ufffda\ufffdé"
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text("ab—", max_size=12), stop=st.lists(st.text("ab—", min_size=1, max_size=3), min_size=1, max_size=2))
+def test_nothing_of_a_stop_string_is_ever_written(scripted_tokenizer: Any, text: str, stop: list[str]) -> None:
+    written: list[str] = []
+    stream = Stream(scripted_tokenizer, written.append, stop)
+    for token in scripted_tokenizer(text)["input_ids"]:
+        stream.take(token)
+        if stream.stopped:
+            break
+        sofar = "".join(written)
+        assert not any(found in sofar for found in stop)
+    # the first end of a stop string ends the text, at the earliest beginning of one that is there by then
+    ends = [place + len(found) for found in stop if (place := text.find(found)) >= 0]
+    expected = text if not ends else text[: min(place for found in stop if (place := text[: min(ends)].find(found)) >= 0)]
+    assert stream.finish() == "".join(written) == expected
+    assert stream.stopped == bool(ends)
 
 
 @pytest.mark.parametrize("temperature", ["0", "0.8"])
@@ -177,10 +194,6 @@ def test_what_does_not_fit_the_context_is_said(made: Path) -> None:
     # weights so large that every token of the prompt tells in the text
     writer = Writer(GPT2LMHeadModel(config).eval(), AutoTokenizer.from_pretrained(made / "hf"))
     notes: list[str] = []
-    fits = writer.answer("Warsaw", asked(max_new_tokens=500), 0, note=notes.append)
-    assert fits.new_tokens == 64 - len(writer.tokenizer("Warsaw")["input_ids"])
-    assert notes == [f"at most {fits.new_tokens} new tokens instead of 500: the model's context is 64"]
-    notes.clear()
     long = (
         "Steam engines drove the Industrial Revolution . " * 10 + "Maria studied in Paris ; she shared the Nobel Prize "
     )
@@ -188,6 +201,7 @@ def test_what_does_not_fit_the_context_is_said(made: Path) -> None:
     cut = writer.answer(long, asked(max_new_tokens=10), 0, note=notes.append)
     assert cut.new_tokens == 10
     assert notes == [f"the prompt has {count} tokens, the model's context is 64: only its last 54 are read"]
+    assert cut.prompt_tokens == count
     # it is the end that is kept
     end = writer.tokenizer.decode(writer.tokenizer(long)["input_ids"][-54:])
     assert len(writer.tokenizer(end)["input_ids"]) == 54, "the cut is where a token begins anyway"
@@ -431,12 +445,12 @@ class Terminal:
 
 _SLOWLY = """
 import sys, time
-from wikift.sampling import Stream
-put = Stream.put
-def slowly(self, tokens):
+from wikift.stream import Stream
+take = Stream.take
+def slowly(self, token, **show):
     time.sleep(0.1)
-    put(self, tokens)
-Stream.put = slowly
+    take(self, token, **show)
+Stream.take = slowly
 from wikift.command import run
 from wikift.generate import main
 run(main)

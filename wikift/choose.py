@@ -52,7 +52,9 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def choose(logits: Tensor, sampling: Sampling, drawn: Tensor, rounding: float = ROUNDING) -> tuple[list[int], list[int]]:
+def choose(
+    logits: Tensor, sampling: Sampling, drawn: Tensor, rounding: float = ROUNDING
+) -> tuple[list[int], list[int]]:
     """A token for each row of `logits` (rows, vocabulary) in fp32, and the rows whose choice is doubtful.
 
     `drawn` (rows,), float64 in [0, 1), decides between the tokens. `rounding` 0 doubts nothing.

@@ -187,7 +187,8 @@ class Decoder:
             inner = block.act(torch.addmm(block.fc_bias, block.ln_2(hidden), block.fc))
             hidden = hidden + F.linear(inner, block.out, block.out_bias)
         last = self.ln_f(hidden.view(rows, length, self.width)[:, -1])
-        return (last @ self.head).float()
+        logits: Tensor = (last @ self.head).float()
+        return logits
 
     def _shift(self, columns: int, rows: Tensor | None = None) -> None:
         """Move the cache `columns` to the left, which hold no row's text, and take `rows` of it."""
@@ -205,7 +206,7 @@ class Decoder:
         return torch.tensor(values, device=self.device)
 
 
-def _block(model: GPT2LMHeadModel, number: int) -> _Block:
+def _block(model: Any, number: int) -> _Block:
     block, config = model.transformer.h[number], model.config
     scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
     if config.scale_attn_by_inverse_layer_idx:
@@ -228,7 +229,7 @@ def _block(model: GPT2LMHeadModel, number: int) -> _Block:
     )
 
 
-def _relayout(model: GPT2LMHeadModel) -> None:
+def _relayout(model: Any) -> None:
     """Lay the head's and the MLP's second matrix in memory as `_forward` reads them; the model computes as before."""
     for module in (*(block.mlp.c_proj for block in model.transformer.h), model.lm_head):
         weight = module.weight.detach().t().contiguous().t()
