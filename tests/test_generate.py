@@ -126,7 +126,9 @@ def test_nothing_of_a_stop_string_is_ever_written(scripted_tokenizer: Any, text:
         assert not any(found in sofar for found in stop)
     # the first end of a stop string ends the text, at the earliest beginning of one that is there by then
     ends = [place + len(found) for found in stop if (place := text.find(found)) >= 0]
-    expected = text if not ends else text[: min(place for found in stop if (place := text[: min(ends)].find(found)) >= 0)]
+    expected = (
+        text if not ends else text[: min(place for found in stop if (place := text[: min(ends)].find(found)) >= 0)]
+    )
     assert stream.finish() == "".join(written) == expected
     assert stream.stopped == bool(ends)
 
