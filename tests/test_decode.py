@@ -1,4 +1,4 @@
-"""The decoder, the choice of a token, batches that give what each prompt gets alone. Run: pytest tests/test_decode.py"""
+"""The decoder, the choice of a token, batches as each prompt alone. Run: pytest tests/test_decode.py"""
 
 from __future__ import annotations
 

@@ -225,6 +225,7 @@ class EvaluateSettings:
         "auto", "number format of the products; auto: as in training", choices=("auto", "bf16", "fp16", "fp32")
     )
     device: str = option("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
+    generation: bool = option(False, "repetition and variety of 64 texts the model writes, beside the split's own")
     json: bool = option(False, "print one JSON object a model")
     quiet: bool = option(False, "no progress")
 
