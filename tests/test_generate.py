@@ -284,6 +284,8 @@ def test_stop_strings_logprobs_and_several_sequences(scripted: Path, capsys: pyt
     assert capsys.readouterr().out == f"{SCRIPT}\n"
 
 
+# torch.compile imports parts of torch that are deprecated
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_step_writes_the_same(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for words in ([], ["--compile"]):

@@ -117,7 +117,13 @@ def _command(line: str, state: _State) -> _State:
         _save(line.partition("/save")[2].strip(), state)
     elif name == "/show":
         values = {field: getattr(settings, field) for field in SAMPLING}
-        print(*(f"{field:<22}{value if value != () else 'none'}" for field, value in values.items()), sep="\n")
+        print(
+            *(
+                f"{field:<22}{value if field != 'stop' else ', '.join(map(repr, value)) or 'none'}"
+                for field, value in values.items()
+            ),
+            sep="\n",
+        )
     elif name == "/help":
         print(HELP)
     else:
