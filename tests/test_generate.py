@@ -289,7 +289,7 @@ def test_stop_strings_logprobs_and_several_sequences(scripted: Path, capsys: pyt
 def test_a_compiled_step_writes_the_same(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for words in ([], ["--compile"]):
-        line = ["--examples", "--max-new-tokens", "6", "--device", "cpu", "--json", *words]
+        line = ["--prompt", "The", "--max-new-tokens", "6", "--device", "cpu", "--json", *words]
         assert main([str(made), *line]) == 0
         texts.append([json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()])
     assert texts[0] == texts[1]
