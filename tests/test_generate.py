@@ -1,19 +1,13 @@
-"""Prompts to text: the stream, the session, the fallback training. Run: pytest tests/test_generate.py"""
+"""Prompts to text: the stream, one answer, files of prompts. Run: pytest tests/test_generate.py"""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
-import pty
 import re
-import select
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from tests.tiny import arguments
 from tests.trained import text_store, trained_run
 from wikift import folders, prompts
 from wikift.config import GenerateSettings
 from wikift.errors import EnvironmentFault, UserError
 from wikift.generate import main
-from wikift.sampling import Stream, Writer, load_writer
-from wikift.session import set_value
+from wikift.sampling import Writer, load_writer
+from wikift.stream import Stream
 from wikift.tokenizer import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,14 +82,13 @@ def test_the_stream_writes_whole_characters_as_soon_as_they_are(scripted_tokeniz
     ids = scripted_tokenizer(text)["input_ids"]
     assert len(ids) == len(text.encode()), "a token is a byte"
     written: list[str] = []
-    stream = Stream(scripted_tokenizer, written.append, lambda: False)
-    stream.put(torch.tensor([[0, 1]]))  # the prompt
+    stream = Stream(scripted_tokenizer, written.append)
     for count, token in enumerate(ids[:cut], 1):
-        stream.put(torch.tensor([token]))
+        stream.take(token)
         # all that is whole by now, and nothing of a character begun; a real U+FFFD waits for what follows it
         whole = text.encode()[:count].decode(errors="ignore").removesuffix("\ufffd")
         assert "".join(written) == whole == stream.text
-    stream.end()
+    assert stream.finish() == stream.text == "".join(written)
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +98,31 @@ def scripted_tokenizer(scripted: Path) -> Any:
 
 def test_bytes_that_are_no_text_are_shown_as_such(scripted_tokenizer: Any) -> None:
     written: list[str] = []
-    stream = Stream(scripted_tokenizer, written.append, lambda: False)
-    stream.put(torch.tensor([[0]]))
+    stream = Stream(scripted_tokenizer, written.append)
     first, second = scripted_tokenizer("é")["input_ids"]
     for token in (second, *scripted_tokenizer("a")["input_ids"], first, first, second):
-        stream.put(torch.tensor([token]))
+        stream.take(token)
     assert "".join(written) == "\ufffda\ufffdé"
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text("ab—", max_size=12), stop=st.lists(st.text("ab—", min_size=1, max_size=3), min_size=1, max_size=2))
+def test_nothing_of_a_stop_string_is_ever_written(scripted_tokenizer: Any, text: str, stop: list[str]) -> None:
+    written: list[str] = []
+    stream = Stream(scripted_tokenizer, written.append, stop)
+    for token in scripted_tokenizer(text)["input_ids"]:
+        stream.take(token)
+        if stream.stopped:
+            break
+        sofar = "".join(written)
+        assert not any(found in sofar for found in stop)
+    # the first end of a stop string ends the text, at the earliest beginning of one that is there by then
+    ends = [place + len(found) for found in stop if (place := text.find(found)) >= 0]
+    expected = (
+        text if not ends else text[: min(place for found in stop if (place := text[: min(ends)].find(found)) >= 0)]
+    )
+    assert stream.finish() == "".join(written) == expected
+    assert stream.stopped == bool(ends)
 
 
 @pytest.mark.parametrize("temperature", ["0", "0.8"])
@@ -177,10 +188,6 @@ def test_what_does_not_fit_the_context_is_said(made: Path) -> None:
     # weights so large that every token of the prompt tells in the text
     writer = Writer(GPT2LMHeadModel(config).eval(), AutoTokenizer.from_pretrained(made / "hf"))
     notes: list[str] = []
-    fits = writer.answer("Warsaw", asked(max_new_tokens=500), 0, note=notes.append)
-    assert fits.new_tokens == 64 - len(writer.tokenizer("Warsaw")["input_ids"])
-    assert notes == [f"at most {fits.new_tokens} new tokens instead of 500: the model's context is 64"]
-    notes.clear()
     long = (
         "Steam engines drove the Industrial Revolution . " * 10 + "Maria studied in Paris ; she shared the Nobel Prize "
     )
@@ -188,6 +195,7 @@ def test_what_does_not_fit_the_context_is_said(made: Path) -> None:
     cut = writer.answer(long, asked(max_new_tokens=10), 0, note=notes.append)
     assert cut.new_tokens == 10
     assert notes == [f"the prompt has {count} tokens, the model's context is 64: only its last 54 are read"]
+    assert cut.prompt_tokens == count
     # it is the end that is kept
     end = writer.tokenizer.decode(writer.tokenizer(long)["input_ids"][-54:])
     assert len(writer.tokenizer(end)["input_ids"]) == 54, "the cut is where a token begins anyway"
@@ -240,6 +248,53 @@ def test_a_file_of_prompts(made: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr() == ("\n".join(f"{answer['text']}\n" for answer in found), "")
 
 
+def test_batches_come_back_in_order_and_each_as_alone(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked_for = ["Physics " * size + "in Paris" for size in (9, 0, 5, 1, 30, 2)]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(asked_for))
+    words = [str(made), "--prompts-file", str(file), "--max-new-tokens", "9", "--device", "cpu", "--json"]
+    answers = []
+    for size in ("1", "4"):
+        assert main([*words, "--batch-size", size]) == 0
+        out, err = capsys.readouterr()
+        answers.append([{**json.loads(line), "seconds": 0} for line in out.splitlines()])
+        assert re.search(r"^wikift: 6 prompts, 54 tokens in .* tokens/s$", err, re.M)
+    assert answers[0] == answers[1]
+    assert [answer["prompt"] for answer in answers[0]] == asked_for
+    assert [answer["prompt_tokens"] for answer in answers[0]] == [
+        len(writer_of(made / "hf").tokenizer(p)["input_ids"]) for p in asked_for
+    ]
+
+
+def test_stop_strings_logprobs_and_several_sequences(scripted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(scripted), "--prompt", "", "--device", "cpu", "--max-new-tokens", "60"]
+    assert main([*words, "--stop", "nothing", "--stop", "…\\n", "--stop=京", "--json", "--logprobs"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["text"], found["finish_reason"]) == ("Hänsch — 東", "stop_string")
+    assert found["stop"] == ["nothing", "…\n", "京"]
+    assert len(found["logprobs"]) == found["new_tokens"] == len("Hänsch — 東京".encode())
+    assert all(-0.1 < logprob <= 0 for _, logprob in found["logprobs"]), "the script leaves no choice"
+    assert main([*words, "--stop", "\\n"]) == 0
+    assert capsys.readouterr().out == SCRIPT.partition("\n")[0] + "\n"
+    assert main([*words, "--num-return-sequences", "2", "--quiet"]) == 0
+    assert capsys.readouterr().out == f"{SCRIPT}\n\n{SCRIPT}\n"
+    assert main([*words, "--num-beams", "2", "--temperature", "0", "--repetition-penalty", "1"]) == 0
+    assert capsys.readouterr().out == f"{SCRIPT}\n"
+
+
+# torch.compile imports parts of torch that are deprecated
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_step_writes_the_same(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for words in ([], ["--compile"]):
+        line = ["--prompt", "The", "--max-new-tokens", "6", "--device", "cpu", "--json", *words]
+        assert main([str(made), *line]) == 0
+        texts.append([json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()])
+    assert texts[0] == texts[1]
+
+
 def test_the_five_examples(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(made), "--examples", "--json", "--max-new-tokens", "2", "--device", "cpu"]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -275,6 +330,11 @@ def test_wrong_command_lines(made: Path, tmp_path: Path, monkeypatch: pytest.Mon
         ([run, "--max-new-tokens", "0", "--seed", "-1"], ["--max-new-tokens 0", "--seed -1"]),
         ([run, "--repetition-penalty", "0", "--temperature", "hot"], ["--temperature hot: must be a number"]),
         ([run, "--repetition-penalty", "0"], ["--repetition-penalty 0"]),
+        ([run, "--stop", "", "--logprobs"], ["--stop: is empty", "--logprobs: are written with --json"]),
+        ([run, "--num-beams", "2", "--stop", "a"], ["add --temperature 0", "goes without --stop"]),
+        ([run, "--num-beams", "2", "--num-return-sequences", "3", "--temperature", "0"], ["more than --num-beams 2"]),
+        ([run, "--num-return-sequences", "3", "--temperature", "0"], ["all would be the same", "--num-beams 3"]),
+        ([run, "--num-return-sequences=0", "--num-beams=0", "--batch-size=0"], ["-sequences 0", "-beams 0", "-size 0"]),
         ([run, "--temprature", "1"], ["--temprature", "--temperature"]),
         (["foreign"], ["neither a model nor a run"]),
         (["latin.txt"], ["is a file"]),
@@ -347,215 +407,3 @@ def test_the_newest_run_is_the_default(
     record.write_text(json.dumps({**json.loads(record.read_text()), "step": 8}))
     assert main(["--prompt", "a", "--max-new-tokens", "1", "--device", "cpu"]) == 0
     assert "runs/new/hf is of step 8, the run has come to 12" in capsys.readouterr().err
-
-
-# --- the session ---------------------------------------------------------------------------------------------------
-
-
-def in_a_pipe(made: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, *words: str) -> int:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
-    return main([str(made), "--device", "cpu", *words])
-
-
-def test_a_pipe_of_prompts_and_commands(
-    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    content = (
-        b"/set max-new-tokens 4\n/set temperature 0\nWarsaw\r\n\n"
-        b"/set temperature hot\n/set top_p 7\n/set nothing 1\n/set x\n/unknown\n/show\nH\xe4nsch\n/help\n/quit\nnever\n"
-    )
-    assert in_a_pipe(made, monkeypatch, content) == 0
-    out, err = capsys.readouterr()
-    lines = out.splitlines()
-    assert lines[0].startswith("Warsaw")
-    assert re.search(r"^temperature +0\.0$", out, re.M)
-    assert re.search(r"^max_new_tokens +4$", out, re.M)
-    assert "\nH\ufffdnsch" in out
-    assert "/set NAME VALUE" in out
-    assert "> " not in out
-    assert "never" not in out
-    problems = [line for line in err.splitlines() if not line.startswith("wikift: ")]
-    assert [line.split(":")[0].split(",")[0] for line in problems] == [
-        "--temperature hot", "--top-p 7", "nothing", "/set NAME VALUE", "/unknown",
-    ]  # fmt: skip
-
-
-def test_a_pipe_in_json_and_seeds(
-    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    content = b"The\nThe\n/set seed 42\nThe\n/set seed 7\nThe\n/set seed 42\nThe"
-    assert in_a_pipe(made, monkeypatch, content, "--json", "--max-new-tokens", "8") == 0
-    texts = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
-    assert texts[0] != texts[1], "answers of one session differ"
-    assert texts[4] == texts[0], "a seed set anew begins anew"
-    assert main([str(made), "--prompt", "The", "--json", "--max-new-tokens", "8", "--device", "cpu"]) == 0
-    assert json.loads(capsys.readouterr().out)["text"] == texts[0]
-
-
-def test_setting_values() -> None:
-    before = asked()
-    assert set_value(before, "top-k", "7").top_k == 7
-    assert set_value(before, "top_k", "7").prompt is None
-    for name, value in (("top_k", "1.5"), ("top_k", "-1"), ("prompt", "x"), ("json", "true"), ("", "")):
-        with pytest.raises(UserError):
-            set_value(before, name, value)
-
-
-class Terminal:
-    """A command on a pseudo-terminal."""
-
-    def __init__(self, command: list[str], **environment: str) -> None:
-        self.pid, self.descriptor = pty.fork()
-        if self.pid == 0:
-            os.environ.update({"TERM": "xterm", **environment})
-            os.execv(command[0], command)
-        self.raw = b""
-
-    def send(self, text: str) -> None:
-        os.write(self.descriptor, text.encode())
-
-    def wait_for(self, pattern: str, seconds: float = 60) -> str:
-        """Everything seen up to and with `pattern`; what follows stays for the next time."""
-        deadline = time.monotonic() + seconds
-        while not (found := re.search(pattern.encode(), self.raw)):
-            if select.select([self.descriptor], [], [], 0.2)[0]:
-                with contextlib.suppress(OSError):  # the terminal is closed: the child is gone
-                    self.raw += os.read(self.descriptor, 65536)
-            assert time.monotonic() < deadline, f"no {pattern!r} in {self.raw.decode(errors='replace')!r}"
-        before, self.raw = self.raw[: found.end()], self.raw[found.end() :]
-        return before.decode()
-
-    def exit_code(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-
-_SLOWLY = """
-import sys, time
-from wikift.sampling import Stream
-put = Stream.put
-def slowly(self, tokens):
-    time.sleep(0.1)
-    put(self, tokens)
-Stream.put = slowly
-from wikift.command import run
-from wikift.generate import main
-run(main)
-"""
-
-
-def test_on_a_terminal(made: Path, tmp_path: Path) -> None:
-    """Editing, history, Ctrl-C on the text and on a line, Ctrl-D: one process for all of it, as its start takes long.
-
-    The model takes its time, so that there is a text to stop.
-    """
-    command = [sys.executable, "-c", _SLOWLY, str(made), "--device", "cpu", "--json", "--max-new-tokens", "60"]
-    terminal = Terminal(command, PYTHONPATH=str(ROOT), XDG_STATE_HOME=str(tmp_path / "state"))
-    terminal.wait_for(r"> ")
-    terminal.send("Hänschen\x7f\x7f und 東京\n")  # two backspaces
-    time.sleep(2)
-    terminal.send("\x03")  # stops the text
-    answer = terminal.wait_for(r"\{.*\}", 5)
-    found = json.loads(answer[answer.index("{") :])
-    assert found["prompt"] == "Hänsch und 東京"
-    assert found["finish_reason"] == "interrupted"
-    assert 0 < found["new_tokens"] < 40
-    terminal.wait_for(r"> ")
-    terminal.send("line begun")
-    terminal.wait_for("begun")
-    time.sleep(0.5)  # CPython sees a signal that comes before readline waits only at the next key
-    terminal.send("\x03")  # drops the line
-    terminal.wait_for(r"/quit or Ctrl-D leaves")
-    terminal.wait_for(r"> ")
-    terminal.send("/set max_new_tokens 1\n")
-    terminal.wait_for(r"> ")
-    terminal.send("\x1b[A\x1b[A\n")  # arrow up, twice
-    answer = terminal.wait_for(r"\{.*\}")
-    found = json.loads(answer[answer.index("{") :])
-    assert (found["prompt"], found["finish_reason"]) == ("Hänsch und 東京", "length")
-    terminal.wait_for(r"> ")
-    terminal.send("\x04")
-    assert terminal.exit_code() == 0
-    history = (tmp_path / "state" / "wikift" / "history").read_text(encoding="utf-8").splitlines()
-    assert history == ["Hänsch und 東京", "/set max_new_tokens 1", "Hänsch und 東京"]
-
-
-# --- no model yet --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder_with_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    text_store(tmp_path / "store")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def training(folder: Path, **values: Any) -> list[str]:
-    shape = "n_layer=2,n_head=2,n_embd=32,n_positions=32"
-    words = arguments(folder / "store", folder, config_overrides=shape, block_size=16, **values)
-    place = words.index("--output_dir")
-    return words[:place] + words[place + 2 :]
-
-
-def test_training_comes_first_where_there_is_no_model(
-    folder_with_store: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    words = [
-        "runs/new",
-        "--prompt",
-        "The",
-        "--json",
-        "--device",
-        "cpu",
-        "--",
-        *training(folder_with_store, quiet=False),
-    ]
-    assert main(words) == 0
-    out, err = capfd.readouterr()
-    found = json.loads(out)  # the training's own words went to standard error
-    assert found["model"] == "runs/new/hf"
-    assert "runs/new has no model yet" in err
-    assert "python launch/train.py --output-dir runs/new --data" in err
-    assert "step 12/12" in err
-    assert folders.checkpoint_steps(Path("runs/new"))[-1] == 12
-    # again: it is there
-    assert main(words) == 0
-    again, err = capfd.readouterr()
-    assert json.loads(again)["text"] == found["text"]
-    assert "nothing is trained" in err
-
-
-def test_a_training_that_fails_or_trains_nothing(folder_with_store: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    words = training(folder_with_store)
-    words[words.index("--data") + 1] = "nowhere"
-    assert main(["runs/new", "--prompt", "The", "--", *words]) == 2
-    assert "nowhere" in capfd.readouterr().err
-    with pytest.raises(UserError, match="left no checkpoint"):
-        main(["runs/new", "--prompt", "The", "--", *training(folder_with_store), "--dry-run"])
-
-
-def test_a_stopped_training_is_saved_and_its_exit_code_passed_on(folder_with_store: Path) -> None:
-    words = ["runs/new", "--prompt", "The", "--json", "--device", "cpu", "--"]
-    long = training(folder_with_store, max_steps=10**6, save_steps=10**6, eval_steps=10**6)
-    child = subprocess.Popen(
-        [*GENERATE, *words, *long], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    metrics = Path("runs/new/metrics.jsonl")
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    child.send_signal(signal.SIGTERM)
-    out, err = child.communicate(timeout=60)
-    assert child.returncode == 75, err
-    assert out == b""
-    assert b"the same command goes on" in err
-    assert len(folders.checkpoint_steps(Path("runs/new"))) == 1
-
-
-def test_on_a_terminal_it_asks_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    terminal = Terminal([*GENERATE, "runs/new", "--prompt", "a"])
-    terminal.wait_for(r"train it now\? \[Y/n\] ")
-    terminal.send("n\n")
-    terminal.wait_for(r"python launch/generate.py runs/new")
-    assert terminal.exit_code() == 2
-    assert list(tmp_path.iterdir()) == []

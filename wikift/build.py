@@ -53,7 +53,7 @@ def build(
 ) -> Built:
     """The engine that the settings ask for, new or as `start` left it; collective."""
     if settings.compile:
-        _check_compiler(world.device)
+        check_compiler(world.device)
     choice = choose(settings, plan, world, precision.name)
     if not settings.fsdp_reshard_after_forward and choice.name != "fsdp":
         raise UserError(
@@ -148,7 +148,7 @@ def _config(settings: TrainSettings, plan: Plan, eos_token_id: int, start: Check
     return model_config(words)
 
 
-def _check_compiler(device: torch.device) -> None:
+def check_compiler(device: torch.device) -> None:
     """Raises UserError where torch.compile would end in a traceback: it calls g++ for a CPU, triton a C compiler."""
     names = [os.environ.get("CXX", "g++")] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
     if not any(map(shutil.which, names)):

@@ -87,7 +87,7 @@ def parse(
     given, unknown, problems = _parse_words(parser, _words(argv))
     flags = [flag(name) for name, field in fields.items() if not field.metadata["positional"]]
     typed = {name: value for name, value in vars(given).items() if name in fields and value != []}
-    many = next((name for name, kind in kinds.items() if kind is tuple), None)
+    many = next((name for name, kind in kinds.items() if kind is tuple and fields[name].metadata["positional"]), None)
     for before, word in zip(["", *unknown], unknown, strict=False):
         if word.startswith("-"):
             problems.append(_unknown(word, flags, prog))
@@ -216,7 +216,8 @@ def _parser(
             metavar = meta["metavar"] or (
                 "|".join(meta["choices"]) if meta["choices"] else kinds[name].__name__.upper()
             )
-            group.add_argument(flag(name), metavar=metavar, help=text)
+            action = "append" if kinds[name] is tuple else "store"
+            group.add_argument(flag(name), action=action, metavar=metavar, help=text)
     groups["options"].add_argument("-h", "--help", action="help", help="show this and leave")
     return parser
 

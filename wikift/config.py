@@ -234,6 +234,7 @@ class EvaluateSettings:
         "auto", "number format of the products; auto: as in training", choices=("auto", "bf16", "fp16", "fp32")
     )
     device: str = option("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
+    generation: bool = option(False, "repetition and variety of 64 texts the model writes, beside the split's own")
     json: bool = option(False, "print one JSON object a model")
     quiet: bool = option(False, "no progress")
 
@@ -254,8 +255,21 @@ class GenerateSettings:
     top_p: float = option(0.95, "sample from the likeliest tokens that make up P", group="sampling", metavar="P")
     repetition_penalty: float = option(1.1, "above 1 repeats less", group="sampling", metavar="R")
     seed: int = option(42, "same seed, same text", group="sampling", metavar="N")
+    stop: tuple[str, ...] = option(
+        (), "end before this text; may be given several times, \\n is a new line", group="sampling", metavar="TEXT",
+        prose=True,
+    )  # fmt: skip
+    num_return_sequences: int = option(1, "answers to each prompt", group="sampling", metavar="N")
+    num_beams: int = option(1, "beam search of this width, with --temperature 0", group="sampling", metavar="N")
+    logprobs: bool = option(False, "with --json: each token with its log-probability under the model", group="output")
     json: bool = option(False, "one JSON object an answer", group="output")
-    device: str = option("auto", "auto: cuda where there is one", group="output", choices=("auto", "cpu", "cuda"))
+    batch_size: int = option(16, "sequences written at once where there are several prompts", group="speed")
+    precision: str = option(
+        "fp32", "number format of the weights; auto: bf16 where the device has it natively, else fp32", group="speed",
+        choices=("auto", "bf16", "fp32"),
+    )  # fmt: skip
+    compile: bool = option(False, "torch.compile: a minute to start, faster tokens", group="speed")
+    device: str = option("auto", "auto: cuda where there is one", group="speed", choices=("auto", "cpu", "cuda"))
     train: bool = option(True, "start training where no model is there yet", group="output")
     quiet: bool = option(False, "answers only", group="output")
 

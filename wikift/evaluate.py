@@ -55,6 +55,12 @@ def main(argv: Sequence[str]) -> int:
         epilog=EPILOG,
     )
     tasks = _check(settings)
+    if settings.generation:
+        from wikift import textquality
+
+        sources = [(task.name, model_source(task.name, lambda text: None), task.store) for task in tasks]
+        textquality.report(sources, settings.split, device=settings.device, as_json=settings.json)
+        return EXIT_DONE
 
     from wikift.world import started_world
 

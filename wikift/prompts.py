@@ -24,6 +24,11 @@ def clean(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+def escapes(text: str) -> str:
+    r"""`text` with \n and \t, as they can be typed in any shell, made a new line and a tab."""
+    return clean(text).replace("\\n", "\n").replace("\\t", "\t")
+
+
 def read_prompts(path: Path) -> list[str]:
     """The lines of a UTF-8 file that are not blank. Raises UserError where it cannot be read or has none."""
     try:
