@@ -97,6 +97,11 @@ def merge(settings: TrainSettings, said: Mapping[str, str]) -> Merged:
     except UserError as error:
         return Merged(settings, problems=(*problems, *error.problems))
     problems += file_problems(config, path)
+    if settings.compile and stage(config) == 3:
+        problems.append(
+            f"--compile: cannot act, stage 3 in {path} gathers weights in hooks that torch.compile does not follow; "
+            "leave it out, or take stage 2 or --engine fsdp"
+        )
     given = {name: getattr(settings, name) for name in said if getattr(settings, name) != "auto"}
     wishes = [*_number_wishes(config), *_scheduler_wish(config), *_precision_wish(config, given)]
     taken: dict[str, _Wish] = {}
