@@ -61,9 +61,9 @@ class Meter:
         self.waited += self.clock() - start
 
     def reading(self, steps_left: int, ranks: int) -> dict[str, float]:
-        """tokens_per_second, mfu (where the peak is known), memory_gb of this process, data_wait, seconds_left; starts anew.
+        """tokens_per_second, mfu (where the peak is known), memory_gb, data_wait, seconds_left; starts anew.
 
-        data_wait is the share of the time in which this rank waited for its batches.
+        memory_gb is this process's, data_wait the share of the time that it waited for batches.
         """
         now = self.clock()
         seconds = max(1e-9, now - self.since - self.away)
