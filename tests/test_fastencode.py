@@ -140,6 +140,38 @@ def test_a_tokenizer_that_it_cannot_read_is_a_disagreement(small: tokenizer.Save
 
 
 @needs_gigatoken
+def test_every_hostile_string_is_compared_at_the_start(small: tokenizer.SavedTokenizer) -> None:
+    """Other ids for the last of them alone are a disagreement before any text is read."""
+    right = fastencode._encode
+
+    def wrong(fast: object, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
+        ids, ends = right(fast, texts)
+        return np.append(ids[:-1], ids[-1] + 1), ends
+
+    with (
+        mock.patch.object(fastencode, "_encode", wrong),
+        pytest.raises(fastencode.Disagreement, match="other ids"),
+        fastencode.fast_encoder(small.file, eos_token_id=None, dtype="uint16", workers=1),
+    ):
+        pass
+
+
+@needs_gigatoken
+def test_long_texts_are_compared_too(small: tokenizer.SavedTokenizer) -> None:
+    chunk = Chunk(Texts.of(["the cat then " * 3000] * 2), np.ones(2, np.bool_), 0)
+    right = fastencode._encode
+    encode_chunk = fastencode.fast_chunk_encoder(small.file, None, "uint16", 1 << 30)
+    encode_chunk(chunk)
+    with (
+        mock.patch.object(
+            fastencode, "_encode", lambda fast, texts: (right(fast, texts)[0] + 1, right(fast, texts)[1])
+        ),
+        pytest.raises(fastencode.Disagreement, match="other ids"),
+    ):
+        encode_chunk(chunk)
+
+
+@needs_gigatoken
 def test_an_error_in_the_texts_comes_through(small: tokenizer.SavedTokenizer) -> None:
     def bad():
         yield from batches(some_rows())

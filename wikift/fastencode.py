@@ -87,15 +87,21 @@ def fast_chunk_encoder(
     fast = _load(tokenizer_file)
     since, resident = 0, _resident_bytes()
 
+    def compare(text: str, ids: npt.NDArray[Any]) -> None:
+        if ids.tolist() != reference.encode(text, add_special_tokens=False).ids:
+            raise Disagreement(f"gigatoken and tokenizers give other ids for {text[:80]!r}")
+
     def encode(chunk: Chunk) -> Encoded:
         nonlocal fast, since, resident
         ids, ends = _encode(fast, chunk.texts)
-        for number in _sample(chunk.texts, sample_bytes):
+        chosen = _sample(chunk.texts, sample_bytes)
+        for number in chosen:
             start, end = chunk.texts.offsets[number : number + 2]
             text = chunk.texts.data[start:end].tobytes().decode()
-            found = ids[ends[number - 1] if number else 0 : ends[number]].tolist()
-            if found != reference.encode(text, add_special_tokens=False).ids:
-                raise Disagreement(f"gigatoken and tokenizers give other ids for {text[:80]!r}")
+            compare(text, ids[ends[number - 1] if number else 0 : ends[number]])
+        if not chosen:  # long texts: a whole one would take longer than all the rest
+            text = chunk.texts.data[:sample_bytes].tobytes().decode(errors="ignore")
+            compare(text, _encode(fast, Texts.of((text,)))[0])
         since += len(chunk.texts.data)
         if since >= _LEAST_BYTES_BETWEEN and _resident_bytes() - resident > cache_bytes:
             fast = None
@@ -129,7 +135,9 @@ def _encode(fast: Any, texts: Texts) -> tuple[npt.NDArray[Any], npt.NDArray[np.i
 
 
 def _sample(texts: Texts, size: int) -> list[int]:
-    """Texts to compare, of `size` bytes together where they are short: a run somewhere, and one that is not ASCII."""
+    """Short texts to compare: some somewhere, of about `size` bytes together, and one that is not ASCII."""
+    if len(texts.data) <= size:
+        return list(range(len(texts)))
     seed = int.from_bytes(texts.data[-8:].tobytes(), "little") + len(texts.data)
     start = int(np.random.default_rng(seed).integers(len(texts)))
     end = int(np.searchsorted(texts.offsets, texts.offsets[start] + size))
@@ -138,7 +146,7 @@ def _sample(texts: Texts, size: int) -> list[int]:
     if len(beyond):
         chosen.add(int(np.searchsorted(texts.offsets, texts.offsets[start] + beyond[0], "right")) - 1)
     lengths = texts.lengths
-    return sorted(number for number in chosen if lengths[number] <= 8 * size) or [int(lengths.argmin())]
+    return sorted(number for number in chosen if lengths[number] <= 4 * size)
 
 
 def _resident_bytes() -> int:
