@@ -5,6 +5,8 @@ pytest tests/test_batches.py
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler
 
 from tests.tiny import tiny_store
-from wikift.batches import ResumableSampler, count_blocks, micro_batches, read_blocks, sample_blocks
+from wikift.batches import ResumableSampler, ahead, count_blocks, micro_batches, read_blocks, sample_blocks
 from wikift.tokens import open_store
 
 BLOCK = 3
@@ -191,3 +193,56 @@ def test_it_is_a_distributed_sampler_that_a_loader_takes() -> None:
     batches = [batch.tolist() for batch in islice(loader, 5)]
     expected = stream(np.arange(10), 20)[1::2]
     assert [item for batch in batches for item in batch] == expected
+
+
+# --- ahead -------------------------------------------------------------------------------------------------------
+
+
+def of_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "batches"]
+
+
+def test_batches_made_ahead_are_the_same_and_their_number_is_bounded() -> None:
+    made = 0
+
+    def counted() -> Iterator[list[torch.Tensor]]:
+        nonlocal made
+        for number in range(50):
+            made += 1
+            yield [torch.tensor([number]), torch.tensor([-number])]
+
+    found = []
+    for blocks in ahead(counted(), torch.device("cpu"), steps=3):
+        found.append([int(block) for block in blocks])
+        assert made <= len(found) + 3 + 1
+    assert found == [[number, -number] for number in range(50)]
+    assert not of_threads()
+
+
+def test_an_error_of_the_data_is_raised_in_its_turn() -> None:
+    def failing() -> Iterator[list[torch.Tensor]]:
+        yield [torch.tensor([1])]
+        yield [torch.tensor([2])]
+        raise OSError(5, "Input/output error")
+
+    batches = ahead(failing(), torch.device("cpu"))
+    assert [int(next(batches)[0]), int(next(batches)[0])] == [1, 2]
+    with pytest.raises(OSError, match="Input/output"):
+        next(batches)
+    assert not of_threads()
+
+
+def test_the_thread_ends_with_its_iterator() -> None:
+    def endless() -> Iterator[list[torch.Tensor]]:
+        while True:
+            yield [torch.zeros(1)]
+
+    batches = ahead(endless(), torch.device("cpu"))
+    next(batches)
+    assert of_threads()
+    batches.close()  # type: ignore[attr-defined]
+    assert not of_threads()
+    batches = ahead(endless(), torch.device("cpu"))
+    next(batches)
+    del batches
+    assert not of_threads()

@@ -23,6 +23,7 @@ from tests.real import GPT2_TOKENIZER, needs_data, validation_rows
 from wikift import encode, tokenizer
 from wikift.encode import Chunk, Cuts, chunks, cut_rule, encoder, pieces, training_texts
 from wikift.errors import EnvironmentFault
+from wikift.texts import Texts
 from wikift.tokens import Encoded
 
 # fmt: off
@@ -82,7 +83,14 @@ def encoded(
 ) -> list[Encoded]:
     one = _ENCODERS.get((saved.file, eos)) or encode.chunk_encoder(saved.file, eos, "uint16")
     _ENCODERS[saved.file, eos] = one
-    return [one(chunk) for chunk in chunks(texts, cuts)]
+    return [one(chunk) for chunk in chunks(batches(texts), cuts)]
+
+
+def batches(texts: Iterable[tuple[str, bool]], size: int = 3) -> Iterator[tuple[Texts, np.ndarray]]:
+    """`size` texts at a time, as they come."""
+    texts = iter(texts)
+    while some := list(itertools.islice(texts, size)):
+        yield Texts.of(text for text, _ in some), np.array([end for _, end in some])
 
 
 def ids_of(parts: Iterable[Encoded]) -> list[int]:
@@ -216,8 +224,8 @@ def test_workers_do_not_show_in_the_result(small: tokenizer.SavedTokenizer, work
         mock.patch.object(encode, "CHUNK_CHARACTERS", 900),
         encoder(small.file, eos_token_id=None, dtype="uint16", workers=workers) as encode_all,
     ):
-        first = list(encode_all(chunks(some_rows(), cut_rule(small.file))))
-        second = list(encode_all(chunks(some_rows()[:3], cut_rule(small.file))))
+        first = list(encode_all(chunks(batches(some_rows()), cut_rule(small.file))))
+        second = list(encode_all(chunks(batches(some_rows()[:3]), cut_rule(small.file))))
         started = len(multiprocessing.active_children())
     assert len(first) > encode.INLINE_CHUNKS, "enough for processes to be started"
     assert started == (workers if workers > 1 else 0)
@@ -233,7 +241,7 @@ def test_chunks_in_flight_are_bounded(small: tokenizer.SavedTokenizer) -> None:
         nonlocal taken
         for _ in range(200):
             taken += 1
-            yield Chunk(["some text"], [True], 0)
+            yield Chunk(Texts.of(["some text"]), np.array([True]), 0)
 
     with encoder(small.file, eos_token_id=None, dtype="uint16", workers=2) as encode_all:
         for number, _ in enumerate(encode_all(source())):
@@ -244,7 +252,7 @@ def test_chunks_in_flight_are_bounded(small: tokenizer.SavedTokenizer) -> None:
 def test_a_killed_worker_is_the_environments_fault(small: tokenizer.SavedTokenizer) -> None:
     def endless() -> Iterator[Chunk]:
         while True:
-            yield Chunk(["some text " * 100], [True], 0)
+            yield Chunk(Texts.of(["some text " * 100]), np.array([True]), 0)
 
     def with_a_victim() -> None:
         with encoder(small.file, eos_token_id=None, dtype="uint16", workers=2) as encode_all:
@@ -276,7 +284,7 @@ def test_memory_of_a_long_row_is_bounded(small: tokenizer.SavedTokenizer) -> Non
 
     tracemalloc.start()
     start = time.monotonic()
-    count = sum(len(text) for chunk in chunks(arriving(), cut_rule(small.file)) for text in chunk.texts)
+    count = sum(len(text) for chunk in chunks(batches(arriving(), 1), cut_rule(small.file)) for text in chunk.texts)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 30 * 75_000 * 14

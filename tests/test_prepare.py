@@ -364,9 +364,16 @@ def no_process_outlives_its_test() -> Iterator[None]:
         process.communicate(timeout=30)
 
 
+# gigatoken would be done before a signal could be sent, and starts no processes
+_WITHOUT = (
+    "import runpy, sys; sys.modules['gigatoken'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], {}, '__main__')"
+)
+SLOW_LAUNCH = [sys.executable, "-c", _WITHOUT, *LAUNCH[1:]]
+
+
 def start(source: Path, out: Path) -> subprocess.Popen[str]:
     words = ["--dataset", str(source), "--tokenizer", "train:300", "--out", str(out), "--workers", "2"]
-    _STARTED.append(subprocess.Popen([*LAUNCH, *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    _STARTED.append(subprocess.Popen([*SLOW_LAUNCH, *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
     return _STARTED[-1]
 
 
@@ -444,7 +451,7 @@ def on_a_terminal(source: Path, out: Path, *, interrupt: bool = False) -> tuple[
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
     words = ["--dataset", str(source), "--tokenizer", "train:300", "--out", str(out), "--workers", "2"]
-    with subprocess.Popen([*LAUNCH, *words], stderr=theirs, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([*SLOW_LAUNCH, *words], stderr=theirs, stdout=subprocess.PIPE) as process:
         os.close(theirs)
         shown = b""
         while True:

@@ -9,6 +9,9 @@ dropped or seen twice.
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import threading
 from collections.abc import Iterator
 from itertools import islice
 
@@ -76,6 +79,41 @@ def micro_batches(
     while True:
         blocks = read_blocks(tokens, np.fromiter(islice(stream, share), np.int64, share), block_size)
         yield list(blocks.split(micro_batch))
+
+
+def ahead(stream: Iterator[list[Tensor]], device: torch.device, *, steps: int = 2) -> Iterator[list[Tensor]]:
+    """The same micro-batches on `device`, the next `steps` of them prepared by a thread while the device works.
+
+    On CUDA they lie in pinned memory and are copied without waiting. What is raised in `stream` is raised here, in its
+    turn. The thread ends when this iterator is closed or dropped.
+    """
+    ready: queue.Queue[list[Tensor] | BaseException | None] = queue.Queue(steps)
+    stopped = threading.Event()
+
+    def prepare() -> None:
+        try:
+            for blocks in stream:
+                if device.type == "cuda":
+                    blocks = [block.pin_memory() for block in blocks]
+                ready.put(blocks)
+                if stopped.is_set():
+                    return
+            ready.put(None)
+        except BaseException as error:
+            ready.put(error)
+
+    thread = threading.Thread(target=prepare, name="batches", daemon=True)
+    thread.start()
+    try:
+        while (found := ready.get()) is not None:
+            if isinstance(found, BaseException):
+                raise found
+            yield [block.to(device, non_blocking=True) for block in found]
+    finally:
+        stopped.set()
+        while thread.is_alive():
+            with contextlib.suppress(queue.Empty):  # it may wait for a place
+                ready.get(timeout=0.01)
 
 
 def read_blocks(tokens: np.ndarray, numbers: np.ndarray, block_size: int) -> Tensor:

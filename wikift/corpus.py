@@ -15,20 +15,26 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from wikift import hub
 from wikift.config import WIKITEXT, DataSettings
 from wikift.errors import EnvironmentFault, UserError
 from wikift.textfiles import READERS, parquet_bytes, parquet_problems
+from wikift.texts import Texts
 from wikift.userfiles import SPLITS, UserFiles, user_files
 
 DEFAULT_VALIDATION_FRACTION = 0.05
 _STRETCHES = 10  # of lines, at least, on the smaller side of a cut: a sample of the text and not one chapter of it
 _HUB_ROWS = 256
 
-Rows = Callable[[], Iterator[list[str]]]
+Rows = Callable[[], Iterator[Texts]]
+Ends = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -49,16 +55,27 @@ class Corpus:
     cut: dict[str, float | int] | None = None
     notes: list[str] = field(default_factory=list)
 
-    def texts(self, split: str) -> Iterator[tuple[str, bool]]:
-        """Each text of `split` in order, and whether its row ends with it."""
-        held: str | None = None
+    def batches(self, split: str) -> Iterator[tuple[Texts, Ends]]:
+        """The texts of `split` in order, and which of them end their row; the last one does."""
+        held: Texts | None = None
         for batch in self.splits[split]():
-            for text in batch:
-                if held is not None:
-                    yield held, not self.rows_are_lines or held.endswith("\n")
-                held = text
+            if not len(batch):
+                continue
+            if held is not None:
+                yield held, self._ends(held)
+            held = batch
         if held is not None:
-            yield held, True
+            ends = self._ends(held)
+            ends[-1] = True
+            yield held, ends
+
+    def _ends(self, texts: Texts) -> Ends:
+        return texts.ends_with(ord("\n")) if self.rows_are_lines else np.ones(len(texts), np.bool_)
+
+    def texts(self, split: str) -> Iterator[tuple[str, bool]]:
+        """Each text of `split` in order as a string, and whether its row ends with it."""
+        for texts, ends in self.batches(split):
+            yield from zip(texts, ends.tolist(), strict=True)
 
 
 def open_corpus(settings: DataSettings, seed: int) -> Corpus:
@@ -123,15 +140,15 @@ def _from_files(settings: DataSettings, files: UserFiles) -> Corpus:
             raise UserError(*problems)
 
     def rows(paths: list[Path]) -> Rows:
-        def batches() -> Iterator[list[str]]:
-            last = "\n"
+        def batches() -> Iterator[Texts]:
+            open_line = False
             for path in paths:
-                if lines and not last.endswith("\n"):
-                    last = "\n"
-                    yield [last]  # a line ends with its file, also if another file follows
+                if open_line:
+                    open_line = False
+                    yield Texts.of(["\n"])  # a line ends with its file, also if another file follows
                 for batch in READERS[files.suffix](path, column):
                     yield batch
-                    last = batch[-1]
+                    open_line = lines and not batch.ends_with(ord("\n"))[-1]
 
         return batches
 
@@ -171,14 +188,15 @@ def _from_hub(settings: DataSettings, name: str, config: str | None) -> Corpus:
         raise UserError(f"--text-column {column}: {settings.dataset} has no such column of text; it has {has}")
 
     def rows(part: Any) -> Rows:
-        def batches() -> Iterator[list[str]]:
+        def batches() -> Iterator[Texts]:
             number = 0
             for table in part.select_columns([column]).with_format("arrow").iter(batch_size=_HUB_ROWS):
-                texts = table.column(0).to_pylist()
-                if None in texts:
-                    raise UserError(f"{setting}: row {number + texts.index(None) + 1} of {column!r} is null, not text")
+                texts = table.column(0)
+                if texts.null_count:
+                    null = texts.is_null().index(True).as_py()
+                    raise UserError(f"{setting}: row {number + null + 1} of {column!r} is null, not text")
                 number += len(texts)
-                yield texts
+                yield Texts.of_arrow(texts)
 
         return batches
 
@@ -221,7 +239,7 @@ def _demo() -> Corpus:
         texts[split].append(text)
 
     def rows(split: str) -> Rows:
-        return lambda: ([line + "\n" for line in text.split("\n")] for text in texts[split])
+        return lambda: (Texts.of(line + "\n" for line in text.split("\n")) for text in texts[split])
 
     return Corpus("demo", None, platform.python_version(), False, True, {s: rows(s) for s in shares}, dict(sizes))
 
@@ -232,25 +250,28 @@ def _demo() -> Corpus:
 def _cut_validation(corpus: Corpus, fraction: float, seed: int) -> Corpus:
     """Cut `fraction` of the train rows off as validation. One row stays whole; of two or more neither side is empty."""
     train = corpus.splits["train"]
-    rows = sum(ends for _, ends in corpus.texts("train"))
+    rows = sum(int(ends.sum()) for _, ends in corpus.batches("train"))
     if rows < 2:
         note = f"{corpus.name} has {'one row' if rows else 'no rows'}, so no validation split is cut from it"
         return dataclasses.replace(corpus, notes=[*corpus.notes, note])
     units = min(rows, math.ceil(_STRETCHES / min(fraction, 1 - fraction))) if corpus.rows_are_lines else rows
 
     def part(validation: bool) -> Rows:
-        def batches() -> Iterator[list[str]]:
+        def batches() -> Iterator[Texts]:
             chosen = _chosen(units, fraction, seed)
-            unit, taken, row = 0, next(chosen), 0
+            first = row = 0  # the unit that `taken` starts with; the row that comes next
+            taken = np.fromiter(islice(chosen, 1), np.bool_)
             for batch in train():
-                kept = []
-                for text in batch:
-                    while row * units // rows > unit:
-                        unit, taken = unit + 1, next(chosen)
-                    if taken is validation:
-                        kept.append(text)
-                    row += not corpus.rows_are_lines or text.endswith("\n")
-                if kept:
+                if not len(batch):
+                    continue
+                ends = batch.ends_with(ord("\n")) if corpus.rows_are_lines else np.ones(len(batch), np.bool_)
+                ended = np.cumsum(ends)
+                of_text = (row + ended - ends) * units // rows
+                row += int(ended[-1])
+                more = np.fromiter(islice(chosen, int(of_text[-1]) + 1 - first - len(taken)), np.bool_)
+                taken, first = np.concatenate((taken, more))[of_text[0] - first :], int(of_text[0])
+                kept = batch.kept(taken[of_text - first] == validation)
+                if len(kept):
                     yield kept
 
         return batches

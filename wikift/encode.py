@@ -1,6 +1,6 @@
 """Rows -> ids, on all cores, in order.
 
-The rows are packed into chunks of a million characters, chunks go to worker processes with a bounded number in flight,
+The rows are packed into chunks of a million bytes, chunks go to worker processes with a bounded number in flight,
 and results are taken in order: the ids are those of the Hugging Face tokenizer row by row, whatever the number of
 workers.
 
@@ -26,15 +26,18 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from wikift.errors import EnvironmentFault
+from wikift.texts import Texts, count_words
 from wikift.tokens import DTYPES, Encoded
 
 CHUNK_CHARACTERS = 1 << 20
@@ -54,13 +57,24 @@ _SAFE_PLACE = re.compile(rf"[!-~{_LETTERS}{_CJK_MARKS}](?=[ \t\n\r])|[{_LETTERS}
 _SEARCH_CHARACTERS = 4096
 
 
+Ends = npt.NDArray[np.bool_]
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Texts to encode each by itself. `ends[i]`: the row ends with text i. `joined`: words that two texts share."""
 
-    texts: list[str]
-    ends: list[bool]
+    texts: Texts
+    ends: Ends
     joined: int
+
+    def encoded(self, ids: npt.NDArray[Any], ends: npt.NDArray[np.int64], eos: int | None, dtype: str) -> Encoded:
+        """Of the ids of all texts end to end, text i's up to `ends[i]`: with `eos` after each row, and the counts."""
+        if eos is not None:
+            ids = np.insert(ids, ends[self.ends], eos)
+        rows = int(self.ends.sum())
+        words = count_words(self.texts) + rows - self.joined
+        return Encoded(ids.astype(DTYPES[dtype], copy=False), rows, words, len(self.texts.data))
 
 
 @dataclass
@@ -143,21 +157,43 @@ def _places(text: str, unsplit: tuple[str, ...]) -> Iterator[tuple[int, bool]]:
         yield position, bool(place)
 
 
-def chunks(texts: Iterable[tuple[str, bool]], cuts: Cuts) -> Iterator[Chunk]:
-    """Pack (text, ends its row) into chunks of about a million characters."""
-    packed: list[str] = []
-    ends: list[bool] = []
+def chunks(batches: Iterable[tuple[Texts, Ends]], cuts: Cuts) -> Iterator[Chunk]:
+    """Pack texts, and whether each ends its row, into chunks of about a million bytes. The last text ends its row."""
+    packed: list[tuple[Texts, Ends]] = []
     joined = size = 0
-    for text, end, shared in pieces(texts, cuts):
-        packed.append(text)
-        ends.append(end)
+    for texts, ends, shared in _short(batches, cuts):
+        packed.append((texts, ends))
         joined += shared
-        size += len(text) + 16  # a row has a cost even if it is blank
+        size += len(texts.data) + 16 * len(texts)  # a row has a cost even if it is blank
         if size >= CHUNK_CHARACTERS:
-            yield Chunk(packed, ends, joined)
-            packed, ends, joined, size = [], [], 0, 0
+            yield _chunk(packed, joined)
+            packed, joined, size = [], 0, 0
     if packed:
-        yield Chunk(packed, ends, joined)
+        yield _chunk(packed, joined)
+
+
+def _chunk(packed: list[tuple[Texts, Ends]], joined: int) -> Chunk:
+    return Chunk(Texts.joined([texts for texts, _ in packed]), np.concatenate([ends for _, ends in packed]), joined)
+
+
+def _short(batches: Iterable[tuple[Texts, Ends]], cuts: Cuts) -> Iterator[tuple[Texts, Ends, int]]:
+    """Batches as they are; from one with a long row or the part of a row in it, up to a row's end, by `pieces`."""
+    batches = iter(batches)
+
+    def strings(texts: Texts, ends: Ends) -> Iterator[tuple[str, bool]]:
+        yield from zip(texts, ends.tolist(), strict=True)
+        while not ends[-1]:
+            texts, ends = next(batches)
+            yield from zip(texts, ends.tolist(), strict=True)
+
+    for texts, ends in batches:
+        if not len(texts):
+            continue
+        if ends.all() and texts.lengths.max() <= LONG_CHARACTERS:
+            yield texts, ends, 0
+            continue
+        for text, end, shared in pieces(strings(texts, ends), cuts):
+            yield Texts.of((text,)), np.array([end]), int(shared)
 
 
 # --- the work ----------------------------------------------------------------------------------------------------
@@ -181,14 +217,11 @@ def chunk_encoder(tokenizer_file: Path, eos_token_id: int | None, dtype: str) ->
     tokenizer.no_padding()
 
     def encode(chunk: Chunk) -> Encoded:
-        found = tokenizer.encode_batch_fast(chunk.texts, add_special_tokens=False)
+        found = tokenizer.encode_batch_fast(list(chunk.texts), add_special_tokens=False)
         lists = [encoding.ids for encoding in found]
-        if eos_token_id is not None:
-            lists = [[*ids, eos_token_id] if end else ids for ids, end in zip(lists, chunk.ends, strict=True)]
-        ids = np.fromiter(itertools.chain.from_iterable(lists), DTYPES[dtype], sum(map(len, lists)))
-        rows = sum(chunk.ends)
-        words = sum(len(text.split()) for text in chunk.texts) + rows - chunk.joined
-        return Encoded(ids, rows, words, sum(len(text.encode()) for text in chunk.texts))
+        ends = np.cumsum([len(ids) for ids in lists], dtype=np.int64)
+        ids = np.fromiter(itertools.chain.from_iterable(lists), np.uint32, ends[-1])
+        return chunk.encoded(ids, ends, eos_token_id, dtype)
 
     return encode
 
@@ -212,7 +245,7 @@ def encoder(tokenizer_file: Path, *, eos_token_id: int | None, dtype: str, worke
         if pool is None:
             setup = (tokenizer_file, eos_token_id, dtype)
             pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, setup)
-        yield from _in_order(pool, itertools.chain(first, source), 2 * workers + 1)
+        yield from in_order(pool, _encode_in_worker, itertools.chain(first, source), 2 * workers + 1)
 
     try:
         yield encode
@@ -226,13 +259,14 @@ def encoder(tokenizer_file: Path, *, eos_token_id: int | None, dtype: str, worke
             pool.shutdown(cancel_futures=True)
 
 
-def _in_order(pool: ProcessPoolExecutor, source: Iterator[Chunk], in_flight: int) -> Iterator[Encoded]:
+def in_order(pool: Executor, encode: EncodeChunk, source: Iterable[Chunk], in_flight: int) -> Iterator[Encoded]:
+    """The ids of each chunk, `in_flight` of them at most submitted or done."""
     waiting: deque[Future[Encoded]] = deque()
     for chunk in source:
         # A worker starts in submit and inherits the signal mask: Ctrl-C, which a terminal sends to all, is the parent's
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            waiting.append(pool.submit(_encode_in_worker, chunk))
+            waiting.append(pool.submit(encode, chunk))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if len(waiting) >= in_flight:

@@ -67,7 +67,9 @@ def run_steps(engine: Engine, job: Job, world: World, log: Log, *, done: int) ->
     batches = job.batches(done)
     for step in range(done + 1, due.steps + 1):
         torch.manual_seed(seed(job.run_seed, "dropout", step, world.rank))
-        blocks, lr = next(batches), job.schedule.lr_at(step)
+        with meter.waiting():
+            blocks = next(batches)
+        lr = job.schedule.lr_at(step)
         losses = [engine.forward_backward(b, last=i == len(blocks) - 1) for i, b in enumerate(blocks)]
         norm = engine.step(lr)
         skipped += ~torch.isfinite(norm)

@@ -38,6 +38,7 @@ class Meter:
         self.device, self.flops_per_token, self.peak, self.clock = device, flops_per_token, peak, clock
         self.tokens = self.steps = 0
         self.away = 0.0  # seconds spent on other things since the last reading
+        self.waited = 0.0  # seconds spent waiting for batches
         self.since = clock()
 
     def step(self, tokens: int) -> None:
@@ -52,19 +53,30 @@ class Meter:
         yield
         self.away += self.clock() - start
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What happens inside is waiting for data."""
+        start = self.clock()
+        yield
+        self.waited += self.clock() - start
+
     def reading(self, steps_left: int, ranks: int) -> dict[str, float]:
-        """tokens_per_second, mfu (where the peak is known), memory_gb of this process, seconds_left; starts anew."""
+        """tokens_per_second, mfu (where the peak is known), memory_gb, data_wait, seconds_left; starts anew.
+
+        memory_gb is this process's, data_wait the share of the time that it waited for batches.
+        """
         now = self.clock()
         seconds = max(1e-9, now - self.since - self.away)
         rate = self.tokens / seconds
         found = {
             "tokens_per_second": rate,
             "memory_gb": memory_gb(self.device),
+            "data_wait": self.waited / seconds,
             "seconds_left": seconds / max(1, self.steps) * steps_left,
         }
         if self.peak is not None:
             found["mfu"] = rate * self.flops_per_token / (self.peak * ranks)
-        self.since, self.away, self.tokens, self.steps = now, 0.0, 0, 0
+        self.since, self.away, self.waited, self.tokens, self.steps = now, 0.0, 0.0, 0, 0
         return found
 
 

@@ -23,7 +23,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from wikift import __version__, derive
-from wikift.batches import count_blocks, micro_batches, sample_blocks
+from wikift.batches import ahead, count_blocks, micro_batches, sample_blocks
 from wikift.build import Built, Choice, build
 from wikift.checkpoint import Checkpoint
 from wikift.config import TrainSettings
@@ -177,7 +177,7 @@ def _batches(run: Run, first_step: int) -> Iterator[list[torch.Tensor]]:
     plan, tokens = run.plan, run.store.tokens("train")
     items = sample_blocks(count_blocks(len(tokens), plan.block_size), run.settings.data_fraction, run.settings.seed)
     assert len(items) == plan.blocks
-    return micro_batches(
+    stream = micro_batches(
         tokens,
         items,
         block_size=plan.block_size,
@@ -188,6 +188,7 @@ def _batches(run: Run, first_step: int) -> Iterator[list[torch.Tensor]]:
         run_seed=run.settings.seed,
         first_step=first_step,
     )
+    return ahead(stream, run.world.device)
 
 
 def _validates(settings: TrainSettings, store: TokenStore, say: Say) -> bool:

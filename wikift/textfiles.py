@@ -3,7 +3,7 @@
 A row of a `.txt` file is a line with its "\\n"; "\\r\\n" is read as "\\n", a byte-order mark is dropped, and nothing
 else ends a line. A line longer than a block comes in several texts: in line files a row ends where a text ends in
 "\\n", or with the file. Rows of the other two are documents, each one text. Every fault is a UserError with file, line
-and fix.
+and fix. Texts come as UTF-8 in one buffer and not as Python strings (`texts`).
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from wikift.errors import UserError
+from wikift.texts import Texts
 
 _BLOCK_BYTES = 1 << 20
 _BATCH_CHARACTERS = 1 << 20
 _PARQUET_ROWS = 256
 
-Reader = Callable[[Path, str], Iterator[list[str]]]
+Reader = Callable[[Path, str], Iterator[Texts]]
 
 
-def read_lines(path: Path, column: str = "") -> Iterator[list[str]]:
+def read_lines(path: Path, column: str = "") -> Iterator[Texts]:
     """The lines of a text file, each with its "\\n"; `column` has no meaning here."""
     for text in _decoded(path):
-        # keeps the ends, splits on "\n" alone (str.splitlines knows ten others)
-        lines = [line + "\n" for line in text.split("\n")]
-        lines[-1] = lines[-1][:-1]
-        if not lines[-1]:
-            del lines[-1]
-        yield lines
+        data = np.frombuffer(text.encode(), np.uint8)
+        ends = np.flatnonzero(data == ord("\n")) + 1
+        rest = [] if len(ends) and ends[-1] == len(data) else [len(data)]
+        yield Texts(data, np.concatenate((np.zeros(1, np.int64), ends, rest), dtype=np.int64, casting="unsafe"))
 
 
 def _decoded(path: Path) -> Iterator[str]:
@@ -67,7 +68,7 @@ def _decoded(path: Path) -> Iterator[str]:
                 return
 
 
-def read_jsonl(path: Path, column: str) -> Iterator[list[str]]:
+def read_jsonl(path: Path, column: str) -> Iterator[Texts]:
     """The texts of `column`, one JSON object a line; lines of white space alone are passed over."""
     batch: list[str] = []
     size = offset = 0
@@ -82,10 +83,10 @@ def read_jsonl(path: Path, column: str) -> Iterator[list[str]]:
             size += len(batch[-1])
             del raw
             if size >= _BATCH_CHARACTERS:
-                yield batch
+                yield Texts.of(batch)
                 batch, size = [], 0
     if batch:
-        yield batch
+        yield Texts.of(batch)
 
 
 def _text_of(raw: bytes, path: Path, number: int, start: int, column: str) -> str:
@@ -120,7 +121,7 @@ def _text_of(raw: bytes, path: Path, number: int, start: int, column: str) -> st
     return text
 
 
-def read_parquet(path: Path, column: str) -> Iterator[list[str]]:
+def read_parquet(path: Path, column: str) -> Iterator[Texts]:
     """The texts of `column` of a parquet file, a few hundred rows at a time."""
     import pyarrow as pa
     import pyarrow.parquet
@@ -131,12 +132,12 @@ def read_parquet(path: Path, column: str) -> Iterator[list[str]]:
     try:
         with pa.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BLOCK_BYTES) as file:
             for rows in file.iter_batches(_PARQUET_ROWS, columns=[column], use_threads=False):
-                texts: list[Any] = rows.column(0).to_pylist()
-                if None in texts:
-                    where = f"{path}, row {number + texts.index(None) + 1}"
+                texts = rows.column(0)
+                if texts.null_count:
+                    where = f"{path}, row {number + texts.is_null().index(True).as_py() + 1}"
                     raise UserError(f"{where}: {column!r} is null, not text; mend or delete the row")
+                yield Texts.of_arrow(texts)
                 number += len(texts)
-                yield texts
     except UnicodeDecodeError:
         where = f"{path}, rows {number + 1} to {number + _PARQUET_ROWS}"
         raise UserError(f"{where}: {column!r} is not UTF-8; write the file again") from None

@@ -1,0 +1,158 @@
+"""Chunks -> ids by gigatoken, which is a hundred times as fast as `tokenizers`, under the eyes of `tokenizers`.
+
+gigatoken is young, so it is believed only as far as it is checked, in every preparation: on hostile strings at the
+start, and on 2 KB of rows out of each chunk, drawn by the chunk's content. At the first difference `Disagreement` is
+raised, and the caller starts again with `encode.encoder`. The chunks go to threads, since all the work in them is done
+without Python's lock; results are taken in order, so the number of threads does not show in them.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wikift.encode import Chunk, Cuts, Encode, EncodeChunk, in_order
+from wikift.texts import Texts
+from wikift.tokens import Encoded
+
+SAMPLE_BYTES = 2048  # of a chunk of a million, compared with `tokenizers`
+CACHE_BYTES = 300_000_000  # gigatoken's caches grow with every new word and are never emptied: beyond this, start anew
+_LEAST_BYTES_BETWEEN = 16_000_000
+
+# fmt: off
+_HOSTILE = [
+    "", " ", "\n", "\r\n", "\t \u00a0 ", "don't DON'T we've 'tis '' 's' I'LL", "a  b   c    ", " a", "a ", "   x   ",
+    "\u200b\u200d\ufeff", "e\u0301\u0301", "👩‍👩‍👧‍👦🏳️‍🌈", "\x00\x01\x7f\x85\xa0", "<|endoftext|>",
+    "a<|endoftext|> b<|endoftext|>", "<|endoftext|", "मनीष नमस्ते", "สวัสดีครับ", "שלום עולם", "العربية ـــ",
+    "漢字かな交じり文。テスト", "\U0001d518\U0001d52b\U0001d526 \U00010380", "½ Ⅷ ٣ \u09ea 1,234.5",
+    "\u2028\u2029\x1c\x1d",
+    "ﷺ" * 5, "\U0010ffff\ue000\ufdd0", "a\u00adb", " @-@ @,@ = = = <unk> \n", "=" * 50, " " * 50 + "x",
+    "1234567890" * 5,
+]
+# fmt: on
+
+
+class Disagreement(Exception):
+    """gigatoken gave other ids than `tokenizers`, or could not read the tokenizer; the message says where."""
+
+
+def why_not(cuts: Cuts) -> str | None:
+    """Why gigatoken is not to be used: None where it may be."""
+    if importlib.util.find_spec("gigatoken") is None:
+        return "gigatoken is not installed"
+    return "gigatoken is used for tokenizers of GPT-2's kind only" if cuts.unsplit is None else None
+
+
+@contextmanager
+def fast_encoder(tokenizer_file: Path, *, eos_token_id: int | None, dtype: str, workers: int) -> Iterator[Encode]:
+    """As `encode.encoder`, with threads and gigatoken. Raises Disagreement, at once or from the encoding."""
+    here = threading.local()
+    pool = ThreadPoolExecutor(workers, "encode")
+
+    def encode_chunk(chunk: Chunk) -> Encoded:
+        if not hasattr(here, "encode"):
+            here.encode = fast_chunk_encoder(tokenizer_file, eos_token_id, dtype, CACHE_BYTES // workers)
+        return here.encode(chunk)  # type: ignore[no-any-return]
+
+    def encode(source: Iterable[Chunk]) -> Iterator[Encoded]:
+        return in_order(pool, encode_chunk, source, 2 * workers + 1)
+
+    try:
+        hostile = Chunk(Texts.of(_HOSTILE), np.ones(len(_HOSTILE), np.bool_), 0)
+        fast_chunk_encoder(tokenizer_file, None, dtype, CACHE_BYTES, sample_bytes=1 << 20)(hostile)
+        yield encode
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def fast_chunk_encoder(
+    tokenizer_file: Path, eos_token_id: int | None, dtype: str, cache_bytes: int, sample_bytes: int = SAMPLE_BYTES
+) -> EncodeChunk:
+    """A function that encodes one chunk with gigatoken and compares a sample; for one thread."""
+    from tokenizers import Tokenizer
+
+    reference = Tokenizer.from_file(str(tokenizer_file))
+    reference.no_truncation()
+    reference.no_padding()
+    fast = _load(tokenizer_file)
+    since, resident = 0, _resident_bytes()
+
+    def compare(text: str, ids: npt.NDArray[Any]) -> None:
+        if ids.tolist() != reference.encode(text, add_special_tokens=False).ids:
+            raise Disagreement(f"gigatoken and tokenizers give other ids for {text[:80]!r}")
+
+    def encode(chunk: Chunk) -> Encoded:
+        nonlocal fast, since, resident
+        ids, ends = _encode(fast, chunk.texts)
+        chosen = _sample(chunk.texts, sample_bytes)
+        for number in chosen:
+            start, end = chunk.texts.offsets[number : number + 2]
+            text = chunk.texts.data[start:end].tobytes().decode()
+            compare(text, ids[ends[number - 1] if number else 0 : ends[number]])
+        if not chosen:  # long texts: a whole one would take longer than all the rest
+            text = chunk.texts.data[:sample_bytes].tobytes().decode(errors="ignore")
+            compare(text, _encode(fast, Texts.of((text,)))[0])
+        since += len(chunk.texts.data)
+        if since >= _LEAST_BYTES_BETWEEN and _resident_bytes() - resident > cache_bytes:
+            fast = None
+            gc.collect()
+            fast, since, resident = _load(tokenizer_file), 0, _resident_bytes()
+        return chunk.encoded(ids, ends, eos_token_id, dtype)
+
+    return encode
+
+
+def _load(tokenizer_file: Path) -> Any:
+    import gigatoken
+
+    try:
+        return gigatoken.Tokenizer.from_json(tokenizer_file.read_bytes())
+    except Exception as error:  # Rust's own
+        raise Disagreement(f"gigatoken cannot read the tokenizer ({error})") from None
+
+
+def _encode(fast: Any, texts: Texts) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """The ids of all texts end to end, and where each text's end."""
+    import awkward
+    from awkward.contents import ListOffsetArray, NumpyArray
+    from awkward.index import Index64
+
+    characters = NumpyArray(texts.data, parameters={"__array__": "char"})
+    content = ListOffsetArray(Index64(texts.offsets), characters, parameters={"__array__": "string"})
+    found = fast.encode_batch(awkward.Array(content), parallel=False).layout
+    offsets = np.asarray(found.offsets)
+    return np.asarray(found.content.data)[offsets[0] : offsets[-1]], offsets[1:] - offsets[0]
+
+
+def _sample(texts: Texts, size: int) -> list[int]:
+    """Short texts to compare: some somewhere, of about `size` bytes together, and one that is not ASCII."""
+    if len(texts.data) <= size:
+        return list(range(len(texts)))
+    seed = int.from_bytes(texts.data[-8:].tobytes(), "little") + len(texts.data)
+    start = int(np.random.default_rng(seed).integers(len(texts)))
+    end = int(np.searchsorted(texts.offsets, texts.offsets[start] + size))
+    chosen = set(range(start, max(start + 1, min(end, len(texts)))))
+    beyond = np.flatnonzero(texts.data[texts.offsets[start] :] >= 0x80)
+    if len(beyond):
+        chosen.add(int(np.searchsorted(texts.offsets, texts.offsets[start] + beyond[0], "right")) - 1)
+    lengths = texts.lengths
+    return sorted(number for number in chosen if lengths[number] <= 4 * size)
+
+
+def _resident_bytes() -> int:
+    """Of this process now; 0 where the system does not say, so that nothing is started anew there."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
