@@ -172,7 +172,9 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
         problems.append("--engine ddp: needs a launcher; start with torchrun --nproc_per_node=N launch/train.py ...")
     if not settings.fsdp_reshard_after_forward and (settings.engine not in ("auto", "fsdp") or settings.deepspeed):
         other = "--deepspeed" if settings.deepspeed else f"--engine {settings.engine}"
-        problems.append(f"--no-fsdp-reshard-after-forward: cannot act under {other}; leave it out, or use --engine fsdp")
+        problems.append(
+            f"--no-fsdp-reshard-after-forward: cannot act under {other}; leave it out, or use --engine fsdp"
+        )
     output = Path(settings.output_dir or ".")
     for path in (output, *output.parents):
         if path.exists() and not path.is_dir():
