@@ -17,7 +17,7 @@ from wikift.config import EvaluateSettings
 from wikift.errors import UserError
 from wikift.evaltable import Result, as_csv, as_json, table
 from wikift.evaltext import Text, check_text, open_text
-from wikift.measure import Setup, load_scorer, measure
+from wikift.measure import Setup, loaded_scorer, measure
 from wikift.protocols import CONTEXT, PROTOCOLS, Protocol
 from wikift.shape import shape_of
 from wikift.tokens import check_tokenizer
@@ -74,27 +74,27 @@ def results(settings: EvaluateSettings, text: Text, world: World) -> Iterator[Re
     splits = text.chosen_splits(settings)
     protocols = _protocols(settings, text)
     for name in settings.models:
-        scorer = load_scorer(name, settings, text, world)
-        setups = [setup for protocol in protocols for setup in _setups(settings, protocol, name, scorer.positions)]
-        jobs = [(split, setup) for split in splits for setup in setups]
-        for number, (split, setup) in enumerate(jobs, 1):
-            label = f"{name}, {split}, {setup.protocol.name} ({number} of {len(jobs)})"
-            started = time.perf_counter()
-            measured = measure(scorer, text, split, setup, settings, world, label)
-            seconds = round(time.perf_counter() - started, 3)
-            yield Result(
-                model=name,
-                text=text.name,
-                split=split,
-                protocol=setup.protocol.name,
-                normalisers=setup.protocol.normalisers,
-                context=setup.context,
-                stride=setup.stride,
-                scaled=setup.scaled,
-                measured=measured,
-                tokenizer=scorer.tokenizer.fingerprint,
-                facts={"precision": scorer.precision, "processes": world.size, "seconds": seconds},
-            )
+        with loaded_scorer(name, settings, text, world) as scorer:
+            setups = [setup for protocol in protocols for setup in _setups(settings, protocol, name, scorer.positions)]
+            jobs = [(split, setup) for split in splits for setup in setups]
+            for number, (split, setup) in enumerate(jobs, 1):
+                label = f"{name}, {split}, {setup.protocol.name} ({number} of {len(jobs)})"
+                started = time.perf_counter()
+                measured = measure(scorer, text, split, setup, settings, world, label)
+                seconds = round(time.perf_counter() - started, 3)
+                yield Result(
+                    model=name,
+                    text=text.name,
+                    split=split,
+                    protocol=setup.protocol.name,
+                    normalisers=setup.protocol.normalisers,
+                    context=setup.context,
+                    stride=setup.stride,
+                    scaled=setup.scaled,
+                    measured=measured,
+                    tokenizer=scorer.tokenizer.fingerprint,
+                    facts={"precision": scorer.precision, "processes": world.size, "seconds": seconds},
+                )
 
 
 # --- what is asked for -------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,11 +47,11 @@ class Scorer:
     positions: int
     precision: str
     tokenizer: SavedTokenizer
-    folder: tempfile.TemporaryDirectory[str]  # of the tokenizer's copy; goes with this object
 
 
-def load_scorer(name: str, settings: EvaluateSettings, text: Text, world: World) -> Scorer:
-    """Load one model and its tokenizer; collective."""
+@contextmanager
+def loaded_scorer(name: str, settings: EvaluateSettings, text: Text, world: World) -> Iterator[Scorer]:
+    """Load one model, and its tokenizer into a folder that goes at the end; collective."""
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -71,12 +72,6 @@ def load_scorer(name: str, settings: EvaluateSettings, text: Text, world: World)
     model = load_model(source, world.device, "MODEL")
     if Path(source).is_dir():
         tokenizer.tokenizer_fingerprint(source, setting="MODEL")  # says what is wrong with it, in the user's words
-    folder = tempfile.TemporaryDirectory(prefix="wikift-tokenizer-")
-    saved = tokenizer.load(source, Path(folder.name))
-    if text.store is not None and saved.fingerprint != text.store.tokenizer_fingerprint:
-        raise UserError(
-            f"MODEL {name}: its tokenizer is not the one that made {text.store.path}; name the text with --dataset"
-        )
     precision = resolve_precision(settings.precision, world.device)
     if precision.warning:
         say(precision.warning)
@@ -86,7 +81,13 @@ def load_scorer(name: str, settings: EvaluateSettings, text: Text, world: World)
         with torch.inference_mode(), autocast(world.device, precision.name):
             return losses(inputs.to(world.device), targets.to(world.device))  # type: ignore[no-any-return]
 
-    return Scorer(scored, model.config.n_positions, precision.name, saved, folder)
+    with tempfile.TemporaryDirectory(prefix="wikift-tokenizer-") as folder:
+        saved = tokenizer.load(source, Path(folder))
+        if text.store is not None and saved.fingerprint != text.store.tokenizer_fingerprint:
+            raise UserError(
+                f"MODEL {name}: its tokenizer is not the one that made {text.store.path}; name the text with --dataset"
+            )
+        yield Scorer(scored, model.config.n_positions, precision.name, saved)
 
 
 def measure(
