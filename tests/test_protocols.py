@@ -26,17 +26,17 @@ from wikift.evaluate import main
 from wikift.protocols import Piece, encoded, rolled
 from wikift.scoring import Measured, difference
 
-TEXT = """ 
- = First = 
- 
- A page , of " two " lines ( really ) . 
- It has 1 @,@ 000 words 's . 
- = = Not a page = = 
- 
- = Second = 
- 
- Another page ; the last one . 
-"""
+TEXT = """ ~
+ = First = ~
+ ~
+ A page , of " two " lines ( really ) . ~
+ It has 1 @,@ 000 words 's . ~
+ = = Not a page = = ~
+ ~
+ = Second = ~
+ ~
+ Another page ; the last one . ~
+""".replace("~", "")  # each line of WikiText's files ends with a space
 
 
 @pytest.fixture(scope="module")
