@@ -4,8 +4,8 @@
     python benchmarks/published.py runs/mine/hf          # a fine-tuned model: against the numbers to beat
     python benchmarks/published.py gpt2 --dataset FOLDER --dataset-config wikitext-103-raw-v1
 
-Where weights or text can't be had it says so, prints what is published, and changes nothing. Sources: transformers#13761
-(lm-eval of gpt2), karpathy/llm.c#276 (gpt2, stride 1,024), transformers' docs/source/en/perplexity.md (gpt2-large), and
+Where weights or text can't be had it says so, prints what is published, and changes nothing. Sources:
+transformers#13761 (lm-eval of gpt2), karpathy/llm.c#276 (gpt2, stride 1,024), transformers' docs/source/en/perplexity.md (gpt2-large), and
 the README and model cards of neulab/knn-transformers (fine-tuned).
 """
 
@@ -57,9 +57,7 @@ def main(argv: list[str]) -> int:
         rows, measurable = list(known), False
     else:
         measurable = True
-    print(
-        f"{'model':<12}  {'split':<10}  {'protocol':<8}  {'stride':>6}  {'number':<16}  {'published':>9}  {'measured':>9}"
-    )
+    print(_line("model", "split", "protocol", "stride", "number", "published", "measured"))
     missing = ""
     for name, split, protocol, stride, key, published in rows:
         measured = ""
@@ -68,14 +66,14 @@ def main(argv: list[str]) -> int:
                 measured = f"{_measured(model, text, split, protocol, stride)[key]:.4g}"
             except EnvironmentFault as fault:
                 missing = str(fault)
-        shown = measured or "-"
-        print(
-            f"{name:<12}  {split:<10}  {protocol:<8}  {stride or '':>6}  {key:<16}  {published:>9}  {shown:>9}",
-            flush=True,
-        )
+        print(_line(name, split, protocol, stride or "", key, published, measured or "-"), flush=True)
     if missing:
         print(f"not measured: {missing}")
     return command.EXIT_DONE
+
+
+def _line(*cells: object) -> str:
+    return "{:<12}  {:<10}  {:<8}  {:>6}  {:<16}  {:>9}  {:>9}".format(*cells)
 
 
 def _measured(model: str, text: list[str], split: str, protocol: str, stride: str | None) -> dict[str, float]:
