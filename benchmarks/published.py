@@ -5,8 +5,8 @@
     python benchmarks/published.py gpt2 --dataset FOLDER --dataset-config wikitext-103-raw-v1
 
 Where weights or text can't be had it says so, prints what is published, and changes nothing. Sources:
-transformers#13761 (lm-eval of gpt2), karpathy/llm.c#276 (gpt2, stride 1,024), transformers' docs/source/en/perplexity.md (gpt2-large), and
-the README and model cards of neulab/knn-transformers (fine-tuned).
+transformers#13761 (lm-eval of gpt2), karpathy/llm.c#276 (gpt2, stride 1,024), transformers' page on perplexity
+(gpt2-large), and the README and model cards of neulab/knn-transformers (fine-tuned).
 """
 
 from __future__ import annotations
