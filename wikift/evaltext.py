@@ -40,6 +40,8 @@ class Text:
             if settings.split not in there:
                 raise UserError(f"--split {settings.split}: {self.name} has {', '.join(there)}; take one of these")
             return [settings.split]
+        if not there:
+            raise UserError(f"--split: {self.name} has no token to predict in any; name another text")
         return [name for name in there if name != "train"] or there
 
 

@@ -166,17 +166,19 @@ class Measured:
 def difference(one: Measured, other: Measured, normaliser: str) -> tuple[float, float]:
     """How much larger ln(perplexity) (or bits/byte) is of `other`, and the standard error of that over the documents.
 
-    Both have the same units. The error is the ratio estimator's (Cochran, Sampling Techniques, 6.19): documents are
-    taken as drawn at random, each with its difference and its length. nan where there are not two documents.
+    The error is the ratio estimator's (Cochran, Sampling Techniques, 6.19): documents are taken as drawn at random,
+    each with its difference and its length. nan where there are not two documents.
     """
-    (nats, units), (others, _) = one.shares(normaliser), other.shares(normaliser)
-    apart, total = others - nats, float(units.sum())
-    mean = float(apart.sum()) / total if total else math.nan
-    count = int(np.count_nonzero(units))
-    if count < 2:
-        return mean, math.nan
-    spread = float(((apart - mean * units) ** 2).sum())
-    return mean, math.sqrt(count / (count - 1) * spread) / total
+    apart, parts = 0.0, np.zeros(len(one.nll))
+    for sign, (nats, units) in ((-1, one.shares(normaliser)), (1, other.shares(normaliser))):
+        total = float(units.sum())
+        if not total:
+            return math.nan, math.nan
+        mean = float(nats.sum()) / total
+        apart += sign * mean
+        parts += sign * (nats - mean * units) / total
+    count = int(np.count_nonzero(one.shares(normaliser)[1]))
+    return apart, math.sqrt(count / (count - 1) * float((parts**2).sum())) if count > 1 else math.nan
 
 
 def score_windows(
