@@ -1,5 +1,6 @@
 # make demo    everything once, in three minutes on two cores: tokenizer, store, training, evaluation, prompts
 # make test    the whole test suite
+# make test-agreement   evaluation against lm_eval, Trainer and transformers' page, in an environment of its own
 # make check   ruff and mypy
 # make pins    requirements.txt anew from setup.cfg
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: install demo test check pins
+.PHONY: install demo test test-agreement check pins
 .DELETE_ON_ERROR:
 
 install: .venv/installed
@@ -39,6 +40,16 @@ demo: install
 
 test: .venv/test-installed
 	$(BIN)/python -m pytest -q
+
+AGREEMENT := .venv/agreement
+$(AGREEMENT)/installed: .venv/test-installed tests/agreement/requirements.txt
+	$(PYTHON) -m venv $(AGREEMENT)
+	$(AGREEMENT)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt \
+	  -r tests/requirements.txt -r tests/agreement/requirements.txt
+	@touch $@
+
+test-agreement: $(AGREEMENT)/installed
+	$(AGREEMENT)/bin/python -m pytest -q -s tests/agreement
 
 check: .venv/test-installed
 	$(BIN)/ruff check .

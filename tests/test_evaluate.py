@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import os
@@ -136,8 +138,8 @@ def test_one_sum_gives_all_the_measures() -> None:
     found = Score(nll=100.0, tokens=50, words=40, bytes=200, context=8, stride=4)
     assert found.loss == 2
     assert found.perplexity == pytest.approx(math.e**2)
-    assert found.word_perplexity == pytest.approx(math.exp(2.5))
-    assert found.bits_per_byte == pytest.approx(0.5 / math.log(2))
+    assert found.word_perplexity == pytest.approx(math.exp(2 * 51 / 40))  # a first token that nothing predicts
+    assert found.bits_per_byte == pytest.approx(2 * 51 / 200 / math.log(2))
     assert Score(1e6, 10, 10, 10, 8, 8).perplexity == math.inf
 
 
@@ -158,12 +160,17 @@ def test_a_run_is_exported_and_scored_on_its_own_store(
     out, err = capsys.readouterr()
     assert (run / "hf" / "model.safetensors").is_file()
     assert "step 4" in err
-    head, row = out.splitlines()
-    assert " ".join(head.split()) == "model split context stride tokens words token ppl word ppl bits/byte"
-    assert row.split()[:6] == [str(run), "validation", "32", "32", str(store.splits["validation"].tokens - 1), "74"]
-    assert len(row) == len(head)
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines[2] == "split protocol context stride normaliser tokens words perplexity"
+    tokens = store.splits["validation"].tokens
+    unscored = window_count(tokens + 1, 32, 32)  # each block's first token
+    assert lines[3].startswith(f"validation blocks 32* 32* tokens {tokens - unscored} 74 ")
+    assert any(line.startswith("test knn 32* 16* words ") for line in lines)
+    assert any("*: windows scaled" in line for line in lines)
+    assert any("need the text" in line and "--dataset" in line for line in lines)
     # the last validation of the training had blocks of 16 tokens: the same protocol gives the same number
-    assert main([str(run), "--context", "16", "--json", "--precision", "fp32", "--device", "cpu"]) == 0
+    words = ["--context", "16", "--split", "validation", "--json", "--precision", "fp32", "--device", "cpu"]
+    assert main([str(run), *words]) == 0
     found = json.loads(capsys.readouterr().out)
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert found["perplexity"] == pytest.approx(last["eval_perplexity"], rel=1e-6)
@@ -172,31 +179,27 @@ def test_a_run_is_exported_and_scored_on_its_own_store(
 
 def test_json_is_an_object_a_model(made: tuple[TokenStore, Path], capsys: pytest.CaptureFixture[str]) -> None:
     store, run = made
-    line = [
-        str(exported(run)),
-        str(run),
-        "--json",
-        "--split",
-        "test",
-        "--stride",
-        "8",
-        "--data",
-        str(store.path),
-        "--quiet",
-    ]
-    assert main([*line, "--device", "cpu"]) == 0
+    line = [str(exported(run)), str(run), "--split", "test", "--stride", "8", "--data", str(store.path), "--quiet"]
+    assert main([*line, "--json", "--device", "cpu"]) == 0
     out, err = capsys.readouterr()
     first, second = (json.loads(text) for text in out.splitlines())
     assert err == ""
     assert first["nll"] == second["nll"]
-    assert (first["context"], first["stride"], first["split"]) == (32, 8, "test")
-    assert first["bits_per_byte"] == pytest.approx(first["nll"] / math.log(2) / store.splits["test"].bytes)
-    assert first["loss"] == pytest.approx(first["nll"] / (store.splits["test"].tokens - 1))
+    assert (first["context"], first["stride"], first["split"], first["protocol"]) == (32, 8, "test", "free")
+    tokens = store.splits["test"].tokens
+    assert first["loss"] == pytest.approx(first["nll"] / (tokens - 1))
+    assert first["bits_per_byte"] == pytest.approx(first["loss"] * tokens / math.log(2) / store.splits["test"].bytes)
+    assert second["difference"]["tokens"]["mean"] == 0
+    assert main([*line, "--csv", "--device", "cpu"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["normaliser"] for row in rows] == ["tokens", "words", "bits/byte"] * 2
+    assert float(rows[0]["value"]) == pytest.approx(first["perplexity"])
 
 
 def test_torchrun_gives_the_same_number_once(made: tuple[TokenStore, Path], capsys: pytest.CaptureFixture[str]) -> None:
     _, run = made
-    words = [str(exported(run)), "--json", "--precision", "fp32", "--device", "cpu"]
+    words = [str(exported(run)), "--protocol", "knn", "--split", "validation", "--json", "--precision", "fp32"]
+    words += ["--device", "cpu"]
     assert main(words) == 0
     alone = json.loads(capsys.readouterr().out)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

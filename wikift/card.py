@@ -123,7 +123,7 @@ def _data(store: dict[str, Any]) -> str:
     facts = [
         (key, value)
         for key, value in store.items()
-        if isinstance(value, (str, int, float, bool)) and key not in ("format", "wikift")
+        if isinstance(value, (str, int, float, bool)) and key not in ("format", "wikift", "dataset_path")
     ]
     tokenizer = store.get("tokenizer")
     if isinstance(tokenizer, dict):

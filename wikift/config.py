@@ -220,22 +220,45 @@ class ConsolidateSettings:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """`launch/evaluate.py`: perplexity of Hugging Face directories on a store."""
+    """`launch/evaluate.py`: perplexity of Hugging Face directories by the field's protocols."""
 
     models: tuple[str, ...] = option((), "Hugging Face directories, runs or names", positional=True, metavar="MODEL")
-    data: str | None = option(
-        None, "a store that launch/prepare.py made", metavar="DIR", shown="the store a run was trained on"
+    protocol: str | None = option(
+        None,
+        "whose number: see below",
+        choices=("hf-doc", "blocks", "knn", "paper", "lm-eval", "free"),
+        shown="all that the text allows, in one table; free with --context or --stride",
     )
-    split: str = option("validation", "split of the store", metavar="NAME")
-    context: int | None = option(None, "tokens of one window", metavar="TOKENS", shown="the model's, 1024")
-    stride: int | None = option(None, "tokens between windows", metavar="TOKENS", shown="the context")
+    data: str | None = option(
+        None, "a store that launch/prepare.py made", group="text", metavar="DIR", shown="the store a run was trained on"
+    )
+    dataset: str | None = option(
+        None,
+        "instead of a store, a text as launch/prepare.py takes it; of a single file all is evaluated",
+        group="text",
+        metavar="NAME|PATH",
+    )
+    dataset_config: str | None = option(
+        None, "configuration of a dataset that has several", group="text", metavar="NAME"
+    )
+    text_column: str = option("text", "column that holds the text", group="text", metavar="NAME")
+    split: str | None = option(
+        None, "split of the text", group="text", metavar="NAME", shown="all but train, where there are others"
+    )
+    context: int | None = option(
+        None, "tokens of one window", metavar="TOKENS", shown="the protocol's, 1024, or the model's where that is less"
+    )
+    stride: int | None = option(
+        None, "tokens between windows", metavar="TOKENS", shown="the protocol's; of free, the context"
+    )
     per_device_eval_batch_size: int = option(8, "windows of one forward", metavar="N")
     precision: str = option(
         "auto", "number format of the products; auto: as in training", choices=("auto", "bf16", "fp16", "fp32")
     )
     device: str = option("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
     generation: bool = option(False, "repetition and variety of 64 texts the model writes, beside the split's own")
-    json: bool = option(False, "print one JSON object a model")
+    json: bool = option(False, "print JSON, one object a model, split and protocol")
+    csv: bool = option(False, "print CSV, one line a model, split, protocol and normaliser")
     quiet: bool = option(False, "no progress")
 
 

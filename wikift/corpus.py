@@ -78,8 +78,10 @@ class Corpus:
             yield from zip(texts, ends.tolist(), strict=True)
 
 
-def open_corpus(settings: DataSettings, seed: int) -> Corpus:
+def open_corpus(settings: DataSettings, seed: int, *, cut: bool = True) -> Corpus:
     """The corpus that the (resolved) settings name, its splits in the order train, validation, test, others.
+
+    `cut`: whether a missing validation split is cut from train.
 
     Raises UserError for what the user can mend, EnvironmentFault where the Hub is out of reach.
     """
@@ -92,7 +94,7 @@ def open_corpus(settings: DataSettings, seed: int) -> Corpus:
         corpus = _from_files(settings, files)
     else:
         corpus = _from_hub(settings, settings.dataset, settings.dataset_config)
-    if "train" in corpus.splits and "validation" not in corpus.splits:
+    if cut and "train" in corpus.splits and "validation" not in corpus.splits:
         corpus = _cut_validation(corpus, settings.validation_fraction or DEFAULT_VALIDATION_FRACTION, seed)
     elif settings.validation_fraction is not None:
         raise UserError(idle_fraction(settings, "validation" in corpus.splits))

@@ -1,48 +1,45 @@
-"""launch/evaluate.py: models scored on one split of a store, as a table or as JSON. How they are scored: scoring.py."""
+"""launch/evaluate.py: models scored by the field's protocols on one text, as a table, JSON or CSV.
+
+The protocols are in protocols.py, the sums in scoring.py, measure.py puts them together.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
-import shutil
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wikift import folders
-from wikift.cli import parse
+from wikift.cli import flag, parse
 from wikift.command import EXIT_DONE
 from wikift.config import EvaluateSettings
 from wikift.errors import UserError
+from wikift.evaltable import Result, as_csv, as_json, table
+from wikift.evaltext import Text, check_text, open_text
 from wikift.export import model_source
-from wikift.scoring import Score, score_split
+from wikift.measure import Setup, loaded_scorer, measure
+from wikift.protocols import CONTEXT, PROTOCOLS, Protocol
 from wikift.shape import shape_of
-from wikift.tokens import TokenStore, check_tokenizer, open_store
+from wikift.tokens import check_tokenizer
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from wikift.world import World
 
 
 EPILOG = """examples:
   python launch/evaluate.py runs/gpt2-wikitext-2-v1
-  python launch/evaluate.py gpt2 runs/gpt2-wikitext-2-v1/hf --data data/wikitext-2-v1-gpt2 --split test --stride 512
-  torchrun --nproc_per_node=4 launch/evaluate.py gpt2-xl --data data/wikitext-103-v1-gpt2 --json"""
+  python launch/evaluate.py gpt2 runs/mine/hf --dataset wikitext-103-raw-v1 --split test
+  python launch/evaluate.py gpt2 --dataset wikitext-2-raw-v1 --protocol lm-eval --split test
+  torchrun --nproc_per_node=4 launch/evaluate.py gpt2-xl --data data/wikitext-103-raw-v1-gpt2 --context 1024 --stride 64
 
-_COLUMNS = ("model", "split", "context", "stride", "tokens", "words", "token ppl", "word ppl", "bits/byte")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Task:
-    """One model to score: as named, its store, and the window. `positions` is None where only the Hub knows them."""
-
-    name: str
-    store: TokenStore
-    positions: int | None
+protocols:
+  hf-doc   transformers' page on perplexity: rows joined by blank lines, strides 1024 and 512, per token
+  blocks   run_clm.py's disjoint blocks, nothing dropped, per token and word
+  knn      neulab/knn-transformers: context 1024, stride 512, per token and word
+  paper    the GPT-2 paper: detokenized text, per original word
+  lm-eval  lm-evaluation-harness' task wikitext: detokenized pages, per original word and byte
+  free     --context and --stride as you like; the same without --protocol"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,84 +48,115 @@ def main(argv: Sequence[str]) -> int:
         EvaluateSettings,
         argv,
         prog="launch/evaluate.py",
-        description="Perplexity per token and per word, and bits per byte, of models on one split of a store.",
+        description="Perplexity of models by the field's protocols, side by side: without --protocol, all that the "
+        "text allows.",
         epilog=EPILOG,
     )
-    tasks = _check(settings)
+    _check(settings)
     if settings.generation:
-        from wikift import textquality
-
-        sources = [(task.name, model_source(task.name, lambda text: None), task.store) for task in tasks]
-        textquality.report(sources, settings.split, device=settings.device, as_json=settings.json)
+        _report_generation(settings)
         return EXIT_DONE
 
     from wikift.world import started_world
 
     with started_world(settings.device) as world:
-        for number, task in enumerate(tasks):
-            score, facts = _score_model(task, settings, world)
-            if world.rank != 0:
-                continue
-            if settings.json:
-                print(_as_json(task, score, settings, facts), flush=True)
-                continue
-            if number == 0 and (head := _line(_COLUMNS, tasks)):
-                print(head)
-            print(_line(_cells(task, score, settings), tasks), flush=True)
+        text = open_text(settings)
+        found: list[Result] = []
+        try:
+            for result in results(settings, text, world):
+                found.append(result)
+                if world.rank == 0 and settings.json:
+                    print(as_json(result, found), flush=True)
+        finally:  # also of what was measured before a Ctrl-C
+            if world.rank == 0 and found and not settings.json:
+                print(as_csv(found) if settings.csv else table(found, text.notes), flush=True)
     return EXIT_DONE
 
 
-def _check(settings: EvaluateSettings) -> list[_Task]:
-    """The models with their stores. Raises UserError with every problem that shows without loading a model."""
+def _report_generation(settings: EvaluateSettings) -> None:
+    from wikift import textquality
+
+    text = open_text(settings)
+    assert text.store is not None  # see _check
+    split = text.chosen_splits(settings)[0]
+    sources = [(name, model_source(name, lambda line: None), text.store) for name in settings.models]
+    textquality.report(sources, split, device=settings.device, as_json=settings.json)
+
+
+def results(settings: EvaluateSettings, text: Text, world: World) -> Iterator[Result]:
+    """Everything that the settings ask for, model by model; collective. Raises UserError as `_check` does."""
+    splits = text.chosen_splits(settings)
+    protocols = _protocols(settings, text)
+    for name in settings.models:
+        with loaded_scorer(name, settings, text, world) as scorer:
+            setups = [setup for protocol in protocols for setup in _setups(settings, protocol, name, scorer.positions)]
+            jobs = [(split, setup) for split in splits for setup in setups]
+            for number, (split, setup) in enumerate(jobs, 1):
+                label = f"{name}, {split}, {setup.protocol.name} ({number} of {len(jobs)})"
+                started = time.perf_counter()
+                measured = measure(scorer, text, split, setup, settings, world, label)
+                seconds = round(time.perf_counter() - started, 3)
+                yield Result(
+                    model=name,
+                    text=text.name,
+                    split=split,
+                    protocol=setup.protocol.name,
+                    normalisers=setup.protocol.normalisers,
+                    context=setup.context,
+                    stride=setup.stride,
+                    scaled=setup.scaled,
+                    measured=measured,
+                    tokenizer=scorer.tokenizer.fingerprint,
+                    facts={"precision": scorer.precision, "processes": world.size, "seconds": seconds},
+                )
+
+
+# --- what is asked for -------------------------------------------------------------------------------------------
+
+
+def _check(settings: EvaluateSettings) -> None:
+    """Raises UserError with every problem that shows without loading a model or reading text."""
     problems = [] if settings.models else ["MODEL: is missing; name a run (runs/NAME), a model folder or a Hub name"]
     for name in ("context", "stride", "per_device_eval_batch_size"):
         value = getattr(settings, name)
         if value is not None and value < 1:
-            problems.append(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+            problems.append(f"{flag(name)} {value}: must be 1 or more")
     if settings.context is not None and settings.stride is not None and settings.stride > settings.context:
         problems.append(
             f"--stride {settings.stride}: must be at most --context {settings.context}, or windows leave tokens out"
         )
-    stores: dict[str, TokenStore] = {}
-    tasks = []
-    for name in settings.models:
+    if settings.protocol == "lm-eval" and settings.stride is not None:
+        problems.append(f"--stride {settings.stride}: cannot act, the windows of lm-eval are disjoint; leave it out")
+    if settings.generation:
+        for name in ("protocol", "context", "stride", "csv", "dataset"):
+            if getattr(settings, name):
+                problems.append(
+                    f"{flag(name)}: cannot act beside --generation, which writes from a store; leave it out"
+                )
+    if settings.json and settings.csv:
+        problems.append("--csv: --json is given too; leave one of the two out")
+    if repeated := sorted({name for name in settings.models if settings.models.count(name) > 1}):
+        problems.append(f"MODEL {repeated[0]}: is named twice; leave one out")
+    checks: list[Callable[[], object]] = [lambda: check_text(settings)]
+    checks += [lambda name=name: _check_model(name, settings) for name in settings.models]  # type: ignore[misc]
+    for check in checks:
         try:
-            tasks.append(_task(name, settings, stores))
+            check()
         except UserError as error:
             problems += [problem for problem in error.problems if problem not in problems]
     if problems:
         raise UserError(*problems)
-    return tasks
 
 
-def _task(name: str, settings: EvaluateSettings, stores: dict[str, TokenStore]) -> _Task:
+def _check_model(name: str, settings: EvaluateSettings) -> None:
     if not folders.has_model(name):
         raise UserError(f"{name}: has no trained model; train it first: python launch/train.py --output-dir {name}")
-    run = folders.run_of(name)
-    data = settings.data
-    if data is None:
-        if run is None:
-            raise UserError(
-                f"--data: is missing, {name} is no run that would know its store; name one of launch/prepare.py"
-            )
-        data = str(folders.run_config(run)["store_path"])
-    if data not in stores:
-        stores[data] = open_store(data)
-    store = stores[data]
-    problems = []
-    if settings.split not in store.splits:
-        problems.append(f"--split {settings.split}: {store.path} has {', '.join(store.splits)}; take one of these")
-    elif store.splits[settings.split].tokens < 2:
-        problems.append(f"--split {settings.split}: {store.path} has no token to predict in it; take another")
     folder = Path(name) / "model" if folders.is_run(Path(name)) else Path(name)
     shape = shape_of(str(folder) if folder.is_dir() else name)
-    if folder.is_dir():
-        check_tokenizer(store, folder, setting="MODEL")
-    if shape is not None:
-        problems += _window_problems(name, settings, shape.n_positions)
-    if problems:
+    if shape is not None and (problems := _window_problems(name, settings, shape.n_positions)):
         raise UserError(*problems)
-    return _Task(name, store, shape.n_positions if shape is not None else None)
+    if folder.is_dir() and (store := check_text(settings)) is not None:
+        check_tokenizer(store, folder, setting="MODEL")
 
 
 def _window_problems(name: str, settings: EvaluateSettings, positions: int) -> list[str]:
@@ -139,116 +167,25 @@ def _window_problems(name: str, settings: EvaluateSettings, positions: int) -> l
     return []
 
 
-def _score_model(task: _Task, settings: EvaluateSettings, world: World) -> tuple[Score, dict[str, Any]]:
-    """Load and score one model; collective."""
-    import torch
-    from transformers.utils import logging as transformers_logging
-
-    from wikift.model import NextTokenLoss, autocast, load_model, resolve_precision
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-    def say(text: str) -> None:
-        if world.rank == 0 and not settings.quiet:
-            print(f"wikift: {text}", file=sys.stderr, flush=True)
-
-    if world.rank == 0:  # a run is exported by one process
-        model_source(task.name, say)
-    world.barrier()
-    source = model_source(task.name, lambda text: None)
-    model = load_model(source, world.device, "MODEL")
-    positions = model.config.n_positions
-    if task.positions is None:
-        _check_loaded(task, settings, source, positions)
-    precision = resolve_precision(settings.precision, world.device)
-    if precision.warning:
-        say(precision.warning)
-    losses = NextTokenLoss(model)
-
-    def nll(inputs: Tensor, targets: Tensor) -> Tensor:
-        with torch.inference_mode(), autocast(world.device, precision.name):
-            return losses(inputs.to(world.device), targets.to(world.device)).double().sum()  # type: ignore[no-any-return]
-
-    context = settings.context or positions
-    started = time.perf_counter()
-    score = score_split(
-        nll,
-        task.store,
-        settings.split,
-        context=context,
-        stride=settings.stride or context,
-        batch=settings.per_device_eval_batch_size,
-        world=world,
-        progress=_progress(task.name) if world.rank == 0 and not settings.quiet else None,
-    )
-    seconds = round(time.perf_counter() - started, 3)
-    return score, {"precision": precision.name, "processes": world.size, "seconds": seconds}
+def _protocols(settings: EvaluateSettings, text: Text) -> list[Protocol]:
+    name = settings.protocol
+    if name is None and (settings.context is not None or settings.stride is not None):
+        name = "free"
+    if name is None:
+        return [p for p in PROTOCOLS.values() if p.name != "free" and (p.from_store or text.corpus is not None)]
+    if text.corpus is None and not PROTOCOLS[name].from_store:
+        raise UserError(f"--protocol {name}: needs the text and not its tokens only; name it with --dataset "
+                        f"({text.missing})")  # fmt: skip
+    return [PROTOCOLS[name]]
 
 
-def _check_loaded(task: _Task, settings: EvaluateSettings, source: str, positions: int) -> None:
-    """What could not be known before a model came from the Hub."""
-    if problems := _window_problems(task.name, settings, positions):
+def _setups(settings: EvaluateSettings, protocol: Protocol, name: str, positions: int) -> list[Setup]:
+    """One for each of the protocol's strides, in proportion where the context is not 1,024."""
+    if problems := _window_problems(name, settings, positions):  # of a model that only the Hub could tell about
         raise UserError(*problems)
-    from transformers import AutoTokenizer
-
-    from wikift.tokenizer import tokenizer_fingerprint
-
-    if tokenizer_fingerprint(AutoTokenizer.from_pretrained(source)) != task.store.tokenizer_fingerprint:
-        raise UserError(
-            f"MODEL {task.name}: its tokenizer is not the one that made {task.store.path}; name another --data"
-        )
-
-
-def _progress(name: str) -> Callable[[int, int], None] | None:
-    """A line on a terminal that counts windows and is gone at the end; nothing in a pipe."""
-    if not sys.stderr.isatty():
-        return None
-    started = time.perf_counter()
-    shown = 0.0
-
-    def tell(done: int, count: int) -> None:
-        nonlocal shown
-        now = time.perf_counter()
-        if done < count and now - shown < 0.5:
-            return
-        shown = now
-        left = (now - started) / done * (count - done)
-        width = shutil.get_terminal_size().columns - 1
-        text = f"{name}: {done:,} of {count:,} windows, {left:,.0f} s left"[:width] if done < count else ""
-        print("\r\x1b[K" + text, end="", file=sys.stderr, flush=True)
-
-    return tell
-
-
-def _cells(task: _Task, score: Score, settings: EvaluateSettings) -> tuple[str, ...]:
-    counts = (score.context, score.stride, score.tokens, score.words)
-    return (
-        task.name,
-        settings.split,
-        *(f"{count:,}" for count in counts),
-        *(f"{value:,.2f}" if value < 1e6 else f"{value:.3g}" for value in (score.perplexity, score.word_perplexity)),
-        f"{score.bits_per_byte:.4f}",
-    )
-
-
-def _line(cells: Sequence[str], tasks: Sequence[_Task]) -> str:
-    """One line of the table; on a terminal too narrow for it, a line per column."""
-    first = max(len(task.name) for task in tasks) if tasks else 0
-    widths = (max(first, 5), 10, 7, 7, 11, 11, 10, 10, 9)
-    if sys.stdout.isatty() and sum(widths) + 2 * len(widths) > shutil.get_terminal_size().columns:
-        if cells is _COLUMNS:
-            return ""
-        return "\n".join(f"{name:<10} {cell}" for name, cell in zip(_COLUMNS, cells, strict=True)) + "\n"
-    left = [f"{cell:<{width}}" for cell, width in zip(cells[:2], widths, strict=False)]
-    right = [f"{cell:>{width}}" for cell, width in zip(cells[2:], widths[2:], strict=True)]
-    return "  ".join(left + right)
-
-
-def _as_json(task: _Task, score: Score, settings: EvaluateSettings, facts: dict[str, Any]) -> str:
-    content: dict[str, Any] = {"model": task.name, "data": str(task.store.path), "split": settings.split}
-    content |= dataclasses.asdict(score)
-    for name in ("loss", "perplexity", "word_perplexity", "bits_per_byte"):
-        value = getattr(score, name)
-        content[name] = value if math.isfinite(value) else None
-    return json.dumps(content | facts, ensure_ascii=False)
+    own = protocol.by_page or protocol.name == "free"  # these take the model's whole context, whatever it is
+    context = settings.context or (positions if own else min(CONTEXT, positions))
+    strides = {max(1, stride * context // CONTEXT): None for stride in protocol.strides}
+    chosen = [settings.stride] if settings.stride is not None else list(strides)
+    scaled = settings.context is None and context < CONTEXT and protocol.name != "free"
+    return [Setup(protocol, context, min(stride, context), scaled) for stride in chosen]

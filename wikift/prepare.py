@@ -134,7 +134,7 @@ def _prepare(settings: DataSettings, seed: int, progress: Progress, folder: Path
         say(note)
     tokenizer = _tokenizer(settings, corpus, folder / "tokenizer", progress, say)
     append_eos = corpus.rows_are_documents if settings.append_eos is None else settings.append_eos
-    record = record_of(source, corpus, tokenizer, append_eos)
+    record = record_of(source, corpus, tokenizer, append_eos, str(settings.dataset))
 
     def checked(split: str, parts: Iterator[Encoded], cuts: encode.Cuts) -> Iterator[Encoded]:
         rows = words = 0

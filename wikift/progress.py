@@ -33,9 +33,10 @@ class Progress:
             now = time.monotonic()
             if now - last >= self.pause_seconds:
                 last = now
-                self._show(line(name, size, done, tokens, now - start))
+                self.show(line(name, size, done, tokens, now - start))
 
-    def _show(self, text: str) -> None:
+    def show(self, text: str) -> None:
+        """Print `text`, on a terminal in place of what was shown before."""
         if self.quiet:
             return
         if self.terminal:

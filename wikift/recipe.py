@@ -47,9 +47,12 @@ def _describe(path: Path, checksum: bool) -> dict[str, Any]:
     return {**entry, "sha256": sha256_of(path)} if checksum else entry
 
 
-def record_of(source: dict[str, Any], corpus: Corpus, tokenizer: SavedTokenizer, append_eos: bool) -> dict[str, Any]:
-    """The part of `store.json` that says what was done."""
+def record_of(
+    source: dict[str, Any], corpus: Corpus, tokenizer: SavedTokenizer, append_eos: bool, dataset: str
+) -> dict[str, Any]:
+    """The part of `store.json` that says what was done; `dataset` is as the user named it."""
     files: FileList = source.get("files", {})
+    path = str(Path(dataset).resolve())  # where evaluation finds the text again; no part of the recipe
     content = [f"{split} {entry['sha256']}" for split, entries in files.items() for entry in entries]
     revision = "sha256:" + hashlib.sha256("\n".join(content).encode()).hexdigest() if files else corpus.revision
     return {
@@ -61,7 +64,7 @@ def record_of(source: dict[str, Any], corpus: Corpus, tokenizer: SavedTokenizer,
         "newlines": "each row ends with its own, CRLF read as LF" if corpus.rows_are_lines else "as in the rows",
         **(corpus.cut or {"validation_fraction": None, "seed": None}),
         "tokenizer": {"name": tokenizer.name},
-        **({"files": files} if files else {}),
+        **({"files": files, "dataset_path": path} if files else {}),
     }
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,7 @@ from wikift.tokens import TokenStore
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from wikift.protocols import Window
     from wikift.world import World
 
 IGNORED = -100  # target of a position that is not scored: torch's and transformers' ignore_index
@@ -32,7 +34,8 @@ class Score:
     """One model's likelihood of one split. `nll` is in nats, summed over `tokens` scored tokens.
 
     `words` counts one end of line per row, as the papers on WikiText do; `bytes` are UTF-8. Both are of the whole
-    split, so that the numbers of two tokenizers can be compared.
+    split, so that the numbers of two tokenizers can be compared: the loss per token times tokens per word, where the
+    split's first token, which nothing predicts, counts as one more of the mean (openai/gpt-2#78).
     """
 
     nll: float
@@ -50,17 +53,17 @@ class Score:
     @property
     def perplexity(self) -> float:
         """Per token of this tokenizer."""
-        return _exp(self.nll / self.tokens)
+        return exp(self.nll / self.tokens)
 
     @property
     def word_perplexity(self) -> float:
-        """Per word: the sum is spread over the words, not over the tokens (openai/gpt-2#78)."""
-        return _exp(self.nll / self.words) if self.words else math.nan
+        """Per word: perplexity ** (tokens / words)."""
+        return exp(self.loss * (self.tokens + 1) / self.words) if self.words else math.nan
 
     @property
     def bits_per_byte(self) -> float:
         """Bits per byte of UTF-8 text."""
-        return self.nll / math.log(2) / self.bytes if self.bytes else math.nan
+        return self.loss * (self.tokens + 1) / math.log(2) / self.bytes if self.bytes else math.nan
 
 
 def window_count(tokens: int, context: int, stride: int) -> int:
@@ -118,5 +121,110 @@ def score_split(
     return Score(float(world.total(total)), len(ids) - 1, found.words, found.bytes, context, stride)
 
 
-def _exp(nats: float) -> float:
+def exp(nats: float) -> float:
+    """`math.exp`, infinite where that would overflow."""
     return math.exp(nats) if nats < 700 else math.inf
+
+
+# --- protocols ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One model's likelihood of one split under one protocol, by document.
+
+    Each array is float64 (documents,): `nll` in nats over `scored` tokens (where the protocol's own count differs from
+    what it scores, both are in that count), `tokens` of the text, scored or not, `words` and `bytes` of the text.
+    """
+
+    nll: np.ndarray
+    scored: np.ndarray
+    tokens: np.ndarray
+    words: np.ndarray
+    bytes: np.ndarray
+
+    def shares(self, normaliser: str) -> tuple[np.ndarray, np.ndarray]:
+        """(nats, or bits for bits/byte, and units) by document; their sums' quotient is ln of the perplexity, or bits.
+
+        Per word and byte, a token that the protocol leaves out counts as the mean of the others.
+        """
+        if normaliser == "tokens":
+            return self.nll, self.scored
+        whole = self.nll * (self.tokens.sum() / self.scored.sum())
+        if normaliser == "words":
+            return whole, self.words
+        return (whole / math.log(2) if normaliser == "bits/byte" else whole), self.bytes
+
+    def value(self, normaliser: str) -> float:
+        """Perplexity per token, word or byte, or bits per byte; nan where there are no such units."""
+        nats, units = (float(part.sum()) for part in self.shares(normaliser))
+        if not units:
+            return math.nan
+        return nats / units if normaliser == "bits/byte" else exp(nats / units)
+
+
+def difference(one: Measured, other: Measured, normaliser: str) -> tuple[float, float]:
+    """How much larger ln(perplexity) (or bits/byte) is of `other`, and the standard error of that over the documents.
+
+    The error is the ratio estimator's (Cochran, Sampling Techniques, 6.19): documents are taken as drawn at random,
+    each with its difference and its length. nan where there are not two documents.
+    """
+    apart, parts = 0.0, np.zeros(len(one.nll))
+    for sign, (nats, units) in ((-1, one.shares(normaliser)), (1, other.shares(normaliser))):
+        total = float(units.sum())
+        if not total:
+            return math.nan, math.nan
+        mean = float(nats.sum()) / total
+        apart += sign * mean
+        parts += sign * (nats - mean * units) / total
+    count = int(np.count_nonzero(one.shares(normaliser)[1]))
+    return apart, math.sqrt(count / (count - 1) * float((parts**2).sum())) if count > 1 else math.nan
+
+
+def score_windows(
+    losses: Callable[[Tensor, Tensor], Tensor],
+    source: Iterable[Window],
+    *,
+    batch: int,
+    world: World,
+    progress: Callable[[], None],
+) -> tuple[np.ndarray, np.ndarray]:
+    """(nll, scored tokens) by document, float64 (documents,), the same on every rank.
+
+    Every rank reads all of `source` and scores its share of the batches. `losses(inputs, targets)` takes int64 CPU
+    tensors (M, L) and gives the loss of each position, 0 where the target is `IGNORED`.
+    """
+    import torch
+
+    found = np.zeros((2, 0))
+    windows_left: Iterator[Window] = iter(source)
+    number = 0
+    while group := list(islice(windows_left, batch)):
+        highest = max(int(window.documents.max()) for window in group)
+        if highest >= found.shape[1]:
+            found = np.pad(found, ((0, 0), (0, max(highest + 1, 2 * found.shape[1]) - found.shape[1])))
+        if number % world.size == world.rank:
+            inputs, targets, weights, documents = _padded(group)
+            loss = losses(torch.from_numpy(inputs), torch.from_numpy(targets)).double().cpu().numpy()
+            there = targets.ravel() != IGNORED
+            weights, documents = weights.ravel()[there], documents.ravel()[there]
+            np.add.at(found, (0, documents), loss.ravel()[there] * weights)
+            np.add.at(found, (1, documents), weights)
+        number += 1
+        progress()
+    total = world.total(torch.from_numpy(found)).numpy()
+    return total[0], total[1]
+
+
+def _padded(group: list[Window]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Inputs, targets, weights and the targets' documents, each (M, longest of the group - 1)."""
+    shape = len(group), max(len(window.ids) for window in group) - 1
+    inputs, documents = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    targets, weights = np.full(shape, IGNORED, np.int64), np.zeros(shape)
+    for row, window in enumerate(group):
+        size = len(window.ids) - 1
+        inputs[row, :size] = window.ids[:-1]
+        targets[row, window.first - 1 : size] = window.ids[window.first :]
+        documents[row, :size] = window.documents[1:]
+        weights[row] = window.weight
+    return inputs, targets, weights, documents
