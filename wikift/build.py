@@ -92,7 +92,7 @@ def choose(settings: TrainSettings, plan: Plan, world: World, precision: str) ->
         plan.shape, block_size=plan.block_size, micro_batch=plan.place.micro_batch, precision=precision,
         checkpointing=settings.gradient_checkpointing,
     )  # fmt: skip
-    have = memory.available_bytes(world, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    have = memory.available_bytes(world)
     full = world.highest(int(have is not None and need > _FULL * have))
     if full:
         return Choice("fsdp", f"whole on each process it would take about {show_bytes(need)}, more than there is")

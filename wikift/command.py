@@ -18,15 +18,15 @@ EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, all sav
 
 def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> typing.NoReturn:
     """Run one command to its exit code, printing the two kinds of expected failure without a traceback."""
-    first = os.environ.get("RANK", "0") == "0"
     try:
         code = command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except UserError as error:
-        if not first:
-            time.sleep(2)  # torchrun ends every rank when the first one leaves: let rank 0 speak before
-            sys.exit(EXIT_USER)
-        code = report(error)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            code = report(error)
+        else:
+            time.sleep(2)  # the launcher ends its ranks when the first one leaves: let one speak, on each host
+            code = EXIT_USER
     except EnvironmentFault as error:
         print(f"wikift: {error}", file=sys.stderr)
         code = EXIT_FAULT
@@ -36,11 +36,20 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
     except KeyboardInterrupt:
         print("wikift: interrupted", file=sys.stderr)
         code = 130
+    if code not in (EXIT_DONE, EXIT_INTERRUPTED) and _several_hosts():
+        from wikift.world import tell_other_hosts
+
+        tell_other_hosts()
     if "RANK" in os.environ:  # a process group's destructors may never end: see world.stop_world
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _several_hosts() -> bool:
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")
+    return "MASTER_ADDR" in os.environ and os.environ.get("WORLD_SIZE", "1") != local
 
 
 def report(error: UserError) -> int:

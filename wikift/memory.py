@@ -25,13 +25,13 @@ def training_bytes(
     return STATE_BYTES * shape.parameters // shards + activations + 8 * tokens * shape.vocab_size
 
 
-def available_bytes(world: World, local_ranks: int) -> int | None:
+def available_bytes(world: World) -> int | None:
     """What one process may take: its GPU's memory, or its share of the host's; None where the host does not tell."""
     if world.device.type == "cuda":
         return int(torch.cuda.get_device_properties(world.device).total_memory)
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             facts = dict(line.split(":", 1) for line in file)
-        return int(facts["MemAvailable"].split()[0]) * 1024 // local_ranks
+        return int(facts["MemAvailable"].split()[0]) * 1024 // world.local_size
     except (OSError, KeyError, ValueError):
         return None

@@ -31,6 +31,7 @@ from wikift.derive import Plan
 from wikift.disk import replace_json
 from wikift.engines.base import OPTIMIZER
 from wikift.errors import UserError
+from wikift.hosts import check_hosts
 from wikift.interrupt import stop_requests
 from wikift.log import Log, open_log
 from wikift.loop import Due, Job, run_steps
@@ -64,6 +65,7 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
     validates = _validates(settings, store, say)
     with started_world(settings.device) as world, locked(folder, world, say), stop_requests() as stop_signal:
         run = Run(folder, settings, plan, store, world, resolve_precision(settings.precision, world.device))
+        check_hosts(folder, store, world)
         start = checkpoint_to_resume(settings, folder, world)
         if start is not None:
             check_same_experiment(settings, plan, store, start, say)

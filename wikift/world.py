@@ -1,7 +1,8 @@
 """Who am I among the processes: start, stop, sums over ranks, seeds, and how a failing rank ends all of them.
 
-The launcher (torchrun) sets RANK, WORLD_SIZE, LOCAL_RANK and the rendezvous; without one there is a single process and
-no process group. CUDA ranks get gloo beside nccl, so that small numbers on the host never wait for the device.
+The launcher sets RANK, WORLD_SIZE, LOCAL_RANK, the rendezvous and LOCAL_WORLD_SIZE (torchrun) or LOCAL_SIZE
+(DeepSpeed's); without one there is a single process and no process group. CUDA ranks get gloo beside nccl, so that
+small numbers on the host never wait for the device.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import datetime
 import hashlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,16 +32,18 @@ from wikift.errors import EnvironmentFault, UserError
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 _FAILED = "wikift/failed"
 _GRACE_SECONDS = 5.0
+_TELL = datetime.timedelta(seconds=20)
 
 
 @dataclass(frozen=True)
 class World:
-    """One process' place: `rank` of `size`, `local_rank` on its machine, and the device it computes on."""
+    """One process' place: `rank` of `size`, `local_rank` of `local_size` on its host, and the device it computes on."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    local_size: int = 1
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
         """The sum of `value` over all ranks, the same on each; collective."""
@@ -79,14 +83,13 @@ def start_world(device: str = "auto") -> World:
 
     `device` is auto, cpu or cuda. Raises UserError where CUDA is asked for and absent, or has fewer devices than ranks.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_rank, local_size = _local_place()
     place = _device(device, local_rank, local_size)
     if place.type == "cpu" and local_size > 1:
-        # torchrun gives every rank one thread; share the cores out instead
+        # torchrun gives every rank one thread, DeepSpeed's launcher all cores; share them out instead
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if dist.is_initialized():
-        return World(dist.get_rank(), dist.get_world_size(), local_rank, place)
+        return World(dist.get_rank(), dist.get_world_size(), local_rank, place, local_size)
     if "RANK" not in os.environ:
         return World(device=place)
     store, rank, size = next(iter(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
@@ -98,7 +101,7 @@ def start_world(device: str = "auto") -> World:
         timeout=COLLECTIVE_TIMEOUT,
         device_id=place if place.type == "cuda" else None,
     )
-    return World(rank, size, local_rank, place)
+    return World(rank, size, local_rank, place, local_size)
 
 
 def join_group(world: World) -> None:
@@ -129,21 +132,58 @@ def started_world(device: str = "auto") -> Iterator[World]:
 
     Without this a rank that raised would leave the others in a collective until its timeout of half an hour.
     """
-    world = start_world(device)
-    if world.size == 1 or "MASTER_ADDR" not in os.environ:
-        yield world
+    if "MASTER_ADDR" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield start_world(device)
         stop_world()
         return
-    # a client of its own: the process group's may be busy in a blocking call
-    store = torch.distributed.distributed_c10d.PrefixStore(
-        "wikift", next(iter(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))[0]
-    )
-    _start_watching(store, world.rank)
+    rank = int(os.environ["RANK"])
+    with _meeting(rank):  # a client of its own: the process group's may be busy in a blocking call
+        store = _words_store(COLLECTIVE_TIMEOUT)
+    _start_watching(store, rank)  # before the others are waited for: one may have failed already
     try:
+        with _meeting(rank):
+            world = start_world(device)
         yield world
     except Exception as error:
-        _fail(error, store, world.rank)
+        _fail(error, store, rank)
     stop_world()
+
+
+@contextlib.contextmanager
+def _meeting(rank: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise EnvironmentFault(
+            f"rank {rank} could not meet the others ({error}); docs/clusters.md tells what to set for the network"
+        ) from None
+
+
+def tell_other_hosts() -> None:
+    """Before a process group exists: tell the processes of other hosts, which wait for this one, that it has failed.
+
+    Says nothing and gives up after 20 seconds where nobody listens: they have failed too.
+    """
+    where = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
+    deadline = time.monotonic() + _TELL.total_seconds()
+    while time.monotonic() < deadline:
+        with contextlib.suppress(Exception), socket.create_connection(where, timeout=1.0):
+            _first_failure(_words_store(_TELL), int(os.environ["RANK"]), wait=False)
+            return
+        time.sleep(0.5)
+
+
+def _words_store(timeout: datetime.timedelta) -> Any:
+    """Where the ranks leave word of a failure."""
+    return torch.distributed.distributed_c10d.PrefixStore(
+        "wikift", next(iter(rendezvous("env://", timeout=timeout)))[0]
+    )
+
+
+def _local_place() -> tuple[int, int]:
+    """(rank, number of ranks) on this host."""
+    size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")
+    return int(os.environ.get("LOCAL_RANK", "0")), int(size)
 
 
 def _device(requested: str, local_rank: int, local_size: int) -> torch.device:
@@ -155,8 +195,8 @@ def _device(requested: str, local_rank: int, local_size: int) -> torch.device:
         )
     if local_size > torch.cuda.device_count():
         raise UserError(
-            f"--nproc_per_node {local_size}: this machine has {torch.cuda.device_count()} CUDA devices, one for each "
-            "process at most; start fewer processes or use --device cpu"
+            f"--nproc_per_node {local_size}: this host has {torch.cuda.device_count()} CUDA devices, one for each "
+            "process at most; start fewer processes (deepspeed: --num_gpus, slots in the hostfile) or use --device cpu"
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
@@ -174,8 +214,9 @@ def _start_watching(store: Any, rank: int) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             with contextlib.suppress(Exception):  # a store that is gone is what the main thread reports
-                if _failed_rank(store) not in (None, rank):
-                    time.sleep(_GRACE_SECONDS)  # the main thread has left by then, unless a device call holds it
+                if (failed := _failed_rank(store)) not in (None, rank):
+                    time.sleep(_GRACE_SECONDS)  # the main thread has left by then, unless it waits without end
+                    print(f"wikift: rank {rank} stops, rank {failed} failed", file=sys.stderr, flush=True)
                     os._exit(EXIT_FAULT)
 
     threading.Thread(target=watch, name="wikift-watch", daemon=True).start()
@@ -185,7 +226,7 @@ def _failed_rank(store: Any) -> int | None:
     return int(store.get(_FAILED)) if store.check([_FAILED]) else None
 
 
-def _fail(error: Exception, store: Any, rank: int) -> None:
+def _fail(error: Exception, store: Any, rank: int) -> NoReturn:
     """Say why, tell the others, leave at once: destructors of a broken process group may wait for ever."""
     # A lost peer has a cause elsewhere, and a wrong setting is wrong on every rank: let the one speak that knows.
     secondary = _is_lost_peer(error) or (isinstance(error, (UserError, EnvironmentFault)) and rank != 0)

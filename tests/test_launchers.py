@@ -1,0 +1,127 @@
+"""Both launchers and every file of ds_configs/, as a user types them: the losses are DDP's, and nobody else speaks.
+
+pytest tests/test_launchers.py
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.tiny import arguments, metrics, tiny_store
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = str(ROOT / "launch" / "train.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus=2"]
+SECONDS = 180  # ten on two idle cores
+TOLERANCE = 1e-5
+NOISE = r"\[W.*(?:The hostname of the client socket cannot be retrieved|Unable to resolve hostname).*"  # torch's
+# what a run of four steps says on a terminal, from the first line to the last
+WORDS = (
+    "gpt2 from scratch: ", "engine ", "fp32 on cpu (", "8 blocks a step = 2 processes x ", "step 1/4  loss ",
+    "step 2/4  loss ", "step 3/4  loss ", "step 4/4  loss ", "done: ", "  python launch/consolidate.py ",
+    "  python launch/generate.py ",
+)  # fmt: skip
+
+
+def words_of(folder: Path, name: str, **settings: Any) -> list[str]:
+    return arguments(folder / "store", folder / name, max_steps=4, dropout=0.0, quiet=False, **settings)
+
+
+def launched(launcher: list[str], words: list[str]) -> str:
+    """Everything that comes to the terminal."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([*launcher, TRAIN, *words], env=environment, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def in_ranks(words: list[str]) -> None:
+    from wikift.train import main
+
+    assert main(words) == 0
+
+
+def check(run: Path, ddp: Path, output: str, engine: str) -> None:
+    lines = [text for text in output.splitlines() if not re.match(NOISE, text)]
+    assert [text for text, word in zip(lines, WORDS, strict=True) if not text.startswith(word)] == [], output
+    assert lines[1].startswith(f"engine {engine} (")
+    for here, there in zip(metrics(run), metrics(ddp), strict=True):
+        assert abs(here["loss"] - there["loss"]) <= TOLERANCE
+        assert abs(here["grad_norm"] / there["grad_norm"] - 1) <= TOLERANCE
+        assert abs(here.get("eval_loss", 0.0) - there.get("eval_loss", 0.0)) <= TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store, and a run of torchrun under DDP beside it."""
+    folder = tmp_path_factory.mktemp("launchers")
+    tiny_store(folder / "store")
+    output = launched(TORCHRUN, words_of(folder, "ddp"))
+    check(folder / "ddp", folder / "ddp", output, "ddp")
+    assert len(metrics(folder / "ddp")) == 4
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("launcher", "name"),
+    [(DEEPSPEED, "zero2"), (TORCHRUN, "zero3_offload"), (None, "zero1"), (None, "zero2_offload"), (None, "zero3")],
+    ids=["deepspeed-zero2", "torchrun-zero3_offload", "zero1", "zero2_offload", "zero3"],
+)
+def test_every_file_trains_as_ddp_does(
+    folder: Path, launcher: list[str] | None, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = words_of(folder, name, deepspeed=ROOT / "ds_configs" / f"{name}.json")
+    if launcher is None:
+        run_ranks(in_ranks, 2, words)
+        output = capfd.readouterr().out
+    else:
+        output = launched(launcher, words)
+    check(folder / name, folder / "ddp", output, name.partition("_")[0])
+
+
+def test_every_file_is_among_them() -> None:
+    (mark,) = [mark for mark in test_every_file_trains_as_ddp_does.pytestmark if mark.name == "parametrize"]  # type: ignore[attr-defined]
+    assert {name for _, name in mark.args[1]} == {path.stem for path in (ROOT / "ds_configs").glob("*.json")}
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_the_cores_of_a_host_are_shared_out_under_both_launchers(name: str) -> None:
+    """Two ranks of four here: torchrun's name for their number, and that of DeepSpeed's launcher."""
+    cores = len(os.sched_getaffinity(0))
+    for local_size, threads in run_ranks(local_places, 2, name, str(cores)):
+        assert (local_size, threads) == (cores, 1)
+
+
+def local_places(name: str, value: str) -> tuple[int, int]:
+    import torch
+
+    from wikift.world import start_world
+
+    del os.environ["LOCAL_WORLD_SIZE"]
+    os.environ[name] = value
+    torch.set_num_threads(3)
+    return start_world("cpu").local_size, torch.get_num_threads()
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_more_processes_than_devices_on_a_host(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from wikift.errors import UserError
+    from wikift.world import start_world
+
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv(name, "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"--nproc_per_node 3: this host has 2 CUDA devices.*--num_gpus"):
+        start_world("auto")
