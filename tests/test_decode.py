@@ -21,7 +21,9 @@ from tests.trained import SENTENCES
 from wikift.choose import ROUNDING, Sampling, choose, penalise, uniforms
 from wikift.config import GenerateSettings
 from wikift.decode import Decoder
+from wikift.engines.single import in_eval
 from wikift.live import sample_live
+from wikift.model import NextTokenLoss
 from wikift.sampling import Answer, Writer
 from wikift.tokenizer import train
 
@@ -337,8 +339,8 @@ def test_a_model_in_training_writes_and_nothing_of_the_run_moves(tokenizer: Any,
 
     def sample() -> list[str]:
         return sample_live(
-            model, tokenizer, prompts, sampling=sampling, max_new_tokens=10, seed=42, positions=48,
-            device=torch.device("cpu"),
+            lambda *tensors: in_eval(model, NextTokenLoss(model), tensors[0], None, *tensors[1:]), tokenizer, prompts,
+            sampling=sampling, max_new_tokens=10, seed=42, positions=48,
         )  # fmt: skip
 
     found = sample()

@@ -180,6 +180,16 @@ class TrainSettings(DataSettings):
     async_save: bool = option(True, "write checkpoints while the training goes on", group="run")
     save_total_limit: int = option(2, "newest checkpoints kept, beside the best", group="run", metavar="N")
     per_device_eval_batch_size: int = option(8, "blocks of one forward in validation", group="run", metavar="BLOCKS")
+    sample_prompts: str | None = option(
+        None, "let the model go on from each line of a file now and then: samples.jsonl", group="run", metavar="FILE"
+    )
+    sample_steps: int | None = option(
+        None,
+        "steps between samples",
+        group="run",
+        metavar="STEPS",
+        shown="as validations",
+    )
     resume: str = option(
         "auto", "go on from the newest checkpoint, start anew, or from PATH", group="run", metavar="auto|never|PATH"
     )

@@ -18,6 +18,7 @@ from wikift.config import WIKITEXT, DataSettings, TrainSettings, slug
 from wikift.errors import UserError
 from wikift.folders import is_hub_name
 from wikift.placement import Placement, placement
+from wikift.prompts import read_prompts
 from wikift.shape import RELEASED, Shape, parse_overrides, released_name, shape_of, with_overrides
 
 
@@ -175,6 +176,10 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
         problems.append(
             f"--no-fsdp-reshard-after-forward: cannot act under {other}; leave it out, or use --engine fsdp"
         )
+    if settings.sample_prompts is not None:
+        problems += problems_of(lambda: read_prompts(Path(str(settings.sample_prompts)), "--sample-prompts"))
+    elif settings.sample_steps is not None:
+        problems.append(f"--sample-steps {settings.sample_steps}: cannot act without --sample-prompts; name a file")
     output = Path(settings.output_dir or ".")
     for path in (output, *output.parents):
         if path.exists() and not path.is_dir():
@@ -242,7 +247,7 @@ def _check_ranges(settings: TrainSettings) -> list[str]:
 
     for name in (
         "block_size", "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps",
-        "eval_steps", "save_steps", "logging_steps", "save_total_limit", "per_device_eval_batch_size",
+        "eval_steps", "save_steps", "sample_steps", "logging_steps", "save_total_limit", "per_device_eval_batch_size",
     ):  # fmt: skip
         value = getattr(settings, name)
         rule(name, value is None or value >= 1, "1 or more")

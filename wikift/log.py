@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,6 +25,8 @@ from rich.table import Table
 from rich.text import Text
 
 from wikift.errors import EnvironmentFault
+
+SAMPLES = "samples.jsonl"
 
 
 class Log:
@@ -67,6 +69,25 @@ class Log:
         if self.view is None and not self.quiet:
             print(line(values, self.steps), flush=True)
 
+    def samples(self, step: int, prompts: Sequence[str], texts: Sequence[str]) -> None:
+        """What the model writes at `step`: a line a prompt in samples.jsonl beside the metrics, a table in wandb."""
+        if self.file is None:
+            return
+        rows = [{"step": step, "prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
+        path = Path(self.file.name).with_name(SAMPLES)
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        except OSError as error:
+            raise EnvironmentFault(f"{path} cannot be written ({error.strerror}); make room and go on") from None
+        if self.wandb_run is not None:
+            import wandb
+
+            table = wandb.Table(columns=["step", "prompt", "text"], data=[list(row.values()) for row in rows])
+            self.wandb_run.log({"samples": table}, step=step)
+        first = " ".join((prompts[0] + texts[0]).split())
+        self.say(f"step {step:,} writes: {first[:200]}")
+
     def tick(self, **values: Any) -> None:
         """Refresh the live view."""
         if self.view is not None:
@@ -87,6 +108,7 @@ def open_log(
     with contextlib.ExitStack() as stack:
         try:
             keep_until(path, after_step)
+            keep_until(path.with_name(SAMPLES), after_step)
             file = stack.enter_context(open(path, "a", encoding="utf-8"))
         except OSError as error:
             raise EnvironmentFault(
@@ -116,7 +138,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def keep_until(path: Path, step: int) -> None:
     """Drop the lines after `step`, and a torn one, by one rename."""
     if path.exists():
-        kept = [json.dumps(values) + "\n" for values in read_metrics(path) if values["step"] <= step]
+        kept = [
+            json.dumps(values, ensure_ascii=False) + "\n" for values in read_metrics(path) if values["step"] <= step
+        ]
         aside = path.with_name(path.name + ".partial")
         aside.write_text("".join(kept), encoding="utf-8")
         os.replace(aside, path)

@@ -27,6 +27,10 @@ class Due:
     eval_steps: int
     save_steps: int
     steps: int
+    sample_steps: int = 0  # 0: never
+
+    def sample(self, step: int) -> bool:
+        return self.sample_steps > 0 and (step % self.sample_steps == 0 or step == self.steps)
 
     def log(self, step: int) -> bool:
         return step % self.logging_steps == 0 or step == 1 or self.evaluate(step)
@@ -51,6 +55,7 @@ class Job:
     skips_overflow: bool  # fp16: a gradient that overflows is skipped and counted, elsewhere it ends the run
     skipped: int  # steps skipped before this start
     validate: Callable[[], Score | None]
+    sample: Callable[[int], None]  # let the model write
     save: Callable[[int, float | None], None]  # (step, eval_loss)
     saved: Callable[[], dict[str, Any]]  # what to log of a checkpoint published meanwhile; not collective
     stopped: Callable[[], int]  # the signal that asks for a stop, the same on every rank; 0 while there is none
@@ -97,6 +102,8 @@ def run_steps(engine: Engine, job: Job, world: World, log: Log, *, done: int) ->
                     "eval_perplexity": score.perplexity,
                     "eval_word_perplexity": score.word_perplexity,
                 }
+            if due.sample(step) and not stop:
+                job.sample(step)
             if due.evaluate(step):  # it may have come in the meantime, and cut the validation short
                 stop = stop or job.stopped()
             if due.log(step):

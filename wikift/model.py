@@ -71,10 +71,21 @@ class NextTokenLoss(nn.Module):
         super().__init__()
         self.model, self.precision = model, precision
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Per-token negative log-likelihood (rows * length,) in fp32 of `targets` (rows, length); 0 where -100."""
+    def forward(
+        self, inputs: Tensor, targets: Tensor | None, mask: Tensor | None = None, places: Tensor | None = None
+    ) -> Tensor:
+        """Per-token negative log-likelihood (rows * length,) in fp32 of `targets` (rows, length); 0 where -100.
+
+        Without targets the logits (rows, vocabulary) in fp32 that follow on `inputs`, which may be padded on the left:
+        `mask` (rows, length) is 0 there, `places` are the positions.
+        """
         with autocast(inputs.device, self.precision):
-            return self._losses(inputs, targets)
+            if targets is not None:
+                return self._losses(inputs, targets)
+            hidden: Tensor = self.model.transformer(
+                input_ids=inputs, attention_mask=mask, position_ids=places, use_cache=False
+            ).last_hidden_state
+            return self.model.lm_head(hidden[:, -1]).float()  # type: ignore[no-any-return]
 
     def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         hidden: Tensor = self.model.transformer(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)

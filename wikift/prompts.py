@@ -29,20 +29,20 @@ def escapes(text: str) -> str:
     return clean(text).replace("\\n", "\n").replace("\\t", "\t")
 
 
-def read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path, setting: str = "--prompts-file") -> list[str]:
     """The lines of a UTF-8 file that are not blank. Raises UserError where it cannot be read or has none."""
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"--prompts-file {path}: cannot be read ({error.strerror}); name a text file") from None
+        raise UserError(f"{setting} {path}: cannot be read ({error.strerror}); name a text file") from None
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"--prompts-file {path}: line {line} is not UTF-8 (byte {error.start}); save the file as UTF-8"
+            f"{setting} {path}: line {line} is not UTF-8 (byte {error.start}); save the file as UTF-8"
         ) from None
     prompts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not prompts:
-        raise UserError(f"--prompts-file {path}: has no prompt in it; write one a line")
+        raise UserError(f"{setting} {path}: has no prompt in it; write one a line")
     return prompts

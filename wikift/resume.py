@@ -23,7 +23,20 @@ from wikift.world import World
 Say = Callable[[str], None]
 
 # Settings that only place or show a run: a change of these between two starts is not worth a word.
-_SILENT = ("output_dir", "resume", "config", "dry_run", "quiet", "workers", "wandb", "data", "device", "async_save")
+_SILENT = (
+    "output_dir",
+    "resume",
+    "config",
+    "dry_run",
+    "quiet",
+    "workers",
+    "wandb",
+    "data",
+    "device",
+    "async_save",
+    "sample_prompts",
+    "sample_steps",
+)
 _LOCK_SECONDS = 60
 
 
@@ -78,7 +91,11 @@ def check_same_experiment(settings: TrainSettings, plan: Plan, store: TokenStore
 def set_aside(run: Path, start: Checkpoint | None) -> None:
     """Move what an earlier run left, or what it wrote after `start`, into before-N: nothing of the user's is lost."""
     if start is None:
-        stale = [p for p in run.iterdir() if p.name in ("config.json", "model", "metrics.jsonl", "checkpoints", "hf")]
+        stale = [
+            p
+            for p in run.iterdir()
+            if p.name in ("config.json", "model", "metrics.jsonl", "samples.jsonl", "checkpoints", "hf")
+        ]
         if not checkpoint.list_checkpoints(run):
             stale = [p for p in stale if p.name == "hf"]  # killed before its first checkpoint: nothing worth keeping
     else:

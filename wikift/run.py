@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from wikift import __version__, derive
 from wikift.batches import ahead, count_blocks, micro_batches, sample_blocks
 from wikift.build import Built, Choice, build
 from wikift.checkpoint import Checkpoint
+from wikift.choose import Sampling
 from wikift.config import TrainSettings
 from wikift.derive import Plan
 from wikift.disk import replace_json
@@ -33,11 +35,13 @@ from wikift.engines.base import OPTIMIZER
 from wikift.errors import UserError
 from wikift.hosts import check_hosts
 from wikift.interrupt import stop_requests
+from wikift.live import sample_live
 from wikift.log import Log, open_log
 from wikift.loop import Due, Job, run_steps
 from wikift.meter import Meter, peak_flops
 from wikift.model import Precision, resolve_precision
 from wikift.optim import Schedule
+from wikift.prompts import read_prompts
 from wikift.resume import Say, check_same_experiment, checkpoint_to_resume, experiment, locked, set_aside
 from wikift.saving import Saver
 from wikift.scoring import Score, score_split
@@ -90,6 +94,7 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
     return stopped
 
 
+_SAMPLE_TOKENS = 64
 _SAVE_FAILED = 1 << 16  # above every signal's number
 
 
@@ -108,6 +113,8 @@ def _job(
 ) -> Job:
     """The functions and numbers that the loop works with."""
     settings, plan, store, world, engine = run.settings, run.plan, run.store, run.world, built.engine
+    eval_steps = settings.eval_steps or settings.save_steps
+    sample_steps = (settings.sample_steps or eval_steps) if settings.sample_prompts else 0
     about = {
         "settings": dataclasses.asdict(settings),
         "experiment": experiment(settings, plan, store),
@@ -135,6 +142,18 @@ def _job(
         finally:
             log.tick(now=None)
 
+    prompts = read_prompts(Path(settings.sample_prompts), "--sample-prompts") if settings.sample_prompts else []
+
+    def sample(step: int) -> None:
+        log.tick(now="writing samples")
+        texts = sample_live(
+            engine.next_logits, AutoTokenizer.from_pretrained(store.path / "tokenizer"), prompts,
+            sampling=Sampling(0.8, 50, 0.95, 1.1), max_new_tokens=_SAMPLE_TOKENS, seed=settings.seed,
+            positions=plan.shape.n_positions,
+        )  # fmt: skip
+        log.samples(step, prompts, texts)
+        log.tick(now=None)
+
     def save(step: int, eval_loss: float | None) -> None:
         log.tick(now="saving")
         about_step = {"tokens": step * plan.tokens_per_step, "eval_loss": eval_loss, **about}
@@ -158,7 +177,7 @@ def _job(
     return Job(
         batches=lambda first_step: _batches(run, first_step),
         schedule=Schedule(settings.lr_scheduler_type, settings.learning_rate or 0.0, plan.warmup_steps, plan.steps),
-        due=Due(settings.logging_steps, settings.eval_steps or settings.save_steps, settings.save_steps, plan.steps),
+        due=Due(settings.logging_steps, eval_steps, settings.save_steps, plan.steps, sample_steps),
         meter=Meter(
             world.device,
             plan.shape.flops_per_token(plan.block_size),
@@ -169,6 +188,7 @@ def _job(
         skips_overflow=run.precision.name == "fp16",
         skipped=start.step - int(start.read(OPTIMIZER, "updates", 0, 1)) if start is not None else 0,
         validate=validate,
+        sample=sample,
         save=save,
         saved=saved,
         stopped=stopped,

@@ -59,6 +59,14 @@ class Engine(Protocol):
         """
         ...
 
+    def next_logits(self, inputs: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+        """Logits (rows, vocabulary) in fp32 of the token that follows on each row, in eval mode, no gradients.
+
+        `inputs`, `mask`, `places` (rows, length) int64: ids padded on the left, 0 where padded, and positions. All
+        ranks give the same rows.
+        """
+        ...
+
     def fragments(self) -> Iterator[Fragment]:
         """What this rank owns of weights and optimizer state: over all ranks every element exactly once."""
         ...

@@ -52,6 +52,9 @@ class DDPEngine:
     def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return self.local.nll(inputs, targets)
 
+    def next_logits(self, inputs: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+        return self.local.next_logits(inputs, mask, places)
+
     def fragments(self) -> Iterator[Fragment]:
         return whole_fragments(self.local, self.world.rank, self.world.size)
 

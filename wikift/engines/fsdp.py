@@ -16,7 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import GPT2LMHeadModel
 
 from wikift.engines.base import STATES, Fragment, FragmentReader
-from wikift.engines.single import restore_scalars, scalar_fragments, summed_nll
+from wikift.engines.single import in_eval, restore_scalars, scalar_fragments
 from wikift.model import DTYPES, NextTokenLoss, check_tied, keep_residual_in_fp32, materialize
 from wikift.optim import AdamSettings, LossScale, ScaleRule, build_adamw, clip_and_step, total_norm
 from wikift.world import World, join_group
@@ -87,11 +87,20 @@ class FSDPEngine:
         return norm
 
     def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        summed = summed_nll(self.model, self.losses, inputs.to(self.world.device), targets.to(self.world.device))
+        return self._in_eval(inputs, targets).double().sum()
+
+    def next_logits(self, inputs: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+        return self._in_eval(inputs, None, mask, places)
+
+    def _in_eval(self, *arguments: Tensor | None) -> Tensor:
+        device = self.world.device
+        found = in_eval(
+            self.model, self.losses, *(None if tensor is None else tensor.to(device) for tensor in arguments)
+        )
         for module in self.losses.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # without a backward nothing else frees the weights, nor gathers new ones
-        return summed
+        return found
 
     def fragments(self) -> Iterator[Fragment]:
         for name, parameter in self.model.named_parameters():

@@ -37,7 +37,8 @@ class SingleEngine:
         self.accumulation = accumulation
         self.optimizer = build_adamw(model.parameters(), adam)
         self.loss_scale = LossScale(ScaleRule() if precision == "fp16" else None, device, ranks)
-        self.losses: Callable[[Tensor, Tensor], Tensor] = NextTokenLoss(model, precision)
+        self.plain = NextTokenLoss(model, precision)
+        self.losses: Callable[[Tensor, Tensor], Tensor] = self.plain
         if compile:
             self.losses = torch.compile(self.losses, dynamic=False)
 
@@ -55,7 +56,11 @@ class SingleEngine:
         return norm
 
     def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return summed_nll(self.model, self.losses, inputs.to(self.device), targets.to(self.device))
+        return in_eval(self.model, self.losses, inputs.to(self.device), targets.to(self.device)).double().sum()
+
+    def next_logits(self, inputs: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+        inputs, mask, places = (tensor.to(self.device) for tensor in (inputs, mask, places))
+        return in_eval(self.model, self.plain, inputs, None, mask, places)
 
     def fragments(self) -> Iterator[Fragment]:
         return whole_fragments(self, rank=0, ranks=1)
@@ -72,14 +77,12 @@ class SingleEngine:
 
 
 @torch.no_grad()
-def summed_nll(
-    model: torch.nn.Module, losses: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, targets: Tensor
-) -> Tensor:
-    """The sum of `losses` in eval mode, float64; `model` keeps the mode it had."""
+def in_eval(model: torch.nn.Module, function: Callable[..., Tensor], *arguments: Tensor | None) -> Tensor:
+    """`function(*arguments)` with `model` in eval mode, without gradients; it keeps the mode it had."""
     training = model.training
     model.eval()
     try:
-        return losses(inputs, targets).double().sum()
+        return function(*arguments)
     finally:
         model.train(training)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from wikift.engines.base import STATES, Fragment, FragmentReader
-from wikift.engines.single import restore_scalars, scalar_fragments, summed_nll
+from wikift.engines.single import in_eval, restore_scalars, scalar_fragments
 from wikift.model import DTYPES, NextTokenLoss, check_tied, keep_residual_in_fp32, materialize, parameter_shapes
 from wikift.optim import AdamSettings, LossScale, ScaleRule, build_adamw
 from wikift.world import World, join_group
@@ -92,9 +92,16 @@ class ZeroEngine:
         return norm.to(self.world.device)
 
     def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        with torch.no_grad():
-            inputs, targets = inputs.to(self.world.device), targets.to(self.world.device)
-            return summed_nll(self.engine, self.engine, inputs, targets)
+        return self._in_eval(inputs, targets).double().sum()
+
+    def next_logits(self, inputs: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+        return self._in_eval(inputs, None, mask, places)
+
+    def _in_eval(self, *arguments: Tensor | None) -> Tensor:
+        device = self.world.device
+        return in_eval(
+            self.engine, self.engine, *(None if tensor is None else tensor.to(device) for tensor in arguments)
+        )
 
     def fragments(self) -> Iterator[Fragment]:
         for name, parameter in self.model.named_parameters():
