@@ -63,7 +63,8 @@ def test_dashes_and_underscores_are_the_same_in_names_and_kept_in_values() -> No
     for field in dataclasses.fields(TrainSettings):
         kind = str(field.type)
         if kind.startswith("bool"):
-            words: list[list[str]] = [[flag(field.name)], ["--" + field.name]]
+            name = field.name if field.default is False else "no_" + field.name
+            words: list[list[str]] = [[flag(name)], ["--" + name]]
         else:
             choices = field.metadata["choices"]
             value = choices[-1] if choices else "a_b-c" if kind.startswith("str") else "3"
@@ -318,7 +319,7 @@ def test_exit_codes_and_messages(capsys: pytest.CaptureFixture[str]) -> None:
 def test_only_the_first_rank_speaks_and_all_leave_with_the_code(tmp_path: Path) -> None:
     line = [sys.executable, str(LAUNCH / "train.py"), "--max-steps", "0"]
     for rank, says in (("0", "--max-steps 0: must be 1 or more"), ("1", "")):
-        env = {**os.environ, "RANK": rank, "WORLD_SIZE": "2"}
+        env = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
         done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=env)
         assert done.returncode == 2
         assert done.stdout == ""

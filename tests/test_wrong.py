@@ -324,7 +324,10 @@ EVALUATE: list[tuple[str, list[str]]] = [
     ("bert --data text", ["bert: config.json says model_type 'bert'"]),
     ("run --precision fp8", ["--precision fp8: must be one of"]),
     ("run --splt test", ["--splt: no such setting of launch/evaluate.py (did you mean --split?)"]),
-    ("a-file no-config --data none --stride 0", ["a-file: is", "no-config: holds", "--stride 0: must"]),
+    (
+        "a-file no-config --data none --stride 0",
+        ["--stride 0: must", "--data none: no such", "a-file: is", "no-config: holds"],
+    ),
 ]
 
 

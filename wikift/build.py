@@ -55,9 +55,9 @@ def build(
     if settings.compile:
         check_compiler(world.device)
     choice = choose(settings, plan, world, precision.name)
-    if not settings.fsdp_reshard_after_forward and choice.name != "fsdp":
+    if not settings.fsdp_reshard and choice.name != "fsdp":
         raise UserError(
-            f"--no-fsdp-reshard-after-forward: cannot act, --engine auto takes {choice.name} here ({choice.reason}); "
+            f"--no-fsdp-reshard: cannot act, --engine auto takes {choice.name} here ({choice.reason}); "
             "leave it out, or use --engine fsdp"
         )
     config = _config(settings, plan, eos_token_id, start)
@@ -117,7 +117,7 @@ def _engine(
 
         return FSDPEngine(
             model, adam, world, accumulation=accumulation, precision=precision, compile=compile,
-            reshard=settings.fsdp_reshard_after_forward,
+            reshard=settings.fsdp_reshard,
         )  # fmt: skip
     if name.startswith("zero"):
         from wikift.engines.zero import ZeroEngine

@@ -163,7 +163,7 @@ class TrainSettings(DataSettings):
         group="speed",
         choices=("auto", "single", "ddp", "fsdp"),
     )
-    fsdp_reshard_after_forward: bool = option(
+    fsdp_reshard: bool = option(
         True, "fsdp: free a block's weights after its forward; without it faster, more memory", group="speed"
     )
     deepspeed: str | None = option(

@@ -171,11 +171,9 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
         problems.append(f"--engine single: is one process, the launcher started {ranks}; use --engine ddp or auto")
     if settings.engine == "ddp" and not launched:
         problems.append("--engine ddp: needs a launcher; start with torchrun --nproc_per_node=N launch/train.py ...")
-    if not settings.fsdp_reshard_after_forward and (settings.engine not in ("auto", "fsdp") or settings.deepspeed):
+    if not settings.fsdp_reshard and (settings.engine not in ("auto", "fsdp") or settings.deepspeed):
         other = "--deepspeed" if settings.deepspeed else f"--engine {settings.engine}"
-        problems.append(
-            f"--no-fsdp-reshard-after-forward: cannot act under {other}; leave it out, or use --engine fsdp"
-        )
+        problems.append(f"--no-fsdp-reshard: cannot act under {other}; leave it out, or use --engine fsdp")
     if settings.sample_prompts is not None:
         problems += problems_of(lambda: read_prompts(Path(str(settings.sample_prompts)), "--sample-prompts"))
     elif settings.sample_steps is not None:
