@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, get_scheduler
 
-from wikift.optim import AdamSettings, LossScale, Schedule, build_adamw, clip_and_step, total_norm
+from wikift.optim import AdamSettings, LossScale, ScaleRule, Schedule, build_adamw, clip_and_step, total_norm
 
 CPU = torch.device("cpu")
 
@@ -123,7 +123,7 @@ def test_clip_and_step_is_torchs(scale: float, max_grad_norm: float, loss_scale:
     ours, theirs = small_model(), small_model()
     chosen = adam(max_grad_norm=max_grad_norm)
     optimizer, stock = build_adamw(ours.parameters(), chosen), build_stock(theirs, chosen)
-    scaling = LossScale(loss_scale != 1.0, CPU)
+    scaling = LossScale(ScaleRule() if loss_scale != 1.0 else None, CPU)
     assert float(scaling.scale) == loss_scale
     clipped = 0
     for step, values in enumerate(gradients(ours, scale, steps=8), start=1):
@@ -171,7 +171,7 @@ def build_stock(model: nn.Module, chosen: AdamSettings) -> torch.optim.AdamW:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_gradient_that_is_not_finite_changes_nothing_but_the_scale(bad: float, dynamic: bool) -> None:
     model = small_model()
-    optimizer, scaling = build_adamw(model.parameters(), adam()), LossScale(dynamic, CPU)
+    optimizer, scaling = build_adamw(model.parameters(), adam()), LossScale(ScaleRule() if dynamic else None, CPU)
     good, broken = gradients(model, 1.0, steps=2)
 
     def update(values: list[torch.Tensor]) -> None:
@@ -202,7 +202,7 @@ def test_the_scale_grows_after_2000_good_steps_as_grad_scalers() -> None:
     random = np.random.default_rng(0)
     finite = random.random(9000) > 0.0004
     assert 1 < (~finite).sum() < 10
-    ours = LossScale(True, CPU)
+    ours = LossScale(ScaleRule(), CPU)
     scale, tracker = torch.tensor(65536.0), torch.tensor(0, dtype=torch.int32)
     seen = set()
     for good in finite:
@@ -211,7 +211,7 @@ def test_the_scale_grows_after_2000_good_steps_as_grad_scalers() -> None:
         assert (float(ours.scale), float(ours.good_steps)) == (float(scale), float(tracker))
         seen.add(float(scale))
     assert len(seen) >= 3
-    growing = LossScale(True, CPU)
+    growing = LossScale(ScaleRule(), CPU)
     for _ in range(1999):
         growing.update(torch.tensor(True))
     assert float(growing.scale) == 65536
@@ -220,7 +220,39 @@ def test_the_scale_grows_after_2000_good_steps_as_grad_scalers() -> None:
 
 
 def test_a_fixed_scale_stays_1() -> None:
-    fixed = LossScale(False, CPU)
+    fixed = LossScale(None, CPU)
     for finite in (True, False, True):
         fixed.update(torch.tensor(finite))
     assert float(fixed.scale) == 1
+
+
+def course(rule: ScaleRule, overflows: str) -> list[float]:
+    """The scale after each step, `x` an overflow."""
+    scaling = LossScale(rule, CPU)
+    found = []
+    for step in overflows:
+        scaling.update(torch.tensor(step != "x"))
+        found.append(float(scaling.scale))
+    return found
+
+
+def test_hysteresis_minimum_and_a_fixed_scale() -> None:
+    assert course(ScaleRule(initial=8, hysteresis=2, window=3), "xx.x...xx") == [8, 4, 4, 4, 4, 4, 8, 8, 4]
+    assert course(ScaleRule(initial=4, smallest=2), "xxx") == [2, 2, 2]
+    assert course(ScaleRule(initial=4, window=1, dynamic=False), "x..x") == [4, 4, 4, 4]
+
+
+def test_a_token_weighs_the_same_on_any_number_of_ranks() -> None:
+    assert float(LossScale(ScaleRule(), CPU, ranks=4).gain) == 65536 / 4
+    assert float(LossScale(None, CPU, ranks=4).gain) == 1
+
+
+def test_a_saved_scale_goes_on_and_none_starts_anew() -> None:
+    saved = LossScale(ScaleRule(initial=8), CPU)
+    saved.update(torch.tensor(False))
+    restored = LossScale(ScaleRule(initial=1024), CPU)
+    restored.restore(*saved.numbers())
+    assert [float(n) for n in restored.numbers()] == [float(n) for n in saved.numbers()] == [4, 0, 0]
+    from_fp32 = LossScale(ScaleRule(initial=1024), CPU)
+    from_fp32.restore(*LossScale(None, CPU).numbers())
+    assert float(from_fp32.scale) == 1024

@@ -153,8 +153,8 @@ def test_validation_counts_every_token_once(store: Path, tmp_path: Path) -> None
     one, three = (metrics(tmp_path / f"run{ranks}")[-1] for ranks in (1, 3))
     assert one["eval_loss"] == pytest.approx(three["eval_loss"], rel=1e-6)
     assert one["eval_perplexity"] == pytest.approx(math.exp(one["eval_loss"]))
-    # 60 tokens are predicted in a split of 30 words: the same sum over half as many
-    assert one["eval_word_perplexity"] == pytest.approx(math.exp(one["eval_loss"] * 60 / 30))
+    # 61 tokens in 30 words: ppl_word = ppl_token ** (T / T_o), though the first token is not predicted
+    assert one["eval_word_perplexity"] == pytest.approx(math.exp(one["eval_loss"] * 61 / 30))
 
 
 def test_own_text_is_prepared_by_one_rank_while_the_others_wait(
