@@ -1,6 +1,7 @@
 # make demo    everything once, in three minutes on two cores: tokenizer, store, training, evaluation, prompts
 # make test    the whole test suite
 # make test-agreement   evaluation against lm_eval, Trainer and transformers' page, in an environment of its own
+# make test-long   what takes longer: offloading, large models, more of the engines
 # make check   ruff and mypy
 # make pins    requirements.txt anew from setup.cfg
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: install demo test test-agreement check pins
+.PHONY: install demo test test-agreement check pins test-long
 .DELETE_ON_ERROR:
 
 install: .venv/installed
@@ -50,6 +51,9 @@ $(AGREEMENT)/installed: .venv/test-installed tests/agreement/requirements.txt
 
 test-agreement: $(AGREEMENT)/installed
 	$(AGREEMENT)/bin/python -m pytest -q -s tests/agreement
+
+test-long: .venv/test-installed
+	$(BIN)/python -m pytest -q -m long
 
 check: .venv/test-installed
 	$(BIN)/ruff check .

@@ -118,7 +118,7 @@ def most(kind: str) -> float:
     return 1.1 * STATE[kind] * PARAMETERS / RANKS + 6 * LARGEST
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "zero3"])
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("zero3", marks=pytest.mark.long)])
 def test_a_rank_holds_its_share_and_reads_its_share(model: Path, kind: str) -> None:
     for peak, share, read in run_ranks(train_one_step, RANKS, kind, str(model), False, timeout_seconds=300):
         print(kind, peak / 1e9, share / 1e9, read / 1e9)
@@ -127,7 +127,7 @@ def test_a_rank_holds_its_share_and_reads_its_share(model: Path, kind: str) -> N
         assert read < 4 * PARAMETERS / RANKS * 1.01 + 1e6
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "zero3"])
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("zero3", marks=pytest.mark.long)])
 def test_a_whole_model_on_each_rank_would_fail_it(model: Path, kind: str) -> None:
     for peak, _, _ in run_ranks(train_one_step, RANKS, kind, str(model), True, timeout_seconds=300):
         print(kind, peak / 1e9)
