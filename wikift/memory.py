@@ -7,12 +7,20 @@ equation 1 without the attention matrix, which sdpa does not keep), double in fp
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+from typing import TYPE_CHECKING
+
 import torch
 
 from wikift.shape import Shape
-from wikift.world import World
+
+if TYPE_CHECKING:
+    from wikift.world import World
 
 STATE_BYTES = 16
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h's
 
 
 def training_bytes(
@@ -35,3 +43,16 @@ def available_bytes(world: World, local_ranks: int) -> int | None:
         return int(facts["MemAvailable"].split()[0]) * 1024 // local_ranks
     except (OSError, KeyError, ValueError):
         return None
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep what is freed, for this process from now on; nothing where the C library is not glibc.
+
+    By default glibc gives every tensor above 32 MB back to the system and gets it afresh in the next step, page by page
+    with zeros: a quarter of a step's processor time on a CPU (measured). The peak of memory stays the same.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+        mallopt(_M_TOP_PAD, 64 << 20)

@@ -26,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from wikift.command import EXIT_FAULT, EXIT_USER, report
 from wikift.errors import EnvironmentFault, UserError
+from wikift.memory import keep_freed_memory
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 _FAILED = "wikift/failed"
@@ -82,6 +83,8 @@ def start_world(device: str = "auto") -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     place = _device(device, local_rank, local_size)
+    if place.type == "cpu":
+        keep_freed_memory()
     if place.type == "cpu" and local_size > 1:
         # torchrun gives every rank one thread; share the cores out instead
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from wikift.engines.base import OPTIMIZER, SCALARS, STATES, Fragment, FragmentReader
-from wikift.model import NextTokenLoss, materialize
+from wikift.model import NextTokenLoss, compile_blocks, materialize
 from wikift.optim import AdamSettings, LossScale, ScaleRule, build_adamw, clip_and_step, total_norm
 
 
@@ -39,11 +39,11 @@ class SingleEngine:
         self.loss_scale = LossScale(ScaleRule() if precision == "fp16" else None, device, ranks)
         self.losses: Callable[[Tensor, Tensor], Tensor] = NextTokenLoss(model, precision)
         if compile:
-            self.losses = torch.compile(self.losses, dynamic=False)
+            compile_blocks(model)
 
     def forward_backward(self, blocks: Tensor, *, last: bool) -> Tensor:
         blocks = blocks.to(self.device, non_blocking=True)
-        loss = self.losses(blocks[:, :-1], blocks[:, 1:]).mean()
+        loss = self.losses(blocks[:, :-1], blocks[:, 1:]) / blocks[:, 1:].numel()
         (loss * (self.loss_scale.gain / self.accumulation)).backward()
         return loss.detach()
 
@@ -75,11 +75,11 @@ class SingleEngine:
 def summed_nll(
     model: torch.nn.Module, losses: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, targets: Tensor
 ) -> Tensor:
-    """The sum of `losses` in eval mode, float64; `model` keeps the mode it had."""
+    """`losses` in eval mode; `model` keeps the mode it had."""
     training = model.training
     model.eval()
     try:
-        return losses(inputs, targets).double().sum()
+        return losses(inputs, targets)
     finally:
         model.train(training)
 

@@ -77,7 +77,7 @@ class ZeroEngine:
     def forward_backward(self, blocks: Tensor, *, last: bool) -> Tensor:
         blocks = blocks.to(self.world.device, non_blocking=True)
         self.optimizer.loss_scaler.cur_scale = float(self.loss_scale.gain)
-        loss: Tensor = self.engine(blocks[:, :-1], blocks[:, 1:]).mean()
+        loss: Tensor = self.engine(blocks[:, :-1], blocks[:, 1:]) / blocks[:, 1:].numel()
         self.engine.backward(loss)  # divides by the accumulation and scales
         if not last:
             self.engine.step()  # counts the micro-batch

@@ -1,0 +1,149 @@
+"""What every benchmark shares: the machine's description, interleaved rounds, medians, JSON and Markdown out.
+
+    figures = interleave({"wikift": ours, "run_clm": theirs}, rounds=3)     # each a function -> {figure: number}
+    write("data", "Text to tokens", table(figures, against="run_clm", figure="MB/s"), figures, settings={"MB": 540})
+
+Loads move a machine's absolute figures by 10% and more within a minute, so the contestants take turns (the order
+turning round each time) and what may be claimed is a ratio of two medians of one run, or the median of the rounds'
+ratios. A contestant that pollutes its process (imports, threads, memory) runs in one of its own: `in_process`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+Contestant = Callable[[], Mapping[str, float]]
+Figures = dict[str, dict[str, list[float]]]  # contestant -> figure -> one value per round
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """The processor, its cores, memory, accelerators, and the versions of Python, torch and `packages`."""
+    names = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    fields = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in names if ":" in line]))
+    flags = fields.get("flags", "").split()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, Any] = {
+        "cpu": fields.get("model name", platform.processor()),
+        "cpu_family_model": f"{fields.get('cpu family', '?')}/{fields.get('model', '?')}",
+        "cpu_features": [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags],
+        "cores": cores,
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "gpus": _gpus(),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+    }
+    for package in ("torch", *packages):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _gpus() -> list[str]:
+    try:
+        asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
+    except (OSError, subprocess.CalledProcessError):
+        return []
+
+
+def interleave(contestants: Mapping[str, Contestant], rounds: int) -> Figures:
+    """Let the contestants take turns `rounds` times, every second round in the opposite order. Progress to stderr."""
+    figures: Figures = {name: {} for name in contestants}
+    for number in range(rounds):
+        for name in list(contestants) if number % 2 == 0 else reversed(list(contestants)):
+            start = time.perf_counter()
+            for figure, value in contestants[name]().items():
+                figures[name].setdefault(figure, []).append(value)
+            last = ", ".join(f"{figure} {values[-1]:.4g}" for figure, values in figures[name].items())
+            seconds = time.perf_counter() - start
+            print(f"round {number + 1} of {rounds}, {name}: {last} ({seconds:.1f} s)", file=sys.stderr, flush=True)
+    return figures
+
+
+def in_process(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, float]:
+    """Run `python -m MODULE ARGUMENTS` from the project's root; its last line on stdout is a JSON object of figures.
+
+    Raises RuntimeError with the end of its stderr where it fails.
+    """
+    ran = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+    )
+    if ran.returncode:
+        raise RuntimeError(f"{module} {' '.join(arguments)} ended with {ran.returncode}:\n{ran.stderr[-4000:]}")
+    return dict(json.loads(ran.stdout.strip().splitlines()[-1]))
+
+
+def median(figures: Figures, name: str, figure: str) -> float:
+    return statistics.median(figures[name][figure])
+
+
+def ratio(figures: Figures, name: str, against: str, figure: str) -> tuple[float, float, float]:
+    """Lowest, median and highest of the rounds' ratios `name` / `against`."""
+    ratios = [a / b for a, b in zip(figures[name][figure], figures[against][figure], strict=True)]
+    return min(ratios), statistics.median(ratios), max(ratios)
+
+
+def table(figures: Figures, *, against: str, figure: str) -> list[str]:
+    """Markdown: one line per contestant, the medians of its figures, and its ratio of `figure` to that of `against`."""
+    names = list(dict.fromkeys(name for values in figures.values() for name in values))
+    lines = [f"| | {' | '.join(names)} | {figure}, times {against} |", "|---" * (len(names) + 2) + "|"]
+    for contestant, values in figures.items():
+        cells = [f"{statistics.median(values[name]):,.4g}" if name in values else "" for name in names]
+        ratios = ratio(figures, contestant, against, figure) if figure in values else None
+        last = f"{ratios[1]:.3g} ({ratios[0]:.3g} to {ratios[2]:.3g})" if ratios else ""
+        lines.append(f"| {contestant} | {' | '.join(cells)} | {last} |")
+    return lines
+
+
+def write(
+    name: str,
+    title: str,
+    lines: Sequence[str],
+    figures: Figures,
+    *,
+    settings: Mapping[str, Any],
+    about: Mapping[str, Any] | None = None,
+    folder: Path = RESULTS,
+) -> None:
+    """Write `folder`/NAME.json (machine, settings, every round) and NAME.md (`lines`), and print the latter."""
+    about = dict(about or machine())
+    rounds = max((len(v) for values in figures.values() for v in values.values()), default=0)
+    now = time.strftime("%Y-%m-%d")
+    content = {"name": name, "date": now, "machine": about, "settings": dict(settings), "rounds": figures}
+    shown = ", ".join(f"{key} {', '.join(value) if isinstance(value, list) else value}" for key, value in about.items())
+    given = ", ".join(f"{key} {value}" for key, value in settings.items())
+    text = "\n".join(
+        (
+            f"# {title}",
+            "",
+            *lines,
+            "",
+            f"Medians of {rounds} interleaved rounds, `python -m benchmarks.{name}`, {now}; {given}.",
+            "",
+            f"Machine: {shown}.",
+            "",
+        )
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    print(text)
