@@ -136,11 +136,10 @@ def _exponentials(rows: Tensor, weight: Tensor, reference: Tensor, *, keep: bool
     """exp(logits - reference): its sum over the vocabulary (rows,) in fp32, and, to `keep`, the chunks of it."""
     sums = torch.zeros(len(rows))
     powers = []
-    wide = torch.empty(len(rows) * min(_CHUNK, len(weight)))
     for words in weight.split(_CHUNK):
         logits = rows @ words.t()
-        fp32 = logits if logits.dtype == torch.float32 else wide[: logits.numel()].view(logits.shape).copy_(logits)
-        sums += fp32.sub_(reference[:, None]).exp_().sum(1)
+        wide = logits.float()  # the same tensor in fp32
+        sums += wide.sub_(reference[:, None]).exp_().sum(1)
         if keep:
-            powers.append(logits if fp32 is logits else logits.copy_(fp32))
+            powers.append(logits if wide is logits else logits.copy_(wide))
     return sums, powers

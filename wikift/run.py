@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from wikift import __version__, derive
 from wikift.batches import count_blocks, micro_batches, sample_blocks
-from wikift.build import Built, Choice, build
+from wikift.build import Built, build
 from wikift.checkpoint import Checkpoint
 from wikift.config import TrainSettings
 from wikift.derive import Plan
@@ -73,7 +73,7 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
         built = build(settings, plan, world, run.precision, store.eos_token_id, start)
         if world.rank == 0:
             _prepare_folder(run, built, start)
-        for text in _announcement(run, built.choice, start):
+        for text in _announcement(run, built, start):
             say(text)
         done = start.step if start is not None else 0
         with _log(run, done) as log:
@@ -237,11 +237,11 @@ def _log(run: Run, done: int) -> Iterator[Log]:
         yield log
 
 
-def _announcement(run: Run, choice: Choice, start: Checkpoint | None) -> Iterator[str]:
+def _announcement(run: Run, built: Built, start: Checkpoint | None) -> Iterator[str]:
     words = derive.plan_words(run.plan)
     scratch = " from scratch" if run.settings.from_scratch else ""
     yield f"{run.settings.model}{scratch}: {words['parameters']} parameters; {words['train blocks']}"
-    yield f"engine {choice.name} ({choice.reason})"
+    yield f"engine {built.choice.name} ({built.choice.reason}), {built.compiled.name} ({built.compiled.reason})"
     yield f"{run.precision.name} on {run.world.device.type} ({run.precision.reason})"
     if run.precision.warning:
         yield f"warning: {run.precision.warning}"
