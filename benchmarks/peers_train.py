@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import resource
 import sys
 import time
@@ -198,15 +199,12 @@ def trainer(setting: Setting, *, compile: bool) -> None:
         started = True
         done.acquire()
 
-    # the training stays in the main thread, as it is for everybody else
-    threading.Thread(target=lambda: (serve(step), sys.stdout.flush(), _leave()), daemon=True).start()
+    def turns() -> None:  # beside the training, which stays in the main thread, as everybody's
+        serve(step)
+        os._exit(0)
+
+    threading.Thread(target=turns, daemon=True).start()
     made.train()
-
-
-def _leave() -> None:
-    import os
-
-    os._exit(0)
 
 
 def deepspeed_loop(setting: Setting) -> None:

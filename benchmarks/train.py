@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
@@ -42,7 +43,7 @@ def main() -> None:
     setting = Setting(**{f.name: getattr(given, f.name) for f in dataclasses.fields(Setting)})
     names = [name for name in CONTESTANTS if re.search(given.only, name)]
     processes = {name: Process(name, setting) for name in names}
-    figures = interleave({name: lambda p=p: p.turn(given.steps) for name, p in processes.items()}, given.rounds)
+    figures = interleave({name: partial(p.turn, given.steps) for name, p in processes.items()}, given.rounds)
     for name, process in processes.items():
         figures[name]["first step, s"] = [process.first_step_s] * given.rounds
     against = given.against if given.against in figures else names[0]
@@ -94,7 +95,7 @@ class Process:
                     return dict(json.loads(line))
                 except ValueError:
                     continue  # the Trainer's own log
-        raise RuntimeError(f"a contestant ended with {self.process.wait()}: {' '.join(map(str, self.process.args))}")
+        raise RuntimeError(f"a contestant ended with {self.process.wait()}: {self.process.args}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
@@ -84,14 +85,15 @@ def attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention, (rows, heads, length, width) each; scores are summed up and normalised in fp32."""
+    if dropout == 0:
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
+        )
     assert attention_mask is None, "blocks are not padded"
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if dropout == 0:
-        out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-        return out.transpose(1, 2).contiguous(), None
     length = query.shape[2]
     scores = (query @ key.transpose(2, 3)).float() * scaling
     ahead = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)

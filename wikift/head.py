@@ -53,7 +53,7 @@ def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if hidden.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         with torch.autocast("cpu", enabled=False):
             if torch.is_grad_enabled():
-                total: Tensor = _ChunkedLoss.apply(hidden, weight, targets, dtype)
+                total: Tensor = _ChunkedLoss.apply(hidden, weight, targets, dtype)  # type: ignore[no-untyped-call]
                 return total
             return _summed(hidden, weight.to(dtype), targets)[0]
     together = len(targets) if torch.is_grad_enabled() else _SCORED_TOGETHER

@@ -71,14 +71,14 @@ class NextTokenLoss(nn.Module):
         self.model, self.precision = model, precision
         fuse_loss(model.lm_head)
         self._dropouts = replace_dropout(model) if model.device.type == "cpu" else []
-        for block in model.transformer.h:
-            if isinstance(block.mlp.act, NewGELUActivation):  # the same formula in one pass
-                block.mlp.act = nn.GELU(approximate="tanh")
+        for module in list(model.modules()):
+            if isinstance(getattr(module, "act", None), NewGELUActivation):  # the same formula in one pass
+                module.act = nn.GELU(approximate="tanh")
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Summed negative log-likelihood (float64 scalar, nats) of `targets` (rows, length), -100 not scored."""
         if self.training:
-            draw(self._dropouts, *inputs.shape, self.model.config)
+            draw(self._dropouts, inputs.shape[0], inputs.shape[1], self.model.config)
         with autocast(inputs.device, self.precision):
             hidden: Tensor = self.model.transformer(input_ids=inputs, use_cache=False).last_hidden_state
             total: Tensor = self.model.lm_head(hidden.flatten(0, 1), targets.flatten())
