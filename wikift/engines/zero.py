@@ -20,7 +20,15 @@ from transformers import GPT2LMHeadModel
 
 from wikift.engines.base import STATES, Fragment, FragmentReader
 from wikift.engines.single import restore_scalars, scalar_fragments, summed_nll
-from wikift.model import DTYPES, NextTokenLoss, check_tied, keep_residual_in_fp32, materialize, parameter_shapes
+from wikift.model import (
+    DTYPES,
+    NextTokenLoss,
+    check_tied,
+    compile_blocks,
+    keep_residual_in_fp32,
+    materialize,
+    parameter_shapes,
+)
 from wikift.optim import AdamSettings, LossScale, ScaleRule, build_adamw
 from wikift.world import World, join_group
 
@@ -70,7 +78,7 @@ class ZeroEngine:
                 config=config,
             )
             if compile:
-                self.engine.compile()
+                compile_blocks(self.model)
         self.adamw: torch.optim.AdamW = self.optimizer.optimizer
         self._share_step_counts()
 
