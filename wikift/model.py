@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers.activations import NewGELUActivation
 
 from wikift import hub
+from wikift.dropout import draw, replace_dropout
 from wikift.errors import EnvironmentFault, UserError
+from wikift.head import fuse_loss, token_losses
 
-NOT_SCORED = -100
-# Positions whose logits are held at once in validation. On a CPU 128 x 50,257 x 4 bytes stay below the 32 MiB where
-# glibc starts to get memory afresh each time: page faults were two fifths of a validation's processor time (measured).
-_SCORED_TOGETHER = {"cpu": 128, "cuda": 8192}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -62,7 +61,7 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
 
 
 class NextTokenLoss(nn.Module):
-    """A language model and its loss in one module, so that every engine and torch.compile wrap both.
+    """A language model and its loss in one module, which every engine wraps.
 
     The autocast is inside: DeepSpeed switches off one that is around it.
     """
@@ -70,31 +69,50 @@ class NextTokenLoss(nn.Module):
     def __init__(self, model: GPT2LMHeadModel, precision: str = "fp32") -> None:
         super().__init__()
         self.model, self.precision = model, precision
+        fuse_loss(model.lm_head)
+        # with checkpointing, masks that are drawn at once would be what it saves
+        replaced = model.device.type == "cpu" and not model.is_gradient_checkpointing
+        self._dropouts = replace_dropout(model) if replaced else []
+        for module in list(model.modules()):
+            if isinstance(getattr(module, "act", None), NewGELUActivation):  # the same formula in one pass
+                module.act = nn.GELU(approximate="tanh")
 
     def forward(
-        self, inputs: Tensor, targets: Tensor | None, mask: Tensor | None = None, places: Tensor | None = None
+        self,
+        inputs: Tensor,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
-        """Per-token negative log-likelihood (rows * length,) in fp32 of `targets` (rows, length); 0 where -100.
+        """Summed negative log-likelihood (float64 scalar, nats) of `targets` (rows, length), -100 not scored.
 
         Without targets the logits (rows, vocabulary) in fp32 that follow on `inputs`, which may be padded on the left:
         `mask` (rows, length) is 0 there, `places` are the positions.
         """
         with autocast(inputs.device, self.precision):
             if targets is not None:
-                return self._losses(inputs, targets)
-            hidden: Tensor = self.model.transformer(
-                input_ids=inputs, attention_mask=mask, position_ids=places, use_cache=False
-            ).last_hidden_state
-            return self.model.lm_head(hidden[:, -1]).float()  # type: ignore[no-any-return]
+                total: Tensor = self.model.lm_head(self._hidden(inputs).flatten(0, 1), targets.flatten())
+                return total
+            return self.model.lm_head(self._hidden(inputs, mask, places)[:, -1]).float()  # type: ignore[no-any-return]
 
-    def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        hidden: Tensor = self.model.transformer(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-        together = hidden.shape[0] if torch.is_grad_enabled() else _SCORED_TOGETHER[hidden.device.type]
-        losses = []
-        for part, wanted in zip(hidden.split(together), targets.flatten().split(together), strict=True):
-            logits = self.model.lm_head(part).float()  # (together, vocabulary)
-            losses.append(F.cross_entropy(logits, wanted, ignore_index=NOT_SCORED, reduction="none"))
-        return torch.cat(losses)
+    def by_token(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """What `forward` sums, (rows * length,) in fp32, 0 where -100. Whole weights, no gradients."""
+        with autocast(inputs.device, self.precision):
+            return token_losses(self._hidden(inputs).flatten(0, 1), self.model.lm_head.weight, targets.flatten())
+
+    def _hidden(self, inputs: Tensor, mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+        if self.training:
+            draw(self._dropouts, inputs.shape[0], inputs.shape[1], self.model.config)
+        hidden: Tensor = self.model.transformer(
+            input_ids=inputs, attention_mask=mask, position_ids=places, use_cache=False
+        ).last_hidden_state
+        return hidden
+
+
+def compile_blocks(model: GPT2LMHeadModel) -> None:
+    """torch.compile each transformer block: their graphs are the same, so that it costs what one costs."""
+    for block in model.transformer.h:
+        block.compile(dynamic=False)
 
 
 def load_config(name: str, setting: str = "--model") -> GPT2Config:

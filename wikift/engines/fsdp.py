@@ -68,7 +68,7 @@ class FSDPEngine:
         assert isinstance(self.losses, FSDPModule)
         self.losses.set_requires_gradient_sync(last or self.reshard)
         self.losses.set_reshard_after_backward(last or self.reshard)
-        loss: Tensor = self.losses(blocks[:, :-1], blocks[:, 1:]).mean()
+        loss: Tensor = self.losses(blocks[:, :-1], blocks[:, 1:]) / blocks[:, 1:].numel()
         (loss * (self.loss_scale.gain / self.accumulation)).backward()
         return loss.detach()
 
@@ -87,7 +87,7 @@ class FSDPEngine:
         return norm
 
     def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return self._in_eval(inputs, targets).double().sum()
+        return self._in_eval(inputs, targets)
 
     def next_logits(self, inputs: Tensor, mask: Tensor, places: Tensor) -> Tensor:
         return self._in_eval(inputs, None, mask, places)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from wikift.engines.base import OPTIMIZER, SCALARS, STATES, Fragment, FragmentReader
-from wikift.model import NextTokenLoss, materialize
+from wikift.model import NextTokenLoss, compile_blocks, materialize
 from wikift.optim import AdamSettings, LossScale, ScaleRule, build_adamw, clip_and_step, total_norm
 
 
@@ -37,14 +37,13 @@ class SingleEngine:
         self.accumulation = accumulation
         self.optimizer = build_adamw(model.parameters(), adam)
         self.loss_scale = LossScale(ScaleRule() if precision == "fp16" else None, device, ranks)
-        self.plain = NextTokenLoss(model, precision)
-        self.losses: Callable[[Tensor, Tensor], Tensor] = self.plain
+        self.losses: Callable[..., Tensor] = NextTokenLoss(model, precision)
         if compile:
-            self.losses = torch.compile(self.losses, dynamic=False)
+            compile_blocks(model)
 
     def forward_backward(self, blocks: Tensor, *, last: bool) -> Tensor:
         blocks = blocks.to(self.device, non_blocking=True)
-        loss = self.losses(blocks[:, :-1], blocks[:, 1:]).mean()
+        loss = self.losses(blocks[:, :-1], blocks[:, 1:]) / blocks[:, 1:].numel()
         (loss * (self.loss_scale.gain / self.accumulation)).backward()
         return loss.detach()
 
@@ -56,11 +55,12 @@ class SingleEngine:
         return norm
 
     def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return in_eval(self.model, self.losses, inputs.to(self.device), targets.to(self.device)).double().sum()
+        return in_eval(self.model, self.losses, inputs.to(self.device), targets.to(self.device))
 
     def next_logits(self, inputs: Tensor, mask: Tensor, places: Tensor) -> Tensor:
         inputs, mask, places = (tensor.to(self.device) for tensor in (inputs, mask, places))
-        return in_eval(self.model, self.plain, inputs, None, mask, places)
+        with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+            return in_eval(self.model, self.losses, inputs, None, mask, places)
 
     def fragments(self) -> Iterator[Fragment]:
         return whole_fragments(self, rank=0, ranks=1)

@@ -20,7 +20,15 @@ from transformers import GPT2LMHeadModel
 
 from wikift.engines.base import STATES, Fragment, FragmentReader
 from wikift.engines.single import in_eval, restore_scalars, scalar_fragments
-from wikift.model import DTYPES, NextTokenLoss, check_tied, keep_residual_in_fp32, materialize, parameter_shapes
+from wikift.model import (
+    DTYPES,
+    NextTokenLoss,
+    check_tied,
+    compile_blocks,
+    keep_residual_in_fp32,
+    materialize,
+    parameter_shapes,
+)
 from wikift.optim import AdamSettings, LossScale, ScaleRule, build_adamw
 from wikift.world import World, join_group
 
@@ -70,14 +78,14 @@ class ZeroEngine:
                 config=config,
             )
             if compile:
-                self.engine.compile()
+                compile_blocks(self.model)
         self.adamw: torch.optim.AdamW = self.optimizer.optimizer
         self._share_step_counts()
 
     def forward_backward(self, blocks: Tensor, *, last: bool) -> Tensor:
         blocks = blocks.to(self.world.device, non_blocking=True)
         self.optimizer.loss_scaler.cur_scale = float(self.loss_scale.gain)
-        loss: Tensor = self.engine(blocks[:, :-1], blocks[:, 1:]).mean()
+        loss: Tensor = self.engine(blocks[:, :-1], blocks[:, 1:]) / blocks[:, 1:].numel()
         self.engine.backward(loss)  # divides by the accumulation and scales
         if not last:
             self.engine.step()  # counts the micro-batch
@@ -92,7 +100,7 @@ class ZeroEngine:
         return norm.to(self.world.device)
 
     def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return self._in_eval(inputs, targets).double().sum()
+        return self._in_eval(inputs, targets)
 
     def next_logits(self, inputs: Tensor, mask: Tensor, places: Tensor) -> Tensor:
         return self._in_eval(inputs, None, mask, places)

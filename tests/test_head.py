@@ -1,0 +1,111 @@
+"""The head's loss and its gradients are those of torch's linear and cross_entropy; dropout's masks are right.
+
+pytest tests/test_head.py
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wikift import head
+from wikift.dropout import drop
+
+
+def numbers(
+    positions: int, vocabulary: int = 5000, width: int = 32, spread: float = 1.0, seed: int = 0
+) -> list[Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    targets = torch.randint(vocabulary, (positions,), generator=random)
+    targets[::5] = head.NOT_SCORED
+    hidden = torch.randn(positions, width, generator=random) * spread
+    return [hidden, torch.randn(vocabulary, width, generator=random), targets]
+
+
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+
+
+def graded(loss_of: object, given: list[Tensor], factor: float, bf16: int = 0) -> list[Tensor]:
+    """The loss, and its gradients times `factor`."""
+    hidden, weight = (tensor.clone().requires_grad_() for tensor in given[:2])
+    with torch.autocast("cpu", torch.bfloat16, enabled=bool(bf16)):
+        loss = loss_of(hidden, weight, given[2])  # type: ignore[operator]
+    (loss * factor).backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return [loss.detach().double(), hidden.grad, weight.grad]
+
+
+def distance(found: Tensor, right: Tensor) -> float:
+    return float((found.double() - right.double()).norm() / right.double().norm())
+
+
+@pytest.mark.parametrize("positions", [1, 7, 64, 5000])  # the last in more than one block of rows
+@pytest.mark.parametrize("factor", [1.0, 0.37])
+def test_equal_to_the_plain_loss(positions: int, factor: float) -> None:
+    given = numbers(positions)
+    given[2][-1] = 3
+    for found, right in zip(
+        graded(head.summed_loss, given, factor / positions), graded(plain, given, factor / positions), strict=True
+    ):
+        assert distance(found, right) < 2e-6
+
+
+def test_without_gradients_it_is_the_same_sum() -> None:
+    given = numbers(300)
+    with torch.no_grad():
+        assert float(head.summed_loss(*given)) == pytest.approx(float(plain(*given)), rel=1e-6)
+    given[2].fill_(head.NOT_SCORED)
+    with torch.no_grad():
+        assert float(head.summed_loss(*given)) == 0.0
+
+
+def test_a_target_that_is_hopeless_is_no_overflow() -> None:
+    """Losses of hundreds of nats: exp(logit - target's) leaves fp32's range."""
+    given = numbers(50, spread=30.0)
+    with torch.no_grad():
+        assert float(plain(*given)) / 40 > 100
+    for found, right in zip(graded(head.summed_loss, given, 0.02), graded(plain, given, 0.02), strict=True):
+        assert torch.isfinite(found).all()
+        assert distance(found, right) < 2e-6
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bf16_is_no_further_from_fp32_than_the_plain_loss_in_bf16(seed: int) -> None:
+    given = numbers(512, seed=seed, spread=0.5)
+    right, stock, found = (graded(f, given, 1 / 512, b) for f, b in ((plain, 0), (plain, 1), (head.summed_loss, 1)))
+    for ours, theirs, exact in zip(found[1:], stock[1:], right[1:], strict=True):
+        assert distance(ours, exact) <= distance(theirs, exact)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_keeps_its_rate_and_its_mean(p: float) -> None:
+    from wikift.dropout import Dropout, draw
+
+    class Shape:
+        n_head, n_embd = 4, 64
+
+    modules = [(Dropout(p), True), (Dropout(p), False)]
+    torch.manual_seed(5)
+    draw(modules, 8, 128, Shape)
+    for module, _ in modules:
+        assert module.bits is not None
+        count = module.bits.numel()
+        ones = torch.ones(module.bits.shape)
+        dropped = float((drop(ones, module.bits, p) == 0).double().mean())
+        assert abs(dropped - p) < 5 * (p * (1 - p) / count) ** 0.5
+        assert drop(ones, module.bits, p).unique().tolist() == pytest.approx([0.0, 1 / (1 - p)])
+    first = modules[0][0].bits
+    assert first is not None
+    torch.manual_seed(5)
+    draw(modules, 8, 128, Shape)
+    again = modules[0][0].bits
+    assert again is not None
+    assert torch.equal(first, again)
+    draw(modules, 8, 128, Shape)
+    other = modules[0][0].bits
+    assert other is not None
+    assert not torch.equal(first, other)

@@ -1,0 +1,159 @@
+"""The language model's head and its loss as one operation: the only home of the logits.
+
+On a CPU in fp32 or bf16 the logits are made in chunks of the vocabulary, and the gradient with them, in the forward:
+
+    E = exp(logits - reference)             reference: the target's own logit, so that loss = log(sum of E)
+    dhidden = r * (E W) - W[target] / N     with r = 1 / (N * sum of E), N the number of positions
+    dW = E' (r * hidden) - scatter of hidden / N
+
+so no pass over the logits is left but the exponential's, and the softmax is never formed. Products of few rows are slow
+on a CPU, hence chunks of the vocabulary and not of the rows. Elsewhere, and in fp16, whose range E would leave, it is
+torch's linear and cross_entropy.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NOT_SCORED = -100
+_CHUNK = 2048  # words of the vocabulary whose logits are held in fp32 at once
+_ROWS = 2048  # positions whose exponentials are kept at once: 206 MB in bf16 at GPT-2's vocabulary
+_SCORED_TOGETHER = 8192  # positions whose logits a GPU holds at once in validation
+_HIGHEST_SUM = 1e30  # above it the target is so unlikely (70 nats) that another reference is taken
+
+
+def fuse_loss(head: nn.Linear) -> None:
+    """Let `head` take targets: `head(hidden, targets)` is then `summed_loss`.
+
+    The module stays the one that is called: ZeRO-3 fetches a weight when its module is.
+    """
+    head.forward = functools.partial(_forward, head)  # type: ignore[method-assign]
+
+
+def _forward(head: nn.Linear, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+    if targets is None:
+        return F.linear(hidden, head.weight)
+    return summed_loss(hidden, head.weight, targets)
+
+
+def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Summed negative log-likelihood (float64 scalar, nats) of `targets`, -100 not scored.
+
+    `hidden` (positions, width), `weight` (vocabulary, width), `targets` (positions,) int64. The products are in the
+    autocast's precision, else in the wider of the two tensors'; everything is summed in fp32 or better.
+    """
+    dtype = _dtype(hidden, weight)
+    if _is_chunked(hidden, dtype) and torch.is_grad_enabled():
+        with torch.autocast("cpu", enabled=False):
+            total: Tensor = _ChunkedLoss.apply(hidden, weight, targets, dtype)  # type: ignore[no-untyped-call]
+            return total
+    return token_losses(hidden, weight, targets).double().sum()
+
+
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """What `summed_loss` sums, (positions,) in fp32, 0 where -100; on a CPU in fp32 and bf16 without gradients."""
+    dtype = _dtype(hidden, weight)
+    if _is_chunked(hidden, dtype):
+        with torch.autocast("cpu", enabled=False):
+            return _chunked(hidden, weight.to(dtype), targets)[0]
+    together = len(targets) if torch.is_grad_enabled() else _SCORED_TOGETHER
+    losses = []
+    for part, wanted in zip(hidden.split(together), targets.split(together), strict=True):
+        logits = F.linear(part, weight).float()  # (together, vocabulary)
+        losses.append(F.cross_entropy(logits, wanted, ignore_index=NOT_SCORED, reduction="none"))
+    return torch.cat(losses)
+
+
+def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    if torch.is_autocast_enabled(hidden.device.type):
+        return torch.get_autocast_dtype(hidden.device.type)
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def _is_chunked(hidden: Tensor, dtype: torch.dtype) -> bool:
+    return hidden.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The summed loss. Its gradients are made in the forward, of the mean: what training asks for needs no scaling."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        losses, of_hidden, of_weight = _chunked(hidden, weight.to(dtype), targets, share=1 / len(targets))
+        assert of_hidden is not None
+        assert of_weight is not None
+        ctx.gradients, ctx.positions = (of_hidden, of_weight.to(weight.dtype)), len(targets)
+        return losses.double().sum()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        of_hidden, of_weight = ctx.gradients
+        del ctx.gradients  # the engine goes on in this memory
+        scale = outer[0].item() * ctx.positions
+        if abs(scale - 1) > 1e-12:
+            of_hidden, of_weight = of_hidden.mul_(scale), of_weight.mul_(scale)
+        return of_hidden, of_weight, None, None
+
+
+def _chunked(
+    hidden: Tensor, weight: Tensor, targets: Tensor, share: float = 0.0
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Losses by position, and `share` times their sum's gradients by hidden and weight where that is not 0; in fp32."""
+    of_weight = torch.empty(weight.shape, dtype=torch.float32) if share else None
+    losses, parts = [], []
+    for first, (rows, wanted) in enumerate(zip(hidden.split(_ROWS), targets.split(_ROWS), strict=True)):
+        loss, of_rows = _rows_loss(rows, weight, wanted, share, of_weight, add=first > 0)
+        losses.append(loss)
+        parts.append(of_rows)
+    return torch.cat(losses), torch.cat([p for p in parts if p is not None]) if share else None, of_weight
+
+
+def _rows_loss(
+    rows: Tensor, weight: Tensor, targets: Tensor, share: float, of_weight: Tensor | None, *, add: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Losses (rows,), their sum's gradient by `rows`; that by the weight is written to `of_weight`, or added to it."""
+    low = rows.to(weight.dtype)
+    scored = targets != NOT_SCORED
+    wanted = targets.clamp(min=0)
+    own = weight[wanted]  # (rows, width)
+    # rounded as the product rounds it, so that the target's exponential is 1
+    logit = (low.float() * own.float()).sum(1).to(weight.dtype).float()
+    reference = logit
+    sums, powers = _exponentials(low, weight, reference, keep=share != 0)
+    if not bool((sums < _HIGHEST_SUM).all()):
+        del powers
+        reference = torch.stack([(low @ words.t()).amax(1) for words in weight.split(_CHUNK)]).amax(0).float()
+        sums, powers = _exponentials(low, weight, reference, keep=share != 0)
+    loss = torch.where(scored, sums.log() + (reference - logit), 0.0)
+    if of_weight is None:
+        return loss, None
+    gain = torch.where(scored, share / sums, 0.0)[:, None]
+    scaled = (low.float() * gain).to(weight.dtype)
+    of_rows = torch.zeros(rows.shape, dtype=torch.float32)
+    for power, words, into in zip(powers, weight.split(_CHUNK), of_weight.split(_CHUNK), strict=True):
+        of_rows += power @ words
+        product = power.t() @ scaled
+        into.add_(product) if add else into.copy_(product)
+    of_rows *= gain
+    minus = torch.where(scored, -share, 0.0)[:, None]
+    of_rows += own.float() * minus
+    of_weight.index_add_(0, wanted, low.float() * minus)
+    return loss, of_rows
+
+
+def _exponentials(rows: Tensor, weight: Tensor, reference: Tensor, *, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """exp(logits - reference): its sum over the vocabulary (rows,) in fp32, and, to `keep`, the chunks of it."""
+    sums = torch.zeros(len(rows))
+    powers = []
+    for words in weight.split(_CHUNK):
+        logits = rows @ words.t()
+        wide = logits.float()  # the same tensor in fp32
+        sums += wide.sub_(reference[:, None]).exp_().sum(1)
+        if keep:
+            powers.append(logits if wide is logits else logits.copy_(wide))
+    return sums, powers
