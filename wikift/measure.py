@@ -56,7 +56,7 @@ def loaded_scorer(name: str, settings: EvaluateSettings, text: Text, world: Worl
     from transformers.utils import logging as transformers_logging
 
     from wikift import tokenizer
-    from wikift.model import NextTokenLoss, autocast, load_model, resolve_precision
+    from wikift.model import NextTokenLoss, load_model, resolve_precision
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -75,10 +75,10 @@ def loaded_scorer(name: str, settings: EvaluateSettings, text: Text, world: Worl
     precision = resolve_precision(settings.precision, world.device)
     if precision.warning:
         say(precision.warning)
-    losses = NextTokenLoss(model)
+    losses = NextTokenLoss(model, precision.name)
 
     def scored(inputs: Tensor, targets: Tensor) -> Tensor:
-        with torch.inference_mode(), autocast(world.device, precision.name):
+        with torch.inference_mode():
             return losses(inputs.to(world.device), targets.to(world.device))  # type: ignore[no-any-return]
 
     with tempfile.TemporaryDirectory(prefix="wikift-tokenizer-") as folder:
