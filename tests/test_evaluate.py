@@ -196,6 +196,20 @@ def test_json_is_an_object_a_model(made: tuple[TokenStore, Path], capsys: pytest
     assert float(rows[0]["value"]) == pytest.approx(first["perplexity"])
 
 
+def test_the_precision_that_is_said_is_the_one_computed_in(
+    made: tuple[TokenStore, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    for precision in ("fp32", "bf16"):
+        words = ["--protocol", "free", "--split", "test", "--precision", precision, "--device", "cpu", "--json"]
+        assert main([str(made[1]), *words]) == 0
+        (line,) = capsys.readouterr().out.splitlines()
+        found[precision] = json.loads(line)
+        assert found[precision]["precision"] == precision
+    assert found["bf16"]["nll"] != found["fp32"]["nll"], "rounding to 8 bits shows"
+    assert found["bf16"]["nll"] == pytest.approx(found["fp32"]["nll"], rel=1e-2)
+
+
 def test_torchrun_gives_the_same_number_once(made: tuple[TokenStore, Path], capsys: pytest.CaptureFixture[str]) -> None:
     _, run = made
     words = [str(exported(run)), "--protocol", "knn", "--split", "validation", "--json", "--precision", "fp32"]

@@ -71,7 +71,8 @@ class NextTokenLoss(nn.Module):
         self.model, self.precision = model, precision
         fuse_loss(model.lm_head)
         # with checkpointing, masks that are drawn at once would be what it saves
-        replaced = model.device.type == "cpu" and not model.is_gradient_checkpointing
+        checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        replaced = model.device.type == "cpu" and not checkpoints
         self._dropouts = replace_dropout(model) if replaced else []
         for module in list(model.modules()):
             if isinstance(getattr(module, "act", None), NewGELUActivation):  # the same formula in one pass

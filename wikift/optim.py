@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_NORM_CHUNK = 1 << 18  # elements
+_NORM_ROW = 512  # elements
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,22 @@ def build_adamw(parameters: Iterable[nn.Parameter], settings: AdamSettings) -> t
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all `gradients` together, on their device.
+    """The 2-norm of all `gradients` together, fp32, on their device.
 
-    In pieces: the CPU's fp32 norm of one tensor of 40M elements reads 3e-3 low, of a million 1e-5, of these 1e-6
-    (measured on normal numbers; smaller pieces gain little and make thousands of tensors of a large model).
+    A CPU sums fp32 squares in a few running sums, so that what is small is lost beside them: the norm of real gradients
+    of a 50,257 x 64 embedding came out 6e-5 low in pieces of 2^18, and of 40M elements at once 3e-3. In rows of 512
+    whose norms are summed in fp64 it is right to 1e-7, at the same speed (measured).
     """
-    pieces = [piece for gradient in gradients for piece in gradient.reshape(-1).split(_NORM_CHUNK)]
-    return torch.nn.utils.get_total_norm(pieces)
+    if not gradients or gradients[0].device.type != "cpu":
+        return torch.nn.utils.get_total_norm(gradients)
+    norms = []
+    for gradient in gradients:
+        flat = gradient.reshape(-1)
+        whole = flat.numel() // _NORM_ROW * _NORM_ROW
+        rows = torch.linalg.vector_norm(flat[:whole].view(-1, _NORM_ROW), dim=1)
+        norms += [torch.linalg.vector_norm(part, dtype=torch.float64) for part in (rows, flat[whole:])]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms)).float()
+    return norm
 
 
 @dataclass(frozen=True)
