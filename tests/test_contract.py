@@ -61,6 +61,7 @@ def measure(
     if precision == "fp16":  # so high that it overflows at once, and grows back soon
         set_scale(engine, ScaleRule(initial=2.0**20, window=2))
     data = torch.Generator().manual_seed(1)
+    check_one_head(engine)
     losses, norms, own = [], [], []
     for step in range(STEPS):
         batch = torch.randint(VOCABULARY, (GLOBAL_BATCH, BLOCK + 1), generator=data)
@@ -74,6 +75,7 @@ def measure(
         norms.append(float(engine.step(1e-3 if fault == "rate stands still" else 1e-3 * (step + 1))))
         own.append(float(torch.stack(means).mean()))
         losses.append(float(world.total(torch.stack(means).mean())) / world.size)
+    check_one_head(engine)
     inputs = torch.randint(VOCABULARY, (3, BLOCK + 1), generator=data)
     nll = float(engine.nll(inputs[:, :-1], inputs[:, 1:]))
     return Measured(losses, norms, whole_weights(engine, kind), nll, own)
@@ -142,6 +144,13 @@ def break_engine(engine: Any, fault: str, accumulation: int) -> None:
     elif fault == "decay everywhere":
         for group in inner.optimizer.param_groups:
             group["weight_decay"] = ADAM.weight_decay
+
+
+def check_one_head(engine: Any) -> None:
+    """After sharding, after restoring and after training: one tensor in both places, and a parameter once."""
+    model = engine.local.model if hasattr(engine, "ddp") else engine.model
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert "lm_head.weight" not in dict(model.named_parameters())
 
 
 def set_scale(engine: Any, rule: ScaleRule) -> None:

@@ -21,6 +21,7 @@ import pytest
 from rich.console import Console
 
 from tests.tiny import arguments, metrics, tiny_store
+from tests.trained import text_store
 from wikift.errors import EnvironmentFault
 from wikift.log import Log, duration, keep_until, line, open_log, panel, read_metrics
 
@@ -253,6 +254,27 @@ def test_wandb_knows_the_settings(wandb_run: tuple[Path, str]) -> None:
     found = {update.key: json.loads(update.value_json) for update in start.config.update}
     assert (found["max_steps"], found["learning_rate"], found["model"]) == (12, 0.01, "gpt2")
     assert (start.project, start.display_name) == ("wikift", "run")
+
+
+def test_samples_reach_wandb(tmp_path: Path) -> None:
+    store, run = text_store(tmp_path / "store"), tmp_path / "run"
+    (tmp_path / "prompts.txt").write_text("The Renaissance\nMaria\n")
+    shape = "n_layer=1,n_head=2,n_embd=16,n_positions=32"
+    words = {"config_overrides": shape, "block_size": 16, "max_steps": 4, "wandb": True, "sample_steps": 2}
+    line = arguments(store.path, run, **words, sample_prompts=tmp_path / "prompts.txt")
+    subprocess.run([sys.executable, str(ROOT / "launch" / "train.py"), *line], check=True, timeout=120)
+    (path,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
+    told: dict[int, Any] = {}
+    for record in wandb_records(path):
+        if record.WhichOneof("record_type") == "history":
+            for item in record.history.item:
+                if (item.key or item.nested_key[0]) == "samples":
+                    told.setdefault(record.history.step.num, json.loads(item.value_json))
+    assert sorted(told) == [2, 4]
+    tables = sorted((path.parent / "files" / "media" / "table").glob("samples_*.json"))
+    rows = [row for table in tables for row in json.loads(table.read_text())["data"]]
+    written = [json.loads(text) for text in (run / "samples.jsonl").read_text().splitlines()]
+    assert sorted(rows) == sorted([row["step"], row["prompt"], row["text"]] for row in written)
 
 
 def test_nothing_of_the_environment_is_in_any_file(wandb_run: tuple[Path, str]) -> None:

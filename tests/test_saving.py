@@ -227,3 +227,53 @@ def test_restoring_reads_only_what_a_rank_keeps(tmp_path: Path, kind: str) -> No
     for read, owned in counted:
         assert owned <= read < owned + 200_000, "its own bytes, and some words of gloo's and DeepSpeed's"
     assert sum(owned for _, owned in counted) > 10e6
+
+
+def train_in_bf16(kind: str, run: str) -> None:
+    """Two steps, then a checkpoint."""
+    from wikift.world import start_world
+
+    world, config = start_world("cpu"), tiny_config()
+    engine = make_engine(kind, world, config, precision="bf16")
+    engine.restore(random_start(config))
+    for step in range(2):
+        engine.forward_backward(torch.full((1, 9), 3 * world.rank + step), last=True)
+        engine.step(1e-3)
+    shapes = {name: list(shape) for name, shape in shapes_of(engine).items()}
+    Saver(Path(run), world, keep=1, aside=False).save(engine.fragments(), 1, {}, shapes)
+
+
+def shapes_of(engine: object) -> dict[str, tuple[int, ...]]:
+    from wikift.model import parameter_shapes
+
+    model = engine.local.model if hasattr(engine, "local") and hasattr(engine, "ddp") else engine.model  # type: ignore[attr-defined]
+    return parameter_shapes(model)
+
+
+def same_after_restore(kind: str, path: str) -> bool:
+    """Whether an engine in bf16 holds the checkpoint's fp32 numbers, not a bit rounded."""
+    from wikift.world import start_world
+
+    engine = make_engine(kind, start_world("cpu"), tiny_config(), precision="bf16")
+    checkpoint = open_checkpoint(Path(path))
+    engine.restore(checkpoint)
+    return all(
+        torch.equal(f.data.cpu(), checkpoint.read(f.name, f.state, f.start, f.start + f.data.numel()))
+        for f in engine.fragments()
+    )
+
+
+CHANGES = [("zero2", "fsdp"), ("fsdp", "ddp"), ("ddp", "zero3"), ("zero3", "zero1"), ("zero1", "zero2")]
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES)
+def test_bf16_keeps_fp32_masters_and_moments_through_a_change_of_engine(
+    tmp_path: Path, before: str, after: str
+) -> None:
+    run_ranks(train_in_bf16, 2, before, str(tmp_path))
+    (path,) = list_checkpoints(tmp_path)
+    opened = open_checkpoint(path, verify=True)
+    for state in STATES:
+        values = opened.read("transformer.wte.weight", state, 0, 97 * 32)
+        assert not torch.equal(values, values.bfloat16().float()), f"{state} has more than bf16's bits"
+    assert all(run_ranks(same_after_restore, 3, after, str(path)))

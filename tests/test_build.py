@@ -1,0 +1,46 @@
+"""Which engine --engine auto takes, on real ranks. Run: pytest tests/test_build.py"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.ranks import run_ranks
+from wikift.build import Choice
+from wikift.config import TrainSettings
+from wikift.derive import Plan
+from wikift.memory import training_bytes
+from wikift.placement import Placement
+from wikift.shape import Shape
+
+XL = Shape(n_layer=48, n_head=25, n_embd=1600)
+
+
+def chosen(shape: Shape, engine: str) -> Choice:
+    from wikift.build import choose
+    from wikift.world import start_world
+
+    world = start_world("cpu")
+    plan = Plan(Placement(world.size, 1, 1), shape, 1024, 10, 10, 0)
+    return choose(TrainSettings(engine=engine), plan, world, "fp32")
+
+
+def test_auto_by_processes_and_memory() -> None:
+    small = Shape(n_layer=2, n_head=2, n_embd=32, vocab_size=97)
+    assert run_ranks(chosen, 1, small, "auto") == [Choice("single", "one process")]
+    for choice in run_ranks(chosen, 2, small, "auto"):
+        assert choice.name == "ddp"
+        assert choice.reason.startswith("2 processes, and about")
+    huge = Shape(n_layer=480, n_head=25, n_embd=16000)  # 1.5 trillion weights fit nowhere
+    for choice in run_ranks(chosen, 2, huge, "auto"):
+        assert choice.name == "fsdp"
+        assert "more than there is" in choice.reason
+    assert [choice.name for choice in run_ranks(chosen, 2, huge, "ddp")] == ["ddp"] * 2, "asked for is asked for"
+
+
+def test_the_estimate_is_that_of_the_zero_paper_and_of_activations() -> None:
+    state = training_bytes(XL, block_size=1, micro_batch=1, precision="bf16", checkpointing=True)
+    assert state == pytest.approx(16 * 1_557_611_200, rel=1e-3), "23.2 GiB"
+    sharded = training_bytes(XL, block_size=1, micro_batch=1, precision="bf16", checkpointing=True, shards=8)
+    assert sharded == pytest.approx(state / 8, rel=1e-3)
+    more = training_bytes(XL, block_size=1024, micro_batch=4, precision="bf16", checkpointing=False) - state
+    assert more == pytest.approx(4096 * (34 * 1600 * 48 + 8 * 50257), rel=1e-2)
