@@ -7,8 +7,8 @@ On a CPU in fp32 or bf16 the logits are made in chunks of the vocabulary, and th
     dW = E' (r * hidden) - scatter of hidden / N
 
 so no pass over the logits is left but the exponential's, and the softmax is never formed. Products of few rows are slow
-on a CPU, hence chunks of the vocabulary and not of the rows. Elsewhere, in fp16, whose range E would leave, and for the
-gradients of a weight held in bf16 (FSDP2 and ZeRO), it is torch's linear and cross_entropy.
+on a CPU, hence chunks of the vocabulary and not of the rows. Elsewhere, and in fp16, whose range E would leave, it is
+torch's linear and cross_entropy.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     autocast's precision, else in the wider of the two tensors'; everything is summed in fp32 or better.
     """
     dtype = _dtype(hidden, weight)
-    if _is_chunked(hidden, weight, dtype) and torch.is_grad_enabled():
+    if _is_chunked(hidden, dtype) and torch.is_grad_enabled():
         with torch.autocast("cpu", enabled=False):
             total: Tensor = _ChunkedLoss.apply(hidden, weight, targets, dtype)  # type: ignore[no-untyped-call]
             return total
@@ -58,7 +58,7 @@ def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """What `summed_loss` sums, (positions,) in fp32, 0 where -100; on a CPU in fp32 and bf16 without gradients."""
     dtype = _dtype(hidden, weight)
-    if _is_chunked(hidden, weight, dtype):
+    if _is_chunked(hidden, dtype):
         with torch.autocast("cpu", enabled=False):
             return _chunked(hidden, weight.to(dtype), targets)[0]
     together = len(targets) if torch.is_grad_enabled() else _SCORED_TOGETHER
@@ -75,10 +75,8 @@ def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-def _is_chunked(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Not for the gradients of a weight held in bf16: these would be rounded once more than torch's are."""
-    wide = weight.dtype == torch.float32 or not torch.is_grad_enabled()
-    return hidden.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and wide
+def _is_chunked(hidden: Tensor, dtype: torch.dtype) -> bool:
+    return hidden.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
 
 
 class _ChunkedLoss(torch.autograd.Function):
