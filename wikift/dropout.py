@@ -89,7 +89,7 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Causal attention, (rows, heads, length, width) each; scores are summed up and normalised in fp32."""
     if dropout == 0 or not isinstance(module.attn_dropout, Dropout):
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
         )
     assert attention_mask is None, "blocks are not padded"
@@ -99,6 +99,7 @@ def attention(
     ahead = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
     shares = scores.masked_fill(ahead, -torch.inf).softmax(-1)
     bits = module.attn_dropout.bits
+    assert bits is not None
     out = drop(shares, bits, dropout).to(value.dtype) @ value
     return out.transpose(1, 2).contiguous(), None
 
