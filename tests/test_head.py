@@ -1,4 +1,4 @@
-"""The head's loss and its gradients are those of torch's linear and cross_entropy; dropout's masks are right.
+"""The head's loss and its gradients are those of torch's linear and cross_entropy.
 
 pytest tests/test_head.py
 """
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wikift import head
-from wikift.dropout import drop
 
 
 def numbers(
@@ -79,33 +78,3 @@ def test_bf16_is_no_further_from_fp32_than_the_plain_loss_in_bf16(seed: int) -> 
     right, stock, found = (graded(f, given, 1 / 512, b) for f, b in ((plain, 0), (plain, 1), (head.summed_loss, 1)))
     for ours, theirs, exact in zip(found[1:], stock[1:], right[1:], strict=True):
         assert distance(ours, exact) <= distance(theirs, exact)
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_keeps_its_rate_and_its_mean(p: float) -> None:
-    from wikift.dropout import Dropout, draw
-
-    class Shape:
-        n_head, n_embd = 4, 64
-
-    modules = [(Dropout(p), True), (Dropout(p), False)]
-    torch.manual_seed(5)
-    draw(modules, 8, 128, Shape)
-    for module, _ in modules:
-        assert module.bits is not None
-        count = module.bits.numel()
-        ones = torch.ones(module.bits.shape)
-        dropped = float((drop(ones, module.bits, p) == 0).double().mean())
-        assert abs(dropped - p) < 5 * (p * (1 - p) / count) ** 0.5
-        assert drop(ones, module.bits, p).unique().tolist() == pytest.approx([0.0, 1 / (1 - p)])
-    first = modules[0][0].bits
-    assert first is not None
-    torch.manual_seed(5)
-    draw(modules, 8, 128, Shape)
-    again = modules[0][0].bits
-    assert again is not None
-    assert torch.equal(first, again)
-    draw(modules, 8, 128, Shape)
-    other = modules[0][0].bits
-    assert other is not None
-    assert not torch.equal(first, other)

@@ -15,7 +15,6 @@ from transformers import AutoConfig, GenerationConfig, GPT2Config, GPT2LMHeadMod
 from transformers.activations import NewGELUActivation
 
 from wikift import hub
-from wikift.dropout import draw, replace_dropout
 from wikift.errors import EnvironmentFault, UserError
 from wikift.head import fuse_loss, token_losses
 
@@ -70,10 +69,6 @@ class NextTokenLoss(nn.Module):
         super().__init__()
         self.model, self.precision = model, precision
         fuse_loss(model.lm_head)
-        # with checkpointing, masks that are drawn at once would be what it saves
-        checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-        replaced = model.device.type == "cpu" and not checkpoints
-        self._dropouts = replace_dropout(model) if replaced else []
         for module in list(model.modules()):
             if isinstance(getattr(module, "act", None), NewGELUActivation):  # the same formula in one pass
                 module.act = nn.GELU(approximate="tanh")
@@ -102,8 +97,6 @@ class NextTokenLoss(nn.Module):
             return token_losses(self._hidden(inputs).flatten(0, 1), self.model.lm_head.weight, targets.flatten())
 
     def _hidden(self, inputs: Tensor, mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:
-        if self.training:
-            draw(self._dropouts, inputs.shape[0], inputs.shape[1], self.model.config)
         hidden: Tensor = self.model.transformer(
             input_ids=inputs, attention_mask=mask, position_ids=places, use_cache=False
         ).last_hidden_state
