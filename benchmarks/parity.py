@@ -150,7 +150,10 @@ def compared(figures: Figures) -> list[str]:
             f"{statistics.mean(gaps):+.4f} | {max(gaps, key=abs):+.4f} | {spread[0]:.4f} / {spread[1]:.4f} | "
             f"{ours_exact[step][0] - theirs_exact[step][0]:+.1e} |"
         )
-    lines += ["", f"The means differ by less than the smaller of the two standard deviations over seeds in {inside} of "]
+    lines += [
+        "",
+        f"The means differ by less than the smaller of the two standard deviations over seeds in {inside} of ",
+    ]
     lines[-1] += f"{len(ours)} validations."
     return lines
 

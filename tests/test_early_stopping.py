@@ -26,7 +26,13 @@ from wikift.loop import Due
 from wikift.patience import Patience, patience_of
 
 # at this rate the validation loss of the tiny model falls and then rises
-WORDS: dict[str, Any] = {"max_steps": 40, "eval_steps": 2, "save_steps": 4, "learning_rate": 0.05, "save_total_limit": 2}
+WORDS: dict[str, Any] = {
+    "max_steps": 40,
+    "eval_steps": 2,
+    "save_steps": 4,
+    "learning_rate": 0.05,
+    "save_total_limit": 2,
+}
 
 
 @pytest.fixture(scope="module")

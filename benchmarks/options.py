@@ -1,0 +1,220 @@
+"""What helps fine-tuning? Each option against the defaults, over seeds, on a small model; docs/experiments.md has the log.
+
+    python -m benchmarks.options [--steps 150] [--seeds 1 2 3] [--only NAME ...]
+
+A GPT-2 of two layers is trained on Wikipedia's summaries, then fine-tuned on WikiText's articles (most of its validation
+split, in place of the train split that is not at hand) and validated on articles it has not seen. Optimizers that
+wikift has not are tried in a plain loop on the same blocks; "AdamW, plain loop" shows that the loop is wikift's run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import small
+from benchmarks.harness import ROOT, Figures, in_process, machine, write
+from benchmarks.small import BLOCK
+
+BATCH, RATE = 8, 1e-3  # blocks a step, learning rate
+PLAIN = {"AdamW, plain loop": "adamw", "Muon (torch.optim)": "muon", "schedule-free AdamW": "schedulefree"}
+DEFAULTS = "defaults: linear to 0, no warm-up, dropout 0.1"
+OPTIONS: dict[str, list[str]] = {
+    DEFAULTS: [],
+    "--warmup-steps 0.1": ["--warmup-steps", "0.1"],
+    "--lr-scheduler-type cosine": ["--lr-scheduler-type", "cosine"],
+    "--lr-scheduler-type constant": ["--lr-scheduler-type", "constant"],
+    "warmup_stable_decay, --decay-steps 0.2": ["--lr-scheduler-type", "warmup_stable_decay"],
+    "warmup_stable_decay, --decay-steps 0.5": ["--lr-scheduler-type", "warmup_stable_decay", "--decay-steps", "0.5"],
+    "--dropout 0": ["--dropout", "0"],
+    "--dropout 0.2": ["--dropout", "0.2"],
+    "--learning-rate 5e-4": ["--learning-rate", "5e-4"],
+    "--learning-rate 2e-3": ["--learning-rate", "2e-3"],
+    "--weight-decay 0.1": ["--weight-decay", "0.1"],
+}
+AVERAGED = {"defaults, --average-last 4": [], "constant, --average-last 4": ["--lr-scheduler-type", "constant"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--only", nargs="+", help="parts of names")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "wikift-options")
+    parser.add_argument("--plain", nargs=2, metavar=("OPTIMIZER", "SEED"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.plain:
+        print(json.dumps({"loss": plain_loss(given.folder, given.plain[0], int(given.plain[1]), given.steps)}))
+        return
+    prepare(given.folder)
+    contestants = _contestants(given)
+    names = [name for name in contestants if not given.only or any(part in name for part in (*given.only, "defaults:"))]
+    jobs = [(name, seed) for seed in given.seeds for name in names]
+    figures: Figures = {name: {"loss": []} for name in names}
+    with small.pool() as pool:
+        for (name, seed), loss in zip(jobs, pool.map(lambda job: contestants[job[0]](job[1]), jobs), strict=True):
+            print(f"{name}, seed {seed}: {loss:.4f}", file=sys.stderr, flush=True)
+            figures[name]["loss"].append(loss)
+    settings = {
+        "model": "GPT-2, 2 layers of 128, trained for 300 steps of 2,048 tokens on summaries", "tokens a block": BLOCK,
+        "blocks a step": BATCH, "steps": given.steps, "learning rate": RATE, "precision": "fp32",
+        "seeds": ", ".join(map(str, given.seeds)), "text": "rows 400 to 3,759 of WikiText's validation split; rows 0 to 399",
+    }  # fmt: skip
+    how = "Validation losses at the end in nats per token, each seed's in options.json"
+    write("options", "What helps fine-tuning", compared(figures), figures, settings=settings, about=machine(), how=how)
+
+
+def prepare(folder: Path) -> None:
+    """The two stores, and the model to fine-tune."""
+    small.store(folder / "store")
+    small.store(folder / "articles", train=("validation", 400, None))
+    if not (folder / "pretrained" / "hf").exists():
+        start = small.initial(folder / "initial", 0)
+        words = ["--model", str(start), "--data", str(folder / "store"), "--max-steps", "300", "--eval-steps", "300"]
+        words += ["--block-size", str(BLOCK), "--global-batch-size", "16", "--learning-rate", "2e-3"]
+        small.train(folder / "pretrained", *words, "--warmup-steps", "30")
+        _consolidate(folder / "pretrained")
+
+
+def _contestants(given: argparse.Namespace) -> dict[str, Callable[[int], float]]:
+    """By name: a function of the seed that trains and gives the last validation loss."""
+    folder = given.folder
+
+    def trained(name: str, seed: int, words: list[str]) -> Path:
+        run = Path(folder / "runs" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}")
+        command = [
+            "--data",
+            str(folder / "articles"),
+            "--model",
+            str(folder / "pretrained" / "hf"),
+            "--seed",
+            str(seed),
+        ]
+        command += ["--block-size", str(BLOCK), "--global-batch-size", str(BATCH), "--max-steps", str(given.steps)]
+        if "--learning-rate" not in words:
+            words = [*words, "--learning-rate", str(RATE)]
+        small.train(run, *command, *words, "--resume", "never")
+        return run
+
+    def last_loss(name: str, words: list[str]) -> Callable[[int], float]:
+        return lambda seed: _last_loss(trained(name, seed, words))
+
+    def mean_loss(name: str, words: list[str]) -> Callable[[int], float]:
+        every = ["--save-steps", str(given.steps // 10), "--save-total-limit", "4"]
+        return lambda seed: _consolidate(trained(name, seed, [*words, *every]), "--average-last", "4")
+
+    def plain(kind: str) -> Callable[[int], float]:
+        words = ["--folder", str(folder), "--steps", str(given.steps), "--plain", kind]
+        return lambda seed: in_process("benchmarks.options", *words, str(seed), environment=small.environment())["loss"]
+
+    def short_first(seed: int) -> float:
+        half = ["--max-steps", str(given.steps // 2)]
+        short = [*half, "--block-size", str(BLOCK // 2), "--global-batch-size", str(2 * BATCH)]
+        first = trained("short first", seed, [*short, "--lr-scheduler-type", "constant"])
+        _consolidate(first)
+        return _last_loss(trained("then long", seed, [*half, "--model", str(first / "hf")]))
+
+    found = {name: last_loss(name, words) for name, words in OPTIONS.items()}
+    found |= {name: mean_loss(name, words) for name, words in AVERAGED.items()}
+    found["half of the steps in blocks of 64, constant, then of 128"] = short_first
+    return found | {name: plain(kind) for name, kind in PLAIN.items()}
+
+
+def _last_loss(run: Path) -> float:
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    return float(last["eval_loss"])
+
+
+def _consolidate(run: Path, *words: str) -> float:
+    """Make RUN/hf; gives the mean's loss where one was asked for. Raises RuntimeError with what was said."""
+    command = [sys.executable, "launch/consolidate.py", str(run), *words]
+    ran = subprocess.run(command, cwd=ROOT, env=small.environment(), capture_output=True, text=True)
+    if ran.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {ran.returncode}:\n{ran.stderr[-4000:]}")
+    found = re.search(r"the mean's loss is ([\d.]+) ", ran.stdout)
+    return float(found[1]) if found is not None else float("nan")
+
+
+def plain_loss(folder: Path, kind: str, seed: int, steps: int) -> float:
+    """Fine-tune in a plain loop with another optimizer, its rate linear to 0 (schedule-free: constant)."""
+    import numpy as np
+    import torch
+
+    from wikift.batches import count_blocks, micro_batches
+    from wikift.model import NextTokenLoss, load_model
+    from wikift.optim import Schedule
+    from wikift.scoring import score_split
+    from wikift.tokens import open_store
+    from wikift.world import World
+    from wikift.world import seed as seed_of
+
+    store = open_store(folder / "articles")
+    tokens = store.tokens("train")
+    stream = micro_batches(
+        tokens, np.arange(count_blocks(len(tokens), BLOCK)), block_size=BLOCK, micro_batch=BATCH, accumulation=1,
+        rank=0, ranks=1, run_seed=seed, first_step=0,
+    )  # fmt: skip
+    model = load_model(str(folder / "pretrained" / "hf"))
+    losses = NextTokenLoss(model)
+    # Muon is for the matrices inside; embeddings, biases and gains stay with AdamW (Jordan et al., 2024)
+    inside = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name]
+    others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".h." in name)]
+    optimizers: list[torch.optim.Optimizer]
+    if kind == "muon":
+        # this adjustment makes its updates as large as AdamW's, so that the same rate serves both
+        muon = torch.optim.Muon(inside, lr=RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        optimizers = [muon, torch.optim.AdamW(others, lr=RATE, weight_decay=0.0)]
+    elif kind == "schedulefree":
+        from schedulefree import AdamWScheduleFree
+
+        optimizers = [AdamWScheduleFree(model.parameters(), lr=RATE, weight_decay=0.0, warmup_steps=steps // 20)]
+    else:
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)]
+    schedule = Schedule("constant" if kind == "schedulefree" else "linear", RATE, 0, steps)
+    model.train()
+    for optimizer in optimizers:
+        getattr(optimizer, "train", lambda: None)()
+    for step in range(1, steps + 1):
+        torch.manual_seed(seed_of(seed, "dropout", step, 0))
+        (blocks,) = next(stream)
+        losses(blocks[:, :-1], blocks[:, 1:]).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.lr_at(step)
+            optimizer.step()
+            optimizer.zero_grad()
+    for optimizer in optimizers:
+        getattr(optimizer, "eval", lambda: None)()
+    model.eval()
+    with torch.no_grad():
+        return score_split(
+            lambda inputs, targets: losses(inputs, targets).double().sum(), store, "validation",
+            context=BLOCK, stride=BLOCK, batch=8, world=World(),
+        ).loss  # fmt: skip
+
+
+def compared(figures: Figures) -> list[str]:
+    """Markdown: the mean of each option, and how much lower its losses are than the same seed's with the defaults."""
+    base = figures[DEFAULTS]["loss"]
+    lines = ["| | validation loss, mean | minus the defaults', mean of the same seeds | lowest to highest |"]
+    lines.append("|---|---:|---:|---:|")
+    for name, values in figures.items():
+        gaps = [a - b for a, b in zip(values["loss"], base, strict=True)]
+        span = f"{min(gaps):+.4f} to {max(gaps):+.4f}"
+        row = f"| {name} | {statistics.mean(values['loss']):.4f} | {statistics.mean(gaps):+.4f} | {span} |"
+        lines.append(row)
+    if len(base) > 1:
+        lines += ["", f"Standard deviation of the defaults over seeds: {statistics.stdev(base):.4f}."]
+    return lines
+
+
+if __name__ == "__main__":
+    main()
