@@ -1,10 +1,10 @@
-"""What helps fine-tuning? Each option against the defaults, over seeds, on a small model; docs/experiments.md has the log.
+"""What helps fine-tuning? Each option against the defaults, over seeds, on a small model: docs/experiments.md.
 
     python -m benchmarks.options [--steps 150] [--seeds 1 2 3] [--only NAME ...]
 
-A GPT-2 of two layers is trained on Wikipedia's summaries, then fine-tuned on WikiText's articles (most of its validation
-split, in place of the train split that is not at hand) and validated on articles it has not seen. Optimizers that
-wikift has not are tried in a plain loop on the same blocks; "AdamW, plain loop" shows that the loop is wikift's run.
+A GPT-2 of two layers is trained on Wikipedia's summaries, then fine-tuned on WikiText's articles (most of its
+validation split, in place of the train split that is not at hand) and validated on articles it has not seen. Optimizers
+that wikift has not are tried in a plain loop on the same blocks; "AdamW, plain loop" shows that it is wikift's run.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def main() -> None:
     settings = {
         "model": "GPT-2, 2 layers of 128, trained for 300 steps of 2,048 tokens on summaries", "tokens a block": BLOCK,
         "blocks a step": BATCH, "steps": given.steps, "learning rate": RATE, "precision": "fp32",
-        "seeds": ", ".join(map(str, given.seeds)), "text": "rows 400 to 3,759 of WikiText's validation split; rows 0 to 399",
+        "seeds": ", ".join(map(str, given.seeds)),
+        "trained on": "rows 400 to 3,759 of WikiText's validation split", "validated on": "rows 0 to 399",
     }  # fmt: skip
     how = "Validation losses at the end in nats per token, each seed's in options.json"
     write("options", "What helps fine-tuning", compared(figures), figures, settings=settings, about=machine(), how=how)
@@ -89,18 +90,12 @@ def _contestants(given: argparse.Namespace) -> dict[str, Callable[[int], float]]
 
     def trained(name: str, seed: int, words: list[str]) -> Path:
         run = Path(folder / "runs" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}")
-        command = [
-            "--data",
-            str(folder / "articles"),
-            "--model",
-            str(folder / "pretrained" / "hf"),
-            "--seed",
-            str(seed),
-        ]
-        command += ["--block-size", str(BLOCK), "--global-batch-size", str(BATCH), "--max-steps", str(given.steps)]
-        if "--learning-rate" not in words:
-            words = [*words, "--learning-rate", str(RATE)]
-        small.train(run, *command, *words, "--resume", "never")
+        asked = {
+            "--data": str(folder / "articles"), "--model": str(folder / "pretrained" / "hf"), "--seed": str(seed),
+            "--block-size": str(BLOCK), "--global-batch-size": str(BATCH), "--max-steps": str(given.steps),
+            "--learning-rate": str(RATE), **dict(zip(words[::2], words[1::2], strict=True)),
+        }  # fmt: skip
+        small.train(run, *(word for pair in asked.items() for word in pair), "--resume", "never")
         return run
 
     def last_loss(name: str, words: list[str]) -> Callable[[int], float]:
