@@ -10,18 +10,16 @@ that wikift has not are tried in a plain loop on the same blocks; "AdamW, plain 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from benchmarks import small
-from benchmarks.harness import ROOT, Figures, in_process, machine, write
+from benchmarks.harness import Figures, machine, write
 from benchmarks.small import BLOCK
+from wikift.export import export
 
 BATCH, RATE = 8, 1e-3  # blocks a step, learning rate
 PLAIN = {"AdamW, plain loop": "adamw", "Muon (torch.optim)": "muon", "schedule-free AdamW": "schedulefree"}
@@ -39,6 +37,7 @@ OPTIONS: dict[str, list[str]] = {
     "--learning-rate 2e-3": ["--learning-rate", "2e-3"],
     "--weight-decay 0.1": ["--weight-decay", "0.1"],
 }
+SHORT_FIRST = "half of the steps in blocks of 64, constant, then of 128"
 AVERAGED = {"defaults, --average-last 4": [], "constant, --average-last 4": ["--lr-scheduler-type", "constant"]}
 
 
@@ -48,20 +47,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--only", nargs="+", help="parts of names")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "wikift-options")
-    parser.add_argument("--plain", nargs=2, metavar=("OPTIMIZER", "SEED"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.plain:
-        print(json.dumps({"loss": plain_loss(given.folder, given.plain[0], int(given.plain[1]), given.steps)}))
-        return
     prepare(given.folder)
-    contestants = _contestants(given)
-    names = [name for name in contestants if not given.only or any(part in name for part in (*given.only, "defaults:"))]
-    jobs = [(name, seed) for seed in given.seeds for name in names]
+    every = [*OPTIONS, *AVERAGED, SHORT_FIRST, *PLAIN]
+    names = [name for name in every if not given.only or any(part in name for part in (*given.only, DEFAULTS))]
+    jobs = [Job(given.folder, given.steps, name, seed) for seed in given.seeds for name in names]
     figures: Figures = {name: {"loss": []} for name in names}
-    with small.pool() as pool:
-        for (name, seed), loss in zip(jobs, pool.map(lambda job: contestants[job[0]](job[1]), jobs), strict=True):
-            print(f"{name}, seed {seed}: {loss:.4f}", file=sys.stderr, flush=True)
-            figures[name]["loss"].append(loss)
+    for job, loss in zip(jobs, small.side_by_side(tuned, jobs), strict=True):
+        figures[job.name]["loss"].append(loss)
     settings = {
         "model": "GPT-2, 2 layers of 128, trained for 300 steps of 2,048 tokens on summaries", "tokens a block": BLOCK,
         "blocks a step": BATCH, "steps": given.steps, "learning rate": RATE, "precision": "fp32",
@@ -81,63 +74,56 @@ def prepare(folder: Path) -> None:
         words = ["--model", str(start), "--data", str(folder / "store"), "--max-steps", "300", "--eval-steps", "300"]
         words += ["--block-size", str(BLOCK), "--global-batch-size", "16", "--learning-rate", "2e-3"]
         small.train(folder / "pretrained", *words, "--warmup-steps", "30")
-        _consolidate(folder / "pretrained")
+        consolidated(folder / "pretrained")
 
 
-def _contestants(given: argparse.Namespace) -> dict[str, Callable[[int], float]]:
-    """By name: a function of the seed that trains and gives the last validation loss."""
-    folder = given.folder
+class Job(NamedTuple):
+    """One fine-tuning."""
 
-    def trained(name: str, seed: int, words: list[str]) -> Path:
-        run = Path(folder / "runs" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}")
-        asked = {
-            "--data": str(folder / "articles"), "--model": str(folder / "pretrained" / "hf"), "--seed": str(seed),
-            "--block-size": str(BLOCK), "--global-batch-size": str(BATCH), "--max-steps": str(given.steps),
-            "--learning-rate": str(RATE), **dict(zip(words[::2], words[1::2], strict=True)),
-        }  # fmt: skip
-        small.train(run, *(word for pair in asked.items() for word in pair), "--resume", "never")
-        return run
+    folder: Path
+    steps: int
+    name: str
+    seed: int
 
-    def last_loss(name: str, words: list[str]) -> Callable[[int], float]:
-        return lambda seed: _last_loss(trained(name, seed, words))
 
-    def mean_loss(name: str, words: list[str]) -> Callable[[int], float]:
-        every = ["--save-steps", str(given.steps // 10), "--save-total-limit", "4"]
-        return lambda seed: _consolidate(trained(name, seed, [*words, *every]), "--average-last", "4")
-
-    def plain(kind: str) -> Callable[[int], float]:
-        words = ["--folder", str(folder), "--steps", str(given.steps), "--plain", kind]
-        return lambda seed: in_process("benchmarks.options", *words, str(seed), environment=small.environment())["loss"]
-
-    def short_first(seed: int) -> float:
-        half = ["--max-steps", str(given.steps // 2)]
+def tuned(job: Job) -> float:
+    """Fine-tune; gives the validation loss at the end."""
+    if job.name in PLAIN:
+        return plain_loss(job, PLAIN[job.name])
+    if job.name in AVERAGED:
+        saving = ["--save-steps", str(max(1, job.steps // 10)), "--save-total-limit", "4"]
+        return consolidated(wikift_run(job, "", [*AVERAGED[job.name], *saving])[0], 4)
+    if job.name == SHORT_FIRST:
+        half = ["--max-steps", str(job.steps // 2)]
         short = [*half, "--block-size", str(BLOCK // 2), "--global-batch-size", str(2 * BATCH)]
-        first = trained("short first", seed, [*short, "--lr-scheduler-type", "constant"])
-        _consolidate(first)
-        return _last_loss(trained("then long", seed, [*half, "--model", str(first / "hf")]))
-
-    found = {name: last_loss(name, words) for name, words in OPTIONS.items()}
-    found |= {name: mean_loss(name, words) for name, words in AVERAGED.items()}
-    found["half of the steps in blocks of 64, constant, then of 128"] = short_first
-    return found | {name: plain(kind) for name, kind in PLAIN.items()}
+        first, _ = wikift_run(job, "-short", [*short, "--lr-scheduler-type", "constant"])
+        consolidated(first)
+        return wikift_run(job, "-long", [*half, "--model", str(first / "hf")])[1]
+    return wikift_run(job, "", OPTIONS[job.name])[1]
 
 
-def _last_loss(run: Path) -> float:
-    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    return float(last["eval_loss"])
+def wikift_run(job: Job, mark: str, words: list[str]) -> tuple[Path, float]:
+    """Fine-tune with wikift; gives the run and its last validation loss."""
+    asked = {
+        "--data": str(job.folder / "articles"), "--model": str(job.folder / "pretrained" / "hf"),
+        "--block-size": str(BLOCK), "--global-batch-size": str(BATCH), "--max-steps": str(job.steps),
+        "--learning-rate": str(RATE), "--seed": str(job.seed), **dict(zip(words[::2], words[1::2], strict=True)),
+    }  # fmt: skip
+    run = job.folder / "runs" / f"{re.sub('[^a-z0-9]+', '-', job.name.lower())}{mark}-{job.seed}"
+    curve = small.train(run, *(word for pair in asked.items() for word in pair))
+    return run, curve[max(curve)]
 
 
-def _consolidate(run: Path, *words: str) -> float:
-    """Make RUN/hf; gives the mean's loss where one was asked for. Raises RuntimeError with what was said."""
-    command = [sys.executable, "launch/consolidate.py", str(run), *words]
-    ran = subprocess.run(command, cwd=ROOT, env=small.environment(), capture_output=True, text=True)
-    if ran.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {ran.returncode}:\n{ran.stderr[-4000:]}")
-    found = re.search(r"the mean's loss is ([\d.]+) ", ran.stdout)
+def consolidated(run: Path, average_last: int | None = None) -> float:
+    """Make RUN/hf; gives the mean's validation loss where one was asked for."""
+    said: list[str] = []
+    words: dict[str, Any] = {"step": None, "best": False, "dtype": "float32", "max_shard_size": "5GB"}
+    export(run, None, **words, average_last=average_last, say=said.append)
+    found = re.search(r"the mean's loss is ([\d.]+) ", said[0])
     return float(found[1]) if found is not None else float("nan")
 
 
-def plain_loss(folder: Path, kind: str, seed: int, steps: int) -> float:
+def plain_loss(job: Job, kind: str) -> float:
     """Fine-tune in a plain loop with another optimizer, its rate linear to 0 (schedule-free: constant)."""
     import numpy as np
     import torch
@@ -150,6 +136,7 @@ def plain_loss(folder: Path, kind: str, seed: int, steps: int) -> float:
     from wikift.world import World
     from wikift.world import seed as seed_of
 
+    folder, steps, _, seed = job
     store = open_store(folder / "articles")
     tokens = store.tokens("train")
     stream = micro_batches(

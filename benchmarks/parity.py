@@ -12,15 +12,14 @@ curves should differ by less than two seeds do; dropout off, by rounding. The Tr
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import small
-from benchmarks.harness import RESULTS, Figures, in_process, machine, write
+from benchmarks.harness import RESULTS, Figures, machine, write
 from benchmarks.small import BLOCK, Curve
 
 BATCH = 16  # blocks a step
@@ -32,24 +31,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "wikift-parity")
-    parser.add_argument("--one", nargs=2, metavar=("SEED", "DROPOUT"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.one:
-        print(json.dumps(trainer_curve(given.folder, int(given.one[0]), float(given.one[1]), given.steps)))
-        return
     small.store(given.folder / "store")
-    jobs = [(name, seed, 0.1) for seed in given.seeds for name in ("wikift", "Trainer")]
-    jobs += [(name, given.seeds[0], 0.0) for name in ("wikift", "Trainer")]
     for seed in given.seeds:
         small.initial(given.folder / f"initial-{seed}", seed)
-    with small.pool() as pool:
-        curves = dict(zip(jobs, pool.map(lambda job: _curve(given, *job), jobs), strict=True))
-    figures: Figures = {
-        name + ("" if dropout else ", dropout 0"): {} for name, dropout in dict.fromkeys((j[0], j[2]) for j in jobs)
-    }
-    for (name, _, dropout), curve in curves.items():
+    jobs = [Job(given.folder, given.steps, name, seed, 0.1) for seed in given.seeds for name in ("wikift", "Trainer")]
+    jobs += [Job(given.folder, given.steps, name, given.seeds[0], 0.0) for name in ("wikift", "Trainer")]
+    figures: Figures = {}
+    for job, curve in zip(jobs, small.side_by_side(trained, jobs), strict=True):
+        values = figures.setdefault(job.name + ("" if job.dropout else ", dropout 0"), {})
         for step, loss in curve.items():
-            figures[name + ("" if dropout else ", dropout 0")].setdefault(str(step), []).append(loss)
+            values.setdefault(str(step), []).append(loss)
     picture(figures, given.seeds, RESULTS / "parity.png")
     settings = {
         "model": "GPT-2, 2 layers of 128, vocabulary 4,096, random weights", "tokens a block": BLOCK,
@@ -63,21 +55,29 @@ def main() -> None:
     write("parity", "wikift and the Trainer learn the same", lines, figures, settings=settings, about=about, how=how)
 
 
-def _curve(given: argparse.Namespace, name: str, seed: int, dropout: float) -> Curve:
-    if name == "Trainer":
-        words = ["--folder", str(given.folder), "--steps", str(given.steps), "--one", str(seed), str(dropout)]
-        found = in_process("benchmarks.parity", *words, environment=small.environment())
-        return {int(step): loss for step, loss in found.items()}
+class Job(NamedTuple):
+    """One training."""
+
+    folder: Path
+    steps: int
+    name: str  # wikift or Trainer
+    seed: int
+    dropout: float
+
+
+def trained(job: Job) -> Curve:
+    if job.name == "Trainer":
+        return trainer_curve(job.folder, job.seed, job.dropout, job.steps)
     return small.train(
-        given.folder / f"run-{seed}-{dropout}", "--resume", "never", "--data", str(given.folder / "store"),
-        "--model", str(given.folder / f"initial-{seed}"), "--block-size", str(BLOCK), "--seed", str(seed),
-        "--global-batch-size", str(BATCH), "--per-device-train-batch-size", str(BATCH), "--dropout", str(dropout),
-        "--learning-rate", str(RATE), "--warmup-steps", str(WARMUP), "--max-steps", str(given.steps),
+        job.folder / f"run-{job.seed}-{job.dropout}", "--data", str(job.folder / "store"),
+        "--model", str(job.folder / f"initial-{job.seed}"), "--block-size", str(BLOCK), "--seed", str(job.seed),
+        "--global-batch-size", str(BATCH), "--per-device-train-batch-size", str(BATCH), "--dropout", str(job.dropout),
+        "--learning-rate", str(RATE), "--warmup-steps", str(WARMUP), "--max-steps", str(job.steps),
         "--eval-steps", str(EVERY),
     )  # fmt: skip
 
 
-def trainer_curve(folder: Path, seed: int, dropout: float, steps: int) -> dict[str, float]:
+def trainer_curve(folder: Path, seed: int, dropout: float, steps: int) -> Curve:
     """Train with transformers' Trainer; gives its validation losses by step."""
     import numpy as np
     import torch
@@ -98,7 +98,7 @@ def trainer_curve(folder: Path, seed: int, dropout: float, steps: int) -> dict[s
     blocks = torch.cat([step[0] for step in islice(stream, steps)])  # (steps * BATCH, BLOCK + 1), in order
     rates = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
     model = GPT2LMHeadModel.from_pretrained(folder / f"initial-{seed}", **rates)
-    curve: dict[str, float] = {}
+    curve: Curve = {}
 
     class InOrder(Trainer):
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -116,7 +116,7 @@ def trainer_curve(folder: Path, seed: int, dropout: float, steps: int) -> dict[s
                     context=BLOCK, stride=BLOCK, batch=8, world=World(),
                 )  # fmt: skip
             model.train()
-            curve[str(state.global_step)] = score.loss
+            curve[state.global_step] = score.loss
 
     with tempfile.TemporaryDirectory() as output:
         arguments = TrainingArguments(
@@ -135,8 +135,8 @@ def compared(figures: Figures) -> list[str]:
     ours, theirs = figures["wikift"], figures["Trainer"]
     ours_exact, theirs_exact = figures["wikift, dropout 0"], figures["Trainer, dropout 0"]
     lines = [
-        "| step | wikift, mean | Trainer, mean | wikift − Trainer, mean | wikift − Trainer, largest of one seed "
-        "| standard deviation over seeds, wikift / Trainer | dropout 0: wikift − Trainer |",
+        "| step | wikift, mean | Trainer, mean | wikift - Trainer, mean | wikift - Trainer, largest of one seed "
+        "| standard deviation over seeds, wikift / Trainer | dropout 0: wikift - Trainer |",
         "|---|" + "---:|" * 6,
     ]
     inside = 0
@@ -150,12 +150,8 @@ def compared(figures: Figures) -> list[str]:
             f"{statistics.mean(gaps):+.4f} | {max(gaps, key=abs):+.4f} | {spread[0]:.4f} / {spread[1]:.4f} | "
             f"{ours_exact[step][0] - theirs_exact[step][0]:+.1e} |"
         )
-    lines += [
-        "",
-        f"The means differ by less than the smaller of the two standard deviations over seeds in {inside} of ",
-    ]
-    lines[-1] += f"{len(ours)} validations."
-    return lines
+    words = f"in {inside} of {len(ours)} validations."
+    return [*lines, "", f"The means differ by less than the smaller of the two standard deviations over seeds {words}"]
 
 
 def picture(figures: Figures, seeds: list[int], file: Path) -> None:
@@ -178,7 +174,7 @@ def picture(figures: Figures, seeds: list[int], file: Path) -> None:
     below.plot(steps, gap, color="black", linestyle=":", label=f"dropout 0, seed {seeds[0]}")
     above.set_ylabel("validation loss, nats per token")
     above.legend(ncols=2)
-    below.set_ylabel("wikift − Trainer")
+    below.set_ylabel("wikift - Trainer")
     below.set_xlabel("step")
     below.legend()
     whole.tight_layout()

@@ -7,18 +7,20 @@ The text is the tests' stand-in for WikiText (WIKIFT_TEST_DATA, see tests/real.p
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
-from benchmarks.harness import ROOT
 from tests.real import WIKITEXT_MIRROR
 
 VOCABULARY = 4096
 BLOCK = 128  # tokens
 Curve = dict[int, float]  # step -> validation loss
+Job, Result = TypeVar("Job"), TypeVar("Result")
 Rows = tuple[str, int, int | None]  # split, first row, one past the last
 
 
@@ -57,19 +59,21 @@ def initial(folder: Path, seed: int) -> Path:
 
 
 def train(run: Path, *words: str) -> Curve:
-    """Run `launch/train.py` on one thread; gives its validation losses. Raises RuntimeError with what it said."""
-    command = [sys.executable, "launch/train.py", *words, "--output-dir", str(run), "--precision", "fp32", "--quiet"]
-    ran = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    if ran.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {ran.returncode}:\n{ran.stderr[-4000:]}")
+    """Run `launch/train.py` in this process; gives its validation losses."""
+    from wikift.train import main
+
+    assert main([*words, "--output-dir", str(run), "--resume", "never", "--precision", "fp32", "--quiet"]) == 0
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return {values["step"]: values["eval_loss"] for values in lines if "eval_loss" in values}
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def pool() -> ThreadPoolExecutor:
-    """As many runs at once as there are cores: their time is not asked for."""
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+def side_by_side(work: Callable[[Job], Result], jobs: Sequence[Job]) -> list[Result]:
+    """`work` on each job, on as many processes of one thread as there are cores: time is not asked for."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # the processes take them over
+    cores = len(os.sched_getaffinity(0))
+    found = []
+    with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for job, result in zip(jobs, pool.map(work, jobs), strict=True):
+            print(f"{job}: {result}", file=sys.stderr, flush=True)
+            found.append(result)
+    return found

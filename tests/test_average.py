@@ -78,10 +78,11 @@ def test_a_piece_at_a_time_is_the_same_mean(run: Path, monkeypatch: pytest.Monke
 
 def own_loss(run: Path) -> float:
     """The mean's loss on the validation split in blocks of 16, by transformers' model and torch alone."""
-    ids = torch.from_numpy(open_store(json.loads((run / "config.json").read_text())["store_path"]).tokens("validation"))
+    store = open_store(json.loads((run / "config.json").read_text())["store_path"])
+    ids = torch.from_numpy(store.tokens("validation").astype(np.int64))
     model, total = AutoModelForCausalLM.from_pretrained(run / "hf"), 0.0
     for start in range(0, len(ids) - 1, 16):
-        block = ids[start : start + 17].long()
+        block = ids[start : start + 17]
         logits = model(block[None, :-1]).logits[0]
         total += float(torch.nn.functional.cross_entropy(logits, block[1:], reduction="sum"))
     return total / (len(ids) - 1)
