@@ -21,7 +21,7 @@ from benchmarks.harness import Figures, machine, write
 from benchmarks.small import BLOCK
 from wikift.export import export
 
-BATCH, RATE = 8, 1e-3  # blocks a step, learning rate
+BATCH, RATE = 8, 3e-3  # blocks a step, learning rate
 PLAIN = {"AdamW, plain loop": "adamw", "Muon (torch.optim)": "muon", "schedule-free AdamW": "schedulefree"}
 DEFAULTS = "defaults: linear to 0, no warm-up, dropout 0.1"
 OPTIONS: dict[str, list[str]] = {
@@ -33,8 +33,8 @@ OPTIONS: dict[str, list[str]] = {
     "warmup_stable_decay, --decay-steps 0.5": ["--lr-scheduler-type", "warmup_stable_decay", "--decay-steps", "0.5"],
     "--dropout 0": ["--dropout", "0"],
     "--dropout 0.2": ["--dropout", "0.2"],
-    "--learning-rate 5e-4": ["--learning-rate", "5e-4"],
-    "--learning-rate 2e-3": ["--learning-rate", "2e-3"],
+    "--learning-rate 1e-3": ["--learning-rate", "1e-3"],
+    "--learning-rate 6e-3": ["--learning-rate", "6e-3"],
     "--weight-decay 0.1": ["--weight-decay", "0.1"],
 }
 SHORT_FIRST = "half of the steps in blocks of 64, constant, then of 128"

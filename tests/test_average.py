@@ -76,6 +76,7 @@ def test_a_piece_at_a_time_is_the_same_mean(run: Path, monkeypatch: pytest.Monke
         assert np.array_equal(np.concatenate(pieces), values), name
 
 
+@torch.no_grad()
 def own_loss(run: Path) -> float:
     """The mean's loss on the validation split in blocks of 16, by transformers' model and torch alone."""
     store = open_store(json.loads((run / "config.json").read_text())["store_path"])
