@@ -129,8 +129,10 @@ class TrainSettings(DataSettings):
     )
     lr_scheduler_type: str = option(
         "linear",
-        "course of the rate after the warm-up; warmup_stable_decay is constant, then linear to 0",
+        "of the rate after the warm-up: linear or cosine to 0, constant, or warmup_stable_decay: constant, then to 0 "
+        "over --decay-steps",
         group="optimizer",
+        metavar="COURSE",
         choices=("linear", "cosine", "constant", "warmup_stable_decay"),
     )
     warmup_steps: float = option(
