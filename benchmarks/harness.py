@@ -122,9 +122,13 @@ def write(
     *,
     settings: Mapping[str, Any],
     about: Mapping[str, Any] | None = None,
+    how: str | None = None,
     folder: Path = RESULTS,
 ) -> None:
-    """Write `folder`/NAME.json (machine, settings, every round) and NAME.md (`lines`), and print the latter."""
+    """Write `folder`/NAME.json (machine, settings, every round) and NAME.md (`lines`), and print the latter.
+
+    `how`: what the numbers are, where they are no medians of interleaved rounds.
+    """
     about = dict(about or machine())
     rounds = max((len(v) for values in figures.values() for v in values.values()), default=0)
     now = time.strftime("%Y-%m-%d")
@@ -137,7 +141,7 @@ def write(
             "",
             *lines,
             "",
-            f"Medians of {rounds} interleaved rounds, `python -m benchmarks.{name}`, {now}; {given}.",
+            f"{how or f'Medians of {rounds} interleaved rounds'}, `python -m benchmarks.{name}`, {now}; {given}.",
             "",
             f"Machine: {shown}.",
             "",

@@ -169,6 +169,20 @@ def test_plan_by_steps_and_defaults() -> None:
     assert plan(1025, max_steps=1, warmup_steps=0.5).warmup_steps == 0  # one step is not spent on a rate of 0
 
 
+def test_the_cool_down_is_a_part_of_the_run_or_so_many_steps() -> None:
+    wsd = {"lr_scheduler_type": "warmup_stable_decay", "max_steps": 300}
+    assert plan(118_000_000, **wsd).decay_steps == 60
+    assert plan(118_000_000, **wsd, decay_steps=0.07).decay_steps == 21
+    assert plan(118_000_000, **wsd, decay_steps=50.0).decay_steps == 50
+    assert plan(118_000_000, max_steps=300).decay_steps == 0
+    with pytest.raises(UserError, match="--decay-steps 290: is with --warmup-steps 20 more than the run's 300 steps"):
+        plan(118_000_000, **wsd, decay_steps=290.0, warmup_steps=20.0)
+    with pytest.raises(UserError, match=r"--decay-steps 0\.3: cannot act with --lr-scheduler-type linear"):
+        main(["--decay-steps", "0.3", "--dry-run"])
+    with pytest.raises(UserError, match=r"--decay-steps 2\.5: must be a whole number, or a part below 1"):
+        main(["--decay-steps", "2.5", "--lr-scheduler-type", "warmup_stable_decay", "--dry-run"])
+
+
 def test_everything_that_does_not_fit_comes_at_once() -> None:
     small = Shape(n_positions=16, vocab_size=100)
     with pytest.raises(UserError) as caught:

@@ -58,7 +58,9 @@ def train_one_step(kind: str, folder: str, whole: bool) -> tuple[int, int, int]:
     with torch.device("meta"):
         shapes = parameter_shapes(make_model(config))
 
-    ds_config = dsconfig.read(ROOT / "ds_configs" / "zero3.json")
+    # two blocks, as `most` has it; the 50M elements of the file are two of gpt2-xl's, four of these
+    live = {"zero_optimization.stage3_max_live_parameters": 2 * 12 * SHAPE["n_embd"] ** 2}
+    ds_config = {**dsconfig.read(ROOT / "ds_configs" / "zero3.json"), **live}
     give_back_what_is_freed()
     forget_peak()
     before = resident("VmRSS")

@@ -128,7 +128,12 @@ class TrainSettings(DataSettings):
         None, "the highest, after the warm-up", group="optimizer", metavar="RATE", shown="5e-05; 6e-04 from scratch"
     )
     lr_scheduler_type: str = option(
-        "linear", "course of the rate after the warm-up", group="optimizer", choices=("linear", "cosine", "constant")
+        "linear",
+        "of the rate after the warm-up: linear or cosine to 0, constant, or warmup_stable_decay: constant, then to 0 "
+        "over --decay-steps",
+        group="optimizer",
+        metavar="COURSE",
+        choices=("linear", "cosine", "constant", "warmup_stable_decay"),
     )
     warmup_steps: float = option(
         0.0,
@@ -136,6 +141,13 @@ class TrainSettings(DataSettings):
         group="optimizer",
         metavar="STEPS",
         shown="0",
+    )
+    decay_steps: float | None = option(
+        None,
+        "last steps, over which the rate of warmup_stable_decay falls to 0; below 1: a part of the run",
+        group="optimizer",
+        metavar="STEPS",
+        shown="0.2",
     )
     weight_decay: float = option(
         0.0, "AdamW's, of matrices and embeddings; biases and LayerNorm have none", group="optimizer", metavar="RATE"
@@ -174,6 +186,13 @@ class TrainSettings(DataSettings):
     output_dir: str | None = option(None, "the run's folder", group="run", metavar="DIR", shown="runs/MODEL-DATASET")
     eval_steps: int | None = option(
         None, "steps between validations; each save validates too", group="run", metavar="STEPS", shown="--save-steps"
+    )
+    early_stopping_patience: int | None = option(
+        None,
+        "end the run when so many validations in a row were no better than the best; the best checkpoint is kept",
+        group="run",
+        metavar="N",
+        shown="never",
     )
     save_steps: int = option(500, "steps between checkpoints", group="run", metavar="STEPS")
     logging_steps: int = option(10, "steps between lines of metrics.jsonl", group="run", metavar="STEPS")
@@ -217,6 +236,9 @@ class ConsolidateSettings:
     out: str | None = option(None, "the directory to make", metavar="DIR", shown="RUN/hf")
     step: int | None = option(None, "the checkpoint of this step", metavar="STEP", shown="the newest")
     best: bool = option(False, "the checkpoint with the lowest validation loss")
+    average_last: int | None = option(
+        None, "the mean of the last K checkpoints' weights, compared with the last on the validation text", metavar="K"
+    )
     dtype: str = option("float32", "number format of the weights written", choices=("float32", "bfloat16", "float16"))
     max_shard_size: str = option("5GB", "largest file of weights", metavar="SIZE")
     model: str | None = option(

@@ -17,6 +17,7 @@ from wikift.cli import flag, nearest
 from wikift.config import WIKITEXT, DataSettings, TrainSettings, slug
 from wikift.errors import UserError
 from wikift.folders import is_hub_name
+from wikift.length import decay_steps, epoch_steps, length_problems, warmup_steps
 from wikift.placement import Placement, placement
 from wikift.prompts import read_prompts
 from wikift.shape import RELEASED, Shape, parse_overrides, released_name, shape_of, with_overrides
@@ -86,6 +87,7 @@ class Plan:
     blocks: int  # trained on in an epoch
     steps: int
     warmup_steps: int
+    decay_steps: int = 0  # of warmup_stable_decay
 
     @property
     def tokens_per_step(self) -> int:
@@ -118,30 +120,12 @@ def plan_run(settings: TrainSettings, place: Placement, shape: Shape, tokens: in
             "prepare the text with the model's tokenizer, or train --from-scratch"
         )
     blocks = max(1, round(blocks * settings.data_fraction))
-    steps = settings.max_steps or _epoch_steps(settings.num_train_epochs, blocks, place.global_batch)
-    warmup = warmup_steps(settings, steps)
-    if warmup >= steps and not problems:
-        problems.append(
-            f"--warmup-steps {warmup}: must be less than the run's {steps} steps; take fewer, or a part below 1"
-        )
+    steps = settings.max_steps or epoch_steps(settings.num_train_epochs, blocks, place.global_batch)
+    problems = problems or length_problems(settings, steps)
     if problems:
         raise UserError(*problems)
-    return Plan(place, shape, block_size, blocks, steps, warmup)
-
-
-def warmup_steps(settings: TrainSettings, steps: int) -> int:
-    """Updates over which the rate rises. A part of the run is rounded up, and leaves one update at the full rate."""
-    if settings.warmup_steps >= 1:
-        return int(settings.warmup_steps)
-    # rounded to a millionth of a step first: 0.07 of 100 steps are 7, though 0.07 * 100 is above 7
-    return min(math.ceil(round(settings.warmup_steps * steps, 6)), steps - 1)
-
-
-def _epoch_steps(epochs: float | None, blocks: int, global_batch: int) -> int:
-    """Epochs rounded up to a whole step."""
-    assert epochs is not None
-    # rounded to a millionth of a step first: 1.1 epochs of 50 steps are 55, though 1.1 * 50 is above 55
-    return max(1, math.ceil(round(epochs * blocks / global_batch, 6)))
+    warmup, decay = warmup_steps(settings, steps), decay_steps(settings, steps)
+    return Plan(place, shape, block_size, blocks, steps, warmup, decay)
 
 
 def plan_words(plan: Plan) -> dict[str, str]:
@@ -152,6 +136,7 @@ def plan_words(plan: Plan) -> dict[str, str]:
         "train blocks": f"{plan.blocks:,} blocks of {plan.block_size:,} tokens",
         "steps": f"{plan.steps:,} steps, {plan.epochs:.2f} epochs",
         "warm-up steps": f"{plan.warmup_steps:,}",
+        **({"decay steps": f"{plan.decay_steps:,}"} if plan.decay_steps else {}),
     }
 
 
@@ -246,6 +231,7 @@ def _check_ranges(settings: TrainSettings) -> list[str]:
     for name in (
         "block_size", "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps",
         "eval_steps", "save_steps", "sample_steps", "logging_steps", "save_total_limit", "per_device_eval_batch_size",
+        "early_stopping_patience",
     ):  # fmt: skip
         value = getattr(settings, name)
         rule(name, value is None or value >= 1, "1 or more")
@@ -261,6 +247,14 @@ def _check_ranges(settings: TrainSettings) -> list[str]:
     rule(
         "warmup_steps", settings.warmup_steps < 1 or settings.warmup_steps % 1 == 0, "a whole number, or a part below 1"
     )
+    if settings.decay_steps is not None:
+        decay = settings.decay_steps
+        rule("decay_steps", decay > 0 and (decay < 1 or decay % 1 == 0), "a whole number, or a part below 1")
+        if settings.lr_scheduler_type != "warmup_stable_decay":
+            problems.append(
+                f"--decay-steps {_plain(decay)}: cannot act with --lr-scheduler-type {settings.lr_scheduler_type}; "
+                "take warmup_stable_decay, or leave it out"
+            )
     for name in ("adam_beta1", "adam_beta2"):
         rule(name, 0 <= getattr(settings, name) < 1, "at least 0 and below 1")
     rule("adam_epsilon", settings.adam_epsilon > 0, "above 0")

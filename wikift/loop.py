@@ -15,6 +15,7 @@ from wikift.errors import EnvironmentFault
 from wikift.log import Log
 from wikift.meter import Meter
 from wikift.optim import Schedule
+from wikift.patience import Patience
 from wikift.scoring import Score
 from wikift.world import World, seed
 
@@ -54,20 +55,27 @@ class Job:
     run_seed: int
     skips_overflow: bool  # fp16: a gradient that overflows is skipped and counted, elsewhere it ends the run
     skipped: int  # steps skipped before this start
+    patience: Patience  # as the steps before this start left it
+    owed: dict[str, Any] | None  # the line of the step before this start, where a stop cut short its validation
+    amend: Callable[[float, Patience], None]  # write what came of it into that step's checkpoint
     validate: Callable[[], Score | None]
     sample: Callable[[int], None]  # let the model write
-    save: Callable[[int, float | None], None]  # (step, eval_loss)
+    save: Callable[[int, float | None, Patience], None]  # (step, eval_loss, ...)
     saved: Callable[[], dict[str, Any]]  # what to log of a checkpoint published meanwhile; not collective
     stopped: Callable[[], int]  # the signal that asks for a stop, the same on every rank; 0 while there is none
 
 
 def run_steps(engine: Engine, job: Job, world: World, log: Log, *, done: int) -> int:
-    """Train from step `done` + 1 to the last; gives the signal that stopped it early, else 0.
+    """Train from step `done` + 1 to the last, or till patience is spent; gives the signal that stopped it, else 0.
 
     Everything random comes from (run_seed, step, rank). A stop finishes the step and saves without validating. Raises
     EnvironmentFault where the loss or the gradient is no longer finite.
     """
-    due, meter = job.due, job.meter
+    due, meter, patience = job.due, job.meter, job.patience
+    if job.owed is not None:
+        patience, stop = _validate_late(job, log)
+        if stop or patience.spent:
+            return stop
     skipped = torch.tensor(float(job.skipped), device=world.device)
     batches = job.batches(done)
     for step in range(done + 1, due.steps + 1):
@@ -97,22 +105,40 @@ def run_steps(engine: Engine, job: Job, world: World, log: Log, *, done: int) ->
         with meter.paused():
             score = job.validate() if due.evaluate(step) and not stop else None
             if score is not None:
-                record |= {
-                    "eval_loss": score.loss,
-                    "eval_perplexity": score.perplexity,
-                    "eval_word_perplexity": score.word_perplexity,
-                }
+                record |= _scored(score)
+                patience = patience.after(score.loss)
             if due.sample(step) and not stop:
                 job.sample(step)
             if due.evaluate(step):  # it may have come in the meantime, and cut the validation short
                 stop = stop or job.stopped()
             if due.log(step):
                 log.record(record)
-            if due.save(step) or stop:
-                job.save(step, score.loss if score is not None else None)
-        if stop:
+            if due.save(step) or stop or patience.spent:
+                job.save(step, score.loss if score is not None else None, patience)
+        if stop or patience.spent:
             return stop
     return 0
+
+
+def _scored(score: Score) -> dict[str, Any]:
+    return {
+        "eval_loss": score.loss,
+        "eval_perplexity": score.perplexity,
+        "eval_word_perplexity": score.word_perplexity,
+    }
+
+
+def _validate_late(job: Job, log: Log) -> tuple[Patience, int]:
+    """Make up for the validation that a stop cut short; gives the signal that cuts it short again, else 0."""
+    assert job.owed is not None
+    score = job.validate()
+    if score is None:
+        log.record(job.owed)
+        return job.patience, job.stopped()
+    patience = job.patience.after(score.loss)
+    log.record(job.owed | _scored(score))
+    job.amend(score.loss, patience)
+    return patience, 0
 
 
 def diverged(step: int, loss: float, norm: float, lr: float) -> str:

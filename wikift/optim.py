@@ -30,12 +30,17 @@ class AdamSettings:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate over a run of `steps` updates, `warmup` of them rising from 0 (transformers' three shapes)."""
+    """The learning rate over a run of `steps` updates, `warmup` of them rising from 0 (transformers' shapes).
+
+    warmup_stable_decay is constant but for the last `decay` updates, in which it falls to 0 by a straight line
+    (Hägele et al., arXiv:2405.18392, call it constant with cool-down).
+    """
 
     kind: str
     peak: float
     warmup: int
     steps: int
+    decay: int = 0
 
     def lr_at(self, step: int) -> float:
         """The rate of update `step`, counted from 1, as transformers' get_scheduler gives it after step - 1 updates."""
@@ -45,6 +50,8 @@ class Schedule:
         part = (done - self.warmup) / max(1, self.steps - self.warmup)
         if self.kind == "constant":
             return self.peak
+        if self.kind == "warmup_stable_decay":
+            return self.peak * min(1.0, max(0.0, (self.steps - done) / max(1, self.decay)))
         if self.kind == "cosine":
             return self.peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * part)))
         assert self.kind == "linear"

@@ -16,7 +16,11 @@ from wikift import checkpoint
 from wikift.checkpoint import Checkpoint
 from wikift.config import TrainSettings
 from wikift.derive import Plan
+from wikift.disk import replace_json
 from wikift.errors import EnvironmentFault, UserError
+from wikift.log import read_metrics
+from wikift.loop import Due
+from wikift.patience import patience_of
 from wikift.tokens import TokenStore
 from wikift.world import World
 
@@ -86,6 +90,33 @@ def check_same_experiment(settings: TrainSettings, plan: Plan, store: TokenStore
     ]
     if changed:
         say("changed since the checkpoint: " + ", ".join(changed))
+
+
+def why_finished(settings: TrainSettings, plan: Plan, start: Checkpoint) -> str:
+    """What would go on from `start` where the run has come to its end there; else nothing."""
+    if start.step >= plan.steps:
+        return "a longer --max-steps or --num-train-epochs goes on"
+    patience = patience_of(start.manifest, settings.early_stopping_patience)
+    if not patience.spent:
+        return ""
+    return f"{patience.worse} validations were no better; a larger --early-stopping-patience goes on"
+
+
+def owed_line(settings: TrainSettings, due: Due, run: Path, start: Checkpoint | None) -> dict[str, Any] | None:
+    """The line of metrics.jsonl of `start`'s step, where early stopping needs a validation that a stop cut short."""
+    if start is None or settings.early_stopping_patience is None or start.manifest["eval_loss"] is not None:
+        return None
+    if not due.evaluate(start.step):
+        return None
+    lines = read_metrics(run / "metrics.jsonl")
+    return next((values for values in lines if values["step"] == start.step), {"step": start.step})
+
+
+def amend(start: Checkpoint | None, run: Path, world: World, facts: dict[str, Any]) -> None:
+    """Write `facts` into the manifest of the run's own checkpoint `start`, by one rename."""
+    own = start is not None and start.path.absolute() == checkpoint.step_folder(run, start.step).absolute()
+    if start is not None and own and world.rank == 0:
+        replace_json(start.path / "manifest.json", {**start.manifest, **facts})
 
 
 def set_aside(run: Path, start: Checkpoint | None) -> None:

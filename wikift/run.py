@@ -23,11 +23,12 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from wikift import __version__, derive
+from wikift import __version__, derive, resume
 from wikift.batches import ahead, count_blocks, micro_batches, sample_blocks
 from wikift.build import Built, Choice, build
-from wikift.checkpoint import Checkpoint
+from wikift.checkpoint import Checkpoint, best_checkpoint, list_checkpoints
 from wikift.choose import Sampling
+from wikift.cli import flag
 from wikift.config import TrainSettings
 from wikift.derive import Plan
 from wikift.disk import replace_json
@@ -41,6 +42,7 @@ from wikift.loop import Due, Job, run_steps
 from wikift.meter import Meter, peak_flops
 from wikift.model import Precision, resolve_precision
 from wikift.optim import Schedule
+from wikift.patience import Patience, patience_of
 from wikift.prompts import read_prompts
 from wikift.resume import Say, check_same_experiment, checkpoint_to_resume, experiment, locked, set_aside
 from wikift.saving import Saver
@@ -73,8 +75,8 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
         start = checkpoint_to_resume(settings, folder, world)
         if start is not None:
             check_same_experiment(settings, plan, store, start, say)
-            if start.step >= plan.steps:
-                say(f"{folder} is finished, step {start.step:,}; a longer --max-steps or --num-train-epochs goes on")
+            if finished := resume.why_finished(settings, plan, start):
+                say(f"{folder} is finished, step {start.step:,}; {finished}")
                 return 0
         built = build(settings, plan, world, run.precision, store.eos_token_id, start)
         if world.rank == 0:
@@ -82,15 +84,18 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
         for text in _announcement(run, built.choice, start):
             say(text)
         done = start.step if start is not None else 0
-        with _log(run, done) as log:
+        owed = resume.owed_line(settings, _due(settings, plan), folder, start) if validates else None
+        with _log(run, done - (owed is not None)) as log:
             saver = Saver(folder, world, keep=settings.save_total_limit, aside=settings.async_save)
-            job = _job(run, built, log, start, validates, saver, stop_signal)
+            job = _job(run, built, log, start, owed, validates, saver, stop_signal)
             stopped = run_steps(built.engine, job, world, log, done=done)
             saver.finish()
             if stopped:
                 log.say(f"stopped by {signal.Signals(stopped).name} and saved; the same command goes on from here")
     if not stopped:
-        say(f"done: {folder}\n  python launch/consolidate.py {folder}\n  python launch/generate.py {folder}")
+        best, newest = best_checkpoint(folder), list_checkpoints(folder)[-1]
+        choice = "" if best in (None, newest) else " --best"
+        say(f"done: {folder}\n  python launch/consolidate.py {folder}{choice}\n  python launch/generate.py {folder}")
     return stopped
 
 
@@ -107,14 +112,13 @@ def _job(
     built: Built,
     log: Log,
     start: Checkpoint | None,
+    owed: dict[str, Any] | None,
     validates: bool,
     saver: Saver,
     stop_signal: Callable[[], int],
 ) -> Job:
     """The functions and numbers that the loop works with."""
     settings, plan, store, world, engine = run.settings, run.plan, run.store, run.world, built.engine
-    eval_steps = settings.eval_steps or settings.save_steps
-    sample_steps = (settings.sample_steps or eval_steps) if settings.sample_prompts else 0
     about = {
         "settings": dataclasses.asdict(settings),
         "experiment": experiment(settings, plan, store),
@@ -154,11 +158,16 @@ def _job(
         log.samples(step, prompts, texts)
         log.tick(now=None)
 
-    def save(step: int, eval_loss: float | None) -> None:
+    def save(step: int, eval_loss: float | None, patience: Patience) -> None:
         log.tick(now="saving")
-        about_step = {"tokens": step * plan.tokens_per_step, "eval_loss": eval_loss, **about}
+        about_step = {"tokens": step * plan.tokens_per_step, "eval_loss": eval_loss, **patience.facts(), **about}
         saver.save(engine.fragments(), step, about_step, shapes)
         log.tick(now=None)
+        if patience.spent:
+            log.say(
+                f"stopped early at step {step:,}: {patience.worse} validations in a row were no better than "
+                f"{patience.best:.4f}"
+            )
 
     def saved() -> dict[str, Any]:
         found = saver.take_saved()
@@ -176,8 +185,10 @@ def _job(
 
     return Job(
         batches=lambda first_step: _batches(run, first_step),
-        schedule=Schedule(settings.lr_scheduler_type, settings.learning_rate or 0.0, plan.warmup_steps, plan.steps),
-        due=Due(settings.logging_steps, eval_steps, settings.save_steps, plan.steps, sample_steps),
+        schedule=Schedule(
+            settings.lr_scheduler_type, settings.learning_rate or 0.0, plan.warmup_steps, plan.steps, plan.decay_steps
+        ),
+        due=_due(settings, plan),
         meter=Meter(
             world.device,
             plan.shape.flops_per_token(plan.block_size),
@@ -187,6 +198,9 @@ def _job(
         run_seed=settings.seed,
         skips_overflow=run.precision.name == "fp16",
         skipped=start.step - int(start.read(OPTIMIZER, "updates", 0, 1)) if start is not None else 0,
+        patience=patience_of(start.manifest if start is not None else {}, settings.early_stopping_patience),
+        owed=owed,
+        amend=lambda loss, patience: resume.amend(start, run.folder, world, {"eval_loss": loss, **patience.facts()}),
         validate=validate,
         sample=sample,
         save=save,
@@ -218,13 +232,22 @@ def _validates(settings: TrainSettings, store: TokenStore, say: Say) -> bool:
     split = store.splits.get("validation")
     if split is not None and split.tokens > 1:
         return True
-    if settings.eval_steps is not None:
-        raise UserError(
-            f"--eval-steps {settings.eval_steps}: cannot act, {store.path} has no validation text; prepare with "
-            "--validation-fraction, or leave it out"
-        )
+    asked = {name: getattr(settings, name) for name in ("eval_steps", "early_stopping_patience")}
+    if problems := [
+        f"{flag(name)} {value}: cannot act, {store.path} has no validation text; prepare with --validation-fraction, "
+        "or leave it out"
+        for name, value in asked.items()
+        if value is not None
+    ]:
+        raise UserError(*problems)
     say(f"{store.path} has no validation text: no validation, no best checkpoint")
     return False
+
+
+def _due(settings: TrainSettings, plan: Plan) -> Due:
+    eval_steps = settings.eval_steps or settings.save_steps
+    sample_steps = (settings.sample_steps or eval_steps) if settings.sample_prompts else 0
+    return Due(settings.logging_steps, eval_steps, settings.save_steps, plan.steps, sample_steps)
 
 
 def _prepare_folder(run: Run, built: Built, start: Checkpoint | None) -> None:

@@ -35,6 +35,11 @@ class Record:
             self.given = tuple(state) if isinstance(state, (tuple, list)) else (state,)
 
 
+# How Python 3.11.0 to 3.11.3 pickle a member of an enumeration: getattr(class, name). The class is a Record here, and
+# so is what comes of the call: nothing is looked up.
+_GETATTR = "builtins.getattr"
+
+
 def damaged(path: Path, error: Exception | str) -> UserError:
     """The one message for a file that cannot be read."""
     words = " ".join(str(error).split()) or type(error).__name__
@@ -43,7 +48,7 @@ def damaged(path: Path, error: Exception | str) -> UserError:
 
 def check_names(path: Path, names: Sequence[str], allowed: tuple[str, ...]) -> None:
     """Raises UserError where a pickle names something outside of the modules that begin with one of `allowed`."""
-    strange = sorted(name for name in names if not name.startswith(allowed))
+    strange = sorted(name for name in names if not name.startswith(allowed) and name != _GETATTR)
     if strange:
         raise UserError(
             f"{path}: holds {', '.join(strange[:3])}, which is neither a tensor nor a plain value; wikift runs no code "

@@ -15,6 +15,7 @@ from wikift.command import EXIT_DONE, EXIT_INTERRUPTED
 from wikift.config import TrainSettings
 from wikift.derive import Plan
 from wikift.errors import UserError
+from wikift.length import warmup_steps
 from wikift.placement import Placement, placement
 from wikift.shape import Shape
 
@@ -116,7 +117,7 @@ def dry_run(settings: TrainSettings, place: Placement) -> str:
             lines.append(f"# parameters: {shape.parameters:,} with a vocabulary of {shape.vocab_size:,}")
             lines.append(f"# tokens per step: {place.global_batch * (settings.block_size or shape.n_positions):,}")
         if settings.max_steps is not None and settings.warmup_steps < 1:
-            lines.append(f"# warm-up steps: {derive.warmup_steps(settings, settings.max_steps)}")
+            lines.append(f"# warm-up steps: {warmup_steps(settings, settings.max_steps)}")
     return "\n".join(lines)
 
 

@@ -112,7 +112,7 @@ def open_zero(folder: Path) -> ZeroCheckpoint:
         raise damaged(folder, f"its shares do not fit its shapes, {error}") from None
     shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
     shapes |= {name: tuple(shape) for name, shape in frozen.items()}
-    stage = getattr(states.get("zero_stage"), "given", (3 if sharded else "1 or 2",))[0]
+    stage = _stage(getattr(states.get("zero_stage"), "given", ()), sharded)
     facts = {
         "ZeRO stage": stage,
         "ranks": ranks,
@@ -120,6 +120,13 @@ def open_zero(folder: Path) -> ZeroCheckpoint:
         "step": model.get("global_steps"),
     }
     return ZeroCheckpoint(Weights(shapes, _Mapped(flats, ranges).pieces), dict(model.get("shared_params") or {}), facts)
+
+
+def _stage(given: tuple[Any, ...], sharded: bool) -> int | str:
+    """The stage of a pickled member of DeepSpeed's ZeroStageEnum: its value, or its name as Python 3.11.0 wrote it."""
+    names = {"optimizer_states": 1, "gradients": 2, "weights": 3}
+    stage = names.get(given[-1], given[-1]) if given else None
+    return stage if isinstance(stage, int) else 3 if sharded else "1 or 2"
 
 
 class _Mapped:

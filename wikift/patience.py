@@ -1,0 +1,40 @@
+"""Early stopping: how long the validation loss has not become better, as a value that a checkpoint's manifest keeps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Patience:
+    """`worse` validations in a row have not been better than `best` (nats per token; inf before the first).
+
+    `limit` of them end the run, None never does. It is counted in any case, so that a run may get a limit later.
+    """
+
+    limit: int | None
+    best: float = math.inf
+    worse: int = 0
+
+    def after(self, loss: float) -> Patience:
+        """Counted on by one validation. A loss that is not a number is not better."""
+        if loss < self.best:
+            return Patience(self.limit, loss, 0)
+        return Patience(self.limit, self.best, self.worse + 1)
+
+    @property
+    def spent(self) -> bool:
+        return self.limit is not None and self.worse >= self.limit
+
+    def facts(self) -> dict[str, Any]:
+        """What a manifest keeps of it."""
+        best = self.best if math.isfinite(self.best) else None
+        return {"best_eval_loss": best, "validations_since_best": self.worse}
+
+
+def patience_of(manifest: dict[str, Any], limit: int | None) -> Patience:
+    """Where a checkpoint's `manifest` left it; at the beginning where that knows nothing of it."""
+    best = manifest.get("best_eval_loss")
+    return Patience(limit, math.inf if best is None else best, manifest.get("validations_since_best", 0))
