@@ -7,6 +7,7 @@ the learning rate is set for each step, AdamW is ours, the loss scale is ours, a
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import os
@@ -203,11 +204,11 @@ def import_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         import deepspeed
-        import deepspeed.comm.torch
     deepspeed.utils.logging.logger.setLevel(logging.ERROR)
     # its own use of functions that torch 2.13 renamed
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # by name: as an attribute of deepspeed.comm it is hidden by torch itself, which is imported there
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     return deepspeed
 
 
