@@ -28,10 +28,14 @@ from wikift.sizes import show_bytes
 from wikift.world import World
 
 _FULL = 0.9  # part of the memory that an estimate may fill
+# Measured on a CPU: compiling costs 20 to 30 seconds of a core and saves 8% of every step, so that 10 minutes of steps
+# pay it back; twice that is asked for. A thread's rate is assumed, not measured: a resumed run must decide the same.
+_COMPILE_PAYS_MINUTES = 20
+_FLOPS = {"bf16": 1.4e11, "fp16": 1e10, "fp32": 7e10}  # per second and thread
 
 
 class Choice(NamedTuple):
-    """An engine by name (single, ddp, fsdp, zero1, zero2, zero3), and why it was taken."""
+    """What was taken (an engine: single, ddp, fsdp, zero1, zero2, zero3; compiled or eager), and why."""
 
     name: str
     reason: str
@@ -43,6 +47,7 @@ class Built:
 
     engine: Engine
     choice: Choice
+    compiled: Choice  # compiled, or eager
     config: GPT2Config
     generation_config: GenerationConfig
     shapes: dict[str, tuple[int, ...]]  # of every parameter, by Hugging Face name
@@ -60,12 +65,13 @@ def build(
             f"--no-fsdp-reshard: cannot act, --engine auto takes {choice.name} here ({choice.reason}); "
             "leave it out, or use --engine fsdp"
         )
+    compiled = choose_compile(settings, plan, world, precision.name)
     config = _config(settings, plan, eos_token_id, start)
     make = partial(make_model, config, gradient_checkpointing=settings.gradient_checkpointing)
     with torch.device("meta"):
         model = make()
     shapes = parameter_shapes(model)
-    engine = _engine(choice.name, settings, plan, world, precision.name, model, make)
+    engine = _engine(choice.name, settings, plan, world, precision.name, compiled.name == "compiled", model, make)
     if start is not None:
         engine.restore(start)
     elif settings.from_scratch:
@@ -76,7 +82,7 @@ def build(
     generation = (
         GenerationConfig.from_model_config(config) if scratch else load_generation_config(settings.model, config)
     )
-    return Built(engine, choice, config, generation, shapes)
+    return Built(engine, choice, compiled, config, generation, shapes)
 
 
 def choose(settings: TrainSettings, plan: Plan, world: World, precision: str) -> Choice:
@@ -99,19 +105,35 @@ def choose(settings: TrainSettings, plan: Plan, world: World, precision: str) ->
     return Choice("ddp", f"{world.size} processes, and about {show_bytes(need)} fit into each")
 
 
+def choose_compile(settings: TrainSettings, plan: Plan, world: World, precision: str) -> Choice:
+    """Whether torch.compile is used, the same on every rank and whenever the run is resumed; collective."""
+    if settings.compile is not None:
+        return Choice("compiled" if settings.compile else "eager", "asked for")
+    if world.device.type != "cpu" or settings.deepspeed is not None:
+        return Choice("eager", "--compile is to be asked for here")
+    flops = plan.shape.flops_per_token(plan.block_size) * plan.tokens_per_step * plan.steps
+    minutes = flops / (_FLOPS[precision] * torch.get_num_threads() * world.size) / 60
+    compiler = any(map(shutil.which, _compilers(world.device)))
+    if world.highest(int(minutes < _COMPILE_PAYS_MINUTES or not compiler)):
+        short = f"about {minutes:,.0f} minutes of products would not pay for compiling"
+        return Choice("eager", short if minutes < _COMPILE_PAYS_MINUTES else "no C++ compiler is found")
+    return Choice("compiled", f"about {minutes:,.0f} minutes of products pay for it")
+
+
 def _engine(
     name: str,
     settings: TrainSettings,
     plan: Plan,
     world: World,
     precision: str,
+    compile: bool,
     model: GPT2LMHeadModel,
     make: Callable[[], GPT2LMHeadModel],
 ) -> Engine:
     adam = AdamSettings(
         settings.weight_decay, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon, settings.max_grad_norm
     )
-    accumulation, compile = plan.place.accumulation, settings.compile
+    accumulation = plan.place.accumulation
     if name == "fsdp":
         from wikift.engines.fsdp import FSDPEngine
 
@@ -148,9 +170,13 @@ def _config(settings: TrainSettings, plan: Plan, eos_token_id: int, start: Check
     return model_config(words)
 
 
+def _compilers(device: torch.device) -> list[str]:
+    return [os.environ.get("CXX", "g++")] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
+
+
 def check_compiler(device: torch.device) -> None:
     """Raises UserError where torch.compile would end in a traceback: it calls g++ for a CPU, triton a C compiler."""
-    names = [os.environ.get("CXX", "g++")] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
+    names = _compilers(device)
     if not any(map(shutil.which, names)):
         raise UserError(
             f"--compile: needs a compiler, {' or '.join(names)} is not found; install one (Debian: apt install g++) "

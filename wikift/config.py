@@ -167,7 +167,12 @@ class TrainSettings(DataSettings):
         choices=("auto", "bf16", "fp16", "fp32"),
     )
     gradient_checkpointing: bool = option(False, "less memory, a third more time", group="speed")
-    compile: bool = option(False, "torch.compile: minutes to start, faster steps", group="speed")
+    compile: bool | None = option(
+        None,
+        "torch.compile: slower to start, faster steps",
+        group="speed",
+        shown="on a CPU with a compiler, where the run is long enough to pay for it",
+    )
     engine: str = option(
         "auto",
         "how weights and work lie on the processes. single: one process; ddp: whole on each; fsdp: FSDP2, a share on "

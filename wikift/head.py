@@ -14,6 +14,7 @@ torch's linear and cross_entropy.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,21 +29,30 @@ _SCORED_TOGETHER = 8192  # positions whose logits a GPU holds at once in validat
 _HIGHEST_SUM = 1e30  # above it the target is so unlikely (70 nats) that another reference is taken
 
 
-def fuse_loss(head: nn.Linear) -> None:
+TokenLosses = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def fuse_loss(head: nn.Linear, *, compile: bool = False) -> None:
     """Let `head` take targets: `head(hidden, targets)` is then `summed_loss`.
 
     The module stays the one that is called: ZeRO-3 fetches a weight when its module is.
     """
-    head.forward = functools.partial(_forward, head)  # type: ignore[method-assign]
+    plain = torch.compile(_plain, dynamic=False) if compile else _plain
+    head.forward = functools.partial(_forward, head, plain)  # type: ignore[method-assign]
 
 
-def _forward(head: nn.Linear, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+def _forward(head: nn.Linear, plain: TokenLosses, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
     if targets is None:
         return F.linear(hidden, head.weight)
-    return summed_loss(hidden, head.weight, targets)
+    return summed_loss(hidden, head.weight, targets, plain)
 
 
-def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def _plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight).float()  # (positions, vocabulary)
+    return F.cross_entropy(logits, targets, ignore_index=NOT_SCORED, reduction="none")
+
+
+def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, plain: TokenLosses = _plain) -> Tensor:
     """Summed negative log-likelihood (float64 scalar, nats) of `targets`, -100 not scored.
 
     `hidden` (positions, width), `weight` (vocabulary, width), `targets` (positions,) int64. The products are in the
@@ -53,21 +63,18 @@ def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             total: Tensor = _ChunkedLoss.apply(hidden, weight, targets, dtype)  # type: ignore[no-untyped-call]
             return total
-    return token_losses(hidden, weight, targets).double().sum()
+    return token_losses(hidden, weight, targets, plain).double().sum()
 
 
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, plain: TokenLosses = _plain) -> Tensor:
     """What `summed_loss` sums, (positions,) in fp32, 0 where -100; on a CPU in fp32 and bf16 without gradients."""
     dtype = _dtype(hidden, weight)
     if _is_chunked(hidden, dtype):
         with torch.autocast("cpu", enabled=False):
             return _chunked(hidden, weight.to(dtype), targets)[0]
     together = len(targets) if torch.is_grad_enabled() else _SCORED_TOGETHER
-    losses = []
-    for part, wanted in zip(hidden.split(together), targets.split(together), strict=True):
-        logits = F.linear(part, weight).float()  # (together, vocabulary)
-        losses.append(F.cross_entropy(logits, wanted, ignore_index=NOT_SCORED, reduction="none"))
-    return torch.cat(losses)
+    parts = zip(hidden.split(together), targets.split(together), strict=True)
+    return torch.cat([plain(part, weight, wanted) for part, wanted in parts])
 
 
 def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -7,10 +7,15 @@ equation 1 without the attention matrix, which sdpa does not keep), double in fp
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+
 import torch
 
 from wikift.shape import Shape
 from wikift.world import World
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h's
 
 STATE_BYTES = 16
 
@@ -35,3 +40,15 @@ def available_bytes(world: World) -> int | None:
         return int(facts["MemAvailable"].split()[0]) * 1024 // world.local_size
     except (OSError, KeyError, ValueError):
         return None
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees: glibc would give large tensors back and fetch them each step.
+
+    Fetching them afresh is a page fault for each 4 KB, 7% of a step's processor time on a CPU (measured).
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+        mallopt(_M_TOP_PAD, 64 << 20)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, GenerationConfig, GPT2Config, GPT2LMHeadMod
 from transformers.activations import NewGELUActivation
 
 from wikift import hub
+from wikift.dropout import replace_dropout
 from wikift.errors import EnvironmentFault, UserError
 from wikift.head import fuse_loss, token_losses
 
@@ -62,13 +63,19 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
 class NextTokenLoss(nn.Module):
     """A language model and its loss in one module, which every engine wraps.
 
-    The autocast is inside: DeepSpeed switches off one that is around it.
+    The autocast is inside: DeepSpeed switches off one that is around it. `compile` goes block by block: their graphs
+    are the same, so that it costs what one costs, and the gathering of sharded weights stays outside of them.
     """
 
-    def __init__(self, model: GPT2LMHeadModel, precision: str = "fp32") -> None:
+    def __init__(self, model: GPT2LMHeadModel, precision: str = "fp32", *, compile: bool = False) -> None:
         super().__init__()
         self.model, self.precision = model, precision
-        fuse_loss(model.lm_head)
+        fuse_loss(model.lm_head, compile=compile)
+        if compile:
+            for block in model.transformer.h:
+                block.compile(dynamic=False)
+        if model.device.type == "cpu":
+            replace_dropout(model)
         for module in list(model.modules()):
             if isinstance(getattr(module, "act", None), NewGELUActivation):  # the same formula in one pass
                 module.act = nn.GELU(approximate="tanh")
@@ -101,12 +108,6 @@ class NextTokenLoss(nn.Module):
             input_ids=inputs, attention_mask=mask, position_ids=places, use_cache=False
         ).last_hidden_state
         return hidden
-
-
-def compile_blocks(model: GPT2LMHeadModel) -> None:
-    """torch.compile each transformer block: their graphs are the same, so that it costs what one costs."""
-    for block in model.transformer.h:
-        block.compile(dynamic=False)
 
 
 def load_config(name: str, setting: str = "--model") -> GPT2Config:

@@ -78,10 +78,12 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
             if finished := resume.why_finished(settings, plan, start):
                 say(f"{folder} is finished, step {start.step:,}; {finished}")
                 return 0
+        if world.device.type == "cpu":
+            keep_freed_memory()
         built = build(settings, plan, world, run.precision, store.eos_token_id, start)
         if world.rank == 0:
             _prepare_folder(run, built, start)
-        for text in _announcement(run, built.choice, start):
+        for text in _announcement(run, built, start):
             say(text)
         done = start.step if start is not None else 0
         owed = resume.owed_line(settings, _due(settings, plan), folder, start) if validates else None
@@ -283,11 +285,11 @@ def _log(run: Run, done: int) -> Iterator[Log]:
         yield log
 
 
-def _announcement(run: Run, choice: Choice, start: Checkpoint | None) -> Iterator[str]:
+def _announcement(run: Run, built: Built, start: Checkpoint | None) -> Iterator[str]:
     words = derive.plan_words(run.plan)
     scratch = " from scratch" if run.settings.from_scratch else ""
     yield f"{run.settings.model}{scratch}: {words['parameters']} parameters; {words['train blocks']}"
-    yield f"engine {choice.name} ({choice.reason})"
+    yield f"engine {built.choice.name} ({built.choice.reason}), {built.compiled.name} ({built.compiled.reason})"
     yield f"{run.precision.name} on {run.world.device.type} ({run.precision.reason})"
     if run.precision.warning:
         yield f"warning: {run.precision.warning}"

@@ -21,7 +21,9 @@ class DDPEngine:
         self.local, self.world = local, world
         self.unwrapped = local.losses
         assert isinstance(self.unwrapped, torch.nn.Module)
+        local.thin_embedding_gradient(False)  # DDP would take the sum with the head's gradient for sparse too
         self.ddp = DistributedDataParallel(self.unwrapped, gradient_as_bucket_view=True)
+        local.thin_embedding_gradient()
         self._settle_buckets(block_size)
 
     def _settle_buckets(self, block_size: int) -> None:

@@ -49,10 +49,8 @@ class FSDPEngine:
         join_group(world)
         mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("ranks",))
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        self.losses = NextTokenLoss(model, precision)
+        self.losses = NextTokenLoss(model, precision, compile=compile)
         for block in model.transformer.h:
-            if compile:  # a block each, so that the gathering stays outside of the graphs
-                block.compile(dynamic=False)
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         fully_shard(self.losses, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # its backward comes at once
         materialize(model, world.device)

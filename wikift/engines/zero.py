@@ -21,15 +21,7 @@ from transformers import GPT2LMHeadModel
 
 from wikift.engines.base import STATES, Fragment, FragmentReader
 from wikift.engines.single import in_eval, restore_scalars, scalar_fragments
-from wikift.model import (
-    DTYPES,
-    NextTokenLoss,
-    check_tied,
-    compile_blocks,
-    keep_residual_in_fp32,
-    materialize,
-    parameter_shapes,
-)
+from wikift.model import DTYPES, NextTokenLoss, check_tied, keep_residual_in_fp32, materialize, parameter_shapes
 from wikift.optim import AdamSettings, LossScale, ScaleRule, build_adamw
 from wikift.world import World, join_group
 
@@ -74,12 +66,10 @@ class ZeroEngine:
             self.model.train()
             self.shapes = parameter_shapes(self.model)
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=NextTokenLoss(self.model, precision),
+                model=NextTokenLoss(self.model, precision, compile=compile),
                 optimizer=build_adamw(self.model.parameters(), adam),
                 config=config,
             )
-            if compile:
-                compile_blocks(self.model)
         self.adamw: torch.optim.AdamW = self.optimizer.optimizer
         self._share_step_counts()
 
