@@ -70,11 +70,12 @@ class Chunk:
 
     def encoded(self, ids: npt.NDArray[Any], ends: npt.NDArray[np.int64], eos: int | None, dtype: str) -> Encoded:
         """Of the ids of all texts end to end, text i's up to `ends[i]`: with `eos` after each row, and the counts."""
+        ids = ids.astype(DTYPES[dtype], copy=False)  # first: what follows is the faster for it
         if eos is not None:
             ids = np.insert(ids, ends[self.ends], eos)
         rows = int(self.ends.sum())
         words = count_words(self.texts) + rows - self.joined
-        return Encoded(ids.astype(DTYPES[dtype], copy=False), rows, words, len(self.texts.data))
+        return Encoded(ids, rows, words, len(self.texts.data))
 
 
 @dataclass
