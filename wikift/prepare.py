@@ -193,6 +193,7 @@ def _cores() -> int:
 def _tokenizer(settings: DataSettings, corpus: Corpus, folder: Path, progress: Progress, say: Say) -> SavedTokenizer:
     from wikift import tokenizer
     from wikift.encode import tokenizer_threads, training_texts
+    from wikift.tokenizerfiles import EOS
 
     name = str(settings.tokenizer)
     if not name.startswith("train:"):
@@ -201,7 +202,7 @@ def _tokenizer(settings: DataSettings, corpus: Corpus, folder: Path, progress: P
         raise UserError(f"--tokenizer {name}: {settings.dataset} has no train split to train on; name a tokenizer")
     size = int(name.removeprefix("train:"))
     say(f"training a byte-level BPE of {size:,} tokens on the train split")
-    texts = training_texts(corpus.texts("train"), tokenizer.EOS)
+    texts = training_texts(corpus.texts("train"), EOS)
     with tokenizer_threads(True):
         counted = progress.over("tokenizer", corpus.sizes["train"], texts, lambda text: (len(text.encode()), 0))
         saved = tokenizer.train(counted, size, folder)
