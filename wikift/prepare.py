@@ -1,7 +1,8 @@
 """Text to a token store: `launch/prepare.py`, and what training calls where a store is missing.
 
 A store that is there by the same recipe is taken at once; one by another recipe is left alone, and the user told.
-Speed is about 100 MB/s with gigatoken (`fastencode`), else that of `tokenizers`, 2 MB/s on each core (`encode`).
+Speed is 100 MB/s and more on two cores with gigatoken (`fastencode`), else that of `tokenizers`, 2 MB/s on each core
+(`encode`).
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wikift.cli import parse
 from wikift.config import DataSettings, PrepareSettings, store_path
@@ -36,12 +41,29 @@ _SLOW_BYTES = 10_000_000  # less is done before anybody wonders
 Say = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class Speed:
+    """How a store was made: seconds before the first text was read, seconds from then on, and the text's bytes."""
+
+    startup_seconds: float
+    seconds: float
+    bytes: int
+
+    def __str__(self) -> str:
+        rate = self.bytes / max(self.seconds, 1e-9) / 1e6
+        return (
+            f"{self.bytes / 1e6:,.1f} MB of text in {self.seconds:.2f} s ({rate:,.3g} MB/s), "
+            f"after {self.startup_seconds:.2f} s of start-up"
+        )
+
+
 def main(argv: Sequence[str]) -> int:
     """`launch/prepare.py`."""
+    started = time.perf_counter()
     settings = parse(PrepareSettings, argv, prog="prepare.py", description=DESCRIPTION)
     say: Say = (lambda text: None) if settings.quiet else (lambda text: print(text, file=sys.stderr, flush=True))
     if settings.verify and settings.dataset is None and settings.out is not None:
-        return _report(_open(Path(settings.out), verify=True), settings)
+        return _report(_open(Path(settings.out), verify=True), settings, None)
     if settings.dataset is None:
         settings = dataclasses.replace(settings, dataset=fallback_dataset(ranks_started()))
         say(f"--dataset is not given: taking {settings.dataset}")
@@ -53,10 +75,12 @@ def main(argv: Sequence[str]) -> int:
     if problems:
         raise UserError(*problems)
     there = out.is_dir() and any(out.iterdir())
-    ensure_store(settings, seed=settings.seed, quiet=settings.quiet, out=out, say=say, setting="--out")
+    speed = ensure_store(
+        settings, seed=settings.seed, quiet=settings.quiet, out=out, say=say, setting="--out", started=started
+    )
     if there:
         say(f"{out} is there already, made by the same recipe")
-    return _report(_open(out, verify=settings.verify), settings)
+    return _report(_open(out, verify=settings.verify), settings, speed)
 
 
 def source_problems(settings: DataSettings) -> list[str]:
@@ -82,11 +106,19 @@ def out_problems(out: Path) -> list[str]:
 
 
 def ensure_store(
-    settings: DataSettings, *, seed: int, quiet: bool, out: Path, say: Say, setting: str = "the store"
-) -> Path:
-    """The store of the (resolved) settings at `out`: there already, made by this process, or by one that it waits for.
+    settings: DataSettings,
+    *,
+    seed: int,
+    quiet: bool,
+    out: Path,
+    say: Say,
+    setting: str = "the store",
+    started: float | None = None,
+) -> Speed | None:
+    """Have the store of the (resolved) settings at `out`: it is there, is made by this process, or is waited for.
 
-    Needs no process group and has no time limit, so every rank may call it. `say` gets one line at a time. Raises
+    Needs no process group and has no time limit, so every rank may call it. `say` gets one line at a time. Gives the
+    speed where this process made it; its start-up counts from `started` (`time.perf_counter`) or else from now. Raises
     UserError for settings and files that the user must mend, also where a store made by another recipe is at `out`, and
     EnvironmentFault for disk, network and killed workers; nothing stays behind then.
     """
@@ -99,14 +131,23 @@ def ensure_store(
     def is_made() -> bool:
         return (out / "store.json").exists()
 
+    speed: Speed | None = None
+
+    def make(folder: Path) -> None:
+        nonlocal speed
+        first = _prepare(settings, seed, progress, folder, say)
+        store = _open(folder)
+        speed = Speed(first - began, time.perf_counter() - first, sum(split.bytes for split in store.splits.values()))
+
+    began = time.perf_counter() if started is None else started
     if not is_made():
         progress = Progress(quiet)
         try:
-            make_once(out, lambda folder: _prepare(settings, seed, progress, folder, say), is_made=is_made, say=say)
+            make_once(out, make, is_made=is_made, say=say)
         finally:
             progress.clear()
     check_recipe(_open(out, setting=setting), settings, seed)
-    return out
+    return speed
 
 
 def _open(out: Path, *, verify: bool = False, setting: str = "--out") -> TokenStore:
@@ -118,8 +159,8 @@ def _open(out: Path, *, verify: bool = False, setting: str = "--out") -> TokenSt
 # --- the work ----------------------------------------------------------------------------------------------------
 
 
-def _prepare(settings: DataSettings, seed: int, progress: Progress, folder: Path, say: Say) -> None:
-    """Write the store into `folder`."""
+def _prepare(settings: DataSettings, seed: int, progress: Progress, folder: Path, say: Say) -> float:
+    """Write the store into `folder`; gives when (`time.perf_counter`) the first text was asked for."""
     from wikift import encode, fastencode
     from wikift.corpus import open_corpus
     from wikift.recipe import record_of, source_of
@@ -129,34 +170,26 @@ def _prepare(settings: DataSettings, seed: int, progress: Progress, folder: Path
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     corpus = open_corpus(settings, seed)
-    source = source_of(settings, checksums=True)
+    source = _beside(lambda: source_of(settings, checksums=True))
     for note in corpus.notes:
         say(note)
     tokenizer = _tokenizer(settings, corpus, folder / "tokenizer", progress, say)
     append_eos = corpus.rows_are_documents if settings.append_eos is None else settings.append_eos
-    record = record_of(source, corpus, tokenizer, append_eos, str(settings.dataset))
-
-    def checked(split: str, parts: Iterator[Encoded], cuts: encode.Cuts) -> Iterator[Encoded]:
-        rows = words = 0
-        for part in parts:
-            rows, words = rows + part.rows, words + part.words
-            yield part
-        if words == rows:  # each row counts one end of line
-            found = f"{rows:,} blank rows" if rows else "no rows"
-            raise UserError(
-                f"--dataset {settings.dataset}: its {split} split holds no text ({found}); name one with text in it"
-            )
-        record["rows_cut_exactly"], record["rows_cut_inexactly"] = cuts.exact, cuts.inexact
+    record: dict[str, Any] = {}
+    times: list[float] = []
 
     def write(encoder: Callable[..., AbstractContextManager[encode.Encode]], cuts: encode.Cuts) -> None:
         def split_parts(split: str) -> Iterator[Encoded]:
             parts = encoded(encode.chunks(corpus.batches(split), cuts))
             counted = progress.over(split, corpus.sizes[split], parts, lambda part: (part.bytes, len(part.ids)))
-            return checked(split, counted, cuts)
+            yield from _with_text(f"--dataset {settings.dataset}: its {split} split", counted)
+            record.update(record_of(source(), corpus, tokenizer, append_eos, str(settings.dataset)))
+            record.update(rows_cut_exactly=cuts.exact, rows_cut_inexactly=cuts.inexact)
 
         eos = tokenizer.eos_token_id if append_eos else None
         dtype, workers = dtype_for(tokenizer.vocab_size), settings.workers or _cores()
         with encoder(tokenizer.file, eos_token_id=eos, dtype=dtype, workers=workers) as encoded:
+            times.append(time.perf_counter())
             write_store(
                 folder,
                 {split: split_parts(split) for split in corpus.splits},
@@ -184,6 +217,32 @@ def _prepare(settings: DataSettings, seed: int, progress: Progress, folder: Path
             f"{cuts.inexact} row(s) of more than a million characters had no place to cut at, so a few ids may differ "
             "from the tokenizer's on the whole row (rows_cut_inexactly in store.json)"
         )
+    return times[0]
+
+
+def _with_text(name: str, parts: Iterator[Encoded]) -> Iterator[Encoded]:
+    """The parts; raises UserError at their end where there is no word in them."""
+    rows = words = 0
+    for part in parts:
+        rows, words = rows + part.rows, words + part.words
+        yield part
+    if words == rows:  # each row counts one end of line
+        found = f"{rows:,} blank rows" if rows else "no rows"
+        raise UserError(f"{name} holds no text ({found}); name one with text in it")
+
+
+def _beside(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Start `work` in a thread that nobody waits for at the end; gives a function that waits for what it makes."""
+    made: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(work())
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=run, name="beside", daemon=True).start()
+    return made.result
 
 
 def _cores() -> int:
@@ -215,7 +274,7 @@ def _tokenizer(settings: DataSettings, corpus: Corpus, folder: Path, progress: P
 # --- what is shown -----------------------------------------------------------------------------------------------
 
 
-def _report(store: TokenStore, settings: PrepareSettings) -> int:
+def _report(store: TokenStore, settings: PrepareSettings, speed: Speed | None) -> int:
     rows = [("split", "rows", "tokens", "words", "bytes")]
     for name, split in store.splits.items():
         rows.append((name, f"{split.rows:,}", f"{split.tokens:,}", f"{split.words:,}", f"{split.bytes:,}"))
@@ -224,6 +283,8 @@ def _report(store: TokenStore, settings: PrepareSettings) -> int:
     for row in rows:
         cells = (f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
         show("  ".join((f"{row[0]:<{widths[0]}}", *cells)))
+    if speed is not None:
+        show(str(speed))
     show(f"{store.path}: {'every byte is as it was written' if settings.verify else 'ready'}. Next:")
     show(f"  python launch/train.py --data {store.path}")
     return 0

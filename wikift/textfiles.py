@@ -22,7 +22,7 @@ from wikift.texts import Texts
 
 _BLOCK_BYTES = 1 << 20
 _BATCH_CHARACTERS = 1 << 20
-_COLUMN_BYTES, _COLUMN_ROWS = 5 << 18, 4096  # a batch of a column: a little more than a chunk of `encode`
+_COLUMN_BYTES, _COLUMN_ROWS = 5 << 19, 8192  # a batch of a column: large, as each chunk of `encode` has a price
 _NAMED_ROWS = 256
 
 Reader = Callable[[Path, str], Iterator[Texts]]
@@ -124,7 +124,7 @@ def _text_of(raw: bytes, path: Path, number: int, start: int, column: str) -> st
 
 
 def read_parquet(path: Path, column: str) -> Iterator[Texts]:
-    """The texts of `column` of a parquet file, about a million bytes at a time."""
+    """The texts of `column` of a parquet file, a few million bytes at a time."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -149,7 +149,7 @@ def read_parquet(path: Path, column: str) -> Iterator[Texts]:
 
 
 def rows_at_once(rows: int, size: int) -> int:
-    """Into how long parts to divide `rows` of `size` bytes: about a million bytes and no more than 4,096 rows each."""
+    """Into how long parts to divide `rows` of `size` bytes: 2.6 million bytes and no more than 8,192 rows each."""
     return max(1, min(_COLUMN_ROWS, math.ceil(rows / max(1, round(size / _COLUMN_BYTES)))))
 
 
