@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,29 +40,13 @@ _SLOW_BYTES = 10_000_000  # less is done before anybody wonders
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Speed:
-    """How a store was made: seconds before the first text was read, seconds from then on, and the text's bytes."""
-
-    startup_seconds: float
-    seconds: float
-    bytes: int
-
-    def __str__(self) -> str:
-        rate = self.bytes / max(self.seconds, 1e-9) / 1e6
-        return (
-            f"{self.bytes / 1e6:,.1f} MB of text in {self.seconds:.2f} s ({rate:,.3g} MB/s), "
-            f"after {self.startup_seconds:.2f} s of start-up"
-        )
-
-
 def main(argv: Sequence[str]) -> int:
     """`launch/prepare.py`."""
     started = time.perf_counter()
     settings = parse(PrepareSettings, argv, prog="prepare.py", description=DESCRIPTION)
     say: Say = (lambda text: None) if settings.quiet else (lambda text: print(text, file=sys.stderr, flush=True))
     if settings.verify and settings.dataset is None and settings.out is not None:
-        return _report(_open(Path(settings.out), verify=True), settings, None)
+        return _report(_open(Path(settings.out), verify=True), settings)
     if settings.dataset is None:
         settings = dataclasses.replace(settings, dataset=fallback_dataset(ranks_started()))
         say(f"--dataset is not given: taking {settings.dataset}")
@@ -75,12 +58,10 @@ def main(argv: Sequence[str]) -> int:
     if problems:
         raise UserError(*problems)
     there = out.is_dir() and any(out.iterdir())
-    speed = ensure_store(
-        settings, seed=settings.seed, quiet=settings.quiet, out=out, say=say, setting="--out", started=started
-    )
+    ensure_store(settings, seed=settings.seed, quiet=settings.quiet, out=out, say=say, setting="--out", started=started)
     if there:
         say(f"{out} is there already, made by the same recipe")
-    return _report(_open(out, verify=settings.verify), settings, speed)
+    return _report(_open(out, verify=settings.verify), settings)
 
 
 def source_problems(settings: DataSettings) -> list[str]:
@@ -114,12 +95,12 @@ def ensure_store(
     say: Say,
     setting: str = "the store",
     started: float | None = None,
-) -> Speed | None:
-    """Have the store of the (resolved) settings at `out`: it is there, is made by this process, or is waited for.
+) -> Path:
+    """The store of the (resolved) settings at `out`: there already, made by this process, or by one that it waits for.
 
-    Needs no process group and has no time limit, so every rank may call it. `say` gets one line at a time. Gives the
-    speed where this process made it; its start-up counts from `started` (`time.perf_counter`) or else from now. Raises
-    UserError for settings and files that the user must mend, also where a store made by another recipe is at `out`, and
+    Needs no process group and has no time limit, so every rank may call it. `say` gets one line at a time; the last
+    tells the speed, its start-up counted from `started` (`time.perf_counter`), or else from the call. Raises UserError
+    for settings and files that the user must mend, also where a store made by another recipe is at `out`, and
     EnvironmentFault for disk, network and killed workers; nothing stays behind then.
     """
     from wikift.publish import make_once
@@ -131,13 +112,13 @@ def ensure_store(
     def is_made() -> bool:
         return (out / "store.json").exists()
 
-    speed: Speed | None = None
-
     def make(folder: Path) -> None:
-        nonlocal speed
         first = _prepare(settings, seed, progress, folder, say)
-        store = _open(folder)
-        speed = Speed(first - began, time.perf_counter() - first, sum(split.bytes for split in store.splits.values()))
+        seconds = time.perf_counter() - first
+        size = sum(split.bytes for split in _open(folder).splits.values())
+        if size > _SLOW_BYTES:
+            rate = f"{size / 1e6:,.0f} MB of text in {seconds:.1f} s, {size / seconds / 1e6:,.3g} MB/s"
+            say(f"{rate}, after {first - began:.1f} s of start-up")
 
     began = time.perf_counter() if started is None else started
     if not is_made():
@@ -147,7 +128,7 @@ def ensure_store(
         finally:
             progress.clear()
     check_recipe(_open(out, setting=setting), settings, seed)
-    return speed
+    return out
 
 
 def _open(out: Path, *, verify: bool = False, setting: str = "--out") -> TokenStore:
@@ -274,7 +255,7 @@ def _tokenizer(settings: DataSettings, corpus: Corpus, folder: Path, progress: P
 # --- what is shown -----------------------------------------------------------------------------------------------
 
 
-def _report(store: TokenStore, settings: PrepareSettings, speed: Speed | None) -> int:
+def _report(store: TokenStore, settings: PrepareSettings) -> int:
     rows = [("split", "rows", "tokens", "words", "bytes")]
     for name, split in store.splits.items():
         rows.append((name, f"{split.rows:,}", f"{split.tokens:,}", f"{split.words:,}", f"{split.bytes:,}"))
@@ -283,8 +264,6 @@ def _report(store: TokenStore, settings: PrepareSettings, speed: Speed | None) -
     for row in rows:
         cells = (f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
         show("  ".join((f"{row[0]:<{widths[0]}}", *cells)))
-    if speed is not None:
-        show(str(speed))
     show(f"{store.path}: {'every byte is as it was written' if settings.verify else 'ready'}. Next:")
     show(f"  python launch/train.py --data {store.path}")
     return 0

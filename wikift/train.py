@@ -161,8 +161,8 @@ def _store(settings: TrainSettings, speaks: bool, say: Callable[[str], None]) ->
         from wikift.prepare import ensure_store
 
         # the cut's own seed: runs that differ in --seed are measured on the same validation text
-        cut_seed, path = config.PrepareSettings().seed, config.store_path(settings)
-        ensure_store(settings, seed=cut_seed, quiet=not speaks, out=path, say=say)
+        cut_seed, out = config.PrepareSettings().seed, config.store_path(settings)
+        path = ensure_store(settings, seed=cut_seed, quiet=not speaks, out=out, say=say)
     store = open_store(path)
     folder = Path(settings.model)
     if not settings.from_scratch and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
