@@ -164,7 +164,7 @@ def test_every_file_leaves_auto_to_the_command_line_and_deepspeed_takes_it(
         line += f" --lr-scheduler-type {'constant' if EVERY[name]['scheduler'] is WARMUP else 'linear'}"
     result = merged(EVERY[name], tmp_path, line)
     assert not result.problems
-    assert not result.taken
+    assert set(result.taken) <= {"reduce_dtype"}  # one of the files decides that
     config = completed(str(tmp_path / "ds.json"), precision=precision)
     assert '"auto"' not in json.dumps(config)
     assert "optimizer" not in config
