@@ -244,6 +244,8 @@ NUMBERS: list[tuple[str, Any, str, str, str]] = [
     ("bf16.enabled", False, "precision", "fp32", "bf16"),
     ("scheduler.type", "WarmupLR", "lr_scheduler_type", "constant", "cosine"),
     ("scheduler.type", "WarmupDecayLR", "lr_scheduler_type", "linear", "cosine"),
+    ("communication_data_type", "bf16", "reduce_dtype", "bf16", "fp32"),
+    ("communication_data_type", "fp32", "reduce_dtype", "fp32", "bf16"),
 ]
 IDS = [f"{key}-{setting}" for key, _, setting, _, _ in NUMBERS]
 
