@@ -14,7 +14,7 @@ import dataclasses
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,11 +177,14 @@ def _job(
         step = int(found.path.name.removeprefix("step-"))
         return {"saved_step": step, "save_stall_seconds": found.stall_seconds, "save_seconds": found.seconds}
 
-    def stopped() -> int:
-        word = world.highest(_SAVE_FAILED if saver.fault else stop_signal())
+    def agree(numbers: Sequence[float]) -> tuple[int, list[float]]:
+        word, sums = world.agree(_SAVE_FAILED if saver.fault else stop_signal(), numbers)
         if word == _SAVE_FAILED:
             saver.finish()  # raises, on every rank
-        return word
+        return word, sums
+
+    def stopped() -> int:
+        return agree(())[0]
 
     return Job(
         batches=lambda first_step: _batches(run, first_step),
@@ -205,7 +208,7 @@ def _job(
         sample=sample,
         save=save,
         saved=saved,
-        stopped=stopped,
+        agree=agree,
     )
 
 
