@@ -39,6 +39,7 @@ def make_engine(
     compile: bool = False,
     reshard: bool = True,
     checkpointing: bool = False,
+    reduce_dtype: str = "fp32",
     ds_config: dict[str, Any] | None = None,
 ) -> Engine:
     """An engine whose weights are open: restore it from something."""
@@ -55,19 +56,20 @@ def make_engine(
         whole = dsconfig.engine_config(
             {"zero_optimization.stage": stage} if ds_config is None else ds_config, micro_batch=micro,
             accumulation=accumulation, ranks=world.size, precision=precision, max_grad_norm=adam.max_grad_norm,
-            hidden_size=config.n_embd,
+            hidden_size=config.n_embd, reduce_dtype=reduce_dtype,
         )  # fmt: skip
         return ZeroEngine(make, adam, world, whole, precision=precision, compile=compile)
     with torch.device("meta"):
         model = make()
     if kind == "fsdp":
         return FSDPEngine(
-            model, adam, world, accumulation=accumulation, precision=precision, compile=compile, reshard=reshard
-        )
+            model, adam, world, accumulation=accumulation, precision=precision, compile=compile, reshard=reshard,
+            reduce_dtype=reduce_dtype,
+        )  # fmt: skip
     single = SingleEngine(
         model, adam, world.device, accumulation=accumulation, precision=precision, compile=compile, ranks=world.size
     )
-    return DDPEngine(single, world, BLOCK) if kind == "ddp" else single
+    return DDPEngine(single, world, BLOCK, reduce_dtype) if kind == "ddp" else single
 
 
 def random_start(config: Any, seed: int = 7) -> Any:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import resource
 import signal
 import struct
@@ -104,6 +105,19 @@ def test_the_mirror_has_its_known_counts(tmp_path: Path, capsys: pytest.CaptureF
         f"{out}: is a store made otherwise (append_eos False there, True asked); remove that folder, "
         "or make another store with launch/prepare.py --out DIR"
     ])  # fmt: skip
+
+
+def test_the_speed_is_told_where_it_matters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--dataset", "demo", "--tokenizer", "train:600"]
+    assert run(*words, "--out", tmp_path / "small") == (0, [])
+    assert "MB/s" not in capsys.readouterr().err
+    monkeypatch.setattr(prepare, "_SLOW_BYTES", 0)
+    assert run(*words, "--out", tmp_path / "large") == (0, [])
+    printed = capsys.readouterr()
+    assert re.search(r"\n0 MB of text in [\d.]+ s, [\d.]+ MB/s, after [\d.]+ s of start-up\n", printed.err)
+    assert "MB/s" not in printed.out
 
 
 def test_the_demo_and_the_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

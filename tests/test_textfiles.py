@@ -176,6 +176,32 @@ def test_parquet_faults(tmp_path: Path) -> None:
             list(read_parquet(path, "text"))
 
 
+def test_a_parquet_file_is_read_in_batches_of_bounded_size(tmp_path: Path) -> None:
+    """Many short rows at once, few long ones, also where a file begins with short ones."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    texts = [f"row {i}\n" for i in range(20_000)] + [f"{i:06}" * 50_000 for i in range(20)]
+    path = tmp_path / "t.parquet"
+    with pa.parquet.ParquetWriter(path, pa.schema([("text", pa.string())])) as file:
+        file.write_table(pa.table({"text": texts[:20_000]}))
+        file.write_table(pa.table({"text": texts[20_000:]}))
+    batches = list(read_parquet(path, "text"))
+    assert [text for batch in batches for text in batch] == texts
+    assert max(map(len, batches)) == 8192
+    assert max(len(batch.data) for batch in batches) <= 3_300_000
+
+
+def test_a_row_that_is_not_utf8_is_found_among_thousands(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    raw = pa.array([b"a"] * 5000 + [b"\xff"] + [b"a"] * 100).cast(pa.string(), safe=False)
+    pa.parquet.write_table(pa.table({"text": raw}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"rows 4865 to 5120: 'text' is not UTF-8"):
+        list(read_parquet(tmp_path / "t.parquet", "text"))
+
+
 @pytest.mark.parametrize("reader", [read_lines, read_jsonl, read_parquet])
 def test_missing_file(tmp_path: Path, reader: Any) -> None:
     with pytest.raises(UserError, match=r"gone: cannot be read \(No such file or directory\)"):

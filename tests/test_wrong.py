@@ -162,6 +162,15 @@ TRAIN: list[tuple[str, list[str]]] = [
     ("--precision fp8", ["--precision fp8: must be one of auto, bf16, fp16, fp32"]),
     ("--lr-scheduler-type cosin", ["(did you mean cosine?)"]),
     ("--engine ddp", ["--engine ddp: needs a launcher"]),
+    ("--reduce-dtype bf16", ["--reduce-dtype bf16: cannot act, one process exchanges no gradients"]),
+    (
+        "--reduce-dtype fp16 --engine fsdp",
+        ["--reduce-dtype fp16: small gradients would become 0 without the loss scale"],
+    ),
+    (
+        "--reduce-dtype bf16 --engine fsdp --no-fsdp-reshard --gradient-accumulation-steps 2",
+        ["--reduce-dtype bf16: with --no-fsdp-reshard the 2 micro-batches of a step would be added up in bf16 too"],
+    ),
     ("--resume nowhere", ["--resume nowhere: must be auto, never or a checkpoint"]),
     ("--resume run", ["--resume run: must be auto, never or a checkpoint"]),
     ("--output-dir a-file", ["--output-dir a-file: is a file; name a folder"]),

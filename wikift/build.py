@@ -139,7 +139,7 @@ def _engine(
 
         return FSDPEngine(
             model, adam, world, accumulation=accumulation, precision=precision, compile=compile,
-            reshard=settings.fsdp_reshard,
+            reshard=settings.fsdp_reshard, reduce_dtype=settings.reduce_dtype,
         )  # fmt: skip
     if name.startswith("zero"):
         from wikift.engines.zero import ZeroEngine
@@ -148,12 +148,15 @@ def _engine(
         config = dsconfig.engine_config(
             dsconfig.read(settings.deepspeed), micro_batch=plan.place.micro_batch, accumulation=accumulation,
             ranks=world.size, precision=precision, max_grad_norm=settings.max_grad_norm, hidden_size=plan.shape.n_embd,
+            reduce_dtype=settings.reduce_dtype,
         )  # fmt: skip
         return ZeroEngine(make, adam, world, config, precision=precision, compile=compile)
     single = SingleEngine(
         model, adam, world.device, accumulation=accumulation, precision=precision, compile=compile, ranks=world.size
     )
-    return DDPEngine(single, world, plan.block_size) if name == "ddp" else single
+    if name == "single":
+        return single
+    return DDPEngine(single, world, plan.block_size, settings.reduce_dtype)
 
 
 def _config(settings: TrainSettings, plan: Plan, eos_token_id: int, start: Checkpoint | None) -> GPT2Config:

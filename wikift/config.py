@@ -183,6 +183,12 @@ class TrainSettings(DataSettings):
     fsdp_reshard: bool = option(
         True, "fsdp: free a block's weights after its forward; without it faster, more memory", group="speed"
     )
+    reduce_dtype: str = option(
+        "fp32",
+        "number format in which the processes add up their gradients; bf16: half the traffic, rounded to 8 bits",
+        group="speed",
+        choices=("fp32", "bf16", "fp16"),
+    )
     deepspeed: str | None = option(
         None, "ZeRO by a DeepSpeed config file, ds_configs/zero2.json or your own", group="speed", metavar="FILE"
     )

@@ -25,13 +25,12 @@ import numpy.typing as npt
 from wikift import hub
 from wikift.config import WIKITEXT, DataSettings
 from wikift.errors import EnvironmentFault, UserError
-from wikift.textfiles import READERS, parquet_bytes, parquet_problems
+from wikift.textfiles import READERS, parquet_bytes, parquet_problems, rows_at_once
 from wikift.texts import Texts
 from wikift.userfiles import SPLITS, UserFiles, user_files
 
 DEFAULT_VALIDATION_FRACTION = 0.05
 _STRETCHES = 10  # of lines, at least, on the smaller side of a cut: a sample of the text and not one chapter of it
-_HUB_ROWS = 256
 
 Rows = Callable[[], Iterator[Texts]]
 Ends = npt.NDArray[np.bool_]
@@ -191,8 +190,8 @@ def _from_hub(settings: DataSettings, name: str, config: str | None) -> Corpus:
 
     def rows(part: Any) -> Rows:
         def batches() -> Iterator[Texts]:
-            number = 0
-            for table in part.select_columns([column]).with_format("arrow").iter(batch_size=_HUB_ROWS):
+            number, text = 0, part.select_columns([column]).with_format("arrow")
+            for table in text.iter(batch_size=rows_at_once(len(text), text.data.nbytes)):
                 texts = table.column(0)
                 if texts.null_count:
                     null = texts.is_null().index(True).as_py()

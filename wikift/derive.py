@@ -144,8 +144,12 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
     """Every problem of resolved settings that can be known before data is read. `launched`: a launcher set RANK."""
     problems = _check_ranges(settings)
     batch = (settings.global_batch_size, settings.per_device_train_batch_size, settings.gradient_accumulation_steps)
+    place = None
     if all(number is None or number >= 1 for number in batch):
-        problems += problems_of(lambda: placement(settings, ranks))
+        try:
+            place = placement(settings, ranks)
+        except UserError as error:
+            problems += error.problems
     problems += check_data(settings) + _check_model(settings)
     if settings.max_steps is not None and settings.num_train_epochs is not None:
         problems.append(
@@ -159,6 +163,7 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
     if not settings.fsdp_reshard and (settings.engine not in ("auto", "fsdp") or settings.deepspeed):
         other = "--deepspeed" if settings.deepspeed else f"--engine {settings.engine}"
         problems.append(f"--no-fsdp-reshard: cannot act under {other}; leave it out, or use --engine fsdp")
+    problems += _reduction_problems(settings, ranks, place)
     if settings.sample_prompts is not None:
         problems += problems_of(lambda: read_prompts(Path(str(settings.sample_prompts)), "--sample-prompts"))
     elif settings.sample_steps is not None:
@@ -170,6 +175,25 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
     if settings.resume not in ("auto", "never") and not (Path(settings.resume) / "manifest.json").is_file():
         problems.append(
             f"--resume {settings.resume}: must be auto, never or a checkpoint, OUTPUT_DIR/checkpoints/step-..."
+        )
+    return problems
+
+
+def _reduction_problems(settings: TrainSettings, ranks: int, place: Placement | None) -> list[str]:
+    """What --reduce-dtype cannot go with."""
+    asked, problems = f"--reduce-dtype {settings.reduce_dtype}", []
+    if settings.reduce_dtype == "fp32":
+        return []
+    if settings.deepspeed is None and (settings.engine == "single" or (settings.engine == "auto" and ranks == 1)):
+        problems.append(f"{asked}: cannot act, one process exchanges no gradients; leave it out")
+    if settings.reduce_dtype == "fp16" and settings.precision != "fp16":
+        problems.append(
+            f"{asked}: small gradients would become 0 without the loss scale of --precision fp16; take bf16, or that"
+        )
+    if not settings.fsdp_reshard and place is not None and place.accumulation > 1:
+        problems.append(  # FSDP2 keeps what waits for the reduction in the reduction's format
+            f"{asked}: with --no-fsdp-reshard the {place.accumulation} micro-batches of a step would be added up in "
+            f"{settings.reduce_dtype} too; leave one of the two out, or take a larger --per-device-train-batch-size"
         )
     return problems
 

@@ -139,22 +139,25 @@ def engine_config(
     precision: str,
     max_grad_norm: float,
     hidden_size: int,
+    reduce_dtype: str = "fp32",
 ) -> dict[str, Any]:
     """What deepspeed.initialize is given: complete, without "auto", optimizer and scheduler.
 
-    `config` is what `read` gave and `merge` had no problem with, `precision` the resolved one (bf16, fp16, fp32).
+    `config` is what `read` gave and `merge` had no problem with, `precision` the resolved one (bf16, fp16, fp32),
+    `reduce_dtype` what the ranks add up their gradients in.
     """
     sizes = {"reduce_bucket_size": hidden_size * hidden_size}  # as transformers fills them
     if stage(config) == 3:
         sizes["stage3_prefetch_bucket_size"] = int(0.9 * hidden_size * hidden_size)
         sizes["stage3_param_persistence_threshold"] = 10 * hidden_size
     exact: Config = {}
-    if precision != "fp32":  # gradients are averaged and summed as under the other engines
-        exact["communication_data_type"] = "fp32"
-        if not (precision == "bf16" and stage(config) == 1):  # there DeepSpeed would take quite another optimizer
-            exact["data_types.grad_accum_dtype"] = "fp32"
+    # micro-batches are added up as under the other engines; in bf16 at stage 1 DeepSpeed would take quite another
+    # optimizer for it
+    if precision != "fp32" and not (precision == "bf16" and stage(config) == 1):
+        exact["data_types.grad_accum_dtype"] = "fp32"
     flat: Config = {
         **exact,
+        "communication_data_type": reduce_dtype,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offloading keeps the optimizer that it is given: torch's AdamW
         "steps_per_print": 10**9,

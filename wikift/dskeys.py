@@ -10,7 +10,6 @@ from typing import Any
 
 # Handed on to DeepSpeed as they are, with the kind of their value.
 PASSED: dict[str, type] = {
-    "communication_data_type": str,
     "prescale_gradients": bool,
     "gradient_predivide_factor": float,
     "disable_python_gc": bool,
@@ -77,6 +76,7 @@ SETTINGS: dict[str, tuple[str, type]] = {
     "scheduler.params.warmup_max_lr": ("learning_rate", float),
     "scheduler.params.warmup_num_steps": ("warmup_steps", float),  # float: below 1 is a part of the run
     "scheduler.params.total_num_steps": ("max_steps", int),
+    "communication_data_type": ("reduce_dtype", str),
 }
 
 # DeepSpeed's schedulers that are wikift's, by name, with their --lr-scheduler-type.

@@ -1,8 +1,8 @@
 """Rows -> ids, on all cores, in order.
 
-The rows are packed into chunks of a million bytes, chunks go to worker processes with a bounded number in flight,
-and results are taken in order: the ids are those of the Hugging Face tokenizer row by row, whatever the number of
-workers.
+The rows are packed into chunks of one to three million bytes, chunks go to worker processes with a bounded number in
+flight, and results are taken in order: the ids are those of the Hugging Face tokenizer row by row, whatever the number
+of workers.
 
 A row longer than 64,000 characters is encoded in pieces, since a call of the tokenizer takes a hundred bytes of memory
 and more for each character. It is cut only where GPT-2's pre-tokenizer splits for certain, so no id changes:
@@ -40,7 +40,8 @@ from wikift.errors import EnvironmentFault
 from wikift.texts import Texts, count_words
 from wikift.tokens import DTYPES, Encoded
 
-CHUNK_CHARACTERS = 1 << 20
+CHUNK_CHARACTERS = 1 << 20  # at least; a reader's batch is not divided
+_CALL_BYTES = 1 << 20  # of a chunk that `tokenizers` gets at once
 LONG_CHARACTERS = 64_000
 HOPELESS_CHARACTERS = 1_000_000
 INLINE_CHUNKS = 4  # fewer are done before worker processes would have started
@@ -70,11 +71,12 @@ class Chunk:
 
     def encoded(self, ids: npt.NDArray[Any], ends: npt.NDArray[np.int64], eos: int | None, dtype: str) -> Encoded:
         """Of the ids of all texts end to end, text i's up to `ends[i]`: with `eos` after each row, and the counts."""
+        ids = ids.astype(DTYPES[dtype], copy=False)  # first: what follows is the faster for it
         if eos is not None:
             ids = np.insert(ids, ends[self.ends], eos)
         rows = int(self.ends.sum())
         words = count_words(self.texts) + rows - self.joined
-        return Encoded(ids.astype(DTYPES[dtype], copy=False), rows, words, len(self.texts.data))
+        return Encoded(ids, rows, words, len(self.texts.data))
 
 
 @dataclass
@@ -158,7 +160,7 @@ def _places(text: str, unsplit: tuple[str, ...]) -> Iterator[tuple[int, bool]]:
 
 
 def chunks(batches: Iterable[tuple[Texts, Ends]], cuts: Cuts) -> Iterator[Chunk]:
-    """Pack texts, and whether each ends its row, into chunks of about a million bytes. The last text ends its row."""
+    """Pack texts, and whether each ends its row, into chunks of a million bytes or more. The last text ends its row."""
     packed: list[tuple[Texts, Ends]] = []
     joined = size = 0
     for texts, ends, shared in _short(batches, cuts):
@@ -217,8 +219,10 @@ def chunk_encoder(tokenizer_file: Path, eos_token_id: int | None, dtype: str) ->
     tokenizer.no_padding()
 
     def encode(chunk: Chunk) -> Encoded:
-        found = tokenizer.encode_batch_fast(list(chunk.texts), add_special_tokens=False)
-        lists = [encoding.ids for encoding in found]
+        texts, lists = iter(chunk.texts), []
+        for count in np.bincount(chunk.texts.offsets[:-1] // _CALL_BYTES):
+            found = tokenizer.encode_batch_fast(list(itertools.islice(texts, count)), add_special_tokens=False)
+            lists += [encoding.ids for encoding in found]
         ends = np.cumsum([len(ids) for ids in lists], dtype=np.int64)
         ids = np.fromiter(itertools.chain.from_iterable(lists), np.uint32, ends[-1])
         return chunk.encoded(ids, ends, eos_token_id, dtype)

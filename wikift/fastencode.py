@@ -1,9 +1,10 @@
 """Chunks -> ids by gigatoken, which is a hundred times as fast as `tokenizers`, under the eyes of `tokenizers`.
 
 gigatoken is young, so it is believed only as far as it is checked, in every preparation: on hostile strings at the
-start, and on 2 KB of rows out of each chunk, drawn by the chunk's content. At the first difference `Disagreement` is
-raised, and the caller starts again with `encode.encoder`. The chunks go to threads, since all the work in them is done
-without Python's lock; results are taken in order, so the number of threads does not show in them.
+start, and on 4 KB of rows out of each chunk of some 2 MB, drawn by the chunk's content. At the first difference
+`Disagreement` is raised, and the caller starts again with `encode.encoder`. The chunks go to threads, which share one
+gigatoken and what it has learned, since all the work in them is done without Python's lock; results are taken in order,
+so the number of threads does not show in them.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wikift.encode import Chunk, Cuts, Encode, EncodeChunk, in_order
+from wikift.encode import Chunk, Cuts, Encode, EncodeChunk, in_order, tokenizer_threads
 from wikift.texts import Texts
 from wikift.tokens import Encoded
 
-SAMPLE_BYTES = 2048  # of a chunk of a million, compared with `tokenizers`
+SAMPLE_BYTES = 4096  # of a chunk of one to three million, compared with `tokenizers`
 CACHE_BYTES = 300_000_000  # gigatoken's caches grow with every new word and are never emptied: beyond this, start anew
 _LEAST_BYTES_BETWEEN = 16_000_000
 
@@ -56,57 +57,55 @@ def why_not(cuts: Cuts) -> str | None:
 @contextmanager
 def fast_encoder(tokenizer_file: Path, *, eos_token_id: int | None, dtype: str, workers: int) -> Iterator[Encode]:
     """As `encode.encoder`, with threads and gigatoken. Raises Disagreement, at once or from the encoding."""
-    here = threading.local()
+    encode_chunk = fast_chunk_encoder(tokenizer_file, eos_token_id, dtype, CACHE_BYTES)
     pool = ThreadPoolExecutor(workers, "encode")
-
-    def encode_chunk(chunk: Chunk) -> Encoded:
-        if not hasattr(here, "encode"):
-            here.encode = fast_chunk_encoder(tokenizer_file, eos_token_id, dtype, CACHE_BYTES // workers)
-        return here.encode(chunk)  # type: ignore[no-any-return]
 
     def encode(source: Iterable[Chunk]) -> Iterator[Encoded]:
         return in_order(pool, encode_chunk, source, 2 * workers + 1)
 
     try:
-        hostile = Chunk(Texts.of(_HOSTILE), np.ones(len(_HOSTILE), np.bool_), 0)
-        fast_chunk_encoder(tokenizer_file, None, dtype, CACHE_BYTES, sample_bytes=1 << 20)(hostile)
-        yield encode
+        with tokenizer_threads(False):  # a sample is too short for them
+            encode_chunk(Chunk(Texts.of(_HOSTILE), np.ones(len(_HOSTILE), np.bool_), 0))
+            yield encode
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def fast_chunk_encoder(
-    tokenizer_file: Path, eos_token_id: int | None, dtype: str, cache_bytes: int, sample_bytes: int = SAMPLE_BYTES
-) -> EncodeChunk:
-    """A function that encodes one chunk with gigatoken and compares a sample; for one thread."""
+def fast_chunk_encoder(tokenizer_file: Path, eos_token_id: int | None, dtype: str, cache_bytes: int) -> EncodeChunk:
+    """A function that encodes one chunk with gigatoken and compares a sample; for any number of threads."""
     from tokenizers import Tokenizer
 
     reference = Tokenizer.from_file(str(tokenizer_file))
     reference.no_truncation()
     reference.no_padding()
     fast = _load(tokenizer_file)
-    since, resident = 0, _resident_bytes()
+    since, resident, lock = 0, _resident_bytes(), threading.Lock()
 
-    def compare(text: str, ids: npt.NDArray[Any]) -> None:
-        if ids.tolist() != reference.encode(text, add_special_tokens=False).ids:
-            raise Disagreement(f"gigatoken and tokenizers give other ids for {text[:80]!r}")
+    def compare(texts: Texts, numbers: list[int], ids: npt.NDArray[Any], ends: npt.NDArray[np.int64]) -> None:
+        """Those of the texts that have these numbers."""
+        wanted = [texts.data[texts.offsets[i] : texts.offsets[i + 1]].tobytes().decode() for i in numbers]
+        encoded = reference.encode_batch_fast(wanted, add_special_tokens=False)
+        for i, text, right in zip(numbers, wanted, encoded, strict=True):
+            if ids[ends[i - 1] if i else 0 : ends[i]].tolist() != right.ids:
+                raise Disagreement(f"gigatoken and tokenizers give other ids for {text[:80]!r}")
 
     def encode(chunk: Chunk) -> Encoded:
         nonlocal fast, since, resident
-        ids, ends = _encode(fast, chunk.texts)
-        chosen = _sample(chunk.texts, sample_bytes)
-        for number in chosen:
-            start, end = chunk.texts.offsets[number : number + 2]
-            text = chunk.texts.data[start:end].tobytes().decode()
-            compare(text, ids[ends[number - 1] if number else 0 : ends[number]])
-        if not chosen:  # long texts: a whole one would take longer than all the rest
-            text = chunk.texts.data[:sample_bytes].tobytes().decode(errors="ignore")
-            compare(text, _encode(fast, Texts.of((text,)))[0])
-        since += len(chunk.texts.data)
-        if since >= _LEAST_BYTES_BETWEEN and _resident_bytes() - resident > cache_bytes:
-            fast = None
-            gc.collect()
-            fast, since, resident = _load(tokenizer_file), 0, _resident_bytes()
+        with lock:
+            here = fast
+        ids, ends = _encode(here, chunk.texts)
+        if chosen := _sample(chunk.texts):
+            compare(chunk.texts, chosen, ids, ends)
+        else:  # long texts: a whole one would take longer than all the rest
+            start = Texts.of((chunk.texts.data[:SAMPLE_BYTES].tobytes().decode(errors="ignore"),))
+            compare(start, [0], *_encode(here, start))
+        del here
+        with lock:
+            since += len(chunk.texts.data)
+            if since >= _LEAST_BYTES_BETWEEN and _resident_bytes() - resident > cache_bytes:
+                fast = None
+                gc.collect()
+                fast, since, resident = _load(tokenizer_file), 0, _resident_bytes()
         return chunk.encoded(ids, ends, eos_token_id, dtype)
 
     return encode
@@ -134,19 +133,19 @@ def _encode(fast: Any, texts: Texts) -> tuple[npt.NDArray[Any], npt.NDArray[np.i
     return np.asarray(found.content.data)[offsets[0] : offsets[-1]], offsets[1:] - offsets[0]
 
 
-def _sample(texts: Texts, size: int) -> list[int]:
-    """Short texts to compare: some somewhere, of about `size` bytes together, and one that is not ASCII."""
-    if len(texts.data) <= size:
+def _sample(texts: Texts) -> list[int]:
+    """Short texts to compare: some somewhere, of about 4 KB together, and one that is not ASCII."""
+    if len(texts.data) <= SAMPLE_BYTES:
         return list(range(len(texts)))
     seed = int.from_bytes(texts.data[-8:].tobytes(), "little") + len(texts.data)
     start = int(np.random.default_rng(seed).integers(len(texts)))
-    end = int(np.searchsorted(texts.offsets, texts.offsets[start] + size))
+    end = int(np.searchsorted(texts.offsets, texts.offsets[start] + SAMPLE_BYTES))
     chosen = set(range(start, max(start + 1, min(end, len(texts)))))
     beyond = np.flatnonzero(texts.data[texts.offsets[start] :] >= 0x80)
     if len(beyond):
         chosen.add(int(np.searchsorted(texts.offsets, texts.offsets[start] + beyond[0], "right")) - 1)
     lengths = texts.lengths
-    return sorted(number for number in chosen if lengths[number] <= 4 * size)
+    return sorted(number for number in chosen if lengths[number] <= 4 * SAMPLE_BYTES)
 
 
 def _resident_bytes() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,12 @@ class Job:
     sample: Callable[[int], None]  # let the model write
     save: Callable[[int, float | None, Patience], None]  # (step, eval_loss, ...)
     saved: Callable[[], dict[str, Any]]  # what to log of a checkpoint published meanwhile; not collective
-    stopped: Callable[[], int]  # the signal that asks for a stop, the same on every rank; 0 while there is none
+    # the signal that asks for a stop (0 while there is none) and the sums of numbers over the ranks, at one blow
+    agree: Callable[[Sequence[float]], tuple[int, list[float]]]
+
+    def stopped(self) -> int:
+        """The signal that asks for a stop; collective."""
+        return self.agree(())[0]
 
 
 def run_steps(engine: Engine, job: Job, world: World, log: Log, *, done: int) -> int:
@@ -88,10 +93,11 @@ def run_steps(engine: Engine, job: Job, world: World, log: Log, *, done: int) ->
         skipped += ~torch.isfinite(norm)
         meter.step(job.tokens_per_step)
         log.tick(step=step)
-        stop = job.stopped()
         record: dict[str, Any] = {"step": step}
+        mean = torch.stack(losses).mean()
+        stop, total = job.agree([float(mean)] if due.log(step) else [])  # without a log line nothing waits for a device
         if due.log(step) or stop:
-            loss = float(world.total(torch.stack(losses).mean())) / world.size
+            loss = (total or job.agree([float(mean)])[1])[0] / world.size
             if not math.isfinite(loss) or (skipped.item() > job.skipped and not job.skips_overflow):
                 raise EnvironmentFault(diverged(step, loss, float(norm), lr))
             record |= {

@@ -1,7 +1,8 @@
 """Text to a token store: `launch/prepare.py`, and what training calls where a store is missing.
 
 A store that is there by the same recipe is taken at once; one by another recipe is left alone, and the user told.
-Speed is about 100 MB/s with gigatoken (`fastencode`), else that of `tokenizers`, 2 MB/s on each core (`encode`).
+Speed is 100 MB/s and more on two cores with gigatoken (`fastencode`), else that of `tokenizers`, 2 MB/s on each core
+(`encode`).
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wikift.cli import parse
 from wikift.config import DataSettings, PrepareSettings, store_path
@@ -38,6 +42,7 @@ Say = Callable[[str], None]
 
 def main(argv: Sequence[str]) -> int:
     """`launch/prepare.py`."""
+    started = time.perf_counter()
     settings = parse(PrepareSettings, argv, prog="prepare.py", description=DESCRIPTION)
     say: Say = (lambda text: None) if settings.quiet else (lambda text: print(text, file=sys.stderr, flush=True))
     if settings.verify and settings.dataset is None and settings.out is not None:
@@ -53,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     if problems:
         raise UserError(*problems)
     there = out.is_dir() and any(out.iterdir())
-    ensure_store(settings, seed=settings.seed, quiet=settings.quiet, out=out, say=say, setting="--out")
+    ensure_store(settings, seed=settings.seed, quiet=settings.quiet, out=out, say=say, setting="--out", started=started)
     if there:
         say(f"{out} is there already, made by the same recipe")
     return _report(_open(out, verify=settings.verify), settings)
@@ -82,12 +87,20 @@ def out_problems(out: Path) -> list[str]:
 
 
 def ensure_store(
-    settings: DataSettings, *, seed: int, quiet: bool, out: Path, say: Say, setting: str = "the store"
+    settings: DataSettings,
+    *,
+    seed: int,
+    quiet: bool,
+    out: Path,
+    say: Say,
+    setting: str = "the store",
+    started: float | None = None,
 ) -> Path:
     """The store of the (resolved) settings at `out`: there already, made by this process, or by one that it waits for.
 
-    Needs no process group and has no time limit, so every rank may call it. `say` gets one line at a time. Raises
-    UserError for settings and files that the user must mend, also where a store made by another recipe is at `out`, and
+    Needs no process group and has no time limit, so every rank may call it. `say` gets one line at a time; the last
+    tells the speed, its start-up counted from `started` (`time.perf_counter`), or else from the call. Raises UserError
+    for settings and files that the user must mend, also where a store made by another recipe is at `out`, and
     EnvironmentFault for disk, network and killed workers; nothing stays behind then.
     """
     from wikift.publish import make_once
@@ -99,10 +112,19 @@ def ensure_store(
     def is_made() -> bool:
         return (out / "store.json").exists()
 
+    def make(folder: Path) -> None:
+        first = _prepare(settings, seed, progress, folder, say)
+        seconds = time.perf_counter() - first
+        size = sum(split.bytes for split in _open(folder).splits.values())
+        if size > _SLOW_BYTES:
+            rate = f"{size / 1e6:,.0f} MB of text in {seconds:.1f} s, {size / seconds / 1e6:,.3g} MB/s"
+            say(f"{rate}, after {first - began:.1f} s of start-up")
+
+    began = time.perf_counter() if started is None else started
     if not is_made():
         progress = Progress(quiet)
         try:
-            make_once(out, lambda folder: _prepare(settings, seed, progress, folder, say), is_made=is_made, say=say)
+            make_once(out, make, is_made=is_made, say=say)
         finally:
             progress.clear()
     check_recipe(_open(out, setting=setting), settings, seed)
@@ -118,8 +140,8 @@ def _open(out: Path, *, verify: bool = False, setting: str = "--out") -> TokenSt
 # --- the work ----------------------------------------------------------------------------------------------------
 
 
-def _prepare(settings: DataSettings, seed: int, progress: Progress, folder: Path, say: Say) -> None:
-    """Write the store into `folder`."""
+def _prepare(settings: DataSettings, seed: int, progress: Progress, folder: Path, say: Say) -> float:
+    """Write the store into `folder`; gives when (`time.perf_counter`) the first text was asked for."""
     from wikift import encode, fastencode
     from wikift.corpus import open_corpus
     from wikift.recipe import record_of, source_of
@@ -129,34 +151,26 @@ def _prepare(settings: DataSettings, seed: int, progress: Progress, folder: Path
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     corpus = open_corpus(settings, seed)
-    source = source_of(settings, checksums=True)
+    source = _beside(lambda: source_of(settings, checksums=True))
     for note in corpus.notes:
         say(note)
     tokenizer = _tokenizer(settings, corpus, folder / "tokenizer", progress, say)
     append_eos = corpus.rows_are_documents if settings.append_eos is None else settings.append_eos
-    record = record_of(source, corpus, tokenizer, append_eos, str(settings.dataset))
-
-    def checked(split: str, parts: Iterator[Encoded], cuts: encode.Cuts) -> Iterator[Encoded]:
-        rows = words = 0
-        for part in parts:
-            rows, words = rows + part.rows, words + part.words
-            yield part
-        if words == rows:  # each row counts one end of line
-            found = f"{rows:,} blank rows" if rows else "no rows"
-            raise UserError(
-                f"--dataset {settings.dataset}: its {split} split holds no text ({found}); name one with text in it"
-            )
-        record["rows_cut_exactly"], record["rows_cut_inexactly"] = cuts.exact, cuts.inexact
+    record: dict[str, Any] = {}
+    times: list[float] = []
 
     def write(encoder: Callable[..., AbstractContextManager[encode.Encode]], cuts: encode.Cuts) -> None:
         def split_parts(split: str) -> Iterator[Encoded]:
             parts = encoded(encode.chunks(corpus.batches(split), cuts))
             counted = progress.over(split, corpus.sizes[split], parts, lambda part: (part.bytes, len(part.ids)))
-            return checked(split, counted, cuts)
+            yield from _with_text(f"--dataset {settings.dataset}: its {split} split", counted)
+            record.update(record_of(source(), corpus, tokenizer, append_eos, str(settings.dataset)))
+            record.update(rows_cut_exactly=cuts.exact, rows_cut_inexactly=cuts.inexact)
 
         eos = tokenizer.eos_token_id if append_eos else None
         dtype, workers = dtype_for(tokenizer.vocab_size), settings.workers or _cores()
         with encoder(tokenizer.file, eos_token_id=eos, dtype=dtype, workers=workers) as encoded:
+            times.append(time.perf_counter())
             write_store(
                 folder,
                 {split: split_parts(split) for split in corpus.splits},
@@ -184,6 +198,32 @@ def _prepare(settings: DataSettings, seed: int, progress: Progress, folder: Path
             f"{cuts.inexact} row(s) of more than a million characters had no place to cut at, so a few ids may differ "
             "from the tokenizer's on the whole row (rows_cut_inexactly in store.json)"
         )
+    return times[0]
+
+
+def _with_text(name: str, parts: Iterator[Encoded]) -> Iterator[Encoded]:
+    """The parts; raises UserError at their end where there is no word in them."""
+    rows = words = 0
+    for part in parts:
+        rows, words = rows + part.rows, words + part.words
+        yield part
+    if words == rows:  # each row counts one end of line
+        found = f"{rows:,} blank rows" if rows else "no rows"
+        raise UserError(f"{name} holds no text ({found}); name one with text in it")
+
+
+def _beside(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Start `work` in a thread that nobody waits for at the end; gives a function that waits for what it makes."""
+    made: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(work())
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=run, name="beside", daemon=True).start()
+    return made.result
 
 
 def _cores() -> int:
@@ -193,6 +233,7 @@ def _cores() -> int:
 def _tokenizer(settings: DataSettings, corpus: Corpus, folder: Path, progress: Progress, say: Say) -> SavedTokenizer:
     from wikift import tokenizer
     from wikift.encode import tokenizer_threads, training_texts
+    from wikift.tokenizerfiles import EOS
 
     name = str(settings.tokenizer)
     if not name.startswith("train:"):
@@ -201,7 +242,7 @@ def _tokenizer(settings: DataSettings, corpus: Corpus, folder: Path, progress: P
         raise UserError(f"--tokenizer {name}: {settings.dataset} has no train split to train on; name a tokenizer")
     size = int(name.removeprefix("train:"))
     say(f"training a byte-level BPE of {size:,} tokens on the train split")
-    texts = training_texts(corpus.texts("train"), tokenizer.EOS)
+    texts = training_texts(corpus.texts("train"), EOS)
     with tokenizer_threads(True):
         counted = progress.over("tokenizer", corpus.sizes["train"], texts, lambda text: (len(text.encode()), 0))
         saved = tokenizer.train(counted, size, folder)

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from wikift import __version__, derive, resume
 from wikift.batches import ahead, count_blocks, micro_batches, sample_blocks
-from wikift.build import Built, Choice, build
+from wikift.build import Built, build
 from wikift.checkpoint import Checkpoint, best_checkpoint, list_checkpoints
 from wikift.choose import Sampling
 from wikift.cli import flag
@@ -39,6 +39,7 @@ from wikift.interrupt import stop_requests
 from wikift.live import sample_live
 from wikift.log import Log, open_log
 from wikift.loop import Due, Job, run_steps
+from wikift.memory import keep_freed_memory
 from wikift.meter import Meter, peak_flops
 from wikift.model import Precision, resolve_precision
 from wikift.optim import Schedule
@@ -179,11 +180,14 @@ def _job(
         step = int(found.path.name.removeprefix("step-"))
         return {"saved_step": step, "save_stall_seconds": found.stall_seconds, "save_seconds": found.seconds}
 
-    def stopped() -> int:
-        word = world.highest(_SAVE_FAILED if saver.fault else stop_signal())
+    def agree(numbers: Sequence[float]) -> tuple[int, list[float]]:
+        word, sums = world.agree(_SAVE_FAILED if saver.fault else stop_signal(), numbers)
         if word == _SAVE_FAILED:
             saver.finish()  # raises, on every rank
-        return word
+        return word, sums
+
+    def stopped() -> int:
+        return agree(())[0]
 
     return Job(
         batches=lambda first_step: _batches(run, first_step),
@@ -207,7 +211,7 @@ def _job(
         sample=sample,
         save=save,
         saved=saved,
-        stopped=stopped,
+        agree=agree,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from wikift.texts import Texts
 
 _BLOCK_BYTES = 1 << 20
 _BATCH_CHARACTERS = 1 << 20
-_PARQUET_ROWS = 256
+_COLUMN_BYTES, _COLUMN_ROWS = 5 << 19, 8192  # a batch of a column: large, as each chunk of `encode` has a price
+_NAMED_ROWS = 256
 
 Reader = Callable[[Path, str], Iterator[Texts]]
 
@@ -122,7 +124,7 @@ def _text_of(raw: bytes, path: Path, number: int, start: int, column: str) -> st
 
 
 def read_parquet(path: Path, column: str) -> Iterator[Texts]:
-    """The texts of `column` of a parquet file, a few hundred rows at a time."""
+    """The texts of `column` of a parquet file, a few million bytes at a time."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -131,18 +133,48 @@ def read_parquet(path: Path, column: str) -> Iterator[Texts]:
     number = 0
     try:
         with pa.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BLOCK_BYTES) as file:
-            for rows in file.iter_batches(_PARQUET_ROWS, columns=[column], use_threads=False):
-                texts = rows.column(0)
+            for texts in _column(file, column):
                 if texts.null_count:
                     where = f"{path}, row {number + texts.is_null().index(True).as_py() + 1}"
                     raise UserError(f"{where}: {column!r} is null, not text; mend or delete the row")
-                yield Texts.of_arrow(texts)
+                try:
+                    yield Texts.of_arrow(texts)
+                except UnicodeDecodeError:
+                    number += _before_the_fault(texts)
+                    where = f"{path}, rows {number + 1} to {number + _NAMED_ROWS}"
+                    raise UserError(f"{where}: {column!r} is not UTF-8; write the file again") from None
                 number += len(texts)
-    except UnicodeDecodeError:
-        where = f"{path}, rows {number + 1} to {number + _PARQUET_ROWS}"
-        raise UserError(f"{where}: {column!r} is not UTF-8; write the file again") from None
     except (pa.ArrowException, OSError) as error:
         raise UserError(_broken_parquet(path, error)) from None
+
+
+def rows_at_once(rows: int, size: int) -> int:
+    """Into how long parts to divide `rows` of `size` bytes: 2.6 million bytes and no more than 8,192 rows each."""
+    return max(1, min(_COLUMN_ROWS, math.ceil(rows / max(1, round(size / _COLUMN_BYTES)))))
+
+
+def _column(file: Any, column: str) -> Iterator[Any]:
+    """The arrays of `column`, none across row groups, since a stretch of long rows shows in its group's size."""
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        rows = rows_at_once(group.num_rows, _column_bytes(group, column))
+        for batch in file.iter_batches(rows, row_groups=[number], columns=[column], use_threads=False):
+            yield batch.column(0)
+
+
+def _column_bytes(group: Any, column: str) -> int:
+    chunks = (group.column(number) for number in range(group.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+
+
+def _before_the_fault(texts: Any) -> int:
+    """How many rows lie before the 256 of which one is not UTF-8."""
+    for start in range(0, len(texts), _NAMED_ROWS):
+        try:
+            Texts.of_arrow(texts.slice(start, _NAMED_ROWS))
+        except UnicodeDecodeError:
+            return start
+    return 0
 
 
 def parquet_problems(path: Path, column: str) -> list[str]:
@@ -169,9 +201,7 @@ def parquet_bytes(path: Path, column: str) -> int:
     import pyarrow.parquet
 
     about = pyarrow.parquet.read_metadata(path)
-    groups = (about.row_group(number) for number in range(about.num_row_groups))
-    chunks = (group.column(number) for group in groups for number in range(about.num_columns))
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+    return sum(_column_bytes(about.row_group(number), column) for number in range(about.num_row_groups))
 
 
 def _broken_parquet(path: Path, error: Exception) -> str:

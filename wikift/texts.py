@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_BLOCK_BYTES = 1 << 16  # so that what is counted stays in a core's cache
+_BLOCK_BYTES = 1 << 18  # so that what is counted stays in a core's cache
 
 # White space beyond ASCII, for str.split(): U+0085 and U+00A0, whose UTF-8 starts with 0xC2, and U+1680, U+2000 to
 # U+200A, U+2028, U+2029, U+202F, U+205F and U+3000, of three bytes.
@@ -98,10 +98,8 @@ def count_words(texts: Texts) -> int:
     space = np.empty(len(data), np.bool_)
     for start in range(0, len(data), _BLOCK_BYTES):
         block = data[start : start + _BLOCK_BYTES]
-        found = block - np.uint8(9) < 5
-        found |= block == 32
-        found |= block - np.uint8(28) < 4
-        space[start : start + len(block)] = found
+        found = np.less(block - np.uint8(9), 5, out=space[start : start + len(block)])
+        found |= block - np.uint8(28) < 5
     _mark_beyond_ascii(data, space)
     for start in range(0, len(data), _BLOCK_BYTES):
         found = space[start : start + _BLOCK_BYTES]
@@ -116,7 +114,9 @@ def _mark_beyond_ascii(data: npt.NDArray[np.uint8], space: npt.NDArray[np.bool_]
     """Set `space` at every byte of the characters of white space that are not ASCII."""
     for start in range(0, len(data), _BLOCK_BYTES):
         block = data[start : start + _BLOCK_BYTES]
-        first = np.flatnonzero((block == 0xC2) | (block - np.uint8(0xE1) < 3)) + start
+        first = np.flatnonzero(block & np.uint8(0xDC) == 0xC0) + start  # 0xC0 to 0xC3 and 0xE0 to 0xE3, in two passes
+        lead = data[first]
+        first = first[(lead == 0xC2) | (lead > 0xE0)]
         if not len(first):
             continue
         lead, second = data[first], data[first + 1]  # UTF-8 is whole: one or two bytes more are there

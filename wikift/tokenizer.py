@@ -6,7 +6,6 @@ it is the same whichever version of transformers wrote the files.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,8 +16,8 @@ from typing import Any
 
 from wikift import hub
 from wikift.errors import UserError
+from wikift.tokenizerfiles import EOS, OF_THE_HUB, Facts, copy_plain, facts, facts_of, has_tokenizer
 
-EOS = "<|endoftext|>"
 _TAUGHT_RUN = 1000  # characters; longer unbroken runs are no words, and training on them takes memory by the gigabyte
 _LONG_RUN = re.compile("|".join(rf"(?<!{c})({c}{{{_TAUGHT_RUN}}}){c}+" for c in (r"\w", r"\s", r"[^\w\s]")))
 
@@ -48,7 +47,7 @@ def tokenizer_problems(tokenizer: str) -> list[str]:
         return []  # its SIZE is checked with the other settings
     folder = Path(tokenizer)
     if folder.is_dir():
-        if not _has_tokenizer(folder):
+        if not has_tokenizer(folder):
             found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
             return [
                 f"--tokenizer {tokenizer}: has no tokenizer.json, nor vocab.json with merges.txt (there: {found}); "
@@ -63,12 +62,10 @@ def tokenizer_problems(tokenizer: str) -> list[str]:
     return []
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer.json").is_file() or all((folder / n).is_file() for n in ("vocab.json", "merges.txt"))
-
-
 def load(name: str, folder: Path) -> SavedTokenizer:
-    """Load tokenizer `name` (of the Hub, or a folder) by transformers and save a copy of it into `folder`.
+    """Load tokenizer `name` (of the Hub, or a folder) and save a copy of it into `folder`.
+
+    GPT-2's own kind is copied without transformers, which does the others.
 
     Raises UserError where there is none or it has no Rust implementation, EnvironmentFault where the Hub is out of
     reach.
@@ -78,6 +75,10 @@ def load(name: str, folder: Path) -> SavedTokenizer:
     local = Path(name).is_dir()
     if not local:
         hub.offline_if_unreachable()
+    shown = Path(name).resolve().name if local else name
+    source = Path(name) if local else _snapshot(name)
+    if source is not None and (eos := copy_plain(source, folder)) is not None:
+        return _saved(folder, shown, eos, facts(source))
     from transformers import AutoTokenizer
 
     try:
@@ -96,7 +97,17 @@ def load(name: str, folder: Path) -> SavedTokenizer:
         tokenizer.save_pretrained(folder)
     except Exception as error:
         raise hub.as_os_error(error) from None
-    return _saved(folder, Path(name).resolve().name if local else name, int(tokenizer.eos_token_id))
+    return _saved(folder, shown, int(tokenizer.eos_token_id), facts(folder))
+
+
+def _snapshot(name: str) -> Path | None:
+    """The folder of the Hub's cache with the files of tokenizer `name`; None where transformers is to say why not."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=OF_THE_HUB))
+    except Exception:
+        return None
 
 
 def train(texts: Iterable[str], size: int, folder: Path) -> SavedTokenizer:
@@ -130,20 +141,18 @@ def train(texts: Iterable[str], size: int, folder: Path) -> SavedTokenizer:
         "tokenizer_class": "GPT2Tokenizer",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return _saved(folder, f"train:{size}", int(tokenizer.token_to_id(EOS) or 0))
+    return _saved(folder, f"train:{size}", int(tokenizer.token_to_id(EOS) or 0), facts(folder))
 
 
 def _without_long_runs(text: str) -> str:
     return text if len(text) <= _TAUGHT_RUN else _LONG_RUN.sub(lambda match: match[match.lastindex or 0], text)
 
 
-def _saved(folder: Path, name: str, eos_token_id: int) -> SavedTokenizer:
-    content = _content(folder)
-    size = 1 + max(content["ids"].values())
+def _saved(folder: Path, name: str, eos_token_id: int, about: Facts) -> SavedTokenizer:
     for file in folder.iterdir():
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
-    return SavedTokenizer(folder, name, _digest(content), size, eos_token_id)
+    return SavedTokenizer(folder, name, about.fingerprint, about.vocab_size, eos_token_id)
 
 
 # --- telling them apart ------------------------------------------------------------------------------------------
@@ -156,7 +165,7 @@ def tokenizer_fingerprint(tokenizer: Any, *, setting: str = "--tokenizer") -> st
     """
     if isinstance(tokenizer, (str, Path)):
         try:
-            return _digest(_content(Path(tokenizer)))
+            return facts(Path(tokenizer)).fingerprint
         except FileNotFoundError:
             raise UserError(
                 f"{setting} {tokenizer}: has no tokenizer.json, nor vocab.json with merges.txt; name a folder that has"
@@ -164,70 +173,4 @@ def tokenizer_fingerprint(tokenizer: Any, *, setting: str = "--tokenizer") -> st
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{setting} {tokenizer}: its tokenizer cannot be read ({hub.one_line(error)})") from None
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    return _digest(_normal_form(json.loads(backend.to_str())))
-
-
-def _content(folder: Path) -> dict[str, Any]:
-    file = folder / "tokenizer.json"
-    if file.is_file():
-        return _normal_form(json.loads(file.read_text(encoding="utf-8")))
-    return _normal_form(_of_vocabulary(folder))
-
-
-def _of_vocabulary(folder: Path) -> dict[str, Any]:
-    """The `tokenizer.json` that GPT-2's older pair of files stands for."""
-    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    config: dict[str, Any] = {}
-    if (folder / "tokenizer_config.json").is_file():
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    special = {_text(config.get(f"{role}_token", EOS)) for role in ("bos", "eos", "unk")}
-    special |= {_text(config[f"{role}_token"]) for role in ("pad", "sep", "cls", "mask") if config.get(f"{role}_token")}
-    special |= {_text(entry) for entry in config.get("added_tokens_decoder", {}).values()}
-    free = 1 + max(vocabulary.values())
-    added = []
-    for content in sorted(special):
-        if content not in vocabulary:
-            vocabulary[content], free = free, free + 1
-        added.append({"id": vocabulary[content], "content": content})
-    prefix = bool(config.get("add_prefix_space", False))
-    return {
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": prefix, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "vocab": vocabulary,
-            "merges": [line for line in lines if line and not line.startswith("#version")],
-        },
-    }
-
-
-def _text(token: Any) -> str:
-    return str(token["content"] if isinstance(token, dict) else token)
-
-
-def _normal_form(content: dict[str, Any]) -> dict[str, Any]:
-    """What decides ids, in one spelling: tokens with their ids, merges in order, added tokens, the two steps before."""
-    model, added = content["model"], content.get("added_tokens") or []
-    merges = model.get("merges") or []
-    flags = ("lstrip", "rstrip", "single_word")
-    return {
-        "model": model.get("type"),
-        "ids": {**model["vocab"], **{token["content"]: token["id"] for token in added}},
-        "merges": [pair.split(" ", 1) if isinstance(pair, str) else list(pair) for pair in merges],
-        "added": sorted([token["content"], *(bool(token.get(flag)) for flag in flags)] for token in added),
-        "normalizer": content.get("normalizer"),
-        "pre_tokenizer": _without(content.get("pre_tokenizer"), "trim_offsets"),
-    }
-
-
-def _without(value: Any, key: str) -> Any:
-    if isinstance(value, dict):
-        return {name: _without(inner, key) for name, inner in value.items() if name != key}
-    return [_without(inner, key) for inner in value] if isinstance(value, list) else value
-
-
-def _digest(content: dict[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return facts_of(json.loads(backend.to_str())).fingerprint

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -59,6 +59,17 @@ class World:
         if self.size > 1:
             dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value)
+
+    def agree(self, word: int, numbers: Sequence[float] = ()) -> tuple[int, list[float]]:
+        """The highest of the ranks' words and the sums of their numbers, in one all-reduce on the host; collective."""
+        if self.size == 1:
+            return word, list(numbers)
+        words = [0.0] * self.size
+        words[self.rank] = float(word)  # each has a place of its own, so that one sum does for both
+        given = torch.tensor([*numbers, *words], dtype=torch.float64)
+        dist.all_reduce(given)
+        found = given.tolist()
+        return int(max(found[len(numbers) :])), found[: len(numbers)]
 
     def barrier(self) -> None:
         """Wait for all ranks, on the host."""

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from wikift.engines.base import Fragment, FragmentReader
 from wikift.engines.single import SingleEngine, whole_fragments
+from wikift.model import DTYPES
 from wikift.world import World
 
 
 class DDPEngine:
-    """A SingleEngine whose loss is wrapped in DDP; see Engine for the methods."""
+    """A SingleEngine whose loss is wrapped in DDP; see Engine for the methods. `reduce_dtype`: fp32, bf16 or fp16."""
 
-    def __init__(self, local: SingleEngine, world: World, block_size: int) -> None:
+    def __init__(self, local: SingleEngine, world: World, block_size: int, reduce_dtype: str = "fp32") -> None:
         self.local, self.world = local, world
         self.unwrapped = local.losses
         assert isinstance(self.unwrapped, torch.nn.Module)
         local.thin_embedding_gradient(False)  # DDP would take the sum with the head's gradient for sparse too
         self.ddp = DistributedDataParallel(self.unwrapped, gradient_as_bucket_view=True)
         local.thin_embedding_gradient()
+        if reduce_dtype != "fp32":
+            # DDP wants the annotations of what it is given to be no strings; a lambda has none
+            self.ddp.register_comm_hook(DTYPES[reduce_dtype], lambda dtype, bucket: _mean_in(dtype, bucket))
         self._settle_buckets(block_size)
 
     def _settle_buckets(self, block_size: int) -> None:
@@ -62,3 +68,11 @@ class DDPEngine:
 
     def restore(self, reader: FragmentReader) -> None:
         self.local.restore(reader)
+
+
+def _mean_in(dtype: torch.dtype, bucket: Any) -> torch.futures.Future[Tensor]:
+    """A bucket's mean over the ranks, exchanged in `dtype`; torch's bf16_compress_hook, which it refuses on gloo."""
+    low = bucket.buffer().to(dtype).div_(dist.get_world_size())
+    exchanged = dist.all_reduce(low, async_op=True).get_future()
+    mean: torch.futures.Future[Tensor] = exchanged.then(lambda _: bucket.buffer().copy_(low))
+    return mean

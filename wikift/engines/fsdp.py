@@ -1,13 +1,13 @@
 """torch's FSDP2 (fully_shard): each rank keeps its rows of every weight, gradient and moment.
 
-A block's weights are gathered when it is needed, in the precision of the products; gradients are averaged in fp32.
+A block's weights are gathered when it is needed, in the precision of the products; gradients are averaged in
+`reduce_dtype`, fp32 by default.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -40,6 +40,7 @@ class FSDPEngine:
         precision: str,
         compile: bool,
         reshard: bool,
+        reduce_dtype: str = "fp32",
     ) -> None:
         self.world, self.adam, self.accumulation, self.reshard = world, adam, accumulation, reshard
         self.model = model.train()
@@ -48,7 +49,7 @@ class FSDPEngine:
             keep_residual_in_fp32(model)
         join_group(world)
         mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("ranks",))
-        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=DTYPES[reduce_dtype], cast_forward_inputs=False)
         self.losses = NextTokenLoss(model, precision, compile=compile)
         for block in model.transformer.h:
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
