@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 
 from tests.ranks import run_ranks
@@ -44,3 +47,26 @@ def test_the_estimate_is_that_of_the_zero_paper_and_of_activations() -> None:
     assert sharded == pytest.approx(state / 8, rel=1e-3)
     more = training_bytes(XL, block_size=1024, micro_batch=4, precision="bf16", checkpointing=False) - state
     assert more == pytest.approx(4096 * (34 * 1600 * 48 + 8 * 50257), rel=1e-2)
+
+
+def compiled(steps: int, compile: bool | None, precision: str = "fp32", compiler: str = sys.executable) -> Choice:
+    from wikift.build import choose_compile
+    from wikift.world import start_world
+
+    os.environ["CXX"] = compiler
+    world = start_world("cpu")
+    plan = Plan(Placement(world.size, 1, 1), Shape(n_layer=2, n_head=2, n_embd=64), 1024, 10, steps, 0)
+    return choose_compile(TrainSettings(compile=compile), plan, world, precision)
+
+
+def test_compile_where_the_run_is_long_enough() -> None:
+    (short,) = run_ranks(compiled, 1, 10, None)
+    assert short.name == "eager"
+    assert "would not pay" in short.reason
+    assert [choice.name for choice in run_ranks(compiled, 2, 10_000_000, None)] == ["compiled"] * 2
+    assert run_ranks(compiled, 1, 10_000_000, False) == [Choice("eager", "asked for")]
+    (low,) = run_ranks(compiled, 1, 10_000_000, None, "bf16")
+    assert low == Choice("eager", "in bf16 a CPU gains nothing from --compile")
+    assert run_ranks(compiled, 1, 10, True) == [Choice("compiled", "asked for")]
+    (without,) = run_ranks(compiled, 1, 10_000_000, None, "fp32", "no-such-compiler")
+    assert without == Choice("eager", "no C++ compiler is found")

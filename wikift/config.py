@@ -171,7 +171,7 @@ class TrainSettings(DataSettings):
         None,
         "torch.compile: slower to start, faster steps",
         group="speed",
-        shown="on a CPU with a compiler, where the run is long enough to pay for it",
+        shown="on a CPU in fp32, where the run is long enough to pay for it",
     )
     engine: str = option(
         "auto",

@@ -28,7 +28,7 @@ class Dropout(nn.Dropout):
 def drop(hidden: Tensor, rate: float) -> Tensor:
     """`hidden` / (1 - rate) where kept, 0 elsewhere; the same for the gradient."""
     dropped = round(rate * 2**16)
-    kept = random_bits(hidden) >= dropped - 2**15
+    kept: Tensor = random_bits(hidden) >= dropped - 2**15
     return hidden * kept * (2**16 / (2**16 - dropped))
 
 
