@@ -115,10 +115,11 @@ class Process:
     def __init__(self, module: str, *arguments: str, ranks: int = 1) -> None:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # DeepSpeed calls ninja
         self.process = subprocess.Popen(
             [sys.executable, *launch, "-m", module, *arguments],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // ranks))},
+            env={**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // ranks)), "PATH": path},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -130,7 +131,8 @@ class Process:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.close()  # it ends where its input does
         try:
             self.process.wait(20)
@@ -187,9 +189,10 @@ def table(figures: Figures, *, against: str, figure: str) -> list[str]:
 def _asked() -> str:
     """The command as it was typed, less where its results went."""
     name = Path(sys.argv[0]).resolve()
-    words = [f'"{word}"' if set(word) & set("| ,'") else word for word in sys.argv[1:]]
+    words = [f'"{word}"' if set(word) & set("| ,'$") else word for word in sys.argv[1:]]
     if "--results" in words:
-        del words[words.index("--results") :][:2]
+        place = words.index("--results")
+        del words[place : place + 2]
     start = f"python -m benchmarks.{name.stem}" if name.parent.name == "benchmarks" else f"python {name.name}"
     return " ".join([start, *words])
 

@@ -139,7 +139,9 @@ def hand_written(setting: Setting, *, pad: int, fused: bool, compile: bool) -> N
 def hf_loop(setting: Setting, *, compile: bool) -> None:
     model = setting.hf_model()
     run: Any = torch.compile(model) if compile else model
-    serve(setting, loop(setting, model, lambda b: run(input_ids=b[:, :-1], labels=b[:, :-1], use_cache=False).loss, True))
+    serve(
+        setting, loop(setting, model, lambda b: run(input_ids=b[:, :-1], labels=b[:, :-1], use_cache=False).loss, True)
+    )
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):

@@ -39,7 +39,7 @@ def main() -> None:
     setting = Setting(**{f.name: getattr(given, f.name) for f in dataclasses.fields(Setting)})
     names = [name for name in CONTESTANTS if re.search(given.only or SETS[given.set], name)]
     checked = check(names, setting) if given.check_losses else {}
-    chosen = {name: setting for name in names}
+    chosen = dict.fromkeys(names, setting)
     if given.best_micro_batch:
         chosen = {name: best(name, setting, given.best_micro_batch, given.steps) for name in names}
     with contextlib.ExitStack() as stack:
@@ -55,7 +55,10 @@ def main() -> None:
         lines += ["", f"Micro-batch of each, the best of {given.best_micro_batch}: {picked}."]
     if checked:
         widest = max(checked.values())
-        lines += ["", f"Losses of {CHECKED_STEPS} steps without dropout: within {widest:.1g} of the plain loop in fp32."]
+        lines += [
+            "",
+            f"Losses of {CHECKED_STEPS} steps without dropout: within {widest:.1g} of the plain loop in fp32.",
+        ]
     write(
         given.name, "Training steps", lines, figures,
         settings={**dataclasses.asdict(setting), "steps of a turn": given.steps},
