@@ -3,20 +3,23 @@
     python benchmarks/peer_clm.py --model_name_or_path M --train_file T.parquet --block_size 64 --output_dir O
 
 takes TrainingArguments' options too. What datasets' `map` made is kept from the second start on. After the first step
-the file O/first_step appears.
+the file O/first_step appears. DeepSpeed, which accelerate imports where it is there, is hidden: run_clm needs it not.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from datasets import load_dataset
-from transformers import (
+sys.modules["deepspeed"] = None  # type: ignore[assignment]
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from datasets import load_dataset  # noqa: E402
+from transformers import (  # noqa: E402
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,

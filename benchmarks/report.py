@@ -52,7 +52,7 @@ AIMS = (
     Aim("training step, times the Trainer (2.2 is hoped for)", "train", "tokens/s", 2.0, against=("Trainer",)),
     Aim("times the Trainer, compiled", "train", "tokens/s", 1.5, against=("Trainer, compiled",)),
     Aim("times the best compiled peer", "train", "tokens/s", 1.3, against=COMPILED_PEERS),
-    Aim("two ranks, times one process", "train-engines", "tokens/s", 0.95, ("wikift ddp, 2 ranks",), ("wikift",)),
+    Aim("two ranks, times one process", "train-ranks", "tokens/s", 0.95, ("wikift ddp, 2 ranks",), ("wikift",)),
     Aim("text to store, MB/s", "data", "MB/s", 100.0),
     Aim("largest process of it, MB", "data", "memory MB", 1000.0),
     Aim("opening a store, ms", "data", "open ms", 50.0, ("wikift's store",)),

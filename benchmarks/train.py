@@ -1,8 +1,9 @@
 """Training steps of wikift and of its peers, in turns, each in a process that lives through all rounds.
 
     python -m benchmarks.train                               # the peers, and wikift in one process
-    python -m benchmarks.train --set engines                 # wikift's engines
-    python -m benchmarks.train --best-micro-batch 4 8 16     # each at the best of these, same global batch
+    python -m benchmarks.train --set engines                 # wikift's engines on one process
+    python -m benchmarks.train --set ranks                   # and on two ranks, each with half the blocks and threads
+    python -m benchmarks.train --accumulation 4 --best-micro-batch 4 8 16     # each at its best, same global batch
     python -m benchmarks.train --only "Trainer$|wikift$" --layers 12 --width 768 --heads 12 --block 128
 
 Same weights, blocks, global batch, precision, dropout, AdamW and clipping. First each contestant shows, without
@@ -30,7 +31,11 @@ from benchmarks.peers_train import CHECKED_STEPS, CONTESTANTS, Setting, loop
 from wikift.model import resolve_precision
 from wikift.shape import Shape
 
-SETS = {"peers": r"^(?!wikift.*(process|ranks)).*$", "engines": r"^wikift", "all": ""}
+SETS = {
+    "peers": r"^(?!.*(1 process|2 ranks))",
+    "engines": r"^wikift(, compiled)?$|1 process",
+    "ranks": r"^wikift(, compiled)?$|2 ranks",
+}
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # of a loss of 11; DeepSpeed's bf16 rounds the weights themselves
 
 
@@ -82,7 +87,10 @@ def _parse():  # type: ignore[no-untyped-def]
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default=native)
     parser.set_defaults(check=False)
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.name == "train":
+        given.name += "-best" if given.best_micro_batch else "" if given.set == "peers" else f"-{given.set}"
+    return given
 
 
 def start(name: str, setting: Setting) -> Process:
