@@ -120,6 +120,10 @@ def contestant(name: str, small: Path, large: Path, work: Path, tokenizer: Path)
         spent, memory = harness.timed(command(name, source, out, tokenizer))
         seconds.append(spent)
     megabytes = size(large) - size(small)
+    if seconds[1] <= seconds[0]:
+        raise SystemExit(
+            f"{name}: {seconds[1]:.1f} s for all, {seconds[0]:.1f} s for 1 MB: noise; give it more megabytes"
+        )
     return {"MB/s": megabytes / (seconds[1] - seconds[0]), "start-up s": seconds[0], "memory MB": memory}
 
 

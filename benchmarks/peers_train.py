@@ -1,9 +1,10 @@
 """One contestant of benchmarks/train.py in a process of its own: `python -m benchmarks.peers_train NAME SETTING`.
 
-It trains on random tokens, says `{"first_step_s": ...}` after its first step (its compilation included), and then makes
-as many steps as each line of its standard input says, answering with a line of JSON. nanoGPT's and LitGPT's methods are
-rebuilt from their published design: one compiled model, logits in one piece, autocast, AdamW, clipping. nanoGPT fuses
-AdamW on a GPU only, LitGPT always, and pads the vocabulary to a multiple of 512. All start from the same weights.
+It trains on random tokens, says `{"first_step_s": ...}` after its first step (imports but torch's, building, compilation
+included), and then makes as many steps as each line of its standard input says, answering with a line of JSON.
+nanoGPT's and LitGPT's methods are rebuilt from their published design: one compiled model, logits in one piece,
+autocast, AdamW, clipping. nanoGPT fuses AdamW on a GPU only, LitGPT always, and pads the vocabulary to a multiple of
+512. All start from the same weights.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+BEGUN = time.perf_counter()
 LR, DECAY = 1e-4, 0.1
 CHECKED_STEPS = 3
 
@@ -79,9 +81,8 @@ def serve(setting: Setting, step: Step, ranks: int = 1, rank: int = 0) -> None:
     answer = (lambda found: print(json.dumps(found), flush=True)) if rank == 0 else (lambda found: None)
     if setting.check:
         return answer({"losses": [_mean(step(), ranks) for _ in range(CHECKED_STEPS)]})
-    start = time.perf_counter()
     step()
-    answer({"first_step_s": time.perf_counter() - start})
+    answer({"first_step_s": time.perf_counter() - BEGUN})
     step()
     while steps := _asked(ranks, rank):
         start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)

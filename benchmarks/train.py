@@ -10,8 +10,9 @@ Same weights, blocks, global batch, precision, dropout, AdamW and clipping. Firs
 dropout, the losses of three steps on the same blocks, which must be those of a plain loop in fp32 (--no-check leaves
 that out); so it is the same work. Then tokens per second, floating-point operations per second by the PaLM count (a
 share of the peak, MFU, only where a peak is known: not on a CPU), processor seconds of a step, the most memory the
-process ever held (its start and its compilation included), and the seconds to the end of the first step with caches as
-they are. All processes hold their memory through all rounds: --only where they do not fit.
+process ever held (its start and its compilation included), and the seconds to the end of the first step: imports
+but torch's, building and compilation, with caches as they are. All processes hold their memory through all rounds:
+--only where they do not fit.
 """
 
 from __future__ import annotations
