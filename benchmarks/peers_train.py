@@ -1,7 +1,7 @@
 """One contestant of benchmarks/train.py in a process of its own: `python -m benchmarks.peers_train NAME SETTING`.
 
-It trains on random tokens, says `{"first_step_s": ...}` after its first step (imports but torch's, building, compilation
-included), and then makes as many steps as each line of its standard input says, answering with a line of JSON.
+It trains on random tokens, says `{"first_step_s": ...}` after its first step (imports but torch's, building and
+compilation included), and then makes as many steps as each line of its standard input says, answering with JSON.
 nanoGPT's and LitGPT's methods are rebuilt from their published design: one compiled model, logits in one piece,
 autocast, AdamW, clipping. nanoGPT fuses AdamW on a GPU only, LitGPT always, and pads the vocabulary to a multiple of
 512. All start from the same weights.
