@@ -2,7 +2,8 @@
 
 What is compared is the rounds' ratios of wikift's figure to that of the contestant beside it, since a machine's speed
 itself drifts; a figure that the other lacks is compared as it is. A drop is named where the medians differ by more than
-the spreads of both results' rounds together, and by a twentieth at least: two runs differ by more than their rounds do.
+the spreads of both results' rounds together, and by a twentieth at least (a fifth, where it stands alone): two runs
+differ by more than their rounds do.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 SAME_MACHINE = ("cpu", "cpu_family_model", "cores", "torch")
-LEAST = 0.05
+LEAST, LEAST_ALONE = 0.05, 0.2
 # the first follows from tokens/s, the second is as long as the model is large
 _NOT_COMPARED = ("model GFLOP/s", "step s")
 
@@ -51,10 +52,12 @@ def drops(new: Results, old: Results) -> Iterator[str]:
             now, before = (series(results, contestant, figure) for results in (new, old))
             worse = statistics.median(before) - statistics.median(now)
             worse = worse if better_higher(figure) else -worse
-            noise = max(_spread(now) + _spread(before), LEAST * statistics.median(before))
+            alone = now is figures[figure]
+            least = (LEAST_ALONE if alone else LEAST) * statistics.median(before)
+            noise = max(_spread(now) + _spread(before), least)
             if worse > noise:
                 beside = new["against"].get(contestant, contestant)
-                times = f", times {beside}" if now is not figures[figure] else ""
+                times = "" if alone else f", times {beside}"
                 yield (
                     f"{new['name']}: {contestant}, {figure}{times}: {statistics.median(now):.3g}, was "
                     f"{statistics.median(before):.3g} on {old['date']}; worse by {worse:.2g}, the noise is {noise:.2g}"

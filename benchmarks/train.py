@@ -65,9 +65,10 @@ def main() -> None:
             "",
             f"Losses of {CHECKED_STEPS} steps without dropout: within {widest:.1g} of the plain loop in fp32.",
         ]
+    told = {key: value for key, value in dataclasses.asdict(setting).items() if key != "check"}
     write(
         given.name, "Training steps", lines, figures,
-        settings={**dataclasses.asdict(setting), "steps of a turn": given.steps},
+        settings={**told, "steps of a turn": given.steps},
         about=machine("transformers", "accelerate", "deepspeed"), folder=given.results,
         against=dict.fromkeys(figures, against),
     )  # fmt: skip

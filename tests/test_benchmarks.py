@@ -14,9 +14,9 @@ MACHINE = {"cpu": "a processor", "cpu_family_model": "1/2", "cores": 2, "torch":
 
 def stored(folder: Path, ours: list[float], theirs: list[float], *, figure: str = "tokens/s", **machine: Any) -> Path:
     """A train.json and .md as a benchmark writes them."""
-    figures: harness.Figures = {"Trainer": {figure: theirs}, "wikift": {figure: ours}}
+    figures: harness.Figures = {"Trainer": {figure: theirs} if theirs else {}, "wikift": {figure: ours}}
     harness.write(
-        "train", "Training steps", harness.table(figures, against="Trainer", figure=figure), figures,
+        "train", "Training steps", harness.table(figures, against="Trainer", figure=figure) if theirs else [], figures,
         settings={"block": 8}, about=MACHINE | machine, folder=folder, against=dict.fromkeys(figures, "Trainer"),
     )  # fmt: skip
     return folder
@@ -40,6 +40,12 @@ def test_a_drop_beyond_the_noise_is_named(
     new = stored(tmp_path / "2", after, [100.0, 100, 100], figure=figure)
     found = bench.said(new, [old])
     assert [f"wikift, {figure}, times Trainer" in line for line in found] == [True] * named
+
+
+@pytest.mark.parametrize(("after", "named"), [([170.0, 171], False), ([150.0, 151], True)])
+def test_a_figure_without_another_beside_it_must_fall_by_more(tmp_path: Path, after: list[float], named: bool) -> None:
+    old = stored(tmp_path / "1", [200.0, 201], [])
+    assert bool(bench.said(stored(tmp_path / "2", after, []), [old])) == named
 
 
 def test_a_slower_machine_is_no_drop_and_another_machine_is_not_compared(tmp_path: Path) -> None:
