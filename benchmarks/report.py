@@ -31,7 +31,7 @@ was measured is here: nothing on a GPU. `make bench` runs a small set of all in 
 BY_HAND = re.compile(r"<!-- by hand: (\S+) -->\n(.*?)<!-- end by hand -->", re.DOTALL)
 NOT_YET = "Where the rest of the time goes: not profiled yet.\n"
 # what results/ holds, in the order of the page; other names that begin so come behind them
-PAGES = ("train", "data", "checkpoint", "startup", "generate", "consolidate", "scaling")
+PAGES = ("train", "data", "checkpoint", "startup", "generate", "consolidate", "scaling", "scaling_paper")
 
 COMPILED_PEERS = ("Trainer, compiled", "plain loop, compiled", "nanoGPT's method", "LitGPT's method")
 WIKIFT = ("wikift", "wikift, compiled")
