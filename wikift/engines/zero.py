@@ -7,6 +7,7 @@ the learning rate is set for each step, the optimizer is ours, the loss scale is
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import os
@@ -198,11 +199,12 @@ def import_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         import deepspeed
-        import deepspeed.comm.torch
+
+        backend = importlib.import_module("deepspeed.comm.torch")  # as an attribute that name is torch itself
     deepspeed.utils.logging.logger.setLevel(logging.ERROR)
     # its own use of functions that torch 2.13 renamed
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
     return deepspeed
 
 
