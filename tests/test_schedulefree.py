@@ -1,4 +1,4 @@
-"""Schedule-free AdamW: the authors' library's update, the same run under every engine, and x wherever a model is judged.
+"""Schedule-free AdamW: the library's update, the same run under every engine, and x wherever a model is judged.
 
 pytest tests/test_schedulefree.py
 """
@@ -72,7 +72,10 @@ def test_the_update_is_the_librarys(loss_scale: float) -> None:
         random = torch.Generator().manual_seed(step)
         for weight in theirs:
             weight.grad = torch.randn(weight.shape, generator=random)
-        assert nn.utils.clip_grad_norm_(theirs, ADAM.max_grad_norm) > ADAM.max_grad_norm
+        norm = torch.stack([weight.grad.double().norm() for weight in theirs]).norm()  # torch clips by a rougher one
+        assert norm > ADAM.max_grad_norm
+        for weight in theirs:
+            weight.grad *= (ADAM.max_grad_norm / norm).float()
         for group in library.param_groups:
             group["lr"] = rate
         library.step()
