@@ -1,7 +1,6 @@
 """What helps fine-tuning? Each option against the defaults, over seeds, on a small model: docs/experiments.md.
 
     python -m benchmarks.options [--steps 150] [--seeds 1 2 3] [--only NAME ...]
-    python -m benchmarks.options --epochs 3 [--data-fraction 0.3] ...      the optimizers at several rates
 
 A GPT-2 of two layers is trained on Wikipedia's summaries, then fine-tuned on WikiText's articles (most of its
 validation split, in place of the train split that is not at hand) and validated on articles it has not seen. Optimizers
@@ -24,7 +23,6 @@ from wikift.export import export
 
 BATCH, RATE = 8, 3e-3  # blocks a step, learning rate
 PLAIN = {"AdamW, plain loop": "adamw", "Muon (torch.optim)": "muon"}
-SCHEDULE_FREE = ["--optimizer", "schedulefree", "--warmup-steps", "0.05"]
 DEFAULTS = "defaults: linear to 0, no warm-up, dropout 0.1"
 OPTIONS: dict[str, list[str]] = {
     DEFAULTS: [],
@@ -38,15 +36,7 @@ OPTIONS: dict[str, list[str]] = {
     "--learning-rate 1e-3": ["--learning-rate", "1e-3"],
     "--learning-rate 6e-3": ["--learning-rate", "6e-3"],
     "--weight-decay 0.1": ["--weight-decay", "0.1"],
-    "--optimizer schedulefree --warmup-steps 0.05": SCHEDULE_FREE,
-}
-EPOCHS: dict[str, list[str]] = {  # what --epochs compares
-    DEFAULTS: [],
-    **{f"adamw, rate {rate}": ["--learning-rate", rate] for rate in ("1e-3", "2e-3", "6e-3")},
-    **{
-        f"schedulefree, rate {rate}": [*SCHEDULE_FREE, "--learning-rate", rate]
-        for rate in ("1e-3", "2e-3", "3e-3", "6e-3", "1.2e-2")
-    },
+    "--optimizer schedulefree --warmup-steps 0.05": ["--optimizer", "schedulefree", "--warmup-steps", "0.05"],
 }
 SHORT_FIRST = "half of the steps in blocks of 64, constant, then of 128"
 AVERAGED = {"defaults, --average-last 4": [], "constant, --average-last 4": ["--lr-scheduler-type", "constant"]}
@@ -56,30 +46,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--epochs", type=float)
-    parser.add_argument("--data-fraction", default="1")
     parser.add_argument("--only", nargs="+", help="parts of names")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "wikift-options")
     given = parser.parse_args()
     prepare(given.folder)
-    every = [*EPOCHS] if given.epochs else [*OPTIONS, *AVERAGED, SHORT_FIRST, *PLAIN]
-    length = ("--max-steps", str(given.steps))
-    if given.epochs:
-        length = ("--num-train-epochs", str(given.epochs), "--data-fraction", given.data_fraction)
+    every = [*OPTIONS, *AVERAGED, SHORT_FIRST, *PLAIN]
     names = [name for name in every if not given.only or any(part in name for part in (*given.only, DEFAULTS))]
-    jobs = [Job(given.folder, given.steps, name, seed, length) for seed in given.seeds for name in names]
+    jobs = [Job(given.folder, given.steps, name, seed) for seed in given.seeds for name in names]
     figures: Figures = {name: {"loss": []} for name in names}
     for job, loss in zip(jobs, small.side_by_side(tuned, jobs), strict=True):
         figures[job.name]["loss"].append(loss)
     settings = {
         "model": "GPT-2, 2 layers of 128, trained for 300 steps of 2,048 tokens on summaries", "tokens a block": BLOCK,
-        "blocks a step": BATCH, "length": " ".join(length), "learning rate": RATE, "precision": "fp32",
+        "blocks a step": BATCH, "steps": given.steps, "learning rate": RATE, "precision": "fp32",
         "seeds": ", ".join(map(str, given.seeds)),
         "trained on": "rows 400 to 3,759 of WikiText's validation split", "validated on": "rows 0 to 399",
     }  # fmt: skip
-    name = "optimizers" if given.epochs else "options"
-    how = f"Validation losses at the end in nats per token, each seed's in {name}.json"
-    write(name, "What helps fine-tuning", compared(figures), figures, settings=settings, about=machine(), how=how)
+    how = "Validation losses at the end in nats per token, each seed's in options.json"
+    write("options", "What helps fine-tuning", compared(figures), figures, settings=settings, about=machine(), how=how)
 
 
 def prepare(folder: Path) -> None:
@@ -101,7 +85,6 @@ class Job(NamedTuple):
     steps: int
     name: str
     seed: int
-    length: tuple[str, ...]
 
 
 def tuned(job: Job) -> float:
@@ -117,16 +100,16 @@ def tuned(job: Job) -> float:
         first, _ = wikift_run(job, "-short", [*short, "--lr-scheduler-type", "constant"])
         consolidated(first)
         return wikift_run(job, "-long", [*half, "--model", str(first / "hf")])[1]
-    return wikift_run(job, "", {**OPTIONS, **EPOCHS}[job.name])[1]
+    return wikift_run(job, "", OPTIONS[job.name])[1]
 
 
-def wikift_run(job: Job, mark: str, words: list[str]) -> tuple[Path, float]:
-    """Fine-tune with wikift; gives the run and its last validation loss."""
+def wikift_run(job: Job, mark: str, words: list[str], *, length: list[str] | None = None) -> tuple[Path, float]:
+    """Fine-tune with wikift; gives the run and its last validation loss. `length` stands for the job's steps."""
+    words = [*(["--max-steps", str(job.steps)] if length is None else length), *words]
     asked = {
         "--data": str(job.folder / "articles"), "--model": str(job.folder / "pretrained" / "hf"),
         "--block-size": str(BLOCK), "--global-batch-size": str(BATCH),
-        "--learning-rate": str(RATE), "--seed": str(job.seed),
-        **dict(zip(job.length[::2], job.length[1::2], strict=True)), **dict(zip(words[::2], words[1::2], strict=True)),
+        "--learning-rate": str(RATE), "--seed": str(job.seed), **dict(zip(words[::2], words[1::2], strict=True)),
     }  # fmt: skip
     run = job.folder / "runs" / f"{re.sub('[^a-z0-9]+', '-', job.name.lower())}{mark}-{job.seed}"
     curve = small.train(run, *(word for pair in asked.items() for word in pair))
