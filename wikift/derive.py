@@ -17,7 +17,7 @@ from wikift.cli import flag, nearest
 from wikift.config import WIKITEXT, DataSettings, TrainSettings, slug
 from wikift.errors import UserError
 from wikift.folders import is_hub_name
-from wikift.length import decay_steps, epoch_steps, length_problems, warmup_steps
+from wikift.length import decay_steps, epoch_steps, length_problems, schedule_free_problems, warmup_steps
 from wikift.placement import Placement, placement
 from wikift.prompts import read_prompts
 from wikift.shape import RELEASED, Shape, parse_overrides, released_name, shape_of, with_overrides
@@ -259,14 +259,7 @@ def _check_ranges(settings: TrainSettings) -> list[str]:
             )
     for name in ("adam_beta1", "adam_beta2"):
         rule(name, 0 <= getattr(settings, name) < 1, "at least 0 and below 1")
-    if settings.optimizer == "schedulefree":
-        if settings.lr_scheduler_type not in (None, "constant"):
-            problems.append(
-                f"--lr-scheduler-type {settings.lr_scheduler_type}: cannot act with --optimizer schedulefree, which "
-                "averages weights and lowers no rate; take constant, or leave it out"
-            )
-        if settings.adam_beta1 == 0:
-            problems.append("--adam-beta1 0: must be above 0 with --optimizer schedulefree; try 0.9")
+    problems += schedule_free_problems(settings)
     rule("adam_epsilon", settings.adam_epsilon > 0, "above 0")
     rule("dropout", settings.dropout is None or 0 <= settings.dropout < 1, "at least 0 and below 1")
     if settings.max_steps is not None and settings.warmup_steps >= max(1, settings.max_steps):
