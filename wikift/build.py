@@ -109,8 +109,9 @@ def _engine(
     make: Callable[[], GPT2LMHeadModel],
 ) -> Engine:
     adam = AdamSettings(
-        settings.weight_decay, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon, settings.max_grad_norm
-    )
+        settings.weight_decay, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon, settings.max_grad_norm,
+        schedule_free=settings.optimizer == "schedulefree",
+    )  # fmt: skip
     accumulation, compile = plan.place.accumulation, settings.compile
     if name == "fsdp":
         from wikift.engines.fsdp import FSDPEngine
