@@ -1,6 +1,7 @@
 # make demo    everything once, in three minutes on two cores: tokenizer, store, training, evaluation, prompts
 # make test    the whole test suite
 # make test-agreement   evaluation against lm_eval, Trainer and transformers' page, in an environment of its own
+# make bench   the benchmarks in small, in an environment of its own, ten minutes; says what became slower
 # make test-long   what takes longer: offloading, large models, more of the engines
 # make check   ruff and mypy
 # make pins    requirements.txt anew from setup.cfg
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: install demo test test-agreement check pins test-long
+.PHONY: install bench demo test test-agreement check pins test-long
 .DELETE_ON_ERROR:
 
 install: .venv/installed
@@ -51,6 +52,16 @@ $(AGREEMENT)/installed: .venv/test-installed tests/agreement/requirements.txt
 
 test-agreement: $(AGREEMENT)/installed
 	$(AGREEMENT)/bin/python -m pytest -q -s tests/agreement
+
+BENCH := .venv/bench
+$(BENCH)/installed: .venv/installed tests/requirements.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt \
+	  -r tests/requirements.txt -r benchmarks/requirements.txt
+	@touch $@
+
+bench: $(BENCH)/installed
+	$(BENCH)/bin/python -m benchmarks.bench
 
 test-long: .venv/test-installed
 	$(BIN)/python -m pytest -q -m long

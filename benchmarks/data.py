@@ -1,32 +1,32 @@
 """Text to tokens: run_clm's datasets.map, nanoGPT's prepare, wikift; then opening a store and reading blocks of it.
 
-    python -m benchmarks.data [--tokenizer FOLDER] [--megabytes 540] [--rounds 3]
+    python -m benchmarks.data [--megabytes 540] [--peers-megabytes 16] [--rounds 3] [--folder KEPT] [--tokenizer FOLDER]
 
 Each contestant is a command in a process of its own, from parquet files to what its training reads: run_clm's two
 `map`s (tokenize, group into blocks of 1,024) into Arrow files, nanoGPT's `map` and memory-mapped uint16, wikift's
 store. A contestant runs on 1 MB and on its corpus, both from `benchmarks.corpus`; the first is its start-up, and its
 rate is the difference of the bytes over the difference of the times. wikift gets all the megabytes, the others, for
-time, 16 MB of the same make; they have as many processes as the machine has cores, wikift as many workers.
-nanoGPT's file and wikift's store of the 16 MB are compared byte for byte: both end each row with end-of-text.
+time, a sample of the same make; they have as many processes as the machine has cores, wikift as many workers.
+nanoGPT's file and wikift's store of the sample are compared byte for byte: both end each row with end-of-text.
+The tokenizer is GPT-2's where the test data is there (WIKIFT_TEST_DATA), else one trained on the sample.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import corpus, harness
 
-SAMPLE_MEGABYTES, SMALL_MEGABYTES = 16.0, 1.0
+SMALL_MEGABYTES = 1.0
 BLOCK = 1024
 
 
@@ -85,14 +85,13 @@ def _loaded(source: Path, out: Path):  # type: ignore[no-untyped-def]
 
 
 def _tiktoken(tokenizer: Path):  # type: ignore[no-untyped-def]
-    """GPT-2's encoding out of vocab.json, whose ids are the merges' ranks."""
-    import json
-
+    """GPT-2's encoding, or another of its kind, out of the vocabulary, whose ids are the merges' ranks."""
     import tiktoken
+    from transformers import AutoTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    vocabulary = json.loads((tokenizer / "vocab.json").read_text(encoding="utf-8"))
+    vocabulary = dict(AutoTokenizer.from_pretrained(tokenizer).get_vocab())
     end = vocabulary.pop("<|endoftext|>")
     return tiktoken.Encoding(
         "gpt2",
@@ -103,19 +102,6 @@ def _tiktoken(tokenizer: Path):  # type: ignore[no-untyped-def]
 
 
 # --- the contest -------------------------------------------------------------------------------------------------
-
-
-def timed(command: list[str]) -> tuple[float, float]:
-    """Seconds, and the largest resident memory of the process or one of its children, in 10^6 bytes."""
-    start = time.perf_counter()
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(command, cwd=harness.ROOT, stdout=subprocess.DEVNULL, stderr=errors)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            errors.seek(0)
-            raise RuntimeError(f"{' '.join(command)}:\n{errors.read().decode()[-4000:]}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e6
 
 
 def command(name: str, source: Path, out: Path, tokenizer: Path) -> list[str]:
@@ -131,9 +117,13 @@ def contestant(name: str, small: Path, large: Path, work: Path, tokenizer: Path)
     for source in (small, large):
         out = work / f"{name}-{source.name}"
         shutil.rmtree(out, ignore_errors=True)
-        spent, memory = timed(command(name, source, out, tokenizer))
+        spent, memory = harness.timed(command(name, source, out, tokenizer))
         seconds.append(spent)
     megabytes = size(large) - size(small)
+    if seconds[1] <= seconds[0]:
+        raise SystemExit(
+            f"{name}: {seconds[1]:.1f} s for all, {seconds[0]:.1f} s for 1 MB: noise; give it more megabytes"
+        )
     return {"MB/s": megabytes / (seconds[1] - seconds[0]), "start-up s": seconds[0], "memory MB": memory}
 
 
@@ -168,45 +158,46 @@ def reading(store: Path) -> Mapping[str, float]:
     for _ in range(steps):
         next(stream)
     rate = steps * 64 * (BLOCK + 1) / (time.perf_counter() - start)
-    return {"open ms": seconds * 1e3, "Mtokens/s": rate / 1e6, "GB/s of uint16": rate * 2 / 1e9}
+    return {"open ms": seconds * 1e3, "Mtokens/s": rate / 1e6, "GB/s": rate * 2 / 1e9}
 
 
 def main() -> None:
     """Run the contest, or one peer of it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path, help="a folder with vocab.json; default the test data's")
-    parser.add_argument("--megabytes", type=float, default=540)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = harness.options(__doc__, "data", rounds=3)
+    parser.add_argument("--tokenizer", type=Path, help="a folder")
+    parser.add_argument("--megabytes", type=float, default=540, help="wikift's")
+    parser.add_argument("--peers-megabytes", type=float, default=16)
     parser.add_argument("--folder", type=Path, help="where the corpora are kept between runs; default a temporary one")
     parser.add_argument("--peer", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    cores = len(os.sched_getaffinity(0))
     if given.peer:
         name, source, out, tokenizer = given.peer
         Path(out).mkdir(parents=True)
-        {"run_clm": run_clm, "nanogpt": nanogpt}[name](Path(source), Path(out), Path(tokenizer), cores)
+        {"run_clm": run_clm, "nanogpt": nanogpt}[name](Path(source), Path(out), Path(tokenizer), harness.cores())
         return
-    from tests.real import GPT2_TOKENIZER
-
-    tokenizer = (given.tokenizer or GPT2_TOKENIZER).resolve()
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         kept = (given.folder or work).resolve()
-        sizes = {"small": SMALL_MEGABYTES, "sample": SAMPLE_MEGABYTES, f"full-{given.megabytes:g}": given.megabytes}
+        sizes = {
+            "small": SMALL_MEGABYTES, f"sample-{given.peers_megabytes:g}": given.peers_megabytes,
+            f"full-{given.megabytes:g}": given.megabytes,
+        }  # fmt: skip
         for seed, (name, megabytes) in enumerate(sizes.items(), 1):
             if not (kept / name / "test-00000-of-00001.parquet").exists():
                 print(corpus.write(kept / name, megabytes, seed), file=sys.stderr)
         small, sample, full = (kept / name for name in sizes)
+        tokenizer = given.tokenizer.resolve() if given.tokenizer else usual_tokenizer(sample, work)
         large = {"run_clm": sample, "nanogpt": sample, "wikift": full}
         figures = harness.interleave(
-            {name: lambda n=name: contestant(n, small, large[n], work, tokenizer) for name in large}, given.rounds
+            {name: partial(contestant, name, small, large[name], work, tokenizer) for name in large}, given.rounds
         )
-        timed(command("wikift", sample, work / "wikift-sample", tokenizer))
-        same = (work / "wikift-sample/train.bin").read_bytes() == (work / "nanogpt-sample/train.bin").read_bytes()
-        blocks = harness.interleave({"store": lambda: reading(work / f"wikift-{full.name}")}, given.rounds)
+        harness.timed(command("wikift", sample, work / "wikift-sample", tokenizer))
+        ours = (work / "wikift-sample/train.bin").read_bytes()
+        same = ours == (work / f"nanogpt-{sample.name}/train.bin").read_bytes()
+        blocks = harness.interleave({"wikift's store": partial(reading, work / f"wikift-{full.name}")}, given.rounds)
     name, _ = corpus.source_rows()
     harness.write(
-        "data",
+        given.name,
         "Text to tokens",
         [
             *harness.table(figures, against="run_clm", figure="MB/s"),
@@ -216,12 +207,26 @@ def main() -> None:
             "",
             f"The store of {given.megabytes:g} MB, warm page cache, one thread, 64 random blocks of {BLOCK} a time:",
             "",
-            *harness.table(blocks, against="store", figure="Mtokens/s"),
+            *harness.table(blocks, against="wikift's store", figure="Mtokens/s"),
         ],
         {**figures, **blocks},
-        settings={"train MB": given.megabytes, "peers' MB": SAMPLE_MEGABYTES, "corpus": f"learned from the {name}"},
+        settings={
+            "wikift's MB": given.megabytes, "peers' MB": given.peers_megabytes, "corpus": f"learned from the {name}"
+        },
         about=harness.machine("wikift", "gigatoken", "tokenizers", "tiktoken", "datasets", "transformers", "pyarrow"),
-    )
+        folder=given.results,
+        against=dict.fromkeys(figures, "run_clm"),
+    )  # fmt: skip
+
+
+def usual_tokenizer(sample: Path, work: Path) -> Path:
+    from tests.real import GPT2_TOKENIZER
+
+    if GPT2_TOKENIZER.is_dir():
+        return GPT2_TOKENIZER.resolve()
+    words = ["--dataset", str(sample), "--tokenizer", "train:8192", "--out", str(work / "trained"), "--quiet"]
+    harness.timed([sys.executable, "launch/prepare.py", *words])
+    return work / "trained" / "tokenizer"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Tokens per second of transformers' `generate`, with and without a static compiled cache, and of wikift: greedy, fp32.
 
-Run: python -m benchmarks.generate [--new-tokens 64] [--rounds 5] [--no-compiled]
+    python -m benchmarks.generate [--new-tokens 64] [--rounds 5] [--no-compiled]
 
-A GPT-2 of 124M random weights goes on from prompts of 32 tokens, one at once and 32 at once; all must write the same
-tokens. The first token's time is that of reading the prompt and choosing one token, with all that a call does besides.
+wikift takes part eager and with --compile. A GPT-2 of 124M random weights goes on from prompts of 32 tokens, one at
+once and 32 at once; all must write the same tokens. The first token's time is that of reading the prompt and choosing
+one token, with all that a call does besides.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from benchmarks.harness import Contestant, Figures, interleave, machine, table, write
+from benchmarks.harness import Contestant, Figures, interleave, machine, options, table, write
 from wikift.config import GenerateSettings
 from wikift.sampling import Writer
 from wikift.tokenizer import train
@@ -28,9 +31,8 @@ Written = list[list[int]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = options(__doc__, "generate", rounds=5)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
     given = parser.parse_args()
@@ -39,19 +41,24 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     train([], 257, folder)  # a token is a byte
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    writer = Writer(copy.deepcopy(model), tokenizer)
-    writer.end_of_text = -1  # no text ends early
+    writers = {"wikift": Writer(copy.deepcopy(model), tokenizer)}
+    if given.compiled:
+        writers["wikift, compiled"] = Writer(copy.deepcopy(model), tokenizer, compile=True)
+    for writer in writers.values():
+        writer.end_of_text = -1  # no text ends early
     lines: list[str] = []
     figures: Figures = {}
+    against: dict[str, str] = {}
     for batch in given.batches:
         # at 32 rows a token takes ten times as long
         new = given.new_tokens if batch == 1 else max(8, given.new_tokens // 4)
-        calls = _calls(model, writer, batch, compiled=given.compiled)
+        calls = _calls(model, tokenizer, writers, batch, compiled=given.compiled)
         same = _same_tokens(calls, new)
         found = interleave({name: _timed(call, batch, new) for name, call in calls.items()}, given.rounds)
         lines += [f"## {batch} at once, {new} new tokens", ""]
         lines += [*table(found, against="model.generate", figure="tokens/s"), "", f"Same tokens: {same}.", ""]
         figures.update({f"{name}, {batch} at once": values for name, values in found.items()})
+        against.update({f"{name}, {batch} at once": f"model.generate, {batch} at once" for name in found})
     settings = {
         "model": "GPT-2 124M, random weights",
         "prompt tokens": PROMPT_TOKENS,
@@ -59,19 +66,19 @@ def main() -> None:
         "greedy": True,
     }
     write(
-        "generate", "Generation", lines, figures, settings={**settings, "threads": torch.get_num_threads()},
-        about=machine("transformers"),
+        given.name, "Generation", lines, figures, settings={**settings, "threads": torch.get_num_threads()},
+        about=machine("transformers"), folder=given.results, against=against,
     )  # fmt: skip
 
 
 def _calls(
-    model: GPT2LMHeadModel, writer: Writer, batch: int, *, compiled: bool
+    model: GPT2LMHeadModel, tokenizer: Any, writers: Mapping[str, Writer], batch: int, *, compiled: bool
 ) -> dict[str, Callable[[int], Written]]:
     """Each contestant as a function of the number of new tokens that gives all rows' tokens."""
     random = torch.Generator().manual_seed(batch)
     ids = torch.randint(97, 123, (batch, PROMPT_TOKENS), generator=random)
     prompts = ["".join(map(chr, row)) for row in ids.tolist()]
-    ids = torch.tensor(writer.tokenizer(prompts)["input_ids"])
+    ids = torch.tensor(tokenizer(prompts)["input_ids"])
 
     def theirs(new: int, **words: str) -> Written:
         config = GenerationConfig(
@@ -81,7 +88,7 @@ def _calls(
             found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         return found.tolist()  # type: ignore[no-any-return]
 
-    def ours(new: int) -> Written:
+    def ours(writer: Writer, new: int) -> Written:
         settings = GenerateSettings(max_new_tokens=new, temperature=0, repetition_penalty=1.0)
         writer.answers(list(enumerate(prompts)), settings)
         return [list(window) for window in writer.decoder.windows]  # all but the last token, which nothing follows
@@ -89,8 +96,7 @@ def _calls(
     calls: dict[str, Callable[[int], Written]] = {"model.generate": theirs}
     if compiled:
         calls["static compiled"] = lambda new: theirs(new, cache_implementation="static")
-    calls["wikift"] = ours
-    return calls
+    return calls | {name: partial(ours, writer) for name, writer in writers.items()}
 
 
 def _same_tokens(calls: Mapping[str, Callable[[int], Written]], new: int) -> str:

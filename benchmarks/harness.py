@@ -5,17 +5,21 @@
 
 Loads move a machine's absolute figures by 10% and more within a minute, so the contestants take turns (the order
 turning round each time) and what may be claimed is a ratio of two medians of one run, or the median of the rounds'
-ratios. A contestant that pollutes its process (imports, threads, memory) runs in one of its own: `in_process`.
+ratios. A contestant that pollutes its process (imports, threads, memory) runs in one of its own: `timed` for a whole
+command, `Process` for one that lives through all rounds. A figure's name ends in its unit; "/s" is better higher, all
+else lower.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -34,12 +38,11 @@ def machine(*packages: str) -> dict[str, Any]:
     names = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     fields = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in names if ":" in line]))
     flags = fields.get("flags", "").split()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: dict[str, Any] = {
         "cpu": fields.get("model name", platform.processor()),
         "cpu_family_model": f"{fields.get('cpu family', '?')}/{fields.get('model', '?')}",
         "cpu_features": [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags],
-        "cores": cores,
+        "cores": cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpus": _gpus(),
         "system": platform.platform(terse=True),
@@ -75,21 +78,90 @@ def interleave(contestants: Mapping[str, Contestant], rounds: int) -> Figures:
     return figures
 
 
-def in_process(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, float]:
-    """Run `python -m MODULE ARGUMENTS` from the project's root; its last line on stdout is a JSON object of figures.
+def options(doc: str | None, name: str, *, rounds: int) -> argparse.ArgumentParser:
+    """A parser of what every benchmark takes: --rounds, and where its results go."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default benchmarks/results")
+    parser.add_argument("--name", default=name, help=f"of the files there; default {name}")
+    return parser
+
+
+def timed(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[float, float]:
+    """Seconds of a command, and the largest resident memory of it or one of its children, in 10^6 bytes.
 
     Raises RuntimeError with the end of its stderr where it fails.
     """
-    ran = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **(environment or {})},
-        capture_output=True,
-        text=True,
-    )
-    if ran.returncode:
-        raise RuntimeError(f"{module} {' '.join(arguments)} ended with {ran.returncode}:\n{ran.stderr[-4000:]}")
-    return dict(json.loads(ran.stdout.strip().splitlines()[-1]))
+    with tempfile.TemporaryFile() as errors:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **(environment or {})}, stdout=subprocess.DEVNULL, stderr=errors
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            errors.seek(0)
+            raise RuntimeError(f"{' '.join(command)}:\n{errors.read().decode(errors='replace')[-4000:]}")
+    return seconds, usage.ru_maxrss * 1024 / 1e6
+
+
+class Process:
+    """A contestant that lives through all rounds: it answers a line with a line of JSON. Use as a context manager.
+
+    `python -m MODULE ARGUMENTS`, on `ranks` processes under torchrun; the first answer comes unasked, in `first`.
+    """
+
+    def __init__(self, module: str, *arguments: str, ranks: int = 1) -> None:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # DeepSpeed calls ninja
+        self.process = subprocess.Popen(
+            [sys.executable, *launch, "-m", module, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // ranks)), "PATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+        )
+        self.first = self._answer()
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()  # it ends where its input does
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+        self.errors.close()
+
+    def ask(self, line: object) -> dict[str, Any]:
+        """Send a line, wait for the answer. Raises RuntimeError with the end of its stderr where it ended instead."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith('{"'):  # libraries print too, the Trainer dicts in Python's way
+                return dict(json.loads(line))
+        code = self.process.wait()
+        self.errors.seek(0)
+        text = self.errors.read().decode(errors="replace")
+        raise RuntimeError(f"{' '.join(map(str, self.process.args))} ended with {code}:\n{text[-4000:]}")
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def median(figures: Figures, name: str, figure: str) -> float:
@@ -114,6 +186,17 @@ def table(figures: Figures, *, against: str, figure: str) -> list[str]:
     return lines
 
 
+def _asked() -> str:
+    """The command as it was typed, less where its results went."""
+    name = Path(sys.argv[0]).resolve()
+    words = [f'"{word}"' if set(word) & set("| ,'$") else word for word in sys.argv[1:]]
+    if "--results" in words:
+        place = words.index("--results")
+        del words[place : place + 2]
+    start = f"python -m benchmarks.{name.stem}" if name.parent.name == "benchmarks" else f"python {name.name}"
+    return " ".join([start, *words])
+
+
 def write(
     name: str,
     title: str,
@@ -124,15 +207,18 @@ def write(
     about: Mapping[str, Any] | None = None,
     how: str | None = None,
     folder: Path = RESULTS,
+    against: Mapping[str, str] | None = None,
 ) -> None:
     """Write `folder`/NAME.json (machine, settings, every round) and NAME.md (`lines`), and print the latter.
 
-    `how`: what the numbers are, where they are no medians of interleaved rounds.
+    `how`: what the numbers are, where they are no medians of interleaved rounds; `against`: which contestant each is
+    compared with, where later runs of the same benchmark are to be compared (benchmarks.compare).
     """
     about = dict(about or machine())
     rounds = max((len(v) for values in figures.values() for v in values.values()), default=0)
     now = time.strftime("%Y-%m-%d")
-    content = {"name": name, "date": now, "machine": about, "settings": dict(settings), "rounds": figures}
+    content = {"name": name, "date": now, "machine": about, "settings": dict(settings), "against": dict(against or {})}
+    content["rounds"] = figures
     shown = ", ".join(f"{key} {', '.join(value) if isinstance(value, list) else value}" for key, value in about.items())
     given = ", ".join(f"{key} {value}" for key, value in settings.items())
     text = "\n".join(
@@ -141,7 +227,7 @@ def write(
             "",
             *lines,
             "",
-            f"{how or f'Medians of {rounds} interleaved rounds'}, `python -m benchmarks.{name}`, {now}; {given}.",
+            f"{how or f'Medians of {rounds} interleaved rounds'}, `{_asked()}`, {now}; {given}.",
             "",
             f"Machine: {shown}.",
             "",

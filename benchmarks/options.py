@@ -22,7 +22,7 @@ from benchmarks.small import BLOCK
 from wikift.export import export
 
 BATCH, RATE = 8, 3e-3  # blocks a step, learning rate
-PLAIN = {"AdamW, plain loop": "adamw", "Muon (torch.optim)": "muon", "schedule-free AdamW": "schedulefree"}
+PLAIN = {"AdamW, plain loop": "adamw", "Muon (torch.optim)": "muon"}
 DEFAULTS = "defaults: linear to 0, no warm-up, dropout 0.1"
 OPTIONS: dict[str, list[str]] = {
     DEFAULTS: [],
@@ -36,6 +36,7 @@ OPTIONS: dict[str, list[str]] = {
     "--learning-rate 1e-3": ["--learning-rate", "1e-3"],
     "--learning-rate 6e-3": ["--learning-rate", "6e-3"],
     "--weight-decay 0.1": ["--weight-decay", "0.1"],
+    "--optimizer schedulefree --warmup-steps 0.05": ["--optimizer", "schedulefree", "--warmup-steps", "0.05"],
 }
 SHORT_FIRST = "half of the steps in blocks of 64, constant, then of 128"
 AVERAGED = {"defaults, --average-last 4": [], "constant, --average-last 4": ["--lr-scheduler-type", "constant"]}
@@ -102,11 +103,12 @@ def tuned(job: Job) -> float:
     return wikift_run(job, "", OPTIONS[job.name])[1]
 
 
-def wikift_run(job: Job, mark: str, words: list[str]) -> tuple[Path, float]:
-    """Fine-tune with wikift; gives the run and its last validation loss."""
+def wikift_run(job: Job, mark: str, words: list[str], *, length: list[str] | None = None) -> tuple[Path, float]:
+    """Fine-tune with wikift; gives the run and its last validation loss. `length` stands for the job's steps."""
+    words = [*(["--max-steps", str(job.steps)] if length is None else length), *words]
     asked = {
         "--data": str(job.folder / "articles"), "--model": str(job.folder / "pretrained" / "hf"),
-        "--block-size": str(BLOCK), "--global-batch-size": str(BATCH), "--max-steps": str(job.steps),
+        "--block-size": str(BLOCK), "--global-batch-size": str(BATCH),
         "--learning-rate": str(RATE), "--seed": str(job.seed), **dict(zip(words[::2], words[1::2], strict=True)),
     }  # fmt: skip
     run = job.folder / "runs" / f"{re.sub('[^a-z0-9]+', '-', job.name.lower())}{mark}-{job.seed}"
@@ -124,7 +126,7 @@ def consolidated(run: Path, average_last: int | None = None) -> float:
 
 
 def plain_loss(job: Job, kind: str) -> float:
-    """Fine-tune in a plain loop with another optimizer, its rate linear to 0 (schedule-free: constant)."""
+    """Fine-tune in a plain loop with another optimizer, its rate linear to 0."""
     import numpy as np
     import torch
 
@@ -153,16 +155,10 @@ def plain_loss(job: Job, kind: str) -> float:
         # this adjustment makes its updates as large as AdamW's, so that the same rate serves both
         muon = torch.optim.Muon(inside, lr=RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
         optimizers = [muon, torch.optim.AdamW(others, lr=RATE, weight_decay=0.0)]
-    elif kind == "schedulefree":
-        from schedulefree import AdamWScheduleFree
-
-        optimizers = [AdamWScheduleFree(model.parameters(), lr=RATE, weight_decay=0.0, warmup_steps=steps // 20)]
     else:
         optimizers = [torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)]
-    schedule = Schedule("constant" if kind == "schedulefree" else "linear", RATE, 0, steps)
+    schedule = Schedule("linear", RATE, 0, steps)
     model.train()
-    for optimizer in optimizers:
-        getattr(optimizer, "train", lambda: None)()
     for step in range(1, steps + 1):
         torch.manual_seed(seed_of(seed, "dropout", step, 0))
         (blocks,) = next(stream)
@@ -173,8 +169,6 @@ def plain_loss(job: Job, kind: str) -> float:
                 group["lr"] = schedule.lr_at(step)
             optimizer.step()
             optimizer.zero_grad()
-    for optimizer in optimizers:
-        getattr(optimizer, "eval", lambda: None)()
     model.eval()
     with torch.no_grad():
         return score_split(

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, get_scheduler
 from transformers.optimization import get_wsd_schedule
 
-from wikift.optim import AdamSettings, LossScale, ScaleRule, Schedule, build_adamw, clip_and_step, total_norm
+from wikift.optim import AdamSettings, LossScale, ScaleRule, Schedule, build_optimizer, clip_and_step, total_norm
 
 CPU = torch.device("cpu")
 
@@ -94,7 +94,7 @@ def test_what_decays_is_what_the_trainer_decays() -> None:
     from transformers import Trainer
 
     model = small_model()
-    optimizer = build_adamw(model.parameters(), adam())
+    optimizer = build_optimizer(model.parameters(), adam())
     names = {parameter: name for name, parameter in model.named_parameters()}
     decayed, kept = ({names[p] for p in group["params"]} for group in optimizer.param_groups)
     trainers = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
@@ -109,7 +109,7 @@ def test_what_decays_is_what_the_trainer_decays() -> None:
 def test_a_frozen_parameter_is_left_out() -> None:
     model = small_model()
     model.transformer.wpe.weight.requires_grad = False
-    optimizer = build_adamw(model.parameters(), adam())
+    optimizer = build_optimizer(model.parameters(), adam())
     assert all(p is not model.transformer.wpe.weight for group in optimizer.param_groups for p in group["params"])
 
 
@@ -141,7 +141,7 @@ def test_clip_and_step_is_torchs(scale: float, max_grad_norm: float, loss_scale:
     """Eight updates with a rate that changes; the gradients come multiplied by the loss scale, the norm does not."""
     ours, theirs = small_model(), small_model()
     chosen = adam(max_grad_norm=max_grad_norm)
-    optimizer, stock = build_adamw(ours.parameters(), chosen), build_stock(theirs, chosen)
+    optimizer, stock = build_optimizer(ours.parameters(), chosen), build_stock(theirs, chosen)
     scaling = LossScale(ScaleRule() if loss_scale != 1.0 else None, CPU)
     assert float(scaling.scale) == loss_scale
     clipped = 0
@@ -190,7 +190,7 @@ def build_stock(model: nn.Module, chosen: AdamSettings) -> torch.optim.AdamW:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_gradient_that_is_not_finite_changes_nothing_but_the_scale(bad: float, dynamic: bool) -> None:
     model = small_model()
-    optimizer, scaling = build_adamw(model.parameters(), adam()), LossScale(ScaleRule() if dynamic else None, CPU)
+    optimizer, scaling = build_optimizer(model.parameters(), adam()), LossScale(ScaleRule() if dynamic else None, CPU)
     good, broken = gradients(model, 1.0, steps=2)
 
     def update(values: list[torch.Tensor]) -> None:

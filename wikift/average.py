@@ -16,7 +16,7 @@ import numpy as np
 from wikift import folders
 from wikift.checkpoint import Checkpoint, best_checkpoint, open_checkpoint
 from wikift.errors import UserError
-from wikift.weights import PIECE, Piece, Weights
+from wikift.weights import PIECE, Piece, Weights, read_weights
 
 
 def last_checkpoints(run: Path, config: dict[str, Any], count: int) -> list[Checkpoint]:
@@ -39,7 +39,7 @@ def mean_weights(checkpoints: Sequence[Checkpoint]) -> Weights:
     """The mean of the checkpoints' weights, element by element, in fp32."""
     shapes = checkpoints[0].shapes
     assert all(checkpoint.shapes == shapes for checkpoint in checkpoints)
-    buffer, total = np.empty(PIECE, np.float32), np.empty(PIECE, np.float64)
+    buffer, spare, total = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32), np.empty(PIECE, np.float64)
 
     def pieces(name: str) -> Iterator[Piece]:
         count = math.prod(shapes[name])
@@ -48,7 +48,7 @@ def mean_weights(checkpoints: Sequence[Checkpoint]) -> Weights:
             piece, mean = buffer[:size], total[:size]
             mean.fill(0)
             for checkpoint in checkpoints:
-                checkpoint.read_into(name, "weight", start, memoryview(piece.view(np.uint8).data))
+                read_weights(checkpoint, name, start, piece, spare)
                 mean += piece
             mean /= len(checkpoints)
             piece[:] = mean

@@ -134,8 +134,9 @@ def _engine(
     make: Callable[[], GPT2LMHeadModel],
 ) -> Engine:
     adam = AdamSettings(
-        settings.weight_decay, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon, settings.max_grad_norm
-    )
+        settings.weight_decay, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon, settings.max_grad_norm,
+        schedule_free=settings.optimizer == "schedulefree",
+    )  # fmt: skip
     accumulation = plan.place.accumulation
     if name == "fsdp":
         from wikift.engines.fsdp import FSDPEngine

@@ -17,7 +17,7 @@ from wikift.cli import flag, nearest
 from wikift.config import WIKITEXT, DataSettings, TrainSettings, slug
 from wikift.errors import UserError
 from wikift.folders import is_hub_name
-from wikift.length import decay_steps, epoch_steps, length_problems, warmup_steps
+from wikift.length import decay_steps, epoch_steps, length_problems, schedule_free_problems, warmup_steps
 from wikift.placement import Placement, placement
 from wikift.prompts import read_prompts
 from wikift.shape import RELEASED, Shape, parse_overrides, released_name, shape_of, with_overrides
@@ -39,7 +39,7 @@ def fallback_dataset(ranks: int) -> str:
 
 
 def resolve(settings: TrainSettings, ranks: int) -> TrainSettings:
-    """Fill what follows from other settings alone: dataset, tokenizer, learning rate, length, output folder."""
+    """Fill what follows from other settings alone: dataset, tokenizer, rate and its course, length, output folder."""
     changes: dict[str, Any] = {}
     if settings.data is None and settings.dataset is None:
         changes["dataset"] = fallback_dataset(ranks)
@@ -49,6 +49,8 @@ def resolve(settings: TrainSettings, ranks: int) -> TrainSettings:
         )
     if settings.learning_rate is None:
         changes["learning_rate"] = 6e-4 if settings.from_scratch else 5e-5  # nanoGPT's for 124M; run_clm.py's
+    if settings.lr_scheduler_type is None:
+        changes["lr_scheduler_type"] = "constant" if settings.optimizer == "schedulefree" else "linear"
     if settings.num_train_epochs is None and settings.max_steps is None:
         changes["num_train_epochs"] = 3.0
     if settings.output_dir is None:
@@ -281,6 +283,7 @@ def _check_ranges(settings: TrainSettings) -> list[str]:
             )
     for name in ("adam_beta1", "adam_beta2"):
         rule(name, 0 <= getattr(settings, name) < 1, "at least 0 and below 1")
+    problems += schedule_free_problems(settings)
     rule("adam_epsilon", settings.adam_epsilon > 0, "above 0")
     rule("dropout", settings.dropout is None or 0 <= settings.dropout < 1, "at least 0 and below 1")
     if settings.max_steps is not None and settings.warmup_steps >= max(1, settings.max_steps):

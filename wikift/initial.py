@@ -37,8 +37,11 @@ class FreshStart:
     weight: ReadWeight  # (name, start, stop) -> elements of the flattened whole, fp32
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop): weights, and zeros for all else (a loss scale of 0 is one not set yet)."""
-        if name != OPTIMIZER and state == "weight":
+        """Elements [start, stop): weights, and zeros for all else (a loss scale of 0 is one not set yet).
+
+        Schedule-free AdamW's z begins where the weight does.
+        """
+        if name != OPTIMIZER and state in ("weight", "z"):
             return self.weight(name, start, stop)
         return torch.zeros(stop - start)
 

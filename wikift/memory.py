@@ -1,6 +1,6 @@
 """How much memory training takes under an engine, and how much there is. Estimates: they decide between engines only.
 
-State: 16 bytes a parameter (fp32 weights, gradients and AdamW's two moments), divided by the ranks where an engine
+State: 16 bytes a parameter (fp32 weights, gradients, and the optimizer's two), divided by the ranks where an engine
 shards it. Activations: 34 bytes a token, layer and width in half precision (Korthikanti et al., arXiv:2205.05198,
 equation 1 without the attention matrix, which sdpa does not keep), double in fp32; logits twice in fp32.
 """

@@ -1,8 +1,8 @@
-"""AdamW in two groups, the learning rate as a pure function of the step, and one fused clip-and-update.
+"""AdamW in two groups, or schedule-free, the learning rate as a pure function of the step, one fused clip-and-update.
 
 Clipping, unscaling and the skipping of a step whose gradient is not finite are all inputs of torch's fused AdamW
-(`grad_scale`, `found_inf`, as torch.amp.GradScaler sets them): no pass over the gradients of our own, no wait for
-the device.
+(`grad_scale`, `found_inf`, as torch.amp.GradScaler sets them) and of ours, schedulefree.py: no pass over the gradients
+of our own, no wait for the device.
 """
 
 from __future__ import annotations
@@ -10,22 +10,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from wikift.schedulefree import ScheduleFreeAdamW
 
 _NORM_ROW = 512  # elements
 
 
 @dataclass(frozen=True)
 class AdamSettings:
-    """What AdamW and clipping need; `max_grad_norm` 0 is no clipping."""
+    """What the optimizer and clipping need; `max_grad_norm` 0 is no clipping."""
 
     weight_decay: float
     beta1: float
     beta2: float
     epsilon: float
     max_grad_norm: float
+    schedule_free: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Schedule:
         return self.peak * max(0.0, 1.0 - part)
 
 
-def build_adamw(parameters: Iterable[nn.Parameter], settings: AdamSettings) -> torch.optim.AdamW:
+def build_optimizer(parameters: Iterable[nn.Parameter], settings: AdamSettings) -> torch.optim.Optimizer:
     """Decay for matrices and embeddings, none for biases and LayerNorm gains (nanoGPT, the Trainer)."""
     trained = [p for p in parameters if p.requires_grad]
 
@@ -69,7 +73,10 @@ def build_adamw(parameters: Iterable[nn.Parameter], settings: AdamSettings) -> t
         {"params": [p for p in trained if is_matrix(p)], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if not is_matrix(p)], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.epsilon, fused=True)
+    words: dict[str, Any] = {"lr": 0.0, "betas": (settings.beta1, settings.beta2), "eps": settings.epsilon}
+    if settings.schedule_free:
+        return ScheduleFreeAdamW(groups, **words, weight_decay=0.0)
+    return torch.optim.AdamW(groups, **words, fused=True)
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
@@ -146,7 +153,7 @@ class LossScale:
 
 
 def clip_and_step(
-    optimizer: torch.optim.AdamW, norm: Tensor, lr: float, max_grad_norm: float, loss_scale: LossScale
+    optimizer: torch.optim.Optimizer, norm: Tensor, lr: float, max_grad_norm: float, loss_scale: LossScale
 ) -> None:
     """One update by gradients whose true (unscaled) norm is `norm`; skipped on the device where that is not finite."""
     finite = torch.isfinite(norm)

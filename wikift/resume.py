@@ -65,12 +65,17 @@ def experiment(settings: TrainSettings, plan: Plan, store: TokenStore) -> dict[s
         "--model": started,
         "--config-overrides": settings.config_overrides,
         "--dropout": settings.dropout,
+        "--optimizer": settings.optimizer,
+        # x is made of y and z by it
+        **({"--adam-beta1": settings.adam_beta1} if settings.optimizer == "schedulefree" else {}),
     }
 
 
 def check_same_experiment(settings: TrainSettings, plan: Plan, store: TokenStore, start: Checkpoint, say: Say) -> None:
     """Say what changed since `start` was written. Raises UserError where going on would break the run."""
+    old = {f.name: f.default for f in dataclasses.fields(settings)} | start.manifest["settings"]
     before, now = start.manifest["experiment"], experiment(settings, plan, store)
+    before = {"--optimizer": old["optimizer"], "--adam-beta1": old["adam_beta1"], **before}  # older ones have neither
     problems = []
     for name, value in now.items():
         if before.get(name) == value:
@@ -82,11 +87,10 @@ def check_same_experiment(settings: TrainSettings, plan: Plan, store: TokenStore
     if problems:
         way_out = "; take the old value, another --output-dir, or --resume never (the old run is kept aside)"
         raise UserError(*(problem + way_out for problem in problems))
-    old = start.manifest["settings"]
     changed = [
-        f"{name} {old.get(name)} -> {value}"
+        f"{name} {old[name]} -> {value}"
         for name, value in dataclasses.asdict(settings).items()
-        if name not in _SILENT and old.get(name) != value
+        if name not in _SILENT and old[name] != value
     ]
     if changed:
         say("changed since the checkpoint: " + ", ".join(changed))

@@ -138,26 +138,28 @@ def _job(
             if stopped():
                 raise _CutShort  # torchrun waits 30 s after a signal, a validation on CPU may take minutes
 
-        try:
-            return score_split(
-                engine.nll, store, "validation", context=plan.block_size, stride=plan.block_size,
-                batch=settings.per_device_eval_batch_size, world=world, progress=progress,
-            )  # fmt: skip
-        except _CutShort:
-            log.say("the validation is cut short")
-            return None
-        finally:
-            log.tick(now=None)
+        with engine.averaged():
+            try:
+                return score_split(
+                    engine.nll, store, "validation", context=plan.block_size, stride=plan.block_size,
+                    batch=settings.per_device_eval_batch_size, world=world, progress=progress,
+                )  # fmt: skip
+            except _CutShort:
+                log.say("the validation is cut short")
+                return None
+            finally:
+                log.tick(now=None)
 
     prompts = read_prompts(Path(settings.sample_prompts), "--sample-prompts") if settings.sample_prompts else []
 
     def sample(step: int) -> None:
         log.tick(now="writing samples")
-        texts = sample_live(
-            engine.next_logits, AutoTokenizer.from_pretrained(store.path / "tokenizer"), prompts,
-            sampling=Sampling(0.8, 50, 0.95, 1.1), max_new_tokens=_SAMPLE_TOKENS, seed=settings.seed,
-            positions=plan.shape.n_positions,
-        )  # fmt: skip
+        with engine.averaged():
+            texts = sample_live(
+                engine.next_logits, AutoTokenizer.from_pretrained(store.path / "tokenizer"), prompts,
+                sampling=Sampling(0.8, 50, 0.95, 1.1), max_new_tokens=_SAMPLE_TOKENS, seed=settings.seed,
+                positions=plan.shape.n_positions,
+            )  # fmt: skip
         log.samples(step, prompts, texts)
         log.tick(now=None)
 
@@ -192,7 +194,11 @@ def _job(
     return Job(
         batches=lambda first_step: _batches(run, first_step),
         schedule=Schedule(
-            settings.lr_scheduler_type, settings.learning_rate or 0.0, plan.warmup_steps, plan.steps, plan.decay_steps
+            settings.lr_scheduler_type or "linear",
+            settings.learning_rate or 0.0,
+            plan.warmup_steps,
+            plan.steps,
+            plan.decay_steps,
         ),
         due=_due(settings, plan),
         meter=Meter(

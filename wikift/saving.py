@@ -27,7 +27,7 @@ from torch import Tensor
 from wikift import tensorfile
 from wikift.checkpoint import FORMAT, list_checkpoints, prune, step_folder
 from wikift.disk import replace_json, sync_folder
-from wikift.engines.base import OPTIMIZER, STATES, Fragment
+from wikift.engines.base import OPTIMIZER, SCHEDULE_FREE_STATES, STATES, Fragment
 from wikift.errors import EnvironmentFault
 from wikift.tensorfile import Entry
 from wikift.world import World
@@ -198,9 +198,10 @@ def _assert_complete(fragments: list[list[Any]], parameters: dict[str, list[int]
         if name != OPTIMIZER:
             assert start == covered.get((name, state), 0), f"{name} {state}: gap or overlap at {start}"
             covered[name, state] = stop
+    states = SCHEDULE_FREE_STATES if any(state == "z" for _, state in covered) else STATES
     for name, shape in parameters.items():
         count = int(torch.Size(shape).numel())
-        assert all(covered.get((name, state)) == count for state in STATES), f"{name} is not whole"
+        assert all(covered.get((name, state)) == count for state in states), f"{name} is not whole"
 
 
 def _words(error: OSError) -> str:

@@ -7,6 +7,7 @@ A block's weights are gathered when it is needed, in the precision of the produc
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,10 +16,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GPT2LMHeadModel
 
-from wikift.engines.base import STATES, Fragment, FragmentReader
-from wikift.engines.single import in_eval, restore_scalars, scalar_fragments
+from wikift.engines.base import Fragment, FragmentReader
+from wikift.engines.single import copied, in_eval, moments_of, restore_scalars, scalar_fragments
 from wikift.model import DTYPES, NextTokenLoss, check_tied, keep_residual_in_fp32, materialize
-from wikift.optim import AdamSettings, LossScale, ScaleRule, build_adamw, clip_and_step, total_norm
+from wikift.optim import AdamSettings, LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
+from wikift.schedulefree import at_average
 from wikift.world import World, join_group
 
 
@@ -56,11 +58,11 @@ class FSDPEngine:
         fully_shard(self.losses, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # its backward comes at once
         materialize(model, world.device)
         self.loss_scale = LossScale(ScaleRule() if precision == "fp16" else None, world.device, world.size)
-        # AdamW works on the shards as plain tensors that share their memory: torch's fused kernel takes no DTensor here
+        # The optimizer works on the shards as plain tensors sharing their memory: torch's fused kernel takes no DTensor
         self.local = {name: nn.Parameter(_shard(p)) for name, p in model.named_parameters() if _shard(p).numel()}
         decay = {name: p.dim() for name, p in model.named_parameters()}
         assert all(decay[name] == p.dim() for name, p in self.local.items()), "shards keep their dimensions"
-        self.optimizer = build_adamw(self.local.values(), adam)
+        self.optimizer = build_optimizer(self.local.values(), adam)
 
     def forward_backward(self, blocks: Tensor, *, last: bool) -> Tensor:
         blocks = blocks.to(self.world.device, non_blocking=True)
@@ -72,11 +74,11 @@ class FSDPEngine:
         return loss.detach()
 
     def step(self, lr: float) -> Tensor:
+        self._follow_shards()
         for name, parameter in self.model.named_parameters():
             if name in self.local:
                 gradient = parameter.grad
                 assert isinstance(gradient, DTensor)
-                self.local[name].data = _shard(parameter)  # FSDP2 may have moved it
                 self.local[name].grad = gradient.to_local()
         squared = total_norm([p.grad for p in self.local.values() if p.grad is not None]).square()
         norm = self.world.total(squared).sqrt() / self.loss_scale.gain
@@ -84,6 +86,12 @@ class FSDPEngine:
         self.optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)
         return norm
+
+    def _follow_shards(self) -> None:
+        """FSDP2 may have moved them."""
+        for name, parameter in self.model.named_parameters():
+            if name in self.local:
+                self.local[name].data = _shard(parameter)
 
     def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return self._in_eval(inputs, targets)
@@ -101,6 +109,10 @@ class FSDPEngine:
                 module.reshard()  # without a backward nothing else frees the weights, nor gathers new ones
         return found
 
+    def averaged(self) -> AbstractContextManager[None]:
+        self._follow_shards()
+        return at_average(self.optimizer)  # a forward gathers what the shards hold
+
     def fragments(self) -> Iterator[Fragment]:
         for name, parameter in self.model.named_parameters():
             if name not in self.local:
@@ -108,22 +120,25 @@ class FSDPEngine:
             shape, start = tuple(parameter.shape), _start(parameter)
             state = self.optimizer.state[self.local[name]]
             yield Fragment(name, "weight", start, shape, _shard(parameter).reshape(-1))
-            for kind in STATES[1:]:
+            for kind in moments_of(self.optimizer):
                 yield Fragment(name, kind, start, shape, state[kind].reshape(-1))
         if self.world.rank == 0:
-            yield from scalar_fragments(next(iter(self.optimizer.state.values()))["step"], self.loss_scale)
+            yield from scalar_fragments(self.optimizer, self.loss_scale)
 
     def restore(self, reader: FragmentReader) -> None:
         check_tied(self.model)
-        updates = restore_scalars(reader, self.loss_scale)
+        numbers = restore_scalars(reader, self.optimizer, self.loss_scale)
         for name, parameter in self.model.named_parameters():
             if name not in self.local:
                 continue
             shard, start = _shard(parameter), _start(parameter)
             stop = start + shard.numel()
             shard.copy_(reader.read(name, "weight", start, stop).view_as(shard))
-            moments = {s: reader.read(name, s, start, stop).view_as(shard).to(shard.device) for s in STATES[1:]}
-            self.optimizer.state[self.local[name]] = {"step": updates.clone().to(shard.device), **moments}
+            moments = {
+                kind: reader.read(name, kind, start, stop).view_as(shard).to(shard.device)
+                for kind in moments_of(self.optimizer)
+            }
+            self.optimizer.state[self.local[name]] = {**copied(numbers, shard.device), **moments}
 
 
 def _shard(parameter: Tensor) -> Tensor:

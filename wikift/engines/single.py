@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from wikift.engines.base import OPTIMIZER, SCALARS, STATES, Fragment, FragmentReader
+from wikift.engines.base import (
+    OPTIMIZER,
+    SCALARS,
+    SCHEDULE_FREE_SCALARS,
+    SCHEDULE_FREE_STATES,
+    STATES,
+    Fragment,
+    FragmentReader,
+)
 from wikift.model import NextTokenLoss, materialize
-from wikift.optim import AdamSettings, LossScale, ScaleRule, build_adamw, clip_and_step, total_norm
+from wikift.optim import AdamSettings, LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
+from wikift.schedulefree import ScheduleFreeAdamW, at_average
 
 
 class SingleEngine:
@@ -35,7 +45,7 @@ class SingleEngine:
         self.device = device
         self.adam = adam
         self.accumulation = accumulation
-        self.optimizer = build_adamw(model.parameters(), adam)
+        self.optimizer = build_optimizer(model.parameters(), adam)
         self.loss_scale = LossScale(ScaleRule() if precision == "fp16" else None, device, ranks)
         self.losses: Callable[..., Tensor] = NextTokenLoss(model, precision, compile=compile)
         self.thin_embedding_gradient()
@@ -69,18 +79,24 @@ class SingleEngine:
         with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
             return in_eval(self.model, self.losses, inputs, None, mask, places)
 
+    def averaged(self) -> AbstractContextManager[None]:
+        return at_average(self.optimizer)
+
     def fragments(self) -> Iterator[Fragment]:
         return whole_fragments(self, rank=0, ranks=1)
 
     def restore(self, reader: FragmentReader) -> None:
         """Copy into the live tensors: their memory, and so the rounding of the kernels, stays as it was."""
-        updates = restore_scalars(reader, self.loss_scale)
+        numbers = restore_scalars(reader, self.optimizer, self.loss_scale)
         for name, parameter in self.model.named_parameters():
             count = parameter.numel()
             with torch.no_grad():
                 parameter.copy_(reader.read(name, "weight", 0, count).view_as(parameter))
-            moments = {s: reader.read(name, s, 0, count).view_as(parameter).to(self.device) for s in STATES[1:]}
-            self.optimizer.state[parameter] = {"step": updates.clone().to(self.device), **moments}
+            moments = {
+                kind: reader.read(name, kind, 0, count).view_as(parameter).to(self.device)
+                for kind in moments_of(self.optimizer)
+            }
+            self.optimizer.state[parameter] = {**copied(numbers, self.device), **moments}
 
 
 @torch.no_grad()
@@ -105,20 +121,40 @@ def whole_fragments(engine: SingleEngine, rank: int, ranks: int) -> Iterator[Fra
             continue
         shape = tuple(parameter.shape)
         state = engine.optimizer.state[parameter]
-        for kind, tensor in (("weight", parameter), ("exp_avg", state["exp_avg"]), ("exp_avg_sq", state["exp_avg_sq"])):
-            yield Fragment(name, kind, 0, shape, tensor.detach().reshape(-1))
+        yield Fragment(name, "weight", 0, shape, parameter.detach().reshape(-1))
+        for kind in moments_of(engine.optimizer):
+            yield Fragment(name, kind, 0, shape, state[kind].detach().reshape(-1))
     if rank == 0:
-        yield from scalar_fragments(next(iter(engine.optimizer.state.values()))["step"], engine.loss_scale)
+        yield from scalar_fragments(engine.optimizer, engine.loss_scale)
 
 
-def scalar_fragments(updates: Tensor, loss_scale: LossScale) -> Iterator[Fragment]:
+def moments_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """What `optimizer` keeps of each parameter, in its size."""
+    return (SCHEDULE_FREE_STATES if isinstance(optimizer, ScheduleFreeAdamW) else STATES)[1:]
+
+
+def copied(numbers: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The numbers that an optimizer keeps of each parameter: torch's AdamW changes its own in place."""
+    return {name: number.clone().to(device) for name, number in numbers.items()}
+
+
+def scalar_fragments(optimizer: torch.optim.Optimizer, loss_scale: LossScale) -> Iterator[Fragment]:
     """The numbers of the whole optimizer, for one rank to write."""
-    for kind, number in zip(SCALARS, (updates, *loss_scale.numbers()), strict=True):
+    state = next(iter(optimizer.state.values()))
+    numbers = dict(zip(SCALARS, (state["step"], *loss_scale.numbers()), strict=True))
+    numbers |= {name: state[name] for name in _own_scalars(optimizer)}
+    for kind, number in numbers.items():
         yield Fragment(OPTIMIZER, kind, 0, (1,), number.detach().float().reshape(1))
 
 
-def restore_scalars(reader: FragmentReader, loss_scale: LossScale) -> Tensor:
-    """Put the saved loss scale in place; gives the count of updates that Adam has made."""
+def restore_scalars(
+    reader: FragmentReader, optimizer: torch.optim.Optimizer, loss_scale: LossScale
+) -> dict[str, Tensor]:
+    """Put the saved loss scale in place; gives the numbers of each parameter's state: the updates made ("step"), ..."""
     updates, scale, good_steps, overflows = (reader.read(OPTIMIZER, name, 0, 1)[0] for name in SCALARS)
     loss_scale.restore(scale, good_steps, overflows)
-    return updates
+    return {"step": updates, **{name: reader.read(OPTIMIZER, name, 0, 1)[0] for name in _own_scalars(optimizer)}}
+
+
+def _own_scalars(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    return SCHEDULE_FREE_SCALARS if isinstance(optimizer, ScheduleFreeAdamW) else ()

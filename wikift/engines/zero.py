@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO 1, 2 and 3: optimizer state, gradients and weights split over the ranks as flat ranges.
 
 The only home of `deepspeed`. What it would decide by itself is decided here, so that a run under it is the same run:
-the learning rate is set for each step, AdamW is ours, the loss scale is ours, and its log stays quiet.
+the learning rate is set for each step, the optimizer is ours, the loss scale is ours, and its log stays quiet.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
-from wikift.engines.base import STATES, Fragment, FragmentReader
-from wikift.engines.single import in_eval, restore_scalars, scalar_fragments
+from wikift.engines.base import Fragment, FragmentReader
+from wikift.engines.single import copied, in_eval, moments_of, restore_scalars, scalar_fragments
 from wikift.model import DTYPES, NextTokenLoss, check_tied, keep_residual_in_fp32, materialize, parameter_shapes
-from wikift.optim import AdamSettings, LossScale, ScaleRule, build_adamw
+from wikift.optim import AdamSettings, LossScale, ScaleRule, build_optimizer
+from wikift.schedulefree import at_average
 from wikift.world import World, join_group
 
 
@@ -67,11 +68,11 @@ class ZeroEngine:
             self.shapes = parameter_shapes(self.model)
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=NextTokenLoss(self.model, precision, compile=compile),
-                optimizer=build_adamw(self.model.parameters(), adam),
+                optimizer=build_optimizer(self.model.parameters(), adam),
                 config=config,
             )
-        self.adamw: torch.optim.AdamW = self.optimizer.optimizer
-        self._share_step_counts()
+        self.adamw: torch.optim.Optimizer = self.optimizer.optimizer
+        self._begin_states()
 
     def forward_backward(self, blocks: Tensor, *, last: bool) -> Tensor:
         blocks = blocks.to(self.world.device, non_blocking=True)
@@ -102,23 +103,25 @@ class ZeroEngine:
             self.engine, self.engine, *(None if tensor is None else tensor.to(device) for tensor in arguments)
         )
 
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        return at_average(self.adamw, self._refresh_low_precision)
+
     def fragments(self) -> Iterator[Fragment]:
         for name, parameter in self.model.named_parameters():
             for state, start, data in self._owned(parameter):
                 yield Fragment(name, state, start, self.shapes[name], data)
         if self.world.rank == 0:
-            yield from scalar_fragments(next(iter(self.adamw.state.values()))["step"], self.loss_scale)
+            yield from scalar_fragments(self.adamw, self.loss_scale)
 
     def restore(self, reader: FragmentReader) -> None:
         check_tied(self.model)
-        updates = restore_scalars(reader, self.loss_scale)
-        for state in self.adamw.state.values():
-            state["step"].copy_(updates)
+        numbers = restore_scalars(reader, self.adamw, self.loss_scale)
+        for flat, state in self.adamw.state.items():
+            state |= copied(numbers, flat.device)
         for name, parameter in self.model.named_parameters():
             for state_name, start, data in self._owned(parameter):
                 data.copy_(reader.read(name, state_name, start, start + data.numel()))
-        with _quiet():
-            self._refresh_low_precision()
+        self._refresh_low_precision()
 
     def _owned(self, parameter: nn.Parameter) -> Iterator[tuple[str, int, Tensor]]:
         """(state, start, live fp32 memory) of the range of `parameter` that is this rank's, if there is one."""
@@ -128,7 +131,7 @@ class ZeroEngine:
                 return
             start = mapping.lp_fragment_address.start
             yield "weight", start, mapping.hp_fragment.detach()
-            for state in STATES[1:]:
+            for state in moments_of(self.adamw):
                 yield state, start, mapping.optim_fragment[state]
             return
         group, offset, padded = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
@@ -138,33 +141,33 @@ class ZeroEngine:
             return
         flat = self.optimizer.fp32_partitioned_groups_flat[group]
         yield "weight", start, flat.detach().narrow(0, offset, count)
-        for state in STATES[1:]:
+        for state in moments_of(self.adamw):
             yield state, start, self.adamw.state[flat][state].narrow(0, offset, count)
 
-    def _share_step_counts(self) -> None:
-        """Make AdamW's state exist before its first step, so that it can be saved and restored at any time."""
+    def _begin_states(self) -> None:
+        """Make the optimizer's state exist before its first step, so that it can be saved and restored at any time."""
         flats = (
             self.optimizer.single_partition_of_fp32_groups
             if self.stage < 3
             else self.optimizer.fp32_partitioned_groups_flat
         )
         for flat in flats:
-            moments = {state: torch.zeros_like(flat) for state in STATES[1:]}
-            self.adamw.state[flat] = {"step": torch.zeros((), device=flat.device), **moments}
+            self.adamw.state[flat] = {state: torch.zeros_like(flat) for state in moments_of(self.adamw)}
         if self.stage < 3:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _refresh_low_precision(self) -> None:
         """Make the weights that are computed with from the fp32 masters; collective."""
-        if self.stage < 3:
-            self.optimizer.update_lp_params()
-            for group in range(len(self.optimizer.bit16_groups)):
-                self.optimizer._update_model_bit16_weights(group)
-            return
-        self.optimizer._partition_all_parameters()
-        for group in range(len(self.optimizer.fp16_groups)):
-            self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        self.optimizer._post_step(set())
+        with _quiet():
+            if self.stage < 3:
+                self.optimizer.update_lp_params()
+                for group in range(len(self.optimizer.bit16_groups)):
+                    self.optimizer._update_model_bit16_weights(group)
+                return
+            self.optimizer._partition_all_parameters()
+            for group in range(len(self.optimizer.fp16_groups)):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            self.optimizer._post_step(set())
 
 
 def _with_own_scale(config: dict[str, Any]) -> tuple[dict[str, Any], ScaleRule]:
