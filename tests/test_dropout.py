@@ -66,7 +66,7 @@ def test_nothing_is_dropped_in_eval_mode_or_at_rate_0() -> None:
 
 def test_attention_is_torchs_where_little_is_dropped() -> None:
     """At a rate of one in a million, which is 0 in 16 bits, all is kept: what differs is the order of the sums."""
-    module = SimpleNamespace(training=True, is_causal=True)
+    module = SimpleNamespace(is_causal=True)
     query, key, value = (torch.randn(2, 3, 17, 8) for _ in range(3))
     found, _ = attention(module, query, key, value, None, dropout=1e-6)
     right = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)

@@ -22,6 +22,8 @@ ATTENTION = "wikift"
 
 class Dropout(nn.Dropout):
     def forward(self, hidden: Tensor) -> Tensor:
+        if hidden.device.type != "cpu":
+            return super().forward(hidden)
         return drop(hidden, self.p) if self.training and self.p else hidden
 
 
@@ -67,7 +69,7 @@ def attention(
     **more: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention, (rows, heads, length, width) each; scores are summed up and normalised in fp32."""
-    if not dropout or not module.training or attention_mask is not None:
+    if not dropout or attention_mask is not None or query.device.type != "cpu":
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
         )

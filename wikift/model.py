@@ -74,8 +74,7 @@ class NextTokenLoss(nn.Module):
         if compile:
             for block in model.transformer.h:
                 block.compile(dynamic=False)
-        if model.device.type == "cpu":
-            replace_dropout(model)
+        replace_dropout(model)
         for module in list(model.modules()):
             if isinstance(getattr(module, "act", None), NewGELUActivation):  # the same formula in one pass
                 module.act = nn.GELU(approximate="tanh")

@@ -76,8 +76,7 @@ class SingleEngine:
 
     def next_logits(self, inputs: Tensor, mask: Tensor, places: Tensor) -> Tensor:
         inputs, mask, places = (tensor.to(self.device) for tensor in (inputs, mask, places))
-        with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
-            return in_eval(self.model, self.losses, inputs, None, mask, places)
+        return in_eval(self.model, self.losses, inputs, None, mask, places)
 
     def averaged(self) -> AbstractContextManager[None]:
         return at_average(self.optimizer)
@@ -101,11 +100,15 @@ class SingleEngine:
 
 @torch.no_grad()
 def in_eval(model: torch.nn.Module, function: Callable[..., Tensor], *arguments: Tensor | None) -> Tensor:
-    """`function(*arguments)` with `model` in eval mode, without gradients; it keeps the mode it had."""
+    """`function(*arguments)` with `model` in eval mode, without gradients; it keeps the mode it had.
+
+    Never compiled: each length of a split's last window, and of samples, would be compiled anew.
+    """
     training = model.training
     model.eval()
     try:
-        return function(*arguments)
+        with torch.compiler.set_stance("force_eager"):
+            return function(*arguments)
     finally:
         model.train(training)
 
