@@ -107,14 +107,14 @@ def page(results: Path, before: str) -> str:
     parts = [HEAD, "## Aims\n", *aims(stored), "", _by_hand("aims", kept)]
     for name in names:
         machine = ", ".join(f"{key} {value}" for key, value in _machine(stored[name]).items())
-        machines += [] if machine in machines else [machine]
+        machines += [machine] if machine and machine not in machines else []
         text = (results / f"{name}.md").read_text(encoding="utf-8")
         lines = [line for line in text.splitlines() if not line.startswith("Machine: ")]
         title = lines[0].removeprefix("# ") + (f" ({name})" if name not in PAGES else "")
         body = re.sub(r"\n{3,}", "\n\n", "\n".join(lines[1:]).strip().replace("\n## ", "\n### "))
         body = re.sub(r"^## ", "### ", body)
-        letter = chr(ord("A") + machines.index(machine))
-        parts += [f"## {title}\n", body, f"\nMachine {letter}.\n", _by_hand(name, kept)]
+        where = f"\nMachine {chr(ord('A') + machines.index(machine))}.\n" if machine else ""
+        parts += [f"## {title}\n", body, where, _by_hand(name, kept)]
     parts.append("## Machines\n")
     parts += [f"- {chr(ord('A') + number)}: {machine}" for number, machine in enumerate(machines)]
     parts += [f"\n{_block(name, text)}" for name, text in kept.items()]  # of tables that are no more

@@ -43,7 +43,9 @@ def steps(kind: str, compile: bool, dropout: float = 0.1) -> tuple[list[float], 
     return numbers, graphs[0], graphs[-1] - graphs[0]
 
 
-@pytest.mark.parametrize("kind", ["single", "ddp", "fsdp", "zero1"])
+@pytest.mark.parametrize(
+    "kind", ["single", "fsdp", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("ddp", "zero1"))]
+)
 def test_compiled_once_and_the_same_run(kind: str) -> None:
     ranks = 1 if kind == "single" else 2
     eager = run_ranks(steps, ranks, kind, False, timeout_seconds=200)

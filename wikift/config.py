@@ -180,6 +180,9 @@ class TrainSettings(DataSettings):
         group="speed",
         shown="on a CPU in fp32, where the run is long enough to pay for it",
     )
+    deterministic: bool = option(
+        False, "on a GPU too the same bits in every run, by slower kernels; a CPU has them anyway", group="speed"
+    )
     engine: str = option(
         "auto",
         "how weights and work lie on the processes. single: one process; ddp: whole on each; fsdp: FSDP2, a share on "

@@ -49,7 +49,7 @@ from wikift.resume import Say, check_same_experiment, checkpoint_to_resume, expe
 from wikift.saving import Saver
 from wikift.scoring import Score, score_split
 from wikift.tokens import TokenStore
-from wikift.world import World, started_world
+from wikift.world import World, be_deterministic, started_world
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
             if finished := resume.why_finished(settings, plan, start):
                 say(f"{folder} is finished, step {start.step:,}; {finished}")
                 return 0
+        if settings.deterministic:
+            be_deterministic()
         if world.device.type == "cpu":
             keep_freed_memory()
         built = build(settings, plan, world, run.precision, store.eos_token_id, start)

@@ -89,6 +89,15 @@ def seed(seed: int, *parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def be_deterministic() -> None:
+    """Let torch use kernels alone that give the same bits in every run, and raise where there is none."""
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # before the first product: torch's notes, Reproducibility
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a pass over each tensor
+
+
 def start_world(device: str = "auto") -> World:
     """Join the process group that the launcher describes, or one that the caller started already.
 
