@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from wikift.dropout import Dropout, attention, drop
+from wikift.dropout import attention, draw_own_masks, drop
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
@@ -48,7 +48,8 @@ def test_its_gradient_goes_through_what_was_kept() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
 def test_compiled_it_is_the_same_run_and_two_masks_stay_two() -> None:
     """A compiler that takes two draws of one shape for one would drop the same places twice."""
-    twice = nn.Sequential(Dropout(0.5), Dropout(0.5))
+    twice = nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5))
+    draw_own_masks(twice)
     ones = torch.ones(4000)
     torch.manual_seed(5)
     eager = twice(ones)
@@ -60,8 +61,17 @@ def test_compiled_it_is_the_same_run_and_two_masks_stay_two() -> None:
 
 def test_nothing_is_dropped_in_eval_mode_or_at_rate_0() -> None:
     ones = torch.ones(100)
-    assert Dropout(0.5).eval()(ones) is ones
-    assert Dropout(0.0)(ones) is ones
+    modules = nn.ModuleList([nn.Dropout(0.5).eval(), nn.Dropout(0.0)])
+    draw_own_masks(modules)
+    assert all(module(ones) is ones for module in modules)
+
+
+def test_hooks_on_the_modules_stay() -> None:
+    """FSDP2's and ZeRO's residual is kept in fp32 by one; without it bf16 missed its bound."""
+    module = nn.Dropout(0.5)
+    module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
+    draw_own_masks(module)
+    assert module(torch.ones(100, dtype=torch.bfloat16)).dtype == torch.float32
 
 
 def test_attention_is_torchs_where_little_is_dropped() -> None:

@@ -7,24 +7,31 @@ wanted: torch.manual_seed repeats it, on any number of threads, and so does grad
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-ATTENTION = "wikift"
+ATTENTION = "wikift"  # as a configuration's _attn_implementation
 
 
-class Dropout(nn.Dropout):
-    def forward(self, hidden: Tensor) -> Tensor:
-        if hidden.device.type != "cpu":
-            return super().forward(hidden)
-        return drop(hidden, self.p) if self.training and self.p else hidden
+def draw_own_masks(model: nn.Module) -> None:
+    """Let each nn.Dropout of `model` be `drop` on a CPU. The modules stay, and so do the hooks on them."""
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
+
+
+def _forward(module: nn.Dropout, hidden: Tensor) -> Tensor:
+    if hidden.device.type != "cpu":
+        return F.dropout(hidden, module.p, module.training)
+    return drop(hidden, module.p) if module.training and module.p else hidden
 
 
 def drop(hidden: Tensor, rate: float) -> Tensor:
@@ -47,15 +54,6 @@ def random_bits(like: Tensor) -> Tensor:
 @random_bits.register_fake
 def _(like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=torch.int16, device=like.device)
-
-
-def replace_dropout(model: GPT2LMHeadModel) -> None:
-    """Put a Dropout in the place of each nn.Dropout, and `attention` in that of torch's."""
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if type(child) is nn.Dropout:
-                setattr(parent, name, Dropout(child.p).train(child.training))
-    model.config._attn_implementation = ATTENTION
 
 
 def attention(

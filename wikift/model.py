@@ -15,7 +15,7 @@ from transformers import AutoConfig, GenerationConfig, GPT2Config, GPT2LMHeadMod
 from transformers.activations import NewGELUActivation
 
 from wikift import hub
-from wikift.dropout import replace_dropout
+from wikift.dropout import ATTENTION, draw_own_masks
 from wikift.errors import EnvironmentFault, UserError
 from wikift.head import fuse_loss, token_losses
 
@@ -74,7 +74,8 @@ class NextTokenLoss(nn.Module):
         if compile:
             for block in model.transformer.h:
                 block.compile(dynamic=False)
-        replace_dropout(model)
+        draw_own_masks(model)
+        model.config._attn_implementation = ATTENTION
         for module in list(model.modules()):
             if isinstance(getattr(module, "act", None), NewGELUActivation):  # the same formula in one pass
                 module.act = nn.GELU(approximate="tanh")
