@@ -87,23 +87,29 @@ def options(doc: str | None, name: str, *, rounds: int) -> argparse.ArgumentPars
     return parser
 
 
+# Linux hands a process's peak memory on to what it starts, so the measuring is done by a process that is small.
+_SMALL = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+seconds = time.perf_counter() - start
+print(json.dumps([code, seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6]))
+"""
+
+
 def timed(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[float, float]:
     """Seconds of a command, and the largest resident memory of it or one of its children, in 10^6 bytes.
 
     Raises RuntimeError with the end of its stderr where it fails.
     """
-    with tempfile.TemporaryFile() as errors:
-        start = time.perf_counter()
-        process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **(environment or {})}, stdout=subprocess.DEVNULL, stderr=errors
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            errors.seek(0)
-            raise RuntimeError(f"{' '.join(command)}:\n{errors.read().decode(errors='replace')[-4000:]}")
-    return seconds, usage.ru_maxrss * 1024 / 1e6
+    ran = subprocess.run(
+        [sys.executable, "-c", _SMALL, *command], cwd=ROOT, env={**os.environ, **(environment or {})},
+        capture_output=True, text=True, errors="replace", check=True,
+    )  # fmt: skip
+    code, seconds, megabytes = json.loads(ran.stdout)
+    if code:
+        raise RuntimeError(f"{' '.join(command)}:\n{ran.stderr[-4000:]}")
+    return seconds, megabytes
 
 
 class Process:
