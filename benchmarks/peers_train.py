@@ -246,9 +246,11 @@ def wikift(setting: Setting, *, kind: str, compile: bool = False) -> None:
     """An engine of wikift's, on as many processes as torchrun started."""
     from tests.engines import make_engine
     from wikift.initial import FreshStart
+    from wikift.memory import keep_freed_memory
     from wikift.optim import AdamSettings
     from wikift.world import join_group, start_world
 
+    keep_freed_memory()  # as launch/train.py does
     world = start_world("cpu")
     if kind != "single":
         join_group(world)
