@@ -91,9 +91,8 @@ def seed(seed: int, *parts: int | str) -> int:
 
 def be_deterministic() -> None:
     """Let torch use kernels alone that give the same bits in every run, and raise where there is none."""
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # before the first product: torch's notes, Reproducibility
+    # before the first product: https://pytorch.org/docs/stable/notes/randomness.html
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a pass over each tensor
 
