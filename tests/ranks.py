@@ -113,6 +113,7 @@ def _child(
     try:
         if ranks > 1:
             dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+            dist.barrier()  # a rank with nothing to ask of the others would leave while they still connect to it
         else:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
                 del os.environ[name]
