@@ -5,6 +5,7 @@ pytest tests/test_head.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -48,13 +49,22 @@ def distance(found: Tensor, right: Tensor) -> float:
     return float((found.double() - right.double()).norm() / right.double().norm())
 
 
+def as_on_a_gpu(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
+    return head.by_rows(hidden, weight, targets, dtype)
+
+
+WAYS = pytest.mark.parametrize("way", [head.summed_loss, as_on_a_gpu], ids=["cpu", "gpu"])
+
+
+@WAYS
 @pytest.mark.parametrize("positions", [1, 7, 64, 5000])  # the last in more than one block of rows
 @pytest.mark.parametrize("factor", [1.0, 0.37])
-def test_equal_to_the_plain_loss(positions: int, factor: float) -> None:
+def test_equal_to_the_plain_loss(positions: int, factor: float, way: Callable[..., Tensor]) -> None:
     given = numbers(positions)
     given[2][-1] = 3
     for found, right in zip(
-        graded(head.summed_loss, given, factor / positions), graded(plain, given, factor / positions), strict=True
+        graded(way, given, factor / positions), graded(plain, given, factor / positions), strict=True
     ):
         assert distance(found, right) < 2e-6
 
@@ -68,12 +78,36 @@ def test_without_gradients_it_is_the_same_sum() -> None:
         assert float(head.summed_loss(*given)) == 0.0
 
 
-def test_a_target_that_is_hopeless_is_no_overflow() -> None:
+def test_a_gpu_pads_the_vocabulary_and_holds_a_few_rows_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """5,000 words are 5,056 in memory, and the chunks are of one shape, which is compiled once."""
+    shapes = []
+
+    def seen(logits: Tensor, targets: Tensor, share: float) -> Tensor:
+        shapes.append((tuple(logits.shape), logits.stride(0)))
+        return eager.to_gradient(logits, targets, share)
+
+    eager = head._passes(compile=False)
+    monkeypatch.setattr(head, "_GRADED_TOGETHER", 100)
+    hidden, weight, targets = numbers(300)
+    head.by_rows(hidden.requires_grad_(), weight, targets, torch.float32, eager._replace(to_gradient=seen))
+    assert shapes == [((100, 5000), 5056)] * 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+def test_the_passes_compiled_are_those_of_eager() -> None:
+    given = numbers(96)
+    compiled = partial(head.by_rows, dtype=torch.float32, passes=head._passes(compile=True))
+    for found, right in zip(graded(compiled, given, 1 / 96), graded(plain, given, 1 / 96), strict=True):
+        assert distance(found, right) < 2e-6
+
+
+@WAYS
+def test_a_target_that_is_hopeless_is_no_overflow(way: Callable[..., Tensor]) -> None:
     """Losses of hundreds of nats: exp(logit - target's) leaves fp32's range."""
     given = numbers(50, spread=30.0)
     with torch.no_grad():
         assert float(plain(*given)) / 40 > 100
-    for found, right in zip(graded(head.summed_loss, given, 0.02), graded(plain, given, 0.02), strict=True):
+    for found, right in zip(graded(way, given, 0.02), graded(plain, given, 0.02), strict=True):
         assert torch.isfinite(found).all()
         assert distance(found, right) < 2e-6
 
@@ -84,6 +118,14 @@ def test_bf16_is_no_further_from_fp32_than_the_plain_loss_in_bf16(seed: int) -> 
     right, stock, found = (graded(f, given, 1 / 512, b) for f, b in ((plain, 0), (plain, 1), (head.summed_loss, 1)))
     for ours, theirs, exact in zip(found[1:], stock[1:], right[1:], strict=True):
         assert distance(ours, exact) <= distance(theirs, exact)
+
+
+def test_bf16_on_a_gpu_rounds_what_the_plain_loss_in_bf16_rounds() -> None:
+    """The logits, and their gradient; so it is as far from fp32 as that, to the order of the sums."""
+    given = numbers(512, spread=0.5)
+    right, stock, found = (graded(f, given, 1 / 512, b) for f, b in ((plain, 0), (plain, 1), (as_on_a_gpu, 1)))
+    for ours, theirs, exact in zip(found[1:], stock[1:], right[1:], strict=True):
+        assert distance(ours, theirs) < 0.1 * distance(theirs, exact)
 
 
 def trained(precision: str, seed: int, stock: bool) -> list[float]:

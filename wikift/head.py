@@ -7,15 +7,17 @@ On a CPU in fp32 or bf16 the logits are made in chunks of the vocabulary, and th
     dW = E' (r * hidden) - scatter of hidden / N
 
 so no pass over the logits is left but the exponential's, and the softmax is never formed. Products of few rows are slow
-on a CPU, hence chunks of the vocabulary and not of the rows. Elsewhere, and in fp16, whose range E would leave, it is
-torch's linear and cross_entropy.
+on a CPU, hence chunks of the vocabulary and not of the rows. A GPU takes chunks of the rows, whose logits become their
+own gradient, so that memory does not grow with the micro-batch; the vocabulary is padded there, in memory only, to what
+its products want (nanoGPT pads the model: 50,257 to 50,304). In fp16, whose range E would leave, and whose gradients
+need the loss scale, it is torch's linear and cross_entropy.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +28,9 @@ _CHUNK = 2048  # words of the vocabulary whose logits are held in fp32 at once
 _TILE = 128  # rows of them that are worked on at once: 1 MB, which stays in a cache
 _ROWS = 2048  # positions whose exponentials are kept at once: 206 MB in bf16 at GPT-2's vocabulary
 _SCORED_TOGETHER = 8192  # positions whose logits a GPU holds at once in validation
+_GRADED_TOGETHER = 4096  # and in training: 0.4 GB in bf16 at GPT-2's vocabulary, twice that beside them in fp32
+_PADDED_TO = 64  # words: rows of 128 bytes in bf16
 _HIGHEST_SUM = 1e30  # above it the target is so unlikely (70 nats) that another reference is taken
-
-
-TokenLosses = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def fuse_loss(head: nn.Linear, *, compile: bool = False) -> None:
@@ -37,14 +38,27 @@ def fuse_loss(head: nn.Linear, *, compile: bool = False) -> None:
 
     The module stays the one that is called: ZeRO-3 fetches a weight when its module is.
     """
-    plain = torch.compile(_plain, dynamic=False) if compile else _plain
-    head.forward = functools.partial(_forward, head, plain)  # type: ignore[method-assign]
+    head.forward = functools.partial(_forward, head, _passes(compile))  # type: ignore[method-assign]
 
 
-def _forward(head: nn.Linear, plain: TokenLosses, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+class Passes(NamedTuple):
+    """The passes over whole logits, compiled or not."""
+
+    losses: Callable[[Tensor, Tensor, Tensor], Tensor]
+    to_gradient: Callable[[Tensor, Tensor, float], Tensor]
+
+
+@functools.cache
+def _passes(compile: bool) -> Passes:
+    if not compile:
+        return Passes(_plain, _to_gradient)
+    return Passes(torch.compile(_plain, dynamic=False), torch.compile(_to_gradient, dynamic=False))
+
+
+def _forward(head: nn.Linear, passes: Passes, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
     if targets is None:
         return F.linear(hidden, head.weight)
-    return summed_loss(hidden, head.weight, targets, plain)
+    return summed_loss(hidden, head.weight, targets, passes)
 
 
 def _plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -52,29 +66,52 @@ def _plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, ignore_index=NOT_SCORED, reduction="none")
 
 
-def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, plain: TokenLosses = _plain) -> Tensor:
+def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, passes: Passes | None = None) -> Tensor:
     """Summed negative log-likelihood (float64 scalar, nats) of `targets`, -100 not scored.
 
     `hidden` (positions, width), `weight` (vocabulary, width), `targets` (positions,) int64. The products are in the
     autocast's precision, else in the wider of the two tensors'; everything is summed in fp32 or better.
     """
     dtype = _dtype(hidden, weight)
-    if _is_chunked(hidden, dtype) and torch.is_grad_enabled():
-        with torch.autocast("cpu", enabled=False):
-            total: Tensor = _ChunkedLoss.apply(hidden, weight, targets, dtype)  # type: ignore[no-untyped-call]
-            return total
-    return token_losses(hidden, weight, targets, plain).double().sum()
+    if dtype != torch.float16 and torch.is_grad_enabled():
+        way = by_vocabulary if hidden.device.type == "cpu" else by_rows
+        return way(hidden, weight, targets, dtype, passes)
+    return token_losses(hidden, weight, targets, passes).double().sum()
 
 
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, plain: TokenLosses = _plain) -> Tensor:
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, passes: Passes | None = None) -> Tensor:
     """What `summed_loss` sums, (positions,) in fp32, 0 where -100; on a CPU in fp32 and bf16 without gradients."""
     dtype = _dtype(hidden, weight)
-    if _is_chunked(hidden, dtype):
+    if hidden.device.type == "cpu" and dtype != torch.float16:
         with torch.autocast("cpu", enabled=False):
             return _chunked(hidden, weight.to(dtype), targets)[0]
     together = len(targets) if torch.is_grad_enabled() else _SCORED_TOGETHER
+    losses = (passes or _passes(False)).losses
     parts = zip(hidden.split(together), targets.split(together), strict=True)
-    return torch.cat([plain(part, weight, wanted) for part, wanted in parts])
+    return torch.cat([losses(part, weight, wanted) for part, wanted in parts])
+
+
+def by_vocabulary(
+    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, passes: Passes | None = None
+) -> Tensor:
+    """`summed_loss` with products in `dtype` (fp32, bf16), its gradients made in chunks of the vocabulary."""
+
+    def make(share: float) -> Graded:
+        return _chunked(hidden.detach(), weight.detach().to(dtype), targets, share)
+
+    return _summed(hidden, weight, len(targets), make)
+
+
+def by_rows(
+    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, passes: Passes | None = None
+) -> Tensor:
+    """`summed_loss` with products in `dtype` (fp32, bf16), its gradients made in chunks of the positions."""
+
+    def make(share: float) -> Graded:
+        to_gradient = (passes or _passes(False)).to_gradient
+        return _chunks_of_rows(hidden.detach().to(dtype), weight.detach(), targets, share, to_gradient)
+
+    return _summed(hidden, weight, len(targets), make)
 
 
 def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -83,34 +120,73 @@ def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-def _is_chunked(hidden: Tensor, dtype: torch.dtype) -> bool:
-    return hidden.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+Graded = tuple[Tensor, Tensor | None, Tensor | None]  # losses by position, gradients by hidden and weight
 
 
-class _ChunkedLoss(torch.autograd.Function):
+def _summed(hidden: Tensor, weight: Tensor, positions: int, make: Callable[[float], Graded]) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        total: Tensor = _GradedLoss.apply(hidden, weight, positions, make)  # type: ignore[no-untyped-call]
+        return total
+
+
+class _GradedLoss(torch.autograd.Function):
     """The summed loss. Its gradients are made in the forward, of the mean: what training asks for needs no scaling."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-        losses, of_hidden, of_weight = _chunked(hidden, weight.to(dtype), targets, share=1 / len(targets))
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, positions: int, make: Callable[[float], Graded]) -> Tensor:
+        losses, of_hidden, of_weight = make(1 / positions)
         assert of_hidden is not None
         assert of_weight is not None
-        ctx.gradients, ctx.positions = (of_hidden, of_weight.to(weight.dtype)), len(targets)
+        ctx.gradients, ctx.positions = (of_hidden, of_weight.to(weight.dtype)), positions
         return losses.double().sum()
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None, None]:
         of_hidden, of_weight = ctx.gradients
         del ctx.gradients  # the engine goes on in this memory
-        scale = outer[0].item() * ctx.positions
-        if abs(scale - 1) > 1e-12:
+        scale = outer[0] * ctx.positions
+        # a GPU does not wait for the number: multiplying costs it less
+        if scale.is_cuda or abs(scale.item() - 1) > 1e-12:
             of_hidden, of_weight = of_hidden.mul_(scale), of_weight.mul_(scale)
         return of_hidden, of_weight, None, None
 
 
-def _chunked(
-    hidden: Tensor, weight: Tensor, targets: Tensor, share: float = 0.0
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _chunks_of_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    share: float,
+    to_gradient: Callable[[Tensor, Tensor, float], Tensor],
+) -> Graded:
+    words, width = weight.shape
+    low = hidden.new_zeros(-(-words // _PADDED_TO) * _PADDED_TO, width)  # a word of zeros has a logit and gradient of 0
+    low[:words] = weight
+    chunks = -(-len(hidden) // _GRADED_TOGETHER)
+    together = -(-len(hidden) // chunks)  # of one shape, where they are compiled
+    of_weight = torch.empty(0)
+    losses, of_hidden = [], []
+    for rows, wanted in zip(hidden.split(together), targets.split(together), strict=True):
+        logits = rows @ low.t()
+        losses.append(to_gradient(logits[:, :words], wanted, share))
+        of_hidden.append(logits @ low)
+        product = (logits.t() @ rows).float()
+        of_weight = of_weight.add_(product) if len(of_weight) else product
+    return torch.cat(losses), torch.cat(of_hidden), of_weight[:words]
+
+
+def _to_gradient(logits: Tensor, targets: Tensor, share: float) -> Tensor:
+    """Losses (rows,) in fp32; `logits` (rows, vocabulary) become `share` times the gradient of their sum."""
+    wide = logits.float()
+    scored = targets != NOT_SCORED
+    wanted = targets.clamp(min=0)[:, None]
+    likely = wide.log_softmax(1)
+    losses = torch.where(scored, -likely.gather(1, wanted)[:, 0], 0.0)
+    gradient = likely.exp().scatter_add(1, wanted, torch.full_like(losses, -1.0)[:, None])
+    logits.copy_(gradient * torch.where(scored, share, 0.0)[:, None])
+    return losses
+
+
+def _chunked(hidden: Tensor, weight: Tensor, targets: Tensor, share: float = 0.0) -> Graded:
     """Losses by position, and `share` times their sum's gradients by hidden and weight where that is not 0; in fp32."""
     of_weight = torch.empty(weight.shape, dtype=torch.float32) if share else None
     losses, parts = [], []

@@ -70,7 +70,7 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
     transformers_logging.disable_progress_bar()
     folder = Path(settings.output_dir or "")
     validates = _validates(settings, store, say)
-    with started_world(settings.device) as world, locked(folder, world, say), stop_requests() as stop_signal:
+    with started_world(settings.device) as world, stop_requests() as stop_signal, locked(folder, world, say):
         run = Run(folder, settings, plan, store, world, resolve_precision(settings.precision, world.device))
         check_hosts(folder, store, world)
         start = checkpoint_to_resume(settings, folder, world)

@@ -247,6 +247,7 @@ def _failed_rank(store: Any) -> int | None:
 
 def _fail(error: Exception, store: Any, rank: int) -> NoReturn:
     """Say why, tell the others, leave at once: destructors of a broken process group may wait for ever."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher that notices too must not end it before it has spoken
     # A lost peer has a cause elsewhere, and a wrong setting is wrong on every rank: let the one speak that knows.
     secondary = _is_lost_peer(error) or (isinstance(error, (UserError, EnvironmentFault)) and rank != 0)
     first = _first_failure(store, rank, wait=secondary)
