@@ -96,6 +96,40 @@ def test_logits_are_the_models_own(words: dict[str, Any], relayout: bool) -> Non
         torch.testing.assert_close(model(torch.tensor([[1, 2, 3]])).logits, before, rtol=1e-4, atol=1e-4)
 
 
+def test_what_stood_before_is_read_ahead_and_never_changes_a_logit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text that repeats itself, breaks off, begins anew and slides: every step's logits are those of its window."""
+    model = random_model()
+    decoder = Decoder(model)
+    forwards = []
+    forward = Decoder._forward
+    monkeypatch.setattr(Decoder, "_forward", lambda *a, **k: forwards.append(1) or forward(*a, **k))
+    random = np.random.default_rng(5)
+    verse = random.integers(0, 320, 9).tolist()
+    text = [*verse * 5, *random.integers(0, 320, 12).tolist(), *verse * 8]
+    with torch.no_grad():
+        decoder.begin([text[:3]], 1000)
+        for place in range(3, len(text)):
+            logits = decoder.advance([text[place]])
+            window = decoder.windows[0]
+            assert window == text[: place + 1][-len(window) :]
+            expected = model(torch.tensor([window])).logits[0, -1]
+            torch.testing.assert_close(logits[0], expected, rtol=1e-3, atol=1e-3)
+    assert decoder.slides[0] >= 3
+    assert len(forwards) < 0.6 * len(text), "nothing came along"
+
+
+def test_texts_that_do_not_repeat_are_guessed_at_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(random_model(n_positions=1024))
+    tried = []
+    ahead = Decoder._with_guesses
+    monkeypatch.setattr(Decoder, "_with_guesses", lambda self, guesses: tried.append(1) or ahead(self, guesses))
+    with torch.no_grad():
+        decoder.begin([[0, 1, 2]], 1000)
+        for place in range(600):  # each pair stood before, and something else follows each time
+            decoder.advance([1 + place % 2 if place % 3 < 2 else 3 + place % 300])
+    assert len(tried) < 600 / 16
+
+
 def test_new_layout_takes_no_second_copy_and_keeps_the_tie() -> None:
     model = random_model()
     bytes_before = sum(p.untyped_storage().nbytes() for p in set(model.parameters()))

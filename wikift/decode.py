@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+_GUESSES = 4  # tokens read beside one
+_MOST_DOUBT = 5  # after so many wrong guesses in a row 32 tokens are waited for before the next
 _COMPILED_STEP = 256  # columns: a compiled step is made once for each multiple of it, not for every length
 
 # attend(layer, query, key, value), each (rows, heads, length, head width) -> the values attended to, in query's shape
@@ -45,7 +47,8 @@ class Decoder:
     """A model and the rows it is writing. `begin` with texts, then `advance` by one token a row, again and again.
 
     The text of a row that has come to the model's `positions` slides: its last half is read anew and written on.
-    `windows[row]` are the tokens that the row's next one depends on, `slides[row]` how often it slid.
+    `windows[row]` are the tokens that the row's next one depends on, `slides[row]` how often it slid; up to `guesses`
+    tokens are read ahead, with the same logits to rounding.
     """
 
     def __init__(self, model: GPT2LMHeadModel, *, relayout: bool = False, compile: bool = False) -> None:
@@ -66,6 +69,9 @@ class Decoder:
             self._step = torch.compile(self._one_token, mode=mode)  # type: ignore[call-overload,unused-ignore]
         self.windows: list[list[int]] = []
         self.slides: list[int] = []
+        self.guesses = 0 if compile or model.device.type != "cpu" else _GUESSES
+        self._ahead: list[tuple[int, Tensor]] = []  # tokens that may follow, and the logits after each
+        self._doubt = self._wait = 0
 
     def begin(self, windows: Sequence[Sequence[int]], new_tokens: int) -> Tensor:
         """Read one text a row, each of 1 to `positions` tokens; gives the logits (rows, vocabulary) of what follows.
@@ -73,6 +79,7 @@ class Decoder:
         Memory: 2 * layers * width values for each of rows * min(positions, longest text + `new_tokens`).
         """
         self.windows, self.slides = [list(window) for window in windows], [0] * len(windows)
+        self._ahead, self._doubt, self._wait = [], 0, 0
         rows, self.used = len(windows), max(len(window) for window in windows)
         columns = min(self.positions, self.used + new_tokens)
         if self.compiled:
@@ -89,19 +96,60 @@ class Decoder:
         for row in full:
             self.windows[row] = self.windows[row][-max(1, self.positions // 2) :]
             self.slides[row] += 1
+        if self._ahead:
+            guessed, logits = self._ahead.pop(0)
+            if guessed == tokens[0]:
+                self.used, self._doubt = self.used + 1, 0
+                return logits
+            self._ahead, self._doubt = [], min(self._doubt + 1, _MOST_DOUBT)
+            self._wait = 2**self._doubt
         lengths = [len(window) for window in self.windows]
+        if guesses := self._guesses():
+            return self._with_guesses(guesses)
         if self.used == self.keys.shape[3]:  # only where a row slides can there be no column left
             self._shift(self.used + 1 - max(lengths))
-        logits = self._columns_step(tokens, lengths) if len(full) < len(lengths) else None
+        found = self._columns_step(tokens, lengths) if len(full) < len(lengths) else None
         self.used += 1
         if full:
             anew = [self._read([self.windows[row]], [row]) for row in full]
-            logits = torch.cat(anew) if logits is None else logits.index_copy(0, self._ids(full), torch.cat(anew))
-        assert logits is not None
-        return logits
+            found = torch.cat(anew) if found is None else found.index_copy(0, self._ids(full), torch.cat(anew))
+        assert found is not None
+        return found
+
+    def _guesses(self) -> list[int]:
+        """What followed when the last two tokens of the only row stood together before; none after wrong guesses."""
+        if len(self.windows) != 1:
+            return []
+        self._wait -= 1
+        window = self.windows[0]
+        room = min(self.guesses, self.positions - len(window), self.keys.shape[3] - self.used - 1)
+        if self._wait >= 0 or room < 1:
+            return []
+        pair = window[-2:]
+        earlier = (place for place in range(len(window) - 3, -1, -1) if window[place : place + 2] == pair)
+        place = next(earlier, None)
+        return [] if place is None else window[place + 2 : place + 2 + room]
+
+    def _with_guesses(self, guesses: list[int]) -> Tensor:
+        """The logits (1, vocabulary) after the row's last token; those after each guess, read with it, wait their turn.
+
+        One token of one row waits for the weights to come from memory, and a few more come along at little cost: prompt
+        lookup decoding (Saxena, 2023). A guess is never taken: it only answers sooner what follows if it is chosen.
+        """
+        window, used = self.windows[0], self.used
+        count = 1 + len(guesses)
+        places = torch.arange(len(window) - 1, len(window) - 1 + count)[None]
+        columns = torch.arange(used + count)
+        mask = (columns >= used + 1 - len(window)) & (columns <= torch.arange(used, used + count)[:, None])
+        ids = self._ids([[window[-1], *guesses]])
+        logits = self._forward(ids, places, self._attend_to_cache(used, mask, count), ends=count)
+        self.used += 1
+        self._ahead = [(guess, logits[n : n + 1]) for n, guess in enumerate(guesses, 1)]
+        return logits[:1]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only, in this order."""
+        self._ahead = []
         self.windows, self.slides = [self.windows[row] for row in rows], [self.slides[row] for row in rows]
         self._shift(self.used - max(len(window) for window in self.windows), self._ids(rows))
 
@@ -122,12 +170,14 @@ class Decoder:
         mask_or_none = (torch.arange(used + 1, device=self.device) >= starts)[:, None, None] if padded else None
         return self._forward(ids, places, self._attend_to_cache(used, mask_or_none))
 
-    def _attend_to_cache(self, used: int, mask: Tensor | None) -> Attend:
+    def _attend_to_cache(self, used: int, mask: Tensor | None, count: int = 1) -> Attend:
+        end = used + count
+
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]
-            keys[:, :, used : used + 1] = key
-            values[:, :, used : used + 1] = value
-            keys, values = keys[:, :, : used + 1], values[:, :, : used + 1]
+            keys[:, :, used:end] = key
+            values[:, :, used:end] = value
+            keys, values = keys[:, :, :end], values[:, :, :end]
             return F.scaled_dot_product_attention(query, keys, values, mask, scale=self.blocks[layer].scale)
 
         return attend
@@ -175,8 +225,8 @@ class Decoder:
 
         return self._forward(ids, (columns - starts).clamp(min=0), attend)
 
-    def _forward(self, ids: Tensor, places: Tensor, attend: Attend) -> Tensor:
-        """Logits (rows, vocabulary) in fp32 after the last of `ids` (rows, length), which stand at `places`."""
+    def _forward(self, ids: Tensor, places: Tensor, attend: Attend, ends: int = 1) -> Tensor:
+        """Logits (rows * ends, vocabulary) in fp32 after the last `ends` of `ids` (rows, length) at `places`."""
         rows, length = ids.shape
         hidden = (self.wte(ids) + self.wpe(places)).view(rows * length, self.width)
         for number, block in enumerate(self.blocks):
@@ -186,7 +236,7 @@ class Decoder:
             hidden = hidden + torch.addmm(block.proj_bias, attended, block.proj)
             inner = block.act(torch.addmm(block.fc_bias, block.ln_2(hidden), block.fc))
             hidden = hidden + F.linear(inner, block.out, block.out_bias)
-        last = self.ln_f(hidden.view(rows, length, self.width)[:, -1])
+        last = self.ln_f(hidden.view(rows, length, self.width)[:, -ends:].flatten(0, 1))
         logits: Tensor = (last @ self.head).float()
         return logits
 
