@@ -242,14 +242,16 @@ def deepspeed_loop(setting: Setting, *, own_adam: bool) -> None:
     serve(setting, step)
 
 
-def wikift(setting: Setting, *, kind: str, compile: bool = False) -> None:
+def wikift(setting: Setting, *, kind: str, compile: bool = False, deterministic: bool = False) -> None:
     """An engine of wikift's, on as many processes as torchrun started."""
     from tests.engines import make_engine
     from wikift.initial import FreshStart
     from wikift.memory import keep_freed_memory
     from wikift.optim import AdamSettings
-    from wikift.world import join_group, start_world
+    from wikift.world import be_deterministic, join_group, start_world
 
+    if deterministic:
+        be_deterministic()
     keep_freed_memory()  # as launch/train.py does
     world = start_world("cpu")
     if kind != "single":
@@ -289,6 +291,7 @@ CONTESTANTS: dict[str, Callable[[Setting], None]] = {
     "DeepSpeed, its AdamW": partial(deepspeed_loop, own_adam=True),
     "wikift": partial(wikift, kind="single"),
     "wikift, compiled": partial(wikift, kind="single", compile=True),
+    "wikift --deterministic, 1 process": partial(wikift, kind="single", deterministic=True),
     **{f"wikift {kind}, 1 process": partial(wikift, kind=kind) for kind in ENGINES},
     **{f"wikift {kind}, 2 ranks": partial(wikift, kind=kind) for kind in ENGINES},
     **{f"wikift {kind}, 2 ranks, compiled": partial(wikift, kind=kind, compile=True) for kind in ("ddp", "fsdp")},
