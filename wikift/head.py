@@ -180,8 +180,9 @@ def _to_gradient(logits: Tensor, targets: Tensor, share: float) -> Tensor:
     scored = targets != NOT_SCORED
     wanted = targets.clamp(min=0)[:, None]
     likely = wide.log_softmax(1)
-    losses = torch.where(scored, -likely.gather(1, wanted)[:, 0], 0.0)
-    gradient = likely.exp().scatter_add(1, wanted, torch.full_like(losses, -1.0)[:, None])
+    own = likely.gather(1, wanted)
+    losses = torch.where(scored, -own[:, 0], 0.0)
+    gradient = likely.exp().scatter(1, wanted, own.expm1())  # no scatter_add: on a GPU its order is open
     logits.copy_(gradient * torch.where(scored, share, 0.0)[:, None])
     return losses
 
