@@ -3,9 +3,9 @@
     python -m benchmarks.generate [--new-tokens 64] [--rounds 5] [--no-compiled]
 
 wikift takes part eager, eager without reading ahead (a greedy text of random weights repeats itself, others less), and
-with --compile. A GPT-2 of 124M random weights goes on from prompts of 32 tokens, one at
-once and 32 at once; all must write the same tokens. The first token's time is that of reading the prompt and choosing
-one token, with all that a call does besides.
+with --compile. A GPT-2 of 124M random weights goes on from prompts of 32 tokens, one at once and 32 at once; all must
+write the same tokens. The first token's time is that of reading the prompt and choosing one token, with all that a call
+does besides.
 """
 
 from __future__ import annotations

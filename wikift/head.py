@@ -74,8 +74,9 @@ def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, passes: Passes 
     """
     dtype = _dtype(hidden, weight)
     if dtype != torch.float16 and torch.is_grad_enabled():
-        way = by_vocabulary if hidden.device.type == "cpu" else by_rows
-        return way(hidden, weight, targets, dtype, passes)
+        if hidden.device.type == "cpu":
+            return by_vocabulary(hidden, weight, targets, dtype)
+        return by_rows(hidden, weight, targets, dtype, passes)
     return token_losses(hidden, weight, targets, passes).double().sum()
 
 
@@ -91,25 +92,19 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, passes: Passes
     return torch.cat([losses(part, weight, wanted) for part, wanted in parts])
 
 
-def by_vocabulary(
-    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, passes: Passes | None = None
-) -> Tensor:
+def by_vocabulary(hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
     """`summed_loss` with products in `dtype` (fp32, bf16), its gradients made in chunks of the vocabulary."""
-
-    def make(share: float) -> Graded:
-        return _chunked(hidden.detach(), weight.detach().to(dtype), targets, share)
-
-    return _summed(hidden, weight, len(targets), make)
+    return _summed(hidden, weight, len(targets), lambda share: _chunked(hidden, weight.to(dtype), targets, share))
 
 
 def by_rows(
     hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, passes: Passes | None = None
 ) -> Tensor:
     """`summed_loss` with products in `dtype` (fp32, bf16), its gradients made in chunks of the positions."""
+    to_gradient = (passes or _passes(False)).to_gradient
 
     def make(share: float) -> Graded:
-        to_gradient = (passes or _passes(False)).to_gradient
-        return _chunks_of_rows(hidden.detach().to(dtype), weight.detach(), targets, share, to_gradient)
+        return _chunks_of_rows(hidden.to(dtype), weight, targets, share, to_gradient)
 
     return _summed(hidden, weight, len(targets), make)
 
@@ -163,14 +158,15 @@ def _chunks_of_rows(
     low[:words] = weight
     chunks = -(-len(hidden) // _GRADED_TOGETHER)
     together = -(-len(hidden) // chunks)  # of one shape, where they are compiled
-    of_weight = torch.empty(0)
+    of_weight: Tensor | None = None
     losses, of_hidden = [], []
     for rows, wanted in zip(hidden.split(together), targets.split(together), strict=True):
         logits = rows @ low.t()
         losses.append(to_gradient(logits[:, :words], wanted, share))
         of_hidden.append(logits @ low)
         product = (logits.t() @ rows).float()
-        of_weight = of_weight.add_(product) if len(of_weight) else product
+        of_weight = product if of_weight is None else of_weight.add_(product)
+    assert of_weight is not None
     return torch.cat(losses), torch.cat(of_hidden), of_weight[:words]
 
 
