@@ -2,8 +2,8 @@
 
 What is compared is the rounds' ratios of wikift's figure to that of the contestant beside it, since a machine's speed
 itself drifts; a figure that the other lacks is compared as it is. A drop is named where the medians differ by more than
-the spreads of both results' rounds together, and by a twentieth at least (a fifth, where it stands alone): two runs
-differ by more than their rounds do.
+the spreads of both results' rounds together, and by a twentieth at least (a fifth, where it stands alone). Two runs
+differ by more than their rounds do, so a drop counts where a second run shows it too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 SAME_MACHINE = ("cpu", "cpu_family_model", "cores", "torch")
 LEAST, LEAST_ALONE = 0.05, 0.2
@@ -20,6 +20,15 @@ LEAST, LEAST_ALONE = 0.05, 0.2
 _NOT_COMPARED = ("model GFLOP/s", "step s")
 
 Results = Mapping[str, Any]  # what harness.write wrote
+
+
+class Drop(NamedTuple):
+    """A figure that became worse."""
+
+    benchmark: str
+    contestant: str
+    figure: str
+    text: str  # by how much, since when
 
 
 def better_higher(figure: str) -> bool:
@@ -41,8 +50,8 @@ def comparable(new: Results, old: Results) -> bool:
     return places[0] == places[1] and new["settings"] == old["settings"] and new["name"] == old["name"]
 
 
-def drops(new: Results, old: Results) -> Iterator[str]:
-    """A line for each figure of wikift that is worse than in `old` by more than the noise."""
+def drops(new: Results, old: Results) -> Iterator[Drop]:
+    """Each figure of wikift that is worse than in `old` by more than the noise."""
     for contestant, figures in new["rounds"].items():
         if not contestant.startswith("wikift"):
             continue
@@ -58,10 +67,17 @@ def drops(new: Results, old: Results) -> Iterator[str]:
             if worse > noise:
                 beside = new["against"].get(contestant, contestant)
                 times = "" if alone else f", times {beside}"
-                yield (
+                text = (
                     f"{new['name']}: {contestant}, {figure}{times}: {statistics.median(now):.3g}, was "
                     f"{statistics.median(before):.3g} on {old['date']}; worse by {worse:.2g}, the noise is {noise:.2g}"
                 )
+                yield Drop(new["name"], contestant, figure, text)
+
+
+def in_both(first: Sequence[Drop], second: Sequence[Drop]) -> list[Drop]:
+    """The drops of the second run that the first had too."""
+    known = {drop[:3] for drop in first}
+    return [drop for drop in second if drop[:3] in known]
 
 
 def _spread(values: Sequence[float]) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import bench, harness, report
+from benchmarks.compare import in_both
 
 MACHINE = {"cpu": "a processor", "cpu_family_model": "1/2", "cores": 2, "torch": "2.13.0"}
 
@@ -39,13 +40,21 @@ def test_a_drop_beyond_the_noise_is_named(
     old = stored(tmp_path / "1", before, [100.0, 100, 100], figure=figure)
     new = stored(tmp_path / "2", after, [100.0, 100, 100], figure=figure)
     found = bench.said(new, [old])
-    assert [f"wikift, {figure}, times Trainer" in line for line in found] == [True] * named
+    assert [f"wikift, {figure}, times Trainer" in drop.text for drop in found] == [True] * named
 
 
 @pytest.mark.parametrize(("after", "named"), [([170.0, 171], False), ([150.0, 151], True)])
 def test_a_figure_without_another_beside_it_must_fall_by_more(tmp_path: Path, after: list[float], named: bool) -> None:
     old = stored(tmp_path / "1", [200.0, 201], [])
     assert bool(bench.said(stored(tmp_path / "2", after, []), [old])) == named
+
+
+def test_a_drop_counts_where_a_second_run_shows_it(tmp_path: Path) -> None:
+    old = stored(tmp_path / "1", [200.0, 201], [])
+    first, second = (bench.said(stored(tmp_path / name, [150.0, 151], []), [old]) for name in ("2", "3"))
+    assert in_both(first, second) == second != []
+    assert in_both(first, bench.said(stored(tmp_path / "4", [200.0, 201], []), [old])) == []
+    assert in_both([], second) == []
 
 
 def test_a_slower_machine_is_no_drop_and_another_machine_is_not_compared(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wikift.world import World
 
-_ROOM = 1 << 25  # elements that are exchanged at once: 128 MiB of each rank
+_ROOM = 1 << 24  # elements that are exchanged at once: 64 MiB of each rank
 _PIECE = 1 << 16  # elements that are added at once, which stay in a cache
 
 
