@@ -3,8 +3,8 @@
     make bench                                # or: python -m benchmarks.bench [--only train startup] [--folder FOLDER]
 
 Results go to benchmarks/results/bench/DATE-TIME/; keep the folders of a state that later ones are to be compared with.
-Exit code 1 where something is worse than in the newest results there of the same machine and settings, by more than
-the noise (benchmarks.compare says what that is), twice: what dropped is run again; or where a benchmark failed. The full
+Exit code 1 where a benchmark failed, or something is worse than in the newest results there of the same machine and
+settings by more than the noise (benchmarks.compare says what that is), twice: what dropped is run again. The full
 benchmarks, for docs/performance.md, are started one by one.
 """
 
