@@ -46,7 +46,10 @@ def share_memory(world: World, elements: int) -> Shared | None:
     places: list[tuple[int, int] | None] = [None] * world.size
     dist.all_gather_object(places, None if own is None else (os.getpid(), own))
     opened = [region for place in places if (region := _opened(place, size)) is not None]
-    if world.highest(int(len(opened) < world.size)):  # and so all have opened them
+    missing = world.highest(int(len(opened) < world.size))
+    if own is not None:
+        os.close(own)  # all have opened it that could
+    if missing:
         return None
     return Shared(world.rank, room, tuple(r[:room] for r in opened), tuple(r[room:] for r in opened))
 
