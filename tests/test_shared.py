@@ -88,14 +88,18 @@ def refused(fault: str) -> list[bool]:
     def fail(*arguments: Any, **more: Any) -> int:
         raise PermissionError(13, "not here")
 
+    def open_own(path: str, *arguments: Any) -> int:
+        """As in a container where this rank's process has the number that another has in its own."""
+        return opened(f"/proc/{os.getpid()}/fd/{path.rsplit('/', 1)[1]}", *arguments)
+
     found = []
     for faulty in (world.rank == 1, False):
         os.memfd_create = fail if faulty and fault == "making" else made
-        os.open = fail if faulty and fault == "opening" else opened
+        os.open = {"opening": fail, "another's": open_own}.get(fault, opened) if faulty else opened
         found.append(share_memory(world, 100) is not None)
     return found
 
 
-@pytest.mark.parametrize("fault", ["making", "opening"])
+@pytest.mark.parametrize("fault", ["making", "opening", "another's"])
 def test_one_rank_that_cannot_share_keeps_all_from_it(fault: str) -> None:
     assert run_ranks(refused, 3, fault) == [[False, True]] * 3

@@ -11,6 +11,7 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,9 +43,10 @@ def share_memory(world: World, elements: int) -> Shared | None:
         return None
     room = max(1, min(elements, _ROOM))
     size = room + -(-room // world.size)
-    own = _anonymous_file(4 * size)
-    places: list[tuple[int, int] | None] = [None] * world.size
-    dist.all_gather_object(places, None if own is None else (os.getpid(), own))
+    mark = os.urandom(8)
+    own = _anonymous_file(4 * size, mark)
+    places: list[Place | None] = [None] * world.size
+    dist.all_gather_object(places, None if own is None else Place(os.getpid(), own, mark))
     opened = [region for place in places if (region := _opened(place, size)) is not None]
     missing = world.highest(int(len(opened) < world.size))
     if own is not None:
@@ -54,21 +56,32 @@ def share_memory(world: World, elements: int) -> Shared | None:
     return Shared(world.rank, room, tuple(r[:room] for r in opened), tuple(r[room:] for r in opened))
 
 
-def _anonymous_file(size: int) -> int | None:
+class Place(NamedTuple):
+    """Where a rank's memory is found."""
+
+    process: int
+    file: int
+    mark: bytes  # what it begins with: among containers the same numbers may name another's memory
+
+
+def _anonymous_file(size: int, mark: bytes) -> int | None:
     try:
         file = os.memfd_create("wikift-gradients")
         os.ftruncate(file, size)
+        os.pwrite(file, mark, 0)
         return file
     except (OSError, AttributeError):  # AttributeError: not Linux
         return None
 
 
-def _opened(place: tuple[int, int] | None, size: int) -> Tensor | None:
+def _opened(place: Place | None, size: int) -> Tensor | None:
     if place is None:
         return None
     try:
-        file = os.open(f"/proc/{place[0]}/fd/{place[1]}", os.O_RDWR)
+        file = os.open(f"/proc/{place.process}/fd/{place.file}", os.O_RDWR)
         try:
+            if os.pread(file, len(place.mark), 0) != place.mark:
+                return None
             return torch.frombuffer(mmap.mmap(file, 4 * size), dtype=torch.float32)
         finally:
             os.close(file)
