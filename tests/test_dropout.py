@@ -1,17 +1,15 @@
-"""Dropout on a CPU: its rate, its scale, its repetition, and attention that is torch's but for the masks.
+"""Dropout on a CPU: its rate, its scale, its repetition.
 
 pytest tests/test_dropout.py
 """
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 
-from wikift.dropout import attention, draw_own_masks, drop
+from wikift.dropout import draw_own_masks, drop
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
@@ -72,14 +70,3 @@ def test_hooks_on_the_modules_stay() -> None:
     module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
     draw_own_masks(module)
     assert module(torch.ones(100, dtype=torch.bfloat16)).dtype == torch.float32
-
-
-def test_attention_is_torchs_where_little_is_dropped() -> None:
-    """At a rate of one in a million, which is 0 in 16 bits, all is kept: what differs is the order of the sums."""
-    module = SimpleNamespace(is_causal=True)
-    query, key, value = (torch.randn(2, 3, 17, 8) for _ in range(3))
-    found, _ = attention(module, query, key, value, None, dropout=1e-6)
-    right = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
-    assert torch.allclose(found, right, atol=1e-6)
-    dropped, _ = attention(module, query, key, value, None, dropout=0.5)
-    assert not torch.allclose(dropped, right, atol=1e-2)

@@ -84,8 +84,11 @@ class Decoder:
         columns = min(self.positions, self.used + new_tokens)
         if self.compiled:
             columns = min(self.positions, -(-columns // _COMPILED_STEP) * _COMPILED_STEP)
-        shape = (len(self.blocks), rows, self.heads, columns, self.width // self.heads)
-        self.keys, self.values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        shape = (rows, self.heads, columns, self.width // self.heads)
+        # a tensor for each layer: of a part of one, torch.compile would write back the whole to change a column
+        self.keys, self.values = (
+            [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.blocks] for _ in range(2)
+        )
         return self._read(self.windows, range(rows))
 
     def advance(self, tokens: Sequence[int]) -> Tensor:
@@ -106,7 +109,7 @@ class Decoder:
         lengths = [len(window) for window in self.windows]
         if guesses := self._guesses():
             return self._with_guesses(guesses)
-        if self.used == self.keys.shape[3]:  # only where a row slides can there be no column left
+        if self.used == self._columns():  # only where a row slides can there be no column left
             self._shift(self.used + 1 - max(lengths))
         found = self._columns_step(tokens, lengths) if len(full) < len(lengths) else None
         self.used += 1
@@ -122,7 +125,7 @@ class Decoder:
             return []
         self._wait -= 1
         window = self.windows[0]
-        room = min(self.guesses, self.positions - len(window), self.keys.shape[3] - self.used - 1)
+        room = min(self.guesses, self.positions - len(window), self._columns() - self.used - 1)
         if self._wait >= 0 or room < 1:
             return []
         pair = window[-2:]
@@ -163,7 +166,7 @@ class Decoder:
         places = self._ids([length - 1 for length in lengths])[:, None]
         starts = self._ids([max(0, used + 1 - length) for length in lengths])[:, None]
         if self.compiled:
-            columns = torch.arange(self.keys.shape[3], device=self.device)
+            columns = torch.arange(self._columns(), device=self.device)
             mask = ((columns >= starts) & (columns <= used))[:, None, None]
             return self._step(ids, places, self._ids([used]), mask).clone()
         padded = min(lengths) < used + 1
@@ -199,8 +202,8 @@ class Decoder:
         place = slice(rows[0], rows[-1] + 1)
 
         def store(layer: int, key: Tensor, value: Tensor) -> None:
-            self.keys[layer, place, :, columns] = key
-            self.values[layer, place, :, columns] = value
+            self.keys[layer][place, :, columns] = key
+            self.values[layer][place, :, columns] = value
 
         return self._prefill(windows, store)
 
@@ -242,15 +245,16 @@ class Decoder:
 
     def _shift(self, columns: int, rows: Tensor | None = None) -> None:
         """Move the cache `columns` to the left, which hold no row's text, and take `rows` of it."""
-        keys, values = self.keys, self.values
         if rows is not None:
-            self.keys, self.values = keys[:, rows], values[:, rows]
-            keys, values = self.keys, self.values
+            self.keys, self.values = ([part[rows] for part in cache] for cache in (self.keys, self.values))
         if columns > 0:
             left = self.used - columns
-            for cache in (keys, values):
-                cache[..., :left, :] = cache[..., columns : self.used, :].clone()
+            for part in (*self.keys, *self.values):
+                part[..., :left, :] = part[..., columns : self.used, :].clone()
             self.used = left
+
+    def _columns(self) -> int:
+        return self.keys[0].shape[2]
 
     def _ids(self, values: Sequence[Any]) -> Tensor:
         return torch.tensor(values, device=self.device)

@@ -1,4 +1,4 @@
-"""Dropout and attention in training on a CPU, where torch draws a mask one number after another.
+"""Dropout in training on a CPU, where torch draws a mask one number after another.
 
 A mask comes from 16 random bits an element, by an SFC64 stream that is seeded from torch's generator when the mask is
 wanted: torch.manual_seed repeats it, on any number of threads, and so does gradient checkpointing. The rate is exact to
@@ -8,17 +8,11 @@ wanted: torch.manual_seed repeats it, on any number of threads, and so does grad
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
-
-ATTENTION = "wikift"  # as a configuration's _attn_implementation
 
 
 def draw_own_masks(model: nn.Module) -> None:
@@ -36,9 +30,23 @@ def _forward(module: nn.Dropout, hidden: Tensor) -> Tensor:
 
 def drop(hidden: Tensor, rate: float) -> Tensor:
     """`hidden` / (1 - rate) where kept, 0 elsewhere; the same for the gradient."""
-    dropped = round(rate * 2**16)
-    kept: Tensor = random_bits(hidden) >= dropped - 2**15
-    return hidden * kept * (2**16 / (2**16 - dropped))
+    return hidden * kept(hidden, rate) * gain(rate)
+
+
+def kept(like: Tensor, rate: float) -> Tensor:
+    """1 where kept, 0 where dropped, of the shape and type of `like`; each call draws anew."""
+    # in place and then converted: comparing into booleans, and multiplying by them, is not vectorised
+    keeping: Tensor = random_bits(like).ge_(_dropped(rate) - 2**15)
+    return keeping.to(like.dtype)
+
+
+def gain(rate: float) -> float:
+    """What is kept is multiplied by this, so that the mean stays."""
+    return 2**16 / (2**16 - _dropped(rate))
+
+
+def _dropped(rate: float) -> int:
+    return round(rate * 2**16)
 
 
 # torch.compile does not look inside, and must not take two draws for one: hence the tag
@@ -54,30 +62,3 @@ def random_bits(like: Tensor) -> Tensor:
 @random_bits.register_fake
 def _(like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=torch.int16, device=like.device)
-
-
-def attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **more: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention, (rows, heads, length, width) each; scores are summed up and normalised in fp32."""
-    if not dropout or attention_mask is not None or query.device.type != "cpu":
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
-        )
-    length = query.shape[2]
-    scores = (query @ key.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    ahead = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
-    shares = scores.masked_fill(ahead, -torch.inf).softmax(-1)
-    out = drop(shares, dropout).to(value.dtype) @ value
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)

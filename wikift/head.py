@@ -217,14 +217,23 @@ def _rows_loss(
     scaled = (low.float() * gain).to(weight.dtype)
     of_rows = torch.zeros(rows.shape, dtype=torch.float32)
     for power, words, into in zip(powers, weight.split(_CHUNK), of_weight.split(_CHUNK), strict=True):
-        of_rows += power @ words
-        product = power.t() @ scaled
-        into.add_(product) if add else into.copy_(product)
+        _multiply(of_rows, power, words, add=True)
+        _multiply(into, power.t(), scaled, add=add)
     of_rows *= gain
     minus = torch.where(scored, -share, 0.0)[:, None]
     of_rows += own.float() * minus
     of_weight.index_add_(0, wanted, low.float() * minus)
     return loss, of_rows
+
+
+def _multiply(into: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
+    """`left` @ `right`, whose products are rounded to their type, written or added to `into` in fp32."""
+    if left.dtype == into.dtype:
+        into.addmm_(left, right, beta=int(add))  # no memory in between; at 0 what was there is not read
+    elif add:
+        into.add_(left @ right)
+    else:
+        into.copy_(left @ right)
 
 
 def _exponentials(rows: Tensor, weight: Tensor, reference: Tensor, *, keep: bool) -> tuple[Tensor, list[Tensor]]:
@@ -239,9 +248,9 @@ def _exponentials(rows: Tensor, weight: Tensor, reference: Tensor, *, keep: bool
     for words in weight.split(_CHUNK):
         logits = rows @ words.t()
         for (total, subtracted), tile in zip(tiles, logits.split(_TILE), strict=True):
-            wide = torch.sub(tile, subtracted, out=buffer[: len(tile), : len(words)]).exp_()
-            total += wide.sum(1)
-            if keep:
+            wide = tile if tile.dtype == buffer.dtype else buffer[: len(tile), : len(words)]
+            total += torch.sub(tile, subtracted, out=wide).exp_().sum(1)
+            if keep and wide is not tile:
                 tile.copy_(wide)
         if keep:
             powers.append(logits)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 
-from wikift import hub
-from wikift.dropout import ATTENTION, draw_own_masks
+from wikift import attention, hub
+from wikift.dropout import draw_own_masks
 from wikift.errors import EnvironmentFault, UserError
 from wikift.head import fuse_loss, token_losses
 
@@ -75,7 +75,7 @@ class NextTokenLoss(nn.Module):
             for block in model.transformer.h:
                 block.compile(dynamic=False)
         draw_own_masks(model)
-        model.config._attn_implementation = ATTENTION
+        model.config._attn_implementation = attention.NAME
         for module in list(model.modules()):
             if isinstance(getattr(module, "act", None), NewGELUActivation):  # the same formula in one pass
                 module.act = nn.GELU(approximate="tanh")
