@@ -33,6 +33,7 @@ NOT_YET = "Where the rest of the time goes: not profiled yet.\n"
 # what results/ holds, in the order of the page; other names that begin so come behind them
 PAGES = ("train", "data", "checkpoint", "startup", "generate", "consolidate", "scaling", "scaling_paper")
 
+OTHERS = ("fp32", "avx2")  # the same on a processor without bf16 products
 COMPILED_PEERS = ("Trainer, compiled", "plain loop, compiled", "nanoGPT's method", "LitGPT's method")
 WIKIFT = ("wikift", "wikift, compiled")
 
@@ -89,7 +90,11 @@ def aims(stored: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for aim in AIMS:
         higher = better_higher(aim.figure)
         wanted = f"{'≥' if higher else '≤'} {aim.wanted:g}"
-        measured = {name: reached(aim, stored[name]) for name in (aim.name, f"{aim.name}-fp32") if name in stored}
+        measured = {
+            name: reached(aim, stored[name])
+            for name in (aim.name, *(f"{aim.name}-{which}" for which in OTHERS))
+            if name in stored
+        }
         if not any(measured.values()):
             yield f"| {aim.text} | {wanted} | | not measured | | {aim.name} |"
         for name, found in measured.items():

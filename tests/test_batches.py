@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler
 
 from tests.tiny import tiny_store
-from wikift.batches import ResumableSampler, ahead, count_blocks, micro_batches, read_blocks, sample_blocks
+from wikift.batches import (
+    ResumableSampler,
+    ahead,
+    block_windows,
+    count_blocks,
+    micro_batches,
+    read_blocks,
+    sample_blocks,
+)
 from wikift.tokens import open_store
 
 BLOCK = 3
@@ -168,10 +176,12 @@ def test_blocks_are_slices_and_all_targets_are_in_one(tokens: int, block: int, d
         return
     numbers = np.array(data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=8)))
     expected = [ids[n * block : n * block + block + 1].astype(np.int64) for n in numbers]
-    found = read_blocks(ids, numbers, block)
+    windows = block_windows(ids, block)
+    assert windows.shape == (count, block + 1)
+    found = read_blocks(windows, numbers)
     assert found.dtype == torch.int64
     assert np.array_equal(found.numpy(), np.stack(expected))
-    every = read_blocks(ids, np.arange(count), block).numpy()
+    every = read_blocks(windows, np.arange(count)).numpy()
     assert np.array_equal(every[:, 1:].ravel(), ids[1 : count * block + 1])  # no target lost or seen twice at a seam
 
 
@@ -179,8 +189,9 @@ def test_a_mapped_store_is_read_like_an_array_and_stays_as_it_is(tmp_path: Path)
     store = open_store(tiny_store(tmp_path / "store"))
     mapped = store.tokens("train")
     before = (store.path / "train.bin").read_bytes()
-    found = read_blocks(mapped, np.array([50, 0, 7]), 8)
-    assert torch.equal(found, read_blocks(np.array(mapped), np.array([50, 0, 7]), 8))
+    numbers = np.array([50, 0, 7])
+    found = read_blocks(block_windows(mapped, 8), numbers)
+    assert torch.equal(found, read_blocks(block_windows(np.array(mapped), 8), numbers))
     found += 1  # a copy of its own
     assert (store.path / "train.bin").read_bytes() == before
 

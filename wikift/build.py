@@ -28,10 +28,10 @@ from wikift.sizes import show_bytes
 from wikift.world import World
 
 _FULL = 0.9  # part of the memory that an estimate may fill
-# Measured on a CPU: compiling costs 20 to 30 seconds of a core. In fp32 it saves 6% of every step, so that 10 minutes
+# Measured on a CPU: compiling costs 20 to 30 seconds of a core. In fp32 it saves 3% of every step, so that 20 minutes
 # of steps pay it back; twice that is asked for. In bf16 it saves nothing: torch's own kernels are the faster ones. A
 # thread's rate is assumed, not measured: a resumed run must decide the same.
-_COMPILE_PAYS_MINUTES = 20
+_COMPILE_PAYS_MINUTES = 40
 _FP32_FLOPS = 7e10  # per second and thread
 
 
