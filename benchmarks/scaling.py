@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Contestant, Figures, interleave, machine, median, ratio, write
+from benchmarks.harness import Contestant, Figures, interleave, machine, median, options, ratio, write
 from benchmarks.scaling_paper import ENGINES
 
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
@@ -87,7 +87,10 @@ def measure(given: argparse.Namespace) -> None:
         "model": f"GPT-2, {given.layers} layers of {given.width}, vocabulary 8,192", "tokens a block": 256,
         "blocks a step, all ranks": given.batch, "steps": given.steps, "precision": "fp32", "backend": "gloo",
     }  # fmt: skip
-    write("scaling", "Several ranks", compared(figures), figures, settings=settings, about=machine("deepspeed"))
+    write(
+        given.name, "Several ranks", compared(figures), figures,
+        settings=settings, about=machine("deepspeed"), folder=given.results,
+    )  # fmt: skip
 
 
 def compared(figures: Figures) -> list[str]:
@@ -104,8 +107,7 @@ def compared(figures: Figures) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = options(__doc__, "scaling", rounds=3)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--only", nargs="+", help="parts of names, as 'ddp, 2'")
