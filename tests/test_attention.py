@@ -101,6 +101,8 @@ def test_the_seed_repeats_it_and_every_draw_is_another() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
 def test_compiled_it_is_the_same() -> None:
+    """Two in a row, as a model's: each over tensors of its own."""
+
     def twice(joint: Tensor) -> Tensor:
         query, key, value = split(joint)
         found = attention(CAUSAL, query, key, value, None, dropout=0.5)[0].transpose(1, 2)

@@ -49,7 +49,7 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-# torch.compile does not look inside, and must not take two draws for one: hence the tag
+# The tag: as dropout.random_bits has it.
 @torch.library.custom_op("wikift::attend", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> tuple[Tensor, Tensor]:
     """What each of `query` gets of `value`, (heads, length, width) each; and the shares, flat."""

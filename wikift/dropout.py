@@ -49,7 +49,8 @@ def _dropped(rate: float) -> int:
     return round(rate * 2**16)
 
 
-# torch.compile does not look inside, and must not take two draws for one: hence the tag
+# torch.compile does not look inside. The tag asks it not to take two draws for one; in graphs with gradients torch 2.13
+# does so all the same where both are over one tensor (fx_graph_cse has its own list), which no two in a GPT-2 are.
 @torch.library.custom_op("wikift::random_bits", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def random_bits(like: Tensor) -> Tensor:
     """int16 of the shape of `like`, all 16 bits random."""
