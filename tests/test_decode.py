@@ -385,3 +385,32 @@ def test_a_model_in_training_writes_and_nothing_of_the_run_moves(tokenizer: Any,
     # what launch/generate.py writes from the same weights
     settings = GenerateSettings(max_new_tokens=10)
     assert found == [writer.answer(prompt, settings, number).text for number, prompt in enumerate(prompts)]
+
+
+# torch.compile imports parts of torch that are deprecated
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_step_can_become_a_cuda_graph() -> None:
+    """What it changes lies still, or torch would leave the graph out; so do the weights, or it would copy them."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._guards import TracingContext
+
+    found: list[tuple[set[int], list[int]]] = []  # what lies still, and what changes from token to token
+
+    def compiler(graph: Any, inputs: list[Tensor]) -> Any:
+        facts: Any = TracingContext.get().fw_metadata
+        still = set(facts.static_input_indices)
+        assert set(facts.mutated_inp_runtime_indices) <= still
+        found.append((still, [number for number in range(len(inputs)) if number not in still]))
+        return graph.forward
+
+    decoder = Decoder(random_model(), relayout=True, compile=True)
+    decoder._step = torch.compile(decoder._one_token, backend=aot_autograd(fw_compiler=compiler))
+    plain = Decoder(random_model())
+    with torch.inference_mode():
+        for one in (decoder, plain):
+            one.begin([[1, 2, 3], [4, 5]], 8)
+        assert torch.allclose(decoder.advance([7, 8]), plain.advance([7, 8]), atol=1e-4)
+        for one in (decoder, plain):
+            one.keep([1])
+        assert torch.allclose(decoder.advance([9]), plain.advance([9]), atol=1e-4)
+    assert [len(changing) for _, changing in found] == [4, 4]  # ids, places, column, mask

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from wikift.dropout import gain, kept
@@ -45,8 +44,18 @@ def attention(
     return out.view(query.shape).transpose(1, 2).contiguous(), None
 
 
+# No mask is registered: transformers would look for packed texts in each forward, and a GPU be waited for.
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def causal_mask(seen: Tensor) -> Tensor:
+    """(rows, 1, length, length), true where a query may look: at itself, and at what lies before it and is `seen`.
+
+    `seen` (rows, length) is 0 at padding, which looks at itself lest its row of attention be NaN and spread.
+    """
+    length = seen.shape[1]
+    square = torch.ones(length, length, dtype=torch.bool, device=seen.device)
+    return (seen.bool()[:, None, None] & square.tril()) | torch.eye(length, dtype=torch.bool, device=seen.device)
 
 
 # The tag: as dropout.random_bits has it.

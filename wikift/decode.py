@@ -67,6 +67,7 @@ class Decoder:
             # CUDA graphs replay a step without its 200 launches; on a CPU the element-wise work is fused
             mode = "reduce-overhead" if model.device.type == "cuda" else "default"
             self._step = torch.compile(self._one_token, mode=mode)  # type: ignore[call-overload,unused-ignore]
+        self._keep_in_place(self.head, *(part for block in self.blocks for part in block if isinstance(part, Tensor)))
         self.windows: list[list[int]] = []
         self.slides: list[int] = []
         self.guesses = 0 if compile or model.device.type != "cpu" else _GUESSES
@@ -89,6 +90,7 @@ class Decoder:
         self.keys, self.values = (
             [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.blocks] for _ in range(2)
         )
+        self._keep_in_place(*self.keys, *self.values)
         return self._read(self.windows, range(rows))
 
     def advance(self, tokens: Sequence[int]) -> Tensor:
@@ -247,11 +249,21 @@ class Decoder:
         """Move the cache `columns` to the left, which hold no row's text, and take `rows` of it."""
         if rows is not None:
             self.keys, self.values = ([part[rows] for part in cache] for cache in (self.keys, self.values))
+            self._keep_in_place(*self.keys, *self.values)
         if columns > 0:
             left = self.used - columns
             for part in (*self.keys, *self.values):
                 part[..., :left, :] = part[..., columns : self.used, :].clone()
             self.used = left
+
+    def _keep_in_place(self, *tensors: Tensor) -> None:
+        """Promise a compiled step that `tensors` stay where they are.
+
+        torch makes no CUDA graph of a step that changes another tensor, and copies those that it reads before each.
+        """
+        if self.compiled:
+            for tensor in tensors:
+                torch._dynamo.mark_static_address(tensor)  # type: ignore[no-untyped-call,unused-ignore]
 
     def _columns(self) -> int:
         return self.keys[0].shape[2]

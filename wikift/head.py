@@ -27,8 +27,7 @@ NOT_SCORED = -100
 _CHUNK = 2048  # words of the vocabulary whose logits are held in fp32 at once
 _TILE = 128  # rows of them that are worked on at once: 1 MB, which stays in a cache
 _ROWS = 2048  # positions whose exponentials are kept at once: 206 MB in bf16 at GPT-2's vocabulary
-_SCORED_TOGETHER = 8192  # positions whose logits a GPU holds at once in validation
-_GRADED_TOGETHER = 4096  # and in training: 0.4 GB in bf16 at GPT-2's vocabulary, twice that beside them in fp32
+_TOGETHER = 4096  # positions whose logits a GPU holds at once: 0.4 GB in bf16 at GPT-2's vocabulary, 0.8 GB in fp32
 _PADDED_TO = 64  # words: rows of 128 bytes in bf16
 _HIGHEST_SUM = 1e30  # above it the target is so unlikely (70 nats) that another reference is taken
 
@@ -86,7 +85,7 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, passes: Passes
     if hidden.device.type == "cpu" and dtype != torch.float16:
         with torch.autocast("cpu", enabled=False):
             return _chunked(hidden, weight.to(dtype), targets)[0]
-    together = len(targets) if torch.is_grad_enabled() else _SCORED_TOGETHER
+    together = len(targets) if torch.is_grad_enabled() else _TOGETHER
     losses = (passes or _passes(False)).losses
     parts = zip(hidden.split(together), targets.split(together), strict=True)
     return torch.cat([losses(part, weight, wanted) for part, wanted in parts])
@@ -141,7 +140,7 @@ class _GradedLoss(torch.autograd.Function):
         del ctx.gradients  # the engine goes on in this memory
         scale = outer[0] * ctx.positions
         # a GPU does not wait for the number: multiplying costs it less
-        if scale.is_cuda or abs(scale.item() - 1) > 1e-12:
+        if scale.device.type != "cpu" or abs(scale.item() - 1) > 1e-12:
             of_hidden, of_weight = of_hidden.mul_(scale), of_weight.mul_(scale)
         return of_hidden, of_weight, None, None
 
@@ -154,15 +153,16 @@ def _chunks_of_rows(
     to_gradient: Callable[[Tensor, Tensor, float], Tensor],
 ) -> Graded:
     words, width = weight.shape
-    low = hidden.new_zeros(-(-words // _PADDED_TO) * _PADDED_TO, width)  # a word of zeros has a logit and gradient of 0
+    low = hidden.new_zeros(-(-words // _PADDED_TO) * _PADDED_TO, width)
     low[:words] = weight
-    chunks = -(-len(hidden) // _GRADED_TOGETHER)
+    chunks = -(-len(hidden) // _TOGETHER)
     together = -(-len(hidden) // chunks)  # of one shape, where they are compiled
     of_weight: Tensor | None = None
     losses, of_hidden = [], []
     for rows, wanted in zip(hidden.split(together), targets.split(together), strict=True):
         logits = rows @ low.t()
-        losses.append(to_gradient(logits[:, :words], wanted, share))
+        logits[:, words:] = -torch.inf  # what pads has no share, and a gradient of 0
+        losses.append(to_gradient(logits, wanted, share))
         of_hidden.append(logits @ low)
         product = (logits.t() @ rows).float()
         of_weight = product if of_weight is None else of_weight.add_(product)
@@ -171,15 +171,19 @@ def _chunks_of_rows(
 
 
 def _to_gradient(logits: Tensor, targets: Tensor, share: float) -> Tensor:
-    """Losses (rows,) in fp32; `logits` (rows, vocabulary) become `share` times the gradient of their sum."""
-    wide = logits.float()
+    """Losses (rows,) in fp32; `logits` (rows, vocabulary) become `share` times the gradient of their sum.
+
+    One tensor as large as they are in fp32 is made beside them, and few passes over it: they are what costs.
+    """
     scored = targets != NOT_SCORED
     wanted = targets.clamp(min=0)[:, None]
-    likely = wide.log_softmax(1)
-    own = likely.gather(1, wanted)
+    top, place = logits.max(1, keepdim=True)
+    likely = logits.softmax(1, dtype=torch.float32)
+    # the likeliest word's share, which is never 0, tells the sum of all exponentials
+    own = logits.gather(1, wanted).float() - top.float() + likely.gather(1, place).log()
     losses = torch.where(scored, -own[:, 0], 0.0)
-    gradient = likely.exp().scatter(1, wanted, own.expm1())  # no scatter_add: on a GPU its order is open
-    logits.copy_(gradient * torch.where(scored, share, 0.0)[:, None])
+    likely.scatter_(1, wanted, own.expm1())  # no scatter_add: on a GPU its order is open
+    torch.mul(likely, torch.where(scored, share, 0.0)[:, None], out=logits)
     return losses
 
 

@@ -76,6 +76,8 @@ class NextTokenLoss(nn.Module):
                 block.compile(dynamic=False)
         draw_own_masks(model)
         model.config._attn_implementation = attention.NAME
+        # blocks are not padded, and to look at them for a model that has a pad_token_id a GPU would be waited for
+        model.transformer.warn_if_padding_and_no_attention_mask = _say_nothing  # type: ignore[method-assign]
         for module in list(model.modules()):
             if isinstance(getattr(module, "act", None), NewGELUActivation):  # the same formula in one pass
                 module.act = nn.GELU(approximate="tanh")
@@ -104,10 +106,15 @@ class NextTokenLoss(nn.Module):
             return token_losses(self._hidden(inputs).flatten(0, 1), self.model.lm_head.weight, targets.flatten())
 
     def _hidden(self, inputs: Tensor, mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+        if mask is not None:
+            mask = attention.causal_mask(mask)
         hidden: Tensor = self.model.transformer(
             input_ids=inputs, attention_mask=mask, position_ids=places, use_cache=False
         ).last_hidden_state
         return hidden
+
+
+def _say_nothing(input_ids: Tensor, attention_mask: Tensor | None) -> None: ...
 
 
 def load_config(name: str, setting: str = "--model") -> GPT2Config:

@@ -1,0 +1,87 @@
+"""What a GPU is asked to do, without one: nothing is left on the CPU, nothing waits for a number, little is held.
+
+pytest tests/test_gpu_path.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.engines import ADAM, tiny_config
+from tests.fake_device import NAME, Held, without_numbers
+from tests.ranks import run_ranks
+from wikift.decode import Decoder
+from wikift.engines.single import SingleEngine
+from wikift.head import summed_loss
+from wikift.model import make_model
+
+VOCABULARY = 50257
+
+
+def trained(precision: str, checkpointing: bool, schedule_free: bool) -> set[str]:
+    """Two steps of two micro-batches, a validation and a sample; where what they gave is."""
+    config = tiny_config(dropout=0.1)
+    config.pad_token_id = 0
+    adam = dataclasses.replace(ADAM, schedule_free=schedule_free)
+    given = torch.zeros(4, 9, dtype=torch.int64)
+    mask = torch.ones(4, 9, dtype=torch.int64)
+    with torch.device("meta"):
+        model = make_model(config, gradient_checkpointing=checkpointing)
+    with without_numbers() as device:
+        engine = SingleEngine(model, adam, device, accumulation=2, precision=precision, compile=False)
+        found = [engine.forward_backward(given, last=False)]
+        for _ in range(2):
+            found += [engine.forward_backward(given, last=last) for last in (False, True)]
+            found.append(engine.step(1e-3))
+        found += [engine.nll(given[:, :-1], given[:, 1:]), engine.next_logits(given, mask, mask)]
+        return {tensor.device.type for tensor in [*found, *model.parameters()]}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("checkpointing", "schedule_free"), [(False, False), (True, True)])
+def test_training_waits_for_no_number(precision: str, checkpointing: bool, schedule_free: bool) -> None:
+    """Not for a model with a pad_token_id either, for which transformers looks at each batch's ids."""
+    assert run_ranks(trained, 1, precision, checkpointing, schedule_free) == [{NAME}]
+
+
+def written(dtype: torch.dtype) -> set[str]:
+    """Three rows of a batch, one token each, then two of them; where the logits are."""
+    with torch.device("meta"):
+        model = make_model(tiny_config()).to(dtype)
+    with without_numbers() as device, torch.inference_mode():
+        model.to_empty(device=device)
+        decoder = Decoder(model, relayout=True)
+        found = [decoder.begin([[1, 2, 3], [4, 5], [6]], 8), decoder.advance([7, 8, 9])]
+        decoder.keep([1, 2])
+        found.append(decoder.advance([10, 11]))
+        return {logits.device.type for logits in found}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_waits_for_no_number(dtype: torch.dtype) -> None:
+    assert run_ranks(written, 1, dtype) == [{NAME}]
+
+
+def held_by_head(positions: int, graded: bool) -> float:
+    """Bytes that the head of GPT-2 and its loss hold at most, less what they are given and give."""
+    with without_numbers() as device, torch.set_grad_enabled(graded), torch.autocast(NAME, torch.bfloat16):
+        hidden = torch.zeros(positions, 768, device=device, requires_grad=graded)
+        weight = torch.zeros(VOCABULARY, 768, device=device, requires_grad=graded)
+        targets = torch.zeros(positions, dtype=torch.int64, device=device)
+        with Held() as held:
+            loss = summed_loss(hidden, weight, targets)
+            if graded:
+                loss.backward()
+        given_back = sum(4 * tensor.numel() for tensor in (hidden, weight)) if graded else 0
+        return held.most - given_back
+
+
+@pytest.mark.parametrize("graded", [True, False], ids=["training", "validation"])
+def test_the_head_holds_the_logits_of_some_positions_only(graded: bool) -> None:
+    few, many = (run_ranks(held_by_head, 1, positions, graded)[0] for positions in (4096, 32768))
+    logits = 4096 * VOCABULARY
+    assert few < 1.1 * (2 + 4 + 4) * logits  # in bf16, and two tensors in fp32 while one is made from the other
+    assert many - few < 4 * 32768 * 768 * 4  # `hidden` and its gradient, in two types; whole logits would be 14 GB
