@@ -5,17 +5,12 @@ from __future__ import annotations
 import os
 import sys
 
-import pytest
-
 from tests.ranks import run_ranks
 from wikift.build import Choice
 from wikift.config import TrainSettings
 from wikift.derive import Plan
-from wikift.memory import training_bytes
 from wikift.placement import Placement
 from wikift.shape import Shape
-
-XL = Shape(n_layer=48, n_head=25, n_embd=1600)
 
 
 def chosen(shape: Shape, engine: str) -> Choice:
@@ -38,15 +33,6 @@ def test_auto_by_processes_and_memory() -> None:
         assert choice.name == "fsdp"
         assert "more than there is" in choice.reason
     assert [choice.name for choice in run_ranks(chosen, 2, huge, "ddp")] == ["ddp"] * 2, "asked for is asked for"
-
-
-def test_the_estimate_is_that_of_the_zero_paper_and_of_activations() -> None:
-    state = training_bytes(XL, block_size=1, micro_batch=1, precision="bf16", checkpointing=True)
-    assert state == pytest.approx(16 * 1_557_611_200, rel=1e-3), "23.2 GiB"
-    sharded = training_bytes(XL, block_size=1, micro_batch=1, precision="bf16", checkpointing=True, shards=8)
-    assert sharded == pytest.approx(state / 8, rel=1e-3)
-    more = training_bytes(XL, block_size=1024, micro_batch=4, precision="bf16", checkpointing=False) - state
-    assert more == pytest.approx(4096 * (34 * 1600 * 48 + 8 * 50257), rel=1e-2)
 
 
 def compiled(steps: int, compile: bool | None, precision: str = "fp32", compiler: str = sys.executable) -> Choice:

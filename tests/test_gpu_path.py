@@ -6,6 +6,7 @@ pytest tests/test_gpu_path.py
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from tests.ranks import run_ranks
 from wikift.decode import Decoder
 from wikift.engines.single import SingleEngine
 from wikift.head import summed_loss
-from wikift.model import make_model
+from wikift.memory import training_bytes
+from wikift.model import make_model, model_config
+from wikift.shape import Shape
 
 VOCABULARY = 50257
 
@@ -85,3 +88,49 @@ def test_the_head_holds_the_logits_of_some_positions_only(graded: bool) -> None:
     logits = 4096 * VOCABULARY
     assert few < 1.1 * (2 + 4 + 4) * logits  # in bf16, and two tensors in fp32 while one is made from the other
     assert many - few < 4 * 32768 * 768 * 4  # `hidden` and its gradient, in two types; whole logits would be 14 GB
+
+
+class Case(NamedTuple):
+    """What is trained."""
+
+    shape: Shape
+    micro_batch: int
+    precision: str
+    checkpointing: bool = False
+
+
+def held_by_steps(case: Case) -> int:
+    """Bytes that two steps of two micro-batches hold at most, state included."""
+    shape = case.shape
+    config = model_config({**dataclasses.asdict(shape), "bos_token_id": 0, "eos_token_id": 0})
+    with torch.device("meta"):
+        model = make_model(config, gradient_checkpointing=case.checkpointing)
+    blocks = torch.zeros(case.micro_batch, shape.n_positions + 1, dtype=torch.int64)
+    with without_numbers() as device, Held() as held:
+        engine = SingleEngine(model, ADAM, device, accumulation=2, precision=case.precision, compile=False)
+        for last in (False, True, False, True):
+            engine.forward_backward(blocks, last=last)
+            if last:
+                engine.step(1e-3)
+    return held.most
+
+
+CASES = [
+    Case(Shape(), 4, "bf16"),
+    Case(Shape(), 32, "bf16"),
+    Case(Shape(), 32, "bf16", checkpointing=True),
+    Case(Shape(), 32, "fp32"),
+    Case(Shape(), 32, "fp32", checkpointing=True),
+    Case(Shape(n_layer=24, n_head=25, n_embd=1600), 2, "bf16"),  # half of gpt2-xl
+]
+
+
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case.shape.n_embd}-{case.micro_batch}-{case.precision}-{case.checkpointing}"
+)
+def test_the_estimate_is_what_is_held(case: Case) -> None:
+    """The estimate that --engine auto decides by."""
+    (held,) = run_ranks(held_by_steps, 1, case)
+    words = {"micro_batch": case.micro_batch, "precision": case.precision, "checkpointing": case.checkpointing}
+    estimate = training_bytes(case.shape, block_size=1024, on_cpu=False, **words)
+    assert held == pytest.approx(estimate, rel=0.1)

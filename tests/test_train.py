@@ -41,12 +41,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_store(tmp_path_factory.mktemp("train") / "store")
 
 
-def test_gradient_checkpointing_and_deterministic_kernels_are_the_same_run(store: Path, tmp_path: Path) -> None:
+def test_gradient_checkpointing_and_deterministic_kernels_are_the_same_run(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("plain", "gradient_checkpointing", "deterministic"):
         line = arguments(store, tmp_path / name, **({} if name == "plain" else {name: True}))
         assert run_ranks(train, 1, line) == [0]
     assert curve(tmp_path / "plain") == curve(tmp_path / "gradient_checkpointing")
     assert curve(tmp_path / "plain") == curve(tmp_path / "deterministic")
+    assert "Warning" not in capsys.readouterr().out
 
 
 def test_compile_is_the_same_run_within_rounding(store: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def choose(settings: TrainSettings, plan: Plan, world: World, precision: str) ->
         return Choice("single", "one process")
     need = memory.training_bytes(
         plan.shape, block_size=plan.block_size, micro_batch=plan.place.micro_batch, precision=precision,
-        checkpointing=settings.gradient_checkpointing,
+        checkpointing=settings.gradient_checkpointing, on_cpu=world.device.type == "cpu",
     )  # fmt: skip
     have = memory.available_bytes(world)
     full = world.highest(int(have is not None and need > _FULL * have))

@@ -1,8 +1,10 @@
-"""How much memory training takes under an engine, and how much there is. Estimates: they decide between engines only.
+"""How much memory training takes, and how much there is. Estimates: they decide between engines only.
 
-State: 16 bytes a parameter (fp32 weights, gradients, and the optimizer's two), divided by the ranks where an engine
-shards it. Activations: 34 bytes a token, layer and width in half precision (Korthikanti et al., arXiv:2205.05198,
-equation 1 without the attention matrix, which sdpa does not keep), double in fp32; logits twice in fp32.
+State: 16 bytes a parameter (fp32 weights, gradients, and the optimizer's two), and 2 for autocast's copies.
+Activations: 39 bytes a token, layer and width with products in half precision, 66 in fp32, counted tensor by tensor as
+a GPU would hold them (Korthikanti et al., arXiv:2205.05198, equation 1, have 34 with a residual in half precision), or
+4 of each block and one block's all with gradient checkpointing. A CPU keeps the pairs of attention besides. Logits are
+held of some positions.
 """
 
 from __future__ import annotations
@@ -21,13 +23,21 @@ STATE_BYTES = 16
 
 
 def training_bytes(
-    shape: Shape, *, block_size: int, micro_batch: int, precision: str, checkpointing: bool, shards: int = 1
+    shape: Shape, *, block_size: int, micro_batch: int, precision: str, checkpointing: bool, on_cpu: bool
 ) -> int:
-    """Bytes of one process with its state split over `shards`."""
-    tokens = block_size * micro_batch
-    per_layer = 2 if checkpointing else 34
-    activations = per_layer * (2 if precision == "fp32" else 1) * tokens * shape.n_embd * shape.n_layer
-    return STATE_BYTES * shape.parameters // shards + activations + 8 * tokens * shape.vocab_size
+    """Bytes of one process that holds all of the state."""
+    tokens, wide = block_size * micro_batch, precision == "fp32"
+    block = (66 if wide else 39) * shape.n_embd + (2 * shape.n_head * block_size if on_cpu else 0)
+    beside = 13 * shape.n_embd  # the embedding's and the head's
+    if on_cpu:
+        logits = min(tokens, 2048) * shape.vocab_size * (4 if wide else 2)
+    else:
+        logits = min(tokens, 4096) * shape.vocab_size * (8 if wide else 10)
+    if checkpointing:  # a block's all is there only when the logits are gone
+        held = max(logits, block * tokens) + 4 * shape.n_embd * shape.n_layer * tokens
+    else:
+        held = logits + block * shape.n_layer * tokens + (0 if wide else 2 * shape.parameters)
+    return STATE_BYTES * shape.parameters + beside * tokens + held
 
 
 def available_bytes(world: World) -> int | None:

@@ -155,7 +155,9 @@ def make_model(config: GPT2Config, *, gradient_checkpointing: bool = False) -> G
     """The modules. On the meta device they have no memory: engines make room for what a rank keeps, and no more."""
     model = GPT2LMHeadModel(config)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # the old name warns in transformers 5.23, older ones know no other
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model
 
 
