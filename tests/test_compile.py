@@ -53,5 +53,5 @@ def test_compiled_once_and_the_same_run(kind: str) -> None:
     for (right, none, _), (found, first, later) in zip(eager, compiled, strict=True):
         assert found == pytest.approx(right, rel=1e-5)
         assert none == 0
-        assert first > 0
+        assert first == 1, "a block was compiled for itself: torch stops doing so after eight, and they have twelve"
         assert later == 0, "compiled again"

@@ -7,25 +7,31 @@ wanted: torch.manual_seed repeats it, on any number of threads, and so does grad
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class OwnDropout(nn.Dropout):
+    """Dropout whose mask is `kept`'s on a CPU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input`, dropped from while the module trains."""
+        if input.device.type != "cpu":
+            return F.dropout(input, self.p, self.training)
+        return drop(input, self.p) if self.training and self.p else input
+
+
 def draw_own_masks(model: nn.Module) -> None:
-    """Let each nn.Dropout of `model` be `drop` on a CPU. The modules stay, and so do the hooks on them."""
+    """Make each nn.Dropout of `model` an OwnDropout.
+
+    The modules stay, and so do the hooks on them. They change their class and not their `forward`: torch.compile would
+    compile each block anew for a function of its own, and give up after eight.
+    """
     for module in model.modules():
         if type(module) is nn.Dropout:
-            module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
-
-
-def _forward(module: nn.Dropout, hidden: Tensor) -> Tensor:
-    if hidden.device.type != "cpu":
-        return F.dropout(hidden, module.p, module.training)
-    return drop(hidden, module.p) if module.training and module.p else hidden
+            module.__class__ = OwnDropout
 
 
 def drop(hidden: Tensor, rate: float) -> Tensor:

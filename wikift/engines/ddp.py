@@ -43,11 +43,12 @@ class DDPEngine:
         DDP regroups its buckets after the first backward, by the order in which gradients came. From three ranks on,
         where a gradient lies in its bucket decides the order in which the ranks' shares are added, so the first step of
         a resumed run would round differently from the same step of an uninterrupted one. One backward before it makes
-        every real step use the final layout.
+        every real step use the final layout. Not compiled: it would be for this one row only.
         """
         blocks = torch.zeros(1, block_size + 1, dtype=torch.int64)
-        for _ in range(2):  # the second forward rebuilds the buckets
-            self.forward_backward(blocks, last=True)
+        with torch.compiler.set_stance("force_eager"):
+            for _ in range(2):  # the second forward rebuilds the buckets
+                self.forward_backward(blocks, last=True)
         self.local.optimizer.zero_grad(set_to_none=True)
 
     def forward_backward(self, blocks: Tensor, *, last: bool) -> Tensor:
