@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import sys
+import pytest
+import torch
 
 from tests.ranks import run_ranks
 from wikift.build import Choice
@@ -35,24 +35,12 @@ def test_auto_by_processes_and_memory() -> None:
     assert [choice.name for choice in run_ranks(chosen, 2, huge, "ddp")] == ["ddp"] * 2, "asked for is asked for"
 
 
-def compiled(steps: int, compile: bool | None, precision: str = "fp32", compiler: str = sys.executable) -> Choice:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_compile_is_to_be_asked_for(device: str) -> None:
     from wikift.build import choose_compile
-    from wikift.world import start_world
 
-    os.environ["CXX"] = compiler
-    world = start_world("cpu")
-    plan = Plan(Placement(world.size, 1, 1), Shape(n_layer=2, n_head=2, n_embd=64), 1024, 10, steps, 0)
-    return choose_compile(TrainSettings(compile=compile), plan, world, precision)
-
-
-def test_compile_where_the_run_is_long_enough() -> None:
-    (short,) = run_ranks(compiled, 1, 10, None)
-    assert short.name == "eager"
-    assert "would not pay" in short.reason
-    assert [choice.name for choice in run_ranks(compiled, 2, 10_000_000, None)] == ["compiled"] * 2
-    assert run_ranks(compiled, 1, 10_000_000, False) == [Choice("eager", "asked for")]
-    (low,) = run_ranks(compiled, 1, 10_000_000, None, "bf16")
-    assert low == Choice("eager", "in bf16 a CPU gains nothing from --compile")
-    assert run_ranks(compiled, 1, 10, True) == [Choice("compiled", "asked for")]
-    (without,) = run_ranks(compiled, 1, 10_000_000, None, "fp32", "no-such-compiler")
-    assert without == Choice("eager", "no C++ compiler is found")
+    name, reason = choose_compile(TrainSettings(), torch.device(device))
+    assert name == "eager"
+    assert "--compile" in reason
+    for asked, taken in ((True, "compiled"), (False, "eager")):
+        assert choose_compile(TrainSettings(compile=asked), torch.device(device)) == Choice(taken, "asked for")

@@ -28,11 +28,6 @@ from wikift.sizes import show_bytes
 from wikift.world import World
 
 _FULL = 0.9  # part of the memory that an estimate may fill
-# Measured on a CPU: compiling costs 20 to 30 seconds of a core. In fp32 it saves 3% of every step, so that 20 minutes
-# of steps pay it back; twice that is asked for. In bf16 it saves nothing: torch's own kernels are the faster ones. A
-# thread's rate is assumed, not measured: a resumed run must decide the same.
-_COMPILE_PAYS_MINUTES = 40
-_FP32_FLOPS = 7e10  # per second and thread
 
 
 class Choice(NamedTuple):
@@ -66,7 +61,7 @@ def build(
             f"--no-fsdp-reshard: cannot act, --engine auto takes {choice.name} here ({choice.reason}); "
             "leave it out, or use --engine fsdp"
         )
-    compiled = choose_compile(settings, plan, world, precision.name)
+    compiled = choose_compile(settings, world.device)
     config = _config(settings, plan, eos_token_id, start)
     make = partial(make_model, config, gradient_checkpointing=settings.gradient_checkpointing)
     with torch.device("meta"):
@@ -106,21 +101,14 @@ def choose(settings: TrainSettings, plan: Plan, world: World, precision: str) ->
     return Choice("ddp", f"{world.size} processes, and about {show_bytes(need)} fit into each")
 
 
-def choose_compile(settings: TrainSettings, plan: Plan, world: World, precision: str) -> Choice:
-    """Whether torch.compile is used, the same on every rank and whenever the run is resumed; collective."""
+def choose_compile(settings: TrainSettings, device: torch.device) -> Choice:
+    """Whether torch.compile is used, the same on every rank and whenever the run is resumed."""
     if settings.compile is not None:
         return Choice("compiled" if settings.compile else "eager", "asked for")
-    if world.device.type != "cpu" or settings.deepspeed is not None:
-        return Choice("eager", "--compile is to be asked for here")
-    if precision != "fp32":
-        return Choice("eager", f"in {precision} a CPU gains nothing from --compile")
-    flops = plan.shape.flops_per_token(plan.block_size) * plan.tokens_per_step * plan.steps
-    minutes = flops / (_FP32_FLOPS * torch.get_num_threads() * world.size) / 60
-    compiler = any(map(shutil.which, _compilers(world.device)))
-    if world.highest(int(minutes < _COMPILE_PAYS_MINUTES or not compiler)):
-        short = f"about {minutes:,.0f} minutes of products would not pay for compiling"
-        return Choice("eager", short if minutes < _COMPILE_PAYS_MINUTES else "no C++ compiler is found")
-    return Choice("compiled", f"about {minutes:,.0f} minutes of products pay for it")
+    # measured on a CPU, fp32, 3 to 12 layers: -3 to +2% of a step, and 25 s to start (docs/experiments.md)
+    return Choice(
+        "eager", "a CPU gains nothing from --compile" if device.type == "cpu" else "--compile is for long runs"
+    )
 
 
 def _engine(

@@ -176,9 +176,9 @@ class TrainSettings(DataSettings):
     gradient_checkpointing: bool = option(False, "less memory, a third more time", group="speed")
     compile: bool | None = option(
         None,
-        "torch.compile: slower to start, faster steps",
+        "torch.compile: half a minute to start; for long runs on a GPU, a CPU gains nothing from it",
         group="speed",
-        shown="on a CPU in fp32, where the run is long enough to pay for it",
+        shown="where it pays: not on a CPU, and on a GPU it is to be asked for",
     )
     deterministic: bool = option(
         False, "on a GPU too the same bits in every run, by slower kernels; a CPU has them anyway", group="speed"
