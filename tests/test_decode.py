@@ -407,8 +407,12 @@ def test_a_compiled_step_can_become_a_cuda_graph() -> None:
     decoder._step = torch.compile(decoder._one_token, backend=aot_autograd(fw_compiler=compiler))
     plain = Decoder(random_model())
     with torch.inference_mode():
+        decoder.begin([[6, 7, 8], [9]], 8)
+        decoder.advance([10, 11])
+        places = [part.data_ptr() for part in decoder.keys + decoder.values]
         for one in (decoder, plain):
             one.begin([[1, 2, 3], [4, 5]], 8)
+        assert places == [part.data_ptr() for part in decoder.keys + decoder.values]
         assert torch.allclose(decoder.advance([7, 8]), plain.advance([7, 8]), atol=1e-4)
         for one in (decoder, plain):
             one.keep([1])

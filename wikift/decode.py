@@ -68,8 +68,8 @@ class Decoder:
             mode = "reduce-overhead" if model.device.type == "cuda" else "default"
             self._step = torch.compile(self._one_token, mode=mode)  # type: ignore[call-overload,unused-ignore]
         self._keep_in_place(self.head, *(part for block in self.blocks for part in block if isinstance(part, Tensor)))
-        self.windows: list[list[int]] = []
-        self.slides: list[int] = []
+        self.keys, self.values = list[Tensor](), list[Tensor]()  # of each layer, (rows, heads, columns, head width)
+        self.windows, self.slides = list[list[int]](), list[int]()
         self.guesses = 0 if compile or model.device.type != "cpu" else _GUESSES
         self._ahead: list[tuple[int, Tensor]] = []  # tokens that may follow, and the logits after each
         self._doubt = self._wait = 0
@@ -86,11 +86,14 @@ class Decoder:
         if self.compiled:
             columns = min(self.positions, -(-columns // _COMPILED_STEP) * _COMPILED_STEP)
         shape = (rows, self.heads, columns, self.width // self.heads)
-        # a tensor for each layer: of a part of one, torch.compile would write back the whole to change a column
-        self.keys, self.values = (
-            [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.blocks] for _ in range(2)
-        )
-        self._keep_in_place(*self.keys, *self.values)
+        if not self.keys or self.keys[0].shape != shape:  # else a CUDA graph goes on with what it knows
+            # a tensor for each layer: of a part of one, torch.compile would write back the whole to change a column
+            self.keys, self.values = (
+                [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in self.blocks] for _ in range(2)
+            )
+            self._keep_in_place(*self.keys, *self.values)
+        for part in (*self.keys, *self.values):
+            part.zero_()
         return self._read(self.windows, range(rows))
 
     def advance(self, tokens: Sequence[int]) -> Tensor:
