@@ -35,7 +35,7 @@ def trained(precision: str, checkpointing: bool, schedule_free: bool) -> set[str
         model = make_model(config, gradient_checkpointing=checkpointing)
     with without_numbers() as device:
         engine = SingleEngine(model, adam, device, accumulation=2, precision=precision, compile=False)
-        found = [engine.forward_backward(given, last=False)]
+        found: list[torch.Tensor] = []
         for _ in range(2):
             found += [engine.forward_backward(given, last=last) for last in (False, True)]
             found.append(engine.step(1e-3))
@@ -119,6 +119,7 @@ CASES = [
     Case(Shape(), 4, "bf16"),
     Case(Shape(), 32, "bf16"),
     Case(Shape(), 32, "bf16", checkpointing=True),
+    Case(Shape(), 8, "fp16"),
     Case(Shape(), 32, "fp32"),
     Case(Shape(), 32, "fp32", checkpointing=True),
     Case(Shape(n_layer=24, n_head=25, n_embd=1600), 2, "bf16"),  # half of gpt2-xl
