@@ -3,9 +3,9 @@
     python -m benchmarks.generate [--new-tokens 64] [--rounds 5] [--no-compiled]
 
 wikift takes part eager, eager without reading ahead (a greedy text of random weights repeats itself, others less), and
-with --compile. A GPT-2 of 124M random weights goes on from prompts of 32 tokens, one at once and 32 at once; all must
-write the same tokens. The first token's time is that of reading the prompt and choosing one token, with all that a call
-does besides.
+with --compile. A GPT-2 of 124M random weights goes on from prompts of 32 tokens, one at once and 32 at once, on a GPU
+where there is one (--device); all must write the same tokens. The first token's time is that of reading the prompt and
+choosing one token, with all that a call does besides.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ def main() -> None:
     parser = options(__doc__, "generate", rounds=5)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
     given = parser.parse_args()
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(attn_implementation="sdpa")).eval()
+    model = GPT2LMHeadModel(GPT2Config(attn_implementation="sdpa")).eval().to(given.device)
     folder = Path(tempfile.mkdtemp())
     train([], 257, folder)  # a token is a byte
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -62,6 +63,7 @@ def main() -> None:
         figures.update({f"{name}, {batch} at once": values for name, values in found.items()})
         against.update({f"{name}, {batch} at once": f"model.generate, {batch} at once" for name in found})
     settings = {
+        "device": given.device,
         "model": "GPT-2 124M, random weights",
         "prompt tokens": PROMPT_TOKENS,
         "precision": "fp32",
@@ -80,7 +82,7 @@ def _calls(
     random = torch.Generator().manual_seed(batch)
     ids = torch.randint(97, 123, (batch, PROMPT_TOKENS), generator=random)
     prompts = ["".join(map(chr, row)) for row in ids.tolist()]
-    ids = torch.tensor(tokenizer(prompts)["input_ids"])
+    ids = torch.tensor(tokenizer(prompts)["input_ids"], device=model.device)
 
     def theirs(new: int, **words: str) -> Written:
         config = GenerationConfig(

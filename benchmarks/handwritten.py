@@ -23,7 +23,7 @@ class GPT(nn.Module):
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The mean loss; `inputs` and `targets` (micro_batch, block)."""
-        hidden = self.drop(self.wte(inputs) + self.wpe(torch.arange(inputs.shape[1])))
+        hidden = self.drop(self.wte(inputs) + self.wpe(torch.arange(inputs.shape[1], device=inputs.device)))
         for block in self.h:
             hidden = block(hidden)
         return F.cross_entropy(self.head(self.ln_f(hidden)).flatten(0, 1), targets.flatten())

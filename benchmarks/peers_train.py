@@ -2,6 +2,7 @@
 
 It trains on random tokens, says `{"first_step_s": ...}` after its first step (imports but torch's, building and
 compilation included), and then makes as many steps as each line of its standard input says, answering with JSON.
+On a GPU each turn begins with a step that does not count and ends with its cached memory given back, for the others.
 nanoGPT's and LitGPT's methods are rebuilt from their published design: one compiled model, logits in one piece,
 autocast, AdamW, clipping. nanoGPT fuses AdamW on a GPU only, LitGPT always, and pads the vocabulary to a multiple of
 512. All start from the same weights.
@@ -23,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wikift.meter import memory_gb
+
 BEGUN = time.perf_counter()
 LR, DECAY = 1e-4, 0.1
 CHECKED_STEPS = 3
@@ -42,21 +45,26 @@ class Setting:
     dropout: float
     precision: str
     threads: int
+    device: str = "cpu"
     check: bool = False  # no dropout, the same blocks in every step, and the losses are asked for
 
     def rates(self) -> dict[str, float]:
         return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0 if self.check else self.dropout)
 
     def micro_batches(self, rank: int = 0, ranks: int = 1) -> Iterator[Tensor]:
-        """Blocks (micro_batch, block + 1) of this rank: of each `ranks` times as many in turn, its share."""
+        """Blocks (micro_batch, block + 1) of this rank: of each `ranks` times as many in turn, its share.
+
+        On a GPU they come from pinned memory, copied without waiting, as every contestant's own loader does it.
+        """
         while True:
             random = torch.Generator().manual_seed(0)
             for _ in range(self.accumulation if self.check else 1_000_000):
                 rows = torch.randint(self.vocabulary, (self.micro_batch * ranks, self.block + 1), generator=random)
-                yield rows[rank * self.micro_batch :][: self.micro_batch]
+                rows = rows[rank * self.micro_batch :][: self.micro_batch]
+                yield rows if self.device == "cpu" else rows.pin_memory().to(self.device, non_blocking=True)
 
     def autocast(self) -> Any:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
 
     def hf_config(self) -> Any:
         from wikift.model import model_config
@@ -70,7 +78,7 @@ class Setting:
         from transformers import GPT2LMHeadModel
 
         torch.manual_seed(0)
-        return GPT2LMHeadModel(self.hf_config()).train()
+        return GPT2LMHeadModel(self.hf_config()).train().to(self.device)
 
 
 Step = Callable[[], Tensor]  # one optimizer step; the mean loss of its blocks
@@ -82,16 +90,29 @@ def serve(setting: Setting, step: Step, ranks: int = 1, rank: int = 0) -> None:
     if setting.check:
         return answer({"losses": [_mean(step(), ranks) for _ in range(CHECKED_STEPS)]})
     step()
+    finished(setting.device)
     answer({"first_step_s": time.perf_counter() - BEGUN})
     step()
     while steps := _asked(ranks, rank):
+        if setting.device != "cpu":
+            step()
+            finished(setting.device)
         start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
         for _ in range(steps):
             step()
+        finished(setting.device)
         seconds, now = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
         cpu = now.ru_utime - used.ru_utime + now.ru_stime - used.ru_stime
-        answer({"step_s": seconds / steps, "cpu_s": cpu / steps, "peak_gb": now.ru_maxrss * 1024 / 1e9})
+        answer({"step_s": seconds / steps, "cpu_s": cpu / steps, "peak_gb": memory_gb(torch.device(setting.device))})
+        if setting.device == "cuda":
+            torch.cuda.empty_cache()
     return None
+
+
+def finished(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _asked(ranks: int, rank: int) -> int:
@@ -114,7 +135,7 @@ def loop(setting: Setting, model: torch.nn.Module, loss_of: Callable[[Tensor], T
     blocks = setting.micro_batches()
 
     def step() -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=setting.device)
         for _ in range(setting.accumulation):
             with setting.autocast():
                 loss = loss_of(next(blocks)) / setting.accumulation
@@ -132,7 +153,8 @@ def hand_written(setting: Setting, *, pad: int, fused: bool, compile: bool) -> N
     from benchmarks.handwritten import GPT
 
     pad = 1 if setting.check else pad  # logits of words that are not there would be part of the loss
-    model = GPT(setting.hf_config(), -(-setting.vocabulary // pad) * pad).copy(setting.hf_model()).train()
+    model = GPT(setting.hf_config(), -(-setting.vocabulary // pad) * pad).to(setting.device)
+    model.copy(setting.hf_model()).train()
     run: Any = torch.compile(model) if compile else model
     serve(setting, loop(setting, model, lambda b: run(b[:, :-1], b[:, 1:]), fused))
 
@@ -151,7 +173,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __init__(self, setting: Setting) -> None:
         count = setting.accumulation if setting.check else max(setting.accumulation, 4096 // setting.micro_batch)
         blocks = setting.micro_batches()
-        self.rows = torch.cat([next(blocks)[:, :-1] for _ in range(count)])
+        self.rows = torch.cat([next(blocks)[:, :-1].cpu() for _ in range(count)])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -181,9 +203,10 @@ def trainer(setting: Setting, *, compile: bool) -> None:
             return losses[-1]
 
     arguments = TrainingArguments(
-        tempfile.mkdtemp(), use_cpu=True, bf16=setting.precision == "bf16", torch_compile=compile, report_to="none",
-        per_device_train_batch_size=setting.micro_batch, gradient_accumulation_steps=setting.accumulation,
-        max_steps=100_000, save_strategy="no", learning_rate=LR, weight_decay=DECAY, disable_tqdm=True,
+        tempfile.mkdtemp(), use_cpu=setting.device == "cpu", bf16=setting.precision == "bf16",
+        torch_compile=compile, report_to="none", per_device_train_batch_size=setting.micro_batch,
+        gradient_accumulation_steps=setting.accumulation, max_steps=100_000, save_strategy="no", learning_rate=LR,
+        weight_decay=DECAY, disable_tqdm=True,
     )  # fmt: skip
     made = Watched(setting.hf_model(), arguments, train_dataset=Rows(setting), callbacks=[Turns()])
     started = False
@@ -223,14 +246,15 @@ def deepspeed_loop(setting: Setting, *, own_adam: bool) -> None:
     else:
         given = {"optimizer": torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY, fused=True)}
     store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    backend = "gloo" if setting.device == "cpu" else "nccl"
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     os.environ.setdefault("LOCAL_RANK", "0")
     with contextlib.redirect_stdout(sys.stderr):
         engine, *_ = deepspeed.initialize(model=model, config=config, **given)
     blocks = setting.micro_batches()
 
     def step() -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=setting.device)
         for _ in range(setting.accumulation):
             block = next(blocks)[:, :-1]
             loss = engine(input_ids=block, labels=block, use_cache=False).loss
@@ -253,20 +277,20 @@ def wikift(setting: Setting, *, kind: str, compile: bool = False, deterministic:
     if deterministic:
         be_deterministic()
     keep_freed_memory()  # as launch/train.py does
-    world = start_world("cpu")
+    world = start_world(setting.device)
     if kind != "single":
         join_group(world)
     engine = make_engine(
         kind, world, setting.hf_config(), micro=setting.micro_batch, accumulation=setting.accumulation,
         precision=setting.precision, adam=AdamSettings(DECAY, 0.9, 0.999, 1e-8, 1.0), compile=compile,
     )  # fmt: skip
-    weights = {name: tensor.detach().flatten() for name, tensor in setting.hf_model().named_parameters()}
+    weights = {name: tensor.detach().flatten().cpu() for name, tensor in setting.hf_model().named_parameters()}
     engine.restore(FreshStart(lambda name, start, stop: weights[name][start:stop]))
     weights.clear()
     blocks = setting.micro_batches(world.rank, world.size)
 
     def step() -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=setting.device)
         for place in range(setting.accumulation):
             total += engine.forward_backward(next(blocks), last=place == setting.accumulation - 1)
         engine.step(LR)
@@ -300,5 +324,7 @@ CONTESTANTS: dict[str, Callable[[Setting], None]] = {
 
 if __name__ == "__main__":
     given = Setting(**json.loads(sys.argv[2]))
+    if "RANK" not in os.environ:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the Trainer would take all there are
     torch.set_num_threads(given.threads)
     CONTESTANTS[sys.argv[1]](given)

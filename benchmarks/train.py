@@ -5,14 +5,16 @@
     python -m benchmarks.train --set ranks                   # and on two ranks, each with half the blocks and threads
     python -m benchmarks.train --accumulation 4 --best-micro-batch 4 8 16     # each at its best, same global batch
     python -m benchmarks.train --only "Trainer$|wikift$" --layers 12 --width 768 --heads 12 --block 128
+    python -m benchmarks.train --layers 12 --width 768 --heads 12 --block 1024 --micro-batch 16 --steps 20   # on a GPU
 
 Same weights, blocks, global batch, precision, dropout, AdamW and clipping. First each contestant shows, without
 dropout, the losses of three steps on the same blocks, which must be those of a plain loop in fp32 (--no-check leaves
-that out); so it is the same work. Then tokens per second, floating-point operations per second by the PaLM count (a
-share of the peak, MFU, only where a peak is known: not on a CPU), processor seconds of a step, the most memory the
-process ever held (its start and its compilation included), and the seconds to the end of the first step: imports
-but torch's, building and compilation, with caches as they are. All processes hold their memory through all rounds:
---only where they do not fit.
+that out); so it is the same work. Then tokens per second, floating-point operations per second by the PaLM count (and
+their share of the peak, MFU, where a peak is known: not on a CPU), processor seconds of a step, the most memory the
+process ever held (on a CPU its start and its compilation included), and the seconds to the end of the first step:
+imports but torch's, building and compilation, with caches as they are. It all runs on a GPU where there is one
+(--device), in bf16 where that is native. All processes hold their memory through all rounds, on a GPU but for what
+torch's allocator has cached: --only where they do not fit.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ from functools import partial
 
 import torch
 
-from benchmarks.harness import Process, cores, interleave, machine, options, table, write
+from benchmarks.harness import Process, cores, interleave, machine, median, options, table, write
 from benchmarks.peers_train import CHECKED_STEPS, CONTESTANTS, Setting, loop
+from wikift.meter import peak_flops
 from wikift.model import resolve_precision
 from wikift.shape import Shape
 
@@ -59,6 +62,10 @@ def main() -> None:
     if given.best_micro_batch:
         picked = ", ".join(f"{name} {one.micro_batch}" for name, one in chosen.items())
         lines += ["", f"Micro-batch of each, the best of {given.best_micro_batch}: {picked}."]
+    if peak := peak_flops(torch.device(setting.device), setting.precision):
+        shares = {name: median(figures, name, "model GFLOP/s") * 1e9 / (peak * _ranks(name)) for name in figures}
+        told_shares = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        lines += ["", f"MFU, of {peak / 1e12:,.0f} TFLOP/s a GPU: {told_shares}."]
     if checked:
         widest = max(checked.values())
         lines += [
@@ -75,7 +82,6 @@ def main() -> None:
 
 
 def _parse():  # type: ignore[no-untyped-def]
-    native = resolve_precision("auto", torch.device("cpu")).name
     parser = options(__doc__, "train", rounds=7)
     parser.add_argument("--steps", type=int, default=4, help="of one turn")
     parser.add_argument("--set", choices=SETS, default="peers", help="which contestants take part")
@@ -87,9 +93,12 @@ def _parse():  # type: ignore[no-untyped-def]
                           ("accumulation", 1), ("vocabulary", 50257), ("threads", cores())):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default=native)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default what the device does natively")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.set_defaults(check=False)
     given = parser.parse_args()
+    native = resolve_precision("auto", torch.device(given.device)).name
+    given.precision = given.precision or ("bf16" if native == "bf16" else "fp32")
     if given.name == "train":
         given.name += "-best" if given.best_micro_batch else "" if given.set == "peers" else f"-{given.set}"
     return given

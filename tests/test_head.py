@@ -82,7 +82,7 @@ def test_a_gpu_pads_the_vocabulary_and_holds_a_few_rows_logits(monkeypatch: pyte
     """5,000 words are 5,056 in memory, and the chunks are of one shape, which is compiled once."""
     shapes = []
 
-    def seen(logits: Tensor, targets: Tensor, share: float) -> Tensor:
+    def seen(logits: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
         shapes.append((tuple(logits.shape), logits.is_contiguous()))
         return eager.to_gradient(logits, targets, share)
 
@@ -94,8 +94,9 @@ def test_a_gpu_pads_the_vocabulary_and_holds_a_few_rows_logits(monkeypatch: pyte
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
-def test_the_passes_compiled_are_those_of_eager() -> None:
-    given = numbers(96)
+@pytest.mark.parametrize("spread", [1.0, 30.0])  # the second with losses of hundreds of nats
+def test_the_passes_compiled_are_those_of_eager(spread: float) -> None:
+    given = numbers(96, spread=spread)
     compiled = partial(head.by_rows, dtype=torch.float32, passes=head._passes(compile=True))
     for found, right in zip(graded(compiled, given, 1 / 96), graded(plain, given, 1 / 96), strict=True):
         assert distance(found, right) < 2e-6

@@ -40,18 +40,21 @@ def fuse_loss(head: nn.Linear, *, compile: bool = False) -> None:
     head.forward = functools.partial(_forward, head, _passes(compile))  # type: ignore[method-assign]
 
 
+ToGradient = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
 class Passes(NamedTuple):
     """The passes over whole logits, compiled or not."""
 
     losses: Callable[[Tensor, Tensor, Tensor], Tensor]
-    to_gradient: Callable[[Tensor, Tensor, float], Tensor]
+    to_gradient: ToGradient
 
 
 @functools.cache
 def _passes(compile: bool) -> Passes:
     if not compile:
         return Passes(_plain, _to_gradient)
-    return Passes(torch.compile(_plain, dynamic=False), torch.compile(_to_gradient, dynamic=False))
+    return Passes(torch.compile(_plain, dynamic=False), torch.compile(_to_gradient_fused, dynamic=False))
 
 
 def _forward(head: nn.Linear, passes: Passes, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -145,13 +148,7 @@ class _GradedLoss(torch.autograd.Function):
         return of_hidden, of_weight, None, None
 
 
-def _chunks_of_rows(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    share: float,
-    to_gradient: Callable[[Tensor, Tensor, float], Tensor],
-) -> Graded:
+def _chunks_of_rows(hidden: Tensor, weight: Tensor, targets: Tensor, share: float, to_gradient: ToGradient) -> Graded:
     words, width = weight.shape
     low = hidden.new_zeros(-(-words // _PADDED_TO) * _PADDED_TO, width)
     low[:words] = weight
@@ -162,16 +159,17 @@ def _chunks_of_rows(
     for rows, wanted in zip(hidden.split(together), targets.split(together), strict=True):
         logits = rows @ low.t()
         logits[:, words:] = -torch.inf  # what pads has no share, and a gradient of 0
-        losses.append(to_gradient(logits, wanted, share))
-        of_hidden.append(logits @ low)
-        product = (logits.t() @ rows).float()
+        loss, gradient = to_gradient(logits, wanted, share)
+        losses.append(loss)
+        of_hidden.append(gradient @ low)
+        product = (gradient.t() @ rows).float()
         of_weight = product if of_weight is None else of_weight.add_(product)
     assert of_weight is not None
     return torch.cat(losses), torch.cat(of_hidden), of_weight[:words]
 
 
-def _to_gradient(logits: Tensor, targets: Tensor, share: float) -> Tensor:
-    """Losses (rows,) in fp32; `logits` (rows, vocabulary) become `share` times the gradient of their sum.
+def _to_gradient(logits: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Losses (rows,) in fp32; `share` times the gradient of their sum by `logits` (rows, vocabulary), in their place.
 
     One tensor as large as they are in fp32 is made beside them, and few passes over it: they are what costs.
     """
@@ -184,7 +182,21 @@ def _to_gradient(logits: Tensor, targets: Tensor, share: float) -> Tensor:
     losses = torch.where(scored, -own[:, 0], 0.0)
     likely.scatter_(1, wanted, own.expm1())  # no scatter_add: on a GPU its order is open
     torch.mul(likely, torch.where(scored, share, 0.0)[:, None], out=logits)
-    return losses
+    return losses, logits
+
+
+def _to_gradient_fused(logits: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The same to be compiled: on a GPU one kernel, which reads a row, reads it again from the cache, and writes it.
+
+    To scatter, or to write to `logits`, would make several of it, and a tensor in fp32 between them.
+    """
+    scored = targets != NOT_SCORED
+    wanted = targets.clamp(min=0)[:, None]
+    likely = logits.log_softmax(1, dtype=torch.float32)
+    losses = torch.where(scored, -likely.gather(1, wanted)[:, 0], 0.0)
+    here = torch.arange(logits.shape[1], device=logits.device) == wanted
+    gradient = (likely.exp() - here.float()) * torch.where(scored, share, 0.0)[:, None]
+    return losses, gradient.to(logits.dtype)
 
 
 def _chunked(hidden: Tensor, weight: Tensor, targets: Tensor, share: float = 0.0) -> Graded:
