@@ -64,13 +64,19 @@ def _gpus() -> list[str]:
         return []
 
 
-def interleave(contestants: Mapping[str, Contestant], rounds: int) -> Figures:
-    """Let the contestants take turns `rounds` times, every second round in the opposite order. Progress to stderr."""
+def interleave(contestants: Mapping[str, Contestant], rounds: int, *, uncounted: int = 0) -> Figures:
+    """Let the contestants take turns `rounds` times, every second round in the opposite order. Progress to stderr.
+
+    `uncounted` rounds come before: the first turn of all was slower by a third and more, whoever's it was.
+    """
     figures: Figures = {name: {} for name in contestants}
-    for number in range(rounds):
+    for number in range(-uncounted, rounds):
         for name in list(contestants) if number % 2 == 0 else reversed(list(contestants)):
             start = time.perf_counter()
-            for figure, value in contestants[name]().items():
+            found = contestants[name]()
+            if number < 0:
+                continue
+            for figure, value in found.items():
                 figures[name].setdefault(figure, []).append(value)
             last = ", ".join(f"{figure} {values[-1]:.4g}" for figure, values in figures[name].items())
             seconds = time.perf_counter() - start
@@ -180,15 +186,20 @@ def ratio(figures: Figures, name: str, against: str, figure: str) -> tuple[float
     return min(ratios), statistics.median(ratios), max(ratios)
 
 
-def table(figures: Figures, *, against: str, figure: str) -> list[str]:
-    """Markdown: one line per contestant, the medians of its figures, and its ratio of `figure` to that of `against`."""
+def table(figures: Figures, *, against: str, figure: str, also: Sequence[str] = ()) -> list[str]:
+    """Markdown: one line per contestant, the medians of its figures, and its ratio of `figure` to that of `against`.
+
+    `also`: more figures whose ratios are wanted.
+    """
     names = list(dict.fromkeys(name for values in figures.values() for name in values))
-    lines = [f"| | {' | '.join(names)} | {figure}, times {against} |", "|---" * (len(names) + 2) + "|"]
+    heads = [*names, *(f"{compared}, times {against}" for compared in (figure, *also))]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for contestant, values in figures.items():
         cells = [f"{statistics.median(values[name]):,.4g}" if name in values else "" for name in names]
-        ratios = ratio(figures, contestant, against, figure) if figure in values else None
-        last = f"{ratios[1]:.3g} ({ratios[0]:.3g} to {ratios[2]:.3g})" if ratios else ""
-        lines.append(f"| {contestant} | {' | '.join(cells)} | {last} |")
+        for compared in (figure, *also):
+            ratios = ratio(figures, contestant, against, compared) if compared in values else None
+            cells.append(f"{ratios[1]:.3g} ({ratios[0]:.3g} to {ratios[2]:.3g})" if ratios else "")
+        lines.append(f"| {contestant} | {' | '.join(cells)} |")
     return lines
 
 

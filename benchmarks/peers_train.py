@@ -1,11 +1,11 @@
 """One contestant of benchmarks/train.py in a process of its own: `python -m benchmarks.peers_train NAME SETTING`.
 
-It trains on random tokens, says `{"first_step_s": ...}` after its first step (imports but torch's, building and
-compilation included), and then makes as many steps as each line of its standard input says, answering with JSON.
-On a GPU each turn begins with a step that does not count and ends with its cached memory given back, for the others.
-nanoGPT's and LitGPT's methods are rebuilt from their published design: one compiled model, logits in one piece,
-autocast, AdamW, clipping. nanoGPT fuses AdamW on a GPU only, LitGPT always, and pads the vocabulary to a multiple of
-512. All start from the same weights.
+It trains on random tokens, says `{"first_step_s": ...}` (imports but torch's, building and compilation included) when
+its second step is through and it is at rest, and then makes as many steps as each line of its standard input says,
+answering with JSON. On a GPU each turn begins with a step that does not count and ends with its cached memory given
+back, for the others. nanoGPT's and LitGPT's methods are rebuilt from their published design: one compiled model, logits
+in one piece, autocast, AdamW, clipping. nanoGPT fuses AdamW on a GPU only, LitGPT always, and it pads the vocabulary to
+a multiple of 512. All start from the same weights.
 """
 
 from __future__ import annotations
@@ -91,8 +91,10 @@ def serve(setting: Setting, step: Step, ranks: int = 1, rank: int = 0) -> None:
         return answer({"losses": [_mean(step(), ranks) for _ in range(CHECKED_STEPS)]})
     step()
     finished(setting.device)
-    answer({"first_step_s": time.perf_counter() - BEGUN})
+    first = time.perf_counter() - BEGUN
     step()
+    finished(setting.device)
+    answer({"first_step_s": first})
     while steps := _asked(ranks, rank):
         if setting.device != "cpu":
             step()
@@ -131,6 +133,7 @@ def _mean(loss: Tensor, ranks: int) -> float:
 
 def loop(setting: Setting, model: torch.nn.Module, loss_of: Callable[[Tensor], Tensor], fused: bool) -> Step:
     """The plain loop: autocast, AdamW, clipping."""
+    fused = fused or setting.device == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY, fused=fused)
     blocks = setting.micro_batches()
 

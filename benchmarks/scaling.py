@@ -28,8 +28,10 @@ def trained(kind: str, threads: int, steps: int, layers: int, width: int, batch:
 
     from tests.engines import make_engine, random_start, tiny_config
     from wikift import dsconfig
+    from wikift.memory import keep_freed_memory
     from wikift.world import start_world
 
+    keep_freed_memory()  # as launch/train.py does
     world = start_world("cpu")
     torch.set_num_threads(threads)
     config = tiny_config(n_layer=layers, n_embd=width, n_head=width // 64, n_positions=256, vocab_size=8192)

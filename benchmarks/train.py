@@ -54,11 +54,11 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         processes = {name: stack.enter_context(start(name, one)) for name, one in chosen.items()}
         turns = {name: partial(turn, name, process, chosen[name], given.steps) for name, process in processes.items()}
-        figures = interleave(turns, given.rounds)
+        figures = interleave(turns, given.rounds, uncounted=1)
         for name, process in processes.items():
-            figures[name]["first step s"] = [process.first["first_step_s"]] * given.rounds
+            figures[name]["first step s"] = [process.first["first_step_s"]]
     against = next(name for name in (given.against, "Trainer", "wikift", *names) if name in figures)
-    lines = table(figures, against=against, figure="tokens/s")
+    lines = table(figures, against=against, figure="tokens/s", also=["processor s a step"])
     if given.best_micro_batch:
         picked = ", ".join(f"{name} {one.micro_batch}" for name, one in chosen.items())
         lines += ["", f"Micro-batch of each, the best of {given.best_micro_batch}: {picked}."]
@@ -137,11 +137,15 @@ def best(name: str, setting: Setting, sizes: Sequence[int], steps: int) -> Setti
     for size in sizes:
         if blocks % size == 0 and size % _ranks(name) == 0:
             one = dataclasses.replace(setting, micro_batch=size, accumulation=blocks // size)
-            with start(name, one) as process:
-                turn(name, process, one, 1)
-                found[turn(name, process, one, steps)["tokens/s"]] = one
+            try:
+                with start(name, one) as process:
+                    turn(name, process, one, steps)
+                    found[turn(name, process, one, steps)["tokens/s"]] = one
+            except RuntimeError as error:
+                if "out of memory" not in str(error):
+                    raise
     if not found:
-        raise SystemExit(f"--best-micro-batch: none of {sizes} divides the {blocks} blocks of a step")
+        raise SystemExit(f"--best-micro-batch: none of {sizes} divides the {blocks} blocks of a step, and fits")
     return found[max(found)]
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from tests.ranks import run_ranks
+from wikift import build
 from wikift.build import Choice
 from wikift.config import TrainSettings
 from wikift.derive import Plan
@@ -35,12 +39,27 @@ def test_auto_by_processes_and_memory() -> None:
     assert [choice.name for choice in run_ranks(chosen, 2, huge, "ddp")] == ["ddp"] * 2, "asked for is asked for"
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_compile_is_to_be_asked_for(device: str) -> None:
-    from wikift.build import choose_compile
-
-    name, reason = choose_compile(TrainSettings(), torch.device(device))
-    assert name == "eager"
-    assert "--compile" in reason
-    for asked, taken in ((True, "compiled"), (False, "eager")):
-        assert choose_compile(TrainSettings(compile=asked), torch.device(device)) == Choice(taken, "asked for")
+@pytest.mark.parametrize(
+    ("device", "steps", "settings", "there", "taken", "why"),
+    [
+        ("cpu", 100_000, {}, True, "eager", "a CPU gains nothing"),
+        ("cuda", 100_000, {}, True, "compiled", "100,000 steps on a GPU"),
+        ("cuda", 999, {}, True, "eager", "from 1,000 steps on"),
+        ("cuda", 100_000, {}, False, "eager", "would need triton"),
+        ("cuda", 100_000, {"deepspeed": "zero1.json"}, True, "eager", "to be asked for"),
+        ("cuda", 9, {"compile": True}, True, "compiled", "asked for"),
+        ("cuda", 100_000, {"compile": False}, True, "eager", "asked for"),
+        ("cpu", 9, {"compile": True}, True, "compiled", "asked for"),
+    ],
+)
+def test_compiled_is_what_a_long_run_on_a_gpu_is_and_what_is_asked_for(
+    device: str, steps: int, settings: dict[str, Any], there: bool, taken: str, why: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """With a compiler, triton and Python's headers; `there`: whether triton is."""
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(build.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: name if there else None)
+    found = build.choose_compile(TrainSettings(**settings), torch.device(device), steps)
+    assert found.name == taken
+    assert why in found.reason

@@ -50,6 +50,35 @@ def test_training_waits_for_no_number(precision: str, checkpointing: bool, sched
     assert run_ranks(trained, 1, precision, checkpointing, schedule_free) == [{NAME}]
 
 
+def waits_of_deepspeed(stage: int) -> int:
+    """How often DeepSpeed waits for the device in two steps of two micro-batches and a validation."""
+    from deepspeed.accelerator import get_accelerator
+
+    from tests.engines import make_engine, random_start
+    from wikift.world import join_group, start_world
+
+    waits = []
+    get_accelerator().synchronize = lambda *given: waits.append(given)
+    world, config = start_world("cpu"), tiny_config()
+    join_group(world)
+    engine = make_engine(f"zero{stage}", world, config, accumulation=2)
+    engine.restore(random_start(config))
+    given = torch.zeros(1, 9, dtype=torch.int64)
+    waits.clear()
+    for _ in range(2):
+        for last in (False, True):
+            engine.forward_backward(given, last=last)
+        engine.step(1e-3)
+    engine.nll(given[:, :-1], given[:, 1:])
+    return len(waits)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_waits_for_no_device(stage: int) -> None:
+    """Its meter of throughput did, twice a micro-batch; the norm of a step is still waited for (engines/zero.py)."""
+    assert run_ranks(waits_of_deepspeed, 1, stage) == [0]
+
+
 def written(dtype: torch.dtype) -> set[str]:
     """Three rows of a batch, one token each, then two of them; where the logits are."""
     with torch.device("meta"):

@@ -133,3 +133,48 @@ def test_more_processes_than_devices_on_a_host(name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match=r"--nproc_per_node 3: this host has 2 CUDA devices.*--num_gpus"):
         start_world("auto")
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_driver_that_torch_cannot_use_is_said(hidden: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not trained on the CPU without a word, where the user hid no device."""
+    import torch
+
+    from wikift import world
+    from wikift.errors import UserError
+
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(world, "_NVIDIA_DRIVER", tmp_path / "nvidiactl")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert world.start_world("auto").device.type == "cpu"
+    else:
+        with pytest.raises(
+            UserError, match=r"--device auto: there is an NVIDIA driver.*older than CUDA 13.0.*--device cpu"
+        ):
+            world.start_world("auto")
+
+
+@pytest.mark.parametrize(("capability", "taken"), [((7, 0), False), ((7, 5), True), ((9, 0), True)])
+def test_a_gpu_that_torch_has_no_code_for(
+    capability: tuple[int, int], taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from wikift.errors import UserError
+    from wikift.world import start_world
+
+    facts = {
+        "is_available": True, "device_count": 1, "get_arch_list": ["sm_75", "sm_90a", "compute_90"],
+        "get_device_capability": capability, "get_device_name": "Tesla V100", "set_device": None,
+    }  # fmt: skip
+    for name, fact in facts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *given, fact=fact: fact)
+    if taken:
+        assert start_world("auto").device == torch.device("cuda", 0)
+    else:
+        with pytest.raises(UserError, match=r"no code for Tesla V100, of compute capability 7.0, but from 7.5 on"):
+            start_world("auto")

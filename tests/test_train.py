@@ -16,8 +16,10 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.tiny import arguments, curve, metrics, tiny_store
+from wikift import run
 from wikift.checkpoint import list_checkpoints, open_checkpoint
 from wikift.errors import EnvironmentFault, UserError
+from wikift.train import main
 
 
 def train(command_line: list[str]) -> int:
@@ -120,6 +122,42 @@ def test_divergence_ends_the_run_with_advice(store: Path, tmp_path: Path) -> Non
     for path in list_checkpoints(tmp_path / "run"):
         opened = open_checkpoint(path)
         assert opened.read("transformer.wte.weight", "weight", 0, 32).isfinite().all()
+
+
+def with_little_memory(command_line: list[str]) -> tuple[str, ...]:
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (600 << 20), resource.RLIM_INFINITY))
+    return problems_of_training(command_line)
+
+
+def test_memory_used_up_ends_the_run_with_advice(store: Path, tmp_path: Path) -> None:
+    line = arguments(store, tmp_path / "run", config_overrides="n_layer=12,n_head=8,n_embd=1024,n_positions=16")
+    ((kind, words),) = run_ranks(with_little_memory, 1, line)
+    assert kind == "fault"
+    assert "this machine is out of memory" in words
+    assert "--per-device-train-batch-size" in words
+
+
+def test_deterministic_is_said_before_the_ranks_meet(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL reads it when it starts, and takes sums in NVLink's switches otherwise."""
+    told = []
+
+    def meet(device: str) -> None:
+        told.append(torch.are_deterministic_algorithms_enabled())
+        raise EnvironmentFault("met")
+
+    monkeypatch.setattr(run, "started_world", meet)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        with pytest.raises(EnvironmentFault, match="met"):
+            main(arguments(store, tmp_path / "run", deterministic=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert told == [True]
 
 
 def test_the_logged_loss_is_the_mean_over_the_whole_global_batch(store: Path, tmp_path: Path) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from wikift import dscheck, dsconfig, memory
@@ -27,7 +31,10 @@ from wikift.shape import parse_overrides
 from wikift.sizes import show_bytes
 from wikift.world import World
 
+ASKED_FOR = "asked for"
 _FULL = 0.9  # part of the memory that an estimate may fill
+# nanoGPT's README has 135 ms a step compiled and 250 eager: a minute of compiling is back after some 500 of those
+_STEPS_TO_COMPILE = 1000
 
 
 class Choice(NamedTuple):
@@ -61,7 +68,9 @@ def build(
             f"--no-fsdp-reshard: cannot act, --engine auto takes {choice.name} here ({choice.reason}); "
             "leave it out, or use --engine fsdp"
         )
-    compiled = choose_compile(settings, world.device)
+    compiled = choose_compile(settings, world.device, plan.steps)
+    if compiled.name == "compiled" and compiled.reason != ASKED_FOR:
+        torch._dynamo.config.suppress_errors = True  # what nobody asked for may not end a run: it goes on eagerly
     config = _config(settings, plan, eos_token_id, start)
     make = partial(make_model, config, gradient_checkpointing=settings.gradient_checkpointing)
     with torch.device("meta"):
@@ -87,7 +96,7 @@ def choose(settings: TrainSettings, plan: Plan, world: World, precision: str) ->
         stage = dscheck.stage(dsconfig.read(settings.deepspeed))
         return Choice(f"zero{stage}", f"stage {stage} in {settings.deepspeed}")
     if settings.engine != "auto":
-        return Choice(settings.engine, "asked for")
+        return Choice(settings.engine, ASKED_FOR)
     if world.size == 1:
         return Choice("single", "one process")
     need = memory.training_bytes(
@@ -95,20 +104,28 @@ def choose(settings: TrainSettings, plan: Plan, world: World, precision: str) ->
         checkpointing=settings.gradient_checkpointing, on_cpu=world.device.type == "cpu",
     )  # fmt: skip
     have = memory.available_bytes(world)
+    if plan.place.accumulation > 1:
+        need += 4 * plan.shape.parameters  # what is accumulated, beside DDP's buckets
     full = world.highest(int(have is not None and need > _FULL * have))
     if full:
         return Choice("fsdp", f"whole on each process it would take about {show_bytes(need)}, more than there is")
     return Choice("ddp", f"{world.size} processes, and about {show_bytes(need)} fit into each")
 
 
-def choose_compile(settings: TrainSettings, device: torch.device) -> Choice:
+def choose_compile(settings: TrainSettings, device: torch.device, steps: int) -> Choice:
     """Whether torch.compile is used, the same on every rank and whenever the run is resumed."""
     if settings.compile is not None:
-        return Choice("compiled" if settings.compile else "eager", "asked for")
-    # measured on a CPU, fp32, 3 to 12 layers: -3 to +2% of a step, and 25 s to start (docs/experiments.md)
-    return Choice(
-        "eager", "a CPU gains nothing from --compile" if device.type == "cpu" else "--compile is for long runs"
-    )
+        return Choice("compiled" if settings.compile else "eager", ASKED_FOR)
+    if device.type == "cpu":
+        # measured in fp32, 3 to 12 layers: -3 to +2% of a step, and 25 s to start (docs/experiments.md)
+        return Choice("eager", "a CPU gains nothing from --compile")
+    if settings.deepspeed is not None:
+        return Choice("eager", "with DeepSpeed --compile is to be asked for")
+    if steps < _STEPS_TO_COMPILE:
+        return Choice("eager", f"--compile pays from {_STEPS_TO_COMPILE:,} steps on")
+    if missing := _missing_for_compiling(device):
+        return Choice("eager", f"--compile would need {missing}")
+    return Choice("compiled", f"{steps:,} steps on a GPU")
 
 
 def _engine(
@@ -165,15 +182,20 @@ def _config(settings: TrainSettings, plan: Plan, eos_token_id: int, start: Check
     return model_config(words)
 
 
-def _compilers(device: torch.device) -> list[str]:
-    return [os.environ.get("CXX", "g++")] if device.type == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
+def _missing_for_compiling(device: torch.device) -> str | None:
+    """What torch.compile lacks here: it calls g++ for a CPU, and triton a C compiler with Python's headers."""
+    on_cpu = device.type == "cpu"
+    names = [os.environ.get("CXX", "g++")] if on_cpu else [os.environ.get("CC", "gcc"), "clang"]
+    if not any(map(shutil.which, names)):
+        return f"a compiler, {' or '.join(names)} is not found (Debian: apt install g++)"
+    if not on_cpu and importlib.util.find_spec("triton") is None:
+        return "triton, which comes with torch's builds for CUDA on Linux"
+    if not on_cpu and not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "Python's headers (Debian: apt install python3-dev)"
+    return None
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises UserError where torch.compile would end in a traceback: it calls g++ for a CPU, triton a C compiler."""
-    names = _compilers(device)
-    if not any(map(shutil.which, names)):
-        raise UserError(
-            f"--compile: needs a compiler, {' or '.join(names)} is not found; install one (Debian: apt install g++) "
-            "or leave --compile out"
-        )
+    """Raises UserError where torch.compile would end in a traceback."""
+    if missing := _missing_for_compiling(device):
+        raise UserError(f"--compile: needs {missing}; install it or leave --compile out")

@@ -166,6 +166,7 @@ def engine_config(
         "zero_force_ds_cpu_optimizer": False,  # offloading keeps the optimizer that it is given: torch's AdamW
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
+        "timers.throughput.enabled": False,  # it would wait for the GPU twice in each micro-batch
         "fp16.enabled": precision == "fp16",
         # torch.amp.GradScaler's rule, see optim.LossScale
         "fp16.loss_scale": 0,

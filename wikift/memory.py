@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Iterator
 
 import torch
 
+from wikift.errors import EnvironmentFault
 from wikift.shape import Shape
 from wikift.world import World
 
@@ -52,6 +54,22 @@ def available_bytes(world: World) -> int | None:
         return int(facts["MemAvailable"].split()[0]) * 1024 // world.local_size
     except (OSError, KeyError, ValueError):
         return None
+
+
+@contextlib.contextmanager
+def explained(device: torch.device) -> Iterator[None]:
+    """torch's word that memory is used up, as an EnvironmentFault that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        where = f"{torch.cuda.get_device_name(device)} is" if device.type == "cuda" else "this machine is"
+        raise EnvironmentFault(
+            f"{where} out of memory ({str(error).split('. ')[0]}). A smaller --per-device-train-batch-size (the global "
+            "batch stays), --gradient-checkpointing, or --engine fsdp or --deepspeed on several GPUs takes less, and "
+            "the same command with it goes on from the newest checkpoint; else a smaller --model or --block-size"
+        ) from None
 
 
 def keep_freed_memory() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -11,9 +12,9 @@ import torch
 
 # Dense bf16/fp16 operations per second, from NVIDIA's data sheets, SXM parts where there are several; first match.
 _PEAK_FLOPS = (
-    ("H200", 989.4e12), ("H100 PCIe", 756e12), ("H100", 989.4e12), ("GH200", 989.4e12), ("B200", 2250e12),
-    ("A100", 312e12), ("L40S", 362e12), ("L4", 121e12), ("A10G", 70e12), ("RTX 4090", 165.2e12), ("V100", 125e12),
-    ("T4", 65e12),
+    ("H200 NVL", 835e12), ("H200", 989.4e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989.4e12),
+    ("GH200", 989.4e12), ("B200", 2250e12), ("A100", 312e12), ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12),
+    ("A10G", 70e12), ("RTX 4090", 165.2e12), ("V100-PCIE", 112e12), ("V100", 125e12), ("T4", 65e12),
 )  # fmt: skip
 
 
@@ -22,7 +23,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision == "fp32":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAK_FLOPS if part in name), None)
+    return next((peak for part, peak in _PEAK_FLOPS if re.search(rf"\b{part}\b", name)), None)
 
 
 class Meter:

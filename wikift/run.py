@@ -39,7 +39,7 @@ from wikift.interrupt import stop_requests
 from wikift.live import sample_live
 from wikift.log import Log, open_log
 from wikift.loop import Due, Job, run_steps
-from wikift.memory import keep_freed_memory
+from wikift.memory import explained, keep_freed_memory
 from wikift.meter import Meter, peak_flops
 from wikift.model import Precision, resolve_precision
 from wikift.optim import Schedule
@@ -70,6 +70,8 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
     transformers_logging.disable_progress_bar()
     folder = Path(settings.output_dir or "")
     validates = _validates(settings, store, say)
+    if settings.deterministic:
+        be_deterministic()  # before NCCL starts, which would take sums in NVLink's switches otherwise
     with started_world(settings.device) as world, stop_requests() as stop_signal, locked(folder, world, say):
         run = Run(folder, settings, plan, store, world, resolve_precision(settings.precision, world.device))
         check_hosts(folder, store, world)
@@ -79,11 +81,10 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
             if finished := resume.why_finished(settings, plan, start):
                 say(f"{folder} is finished, step {start.step:,}; {finished}")
                 return 0
-        if settings.deterministic:
-            be_deterministic()
         if world.device.type == "cpu":
             keep_freed_memory()
-        built = build(settings, plan, world, run.precision, store.eos_token_id, start)
+        with explained(world.device):
+            built = build(settings, plan, world, run.precision, store.eos_token_id, start)
         if world.rank == 0:
             _prepare_folder(run, built, start)
         for text in _announcement(run, built, start):
@@ -93,7 +94,8 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
         with _log(run, done - (owed is not None)) as log:
             saver = Saver(folder, world, keep=settings.save_total_limit, aside=settings.async_save)
             job = _job(run, built, log, start, owed, validates, saver, stop_signal)
-            stopped = run_steps(built.engine, job, world, log, done=done)
+            with explained(world.device):
+                stopped = run_steps(built.engine, job, world, log, done=done)
             saver.finish()
             if stopped:
                 log.say(f"stopped by {signal.Signals(stopped).name} and saved; the same command goes on from here")

@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -31,6 +32,7 @@ from wikift.errors import EnvironmentFault, UserError
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 _FAILED = "wikift/failed"
+_NVIDIA_DRIVER = Path("/dev/nvidiactl")
 _GRACE_SECONDS = 5.0
 _TELL = datetime.timedelta(seconds=20)
 
@@ -104,8 +106,9 @@ def start_world(device: str = "auto") -> World:
     """
     local_rank, local_size = _local_place()
     place = _device(device, local_rank, local_size)
-    if place.type == "cpu" and local_size > 1:
-        # torchrun gives every rank one thread, DeepSpeed's launcher all cores; share them out instead
+    if local_size > 1:
+        # torchrun gives every rank one thread, DeepSpeed's launcher all cores; share them out instead, beside a GPU
+        # too, for an optimizer that is offloaded
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size(), local_rank, place, local_size)
@@ -118,7 +121,8 @@ def start_world(device: str = "auto") -> World:
         rank=rank,
         world_size=size,
         timeout=COLLECTIVE_TIMEOUT,
-        device_id=place if place.type == "cuda" else None,
+        # for one rank it makes NCCL fail in later groups (deepspeedai/DeepSpeed#8248)
+        device_id=place if place.type == "cuda" and size > 1 else None,
     )
     return World(rank, size, local_rank, place, local_size)
 
@@ -206,7 +210,15 @@ def _local_place() -> tuple[int, int]:
 
 
 def _device(requested: str, local_rank: int, local_size: int) -> torch.device:
-    if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
+    if requested == "cpu":
+        return torch.device("cpu")
+    if requested == "auto" and not torch.cuda.is_available():
+        if torch.version.cuda and _NVIDIA_DRIVER.exists() and "CUDA_VISIBLE_DEVICES" not in os.environ:
+            raise UserError(
+                f"--device auto: there is an NVIDIA driver, but torch {torch.__version__} cannot use it (most often it "
+                f"is older than CUDA {torch.version.cuda}); update the driver, install a torch for an older CUDA "
+                "(https://pytorch.org/get-started/locally), or take --device cpu"
+            )
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(
@@ -218,6 +230,14 @@ def _device(requested: str, local_rank: int, local_size: int) -> torch.device:
             "process at most; start fewer processes (deepspeed: --num_gpus, slots in the hostfile) or use --device cpu"
         )
     device = torch.device("cuda", local_rank)
+    built_for = [int(arch[3:].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
+    major, minor = torch.cuda.get_device_capability(device)
+    if built_for and 10 * major + minor < min(built_for):
+        raise UserError(
+            f"--device {requested}: this torch has no code for {torch.cuda.get_device_name(device)}, of compute "
+            f"capability {major}.{minor}, but from {min(built_for) / 10} on; install a torch for an older CUDA "
+            "(https://pytorch.org/get-started/locally), or take --device cpu"
+        )
     torch.cuda.set_device(device)
     return device
 
