@@ -78,26 +78,28 @@ def test_without_gradients_it_is_the_same_sum() -> None:
         assert float(head.summed_loss(*given)) == 0.0
 
 
-def test_a_gpu_pads_the_vocabulary_and_holds_a_few_rows_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("positions", "chunk"), [(300, 100), (256, 64), (70, 70)])
+def test_a_gpu_pads_the_vocabulary_and_holds_a_few_rows_logits(
+    positions: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """5,000 words are 5,056 in memory, and the chunks are of one shape, which is compiled once."""
     shapes = []
 
     def seen(logits: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
         shapes.append((tuple(logits.shape), logits.is_contiguous()))
-        return eager.to_gradient(logits, targets, share)
+        return head._to_gradient(logits, targets, share)
 
-    eager = head._passes(compile=False)
     monkeypatch.setattr(head, "_TOGETHER", 100)
-    hidden, weight, targets = numbers(300)
-    head.by_rows(hidden.requires_grad_(), weight, targets, torch.float32, eager._replace(to_gradient=seen))
-    assert shapes == [((100, 5056), True)] * 3
+    hidden, weight, targets = numbers(positions)
+    head.by_rows(hidden.requires_grad_(), weight, targets, torch.float32, seen)
+    assert shapes == [((chunk, 5056), True)] * (positions // chunk)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
 @pytest.mark.parametrize("spread", [1.0, 30.0])  # the second with losses of hundreds of nats
 def test_the_passes_compiled_are_those_of_eager(spread: float) -> None:
     given = numbers(96, spread=spread)
-    compiled = partial(head.by_rows, dtype=torch.float32, passes=head._passes(compile=True))
+    compiled = partial(head.by_rows, dtype=torch.float32, to_gradient=head.compiled_passes())
     for found, right in zip(graded(compiled, given, 1 / 96), graded(plain, given, 1 / 96), strict=True):
         assert distance(found, right) < 2e-6
 
@@ -127,6 +129,37 @@ def test_bf16_on_a_gpu_rounds_what_the_plain_loss_in_bf16_rounds() -> None:
     right, stock, found = (graded(f, given, 1 / 512, b) for f, b in ((plain, 0), (plain, 1), (as_on_a_gpu, 1)))
     for ours, theirs, exact in zip(found[1:], stock[1:], right[1:], strict=True):
         assert distance(ours, theirs) < 0.1 * distance(theirs, exact)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fp16_is_no_further_from_fp32_than_the_plain_loss_in_fp16(seed: int) -> None:
+    """Both with a loss scale."""
+    given, scale = numbers(512, seed=seed, spread=0.5), 1024.0
+    right = graded(plain, given, scale / 512)
+    with torch.autocast("cpu", torch.float16):
+        stock, found = (graded_inside(f, given, scale / 512) for f in (plain, head.summed_loss))
+    for ours, theirs, exact in zip(found[1:], stock[1:], right[1:], strict=True):
+        assert distance(ours, exact) <= 1.02 * distance(theirs, exact)
+
+
+def graded_inside(loss_of: Callable[..., Tensor], given: list[Tensor], factor: float) -> list[Tensor]:
+    """`graded`, in the autocast that is there."""
+    hidden, weight = (tensor.clone().requires_grad_() for tensor in given[:2])
+    loss = loss_of(hidden, weight, given[2])
+    (loss * factor).backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return [loss.detach().double(), hidden.grad, weight.grad]
+
+
+def test_fp16_holds_a_gradient_of_many_equal_rows() -> None:
+    """Their sum, 80,000, is above fp16's range."""
+    hidden, weight, _ = numbers(4096, vocabulary=100)
+    given = [torch.full_like(hidden, 20.0), weight * 0.01, torch.full((4096,), 3)]
+    with torch.autocast("cpu", torch.float16):
+        _, _, of_weight = graded_inside(head.summed_loss, given, 1.0)
+    assert float(of_weight[3].abs().min()) > 65504
+    assert torch.isfinite(of_weight).all()
 
 
 def trained(precision: str, seed: int, stock: bool) -> list[float]:

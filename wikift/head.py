@@ -9,15 +9,14 @@ On a CPU in fp32 or bf16 the logits are made in chunks of the vocabulary, and th
 so no pass over the logits is left but the exponential's, and the softmax is never formed. Products of few rows are slow
 on a CPU, hence chunks of the vocabulary and not of the rows. A GPU takes chunks of the rows, whose logits become their
 own gradient, so that memory does not grow with the micro-batch; the vocabulary is padded there, in memory only, to what
-its products want (nanoGPT pads the model: 50,257 to 50,304). In fp16, whose range E would leave, and whose gradients
-need the loss scale, it is torch's linear and cross_entropy.
+its products want (nanoGPT pads the model: 50,257 to 50,304). So it is in fp16 everywhere, whose range E would leave.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,30 +36,49 @@ def fuse_loss(head: nn.Linear, *, compile: bool = False) -> None:
 
     The module stays the one that is called: ZeRO-3 fetches a weight when its module is.
     """
-    head.forward = functools.partial(_forward, head, _passes(compile))  # type: ignore[method-assign]
+    passes = compiled_passes() if compile else _to_gradient
+    head.forward = functools.partial(_forward, head, passes)  # type: ignore[method-assign]
 
 
+# (logits, targets, share) -> losses, and `share` times the gradient of their sum by the logits
 ToGradient = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
-class Passes(NamedTuple):
-    """The passes over whole logits, compiled or not."""
-
-    losses: Callable[[Tensor, Tensor, Tensor], Tensor]
-    to_gradient: ToGradient
-
-
 @functools.cache
-def _passes(compile: bool) -> Passes:
-    if not compile:
-        return Passes(_plain, _to_gradient)
-    return Passes(torch.compile(_plain, dynamic=False), torch.compile(_to_gradient_fused, dynamic=False))
+def compiled_passes() -> ToGradient:
+    """The passes over whole logits, compiled."""
+    return torch.compile(_to_gradient_fused, dynamic=False)
 
 
-def _forward(head: nn.Linear, passes: Passes, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+def _forward(head: nn.Linear, to_gradient: ToGradient, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
     if targets is None:
         return F.linear(hidden, head.weight)
-    return summed_loss(hidden, head.weight, targets, passes)
+    return summed_loss(hidden, head.weight, targets, to_gradient)
+
+
+def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, to_gradient: ToGradient | None = None) -> Tensor:
+    """Summed negative log-likelihood (float64 scalar, nats) of `targets`, -100 not scored.
+
+    `hidden` (positions, width), `weight` (vocabulary, width), `targets` (positions,) int64. The products are in the
+    autocast's precision, else in the wider of the two tensors'; everything is summed in fp32 or better.
+    """
+    if not torch.is_grad_enabled():
+        return token_losses(hidden, weight, targets).double().sum()
+    dtype = _dtype(hidden, weight)
+    if hidden.device.type == "cpu" and dtype != torch.float16:
+        return by_vocabulary(hidden, weight, targets, dtype)
+    return by_rows(hidden, weight, targets, dtype, to_gradient)
+
+
+@torch.no_grad()
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """What `summed_loss` sums, (positions,) in fp32, 0 where -100, without gradients."""
+    dtype = _dtype(hidden, weight)
+    if hidden.device.type == "cpu" and dtype != torch.float16:
+        with torch.autocast("cpu", enabled=False):
+            return _chunked(hidden, weight.to(dtype), targets)[0]
+    parts = zip(hidden.split(_TOGETHER), targets.split(_TOGETHER), strict=True)
+    return torch.cat([_plain(rows, weight, wanted) for rows, wanted in parts])
 
 
 def _plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -68,47 +86,22 @@ def _plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, ignore_index=NOT_SCORED, reduction="none")
 
 
-def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, passes: Passes | None = None) -> Tensor:
-    """Summed negative log-likelihood (float64 scalar, nats) of `targets`, -100 not scored.
-
-    `hidden` (positions, width), `weight` (vocabulary, width), `targets` (positions,) int64. The products are in the
-    autocast's precision, else in the wider of the two tensors'; everything is summed in fp32 or better.
-    """
-    dtype = _dtype(hidden, weight)
-    if dtype != torch.float16 and torch.is_grad_enabled():
-        if hidden.device.type == "cpu":
-            return by_vocabulary(hidden, weight, targets, dtype)
-        return by_rows(hidden, weight, targets, dtype, passes)
-    return token_losses(hidden, weight, targets, passes).double().sum()
-
-
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, passes: Passes | None = None) -> Tensor:
-    """What `summed_loss` sums, (positions,) in fp32, 0 where -100; on a CPU in fp32 and bf16 without gradients."""
-    dtype = _dtype(hidden, weight)
-    if hidden.device.type == "cpu" and dtype != torch.float16:
-        with torch.autocast("cpu", enabled=False):
-            return _chunked(hidden, weight.to(dtype), targets)[0]
-    together = len(targets) if torch.is_grad_enabled() else _TOGETHER
-    losses = (passes or _passes(False)).losses
-    parts = zip(hidden.split(together), targets.split(together), strict=True)
-    return torch.cat([losses(part, weight, wanted) for part, wanted in parts])
-
-
 def by_vocabulary(hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
     """`summed_loss` with products in `dtype` (fp32, bf16), its gradients made in chunks of the vocabulary."""
-    return _summed(hidden, weight, len(targets), lambda share: _chunked(hidden, weight.to(dtype), targets, share))
+    share = 1 / len(targets)
+    return _summed(hidden, weight, share, lambda: _chunked(hidden, weight.to(dtype), targets, share))
 
 
 def by_rows(
-    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, passes: Passes | None = None
+    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, to_gradient: ToGradient | None = None
 ) -> Tensor:
-    """`summed_loss` with products in `dtype` (fp32, bf16), its gradients made in chunks of the positions."""
-    to_gradient = (passes or _passes(False)).to_gradient
+    """`summed_loss` with products in `dtype`, its gradients made in chunks of the positions.
 
-    def make(share: float) -> Graded:
-        return _chunks_of_rows(hidden.to(dtype), weight, targets, share, to_gradient)
-
-    return _summed(hidden, weight, len(targets), make)
+    In fp16 the gradient of the sum, which has the range of probabilities: that of the mean would be lost below it.
+    """
+    share = 1.0 if dtype == torch.float16 else 1 / len(targets)
+    passes = to_gradient or _to_gradient
+    return _summed(hidden, weight, share, lambda: _chunks_of_rows(hidden.to(dtype), weight, targets, share, passes))
 
 
 def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -120,28 +113,28 @@ def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 Graded = tuple[Tensor, Tensor | None, Tensor | None]  # losses by position, gradients by hidden and weight
 
 
-def _summed(hidden: Tensor, weight: Tensor, positions: int, make: Callable[[float], Graded]) -> Tensor:
+def _summed(hidden: Tensor, weight: Tensor, share: float, make: Callable[[], Graded]) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
-        total: Tensor = _GradedLoss.apply(hidden, weight, positions, make)  # type: ignore[no-untyped-call]
+        total: Tensor = _GradedLoss.apply(hidden, weight, share, make)  # type: ignore[no-untyped-call]
         return total
 
 
 class _GradedLoss(torch.autograd.Function):
-    """The summed loss. Its gradients are made in the forward, of the mean: what training asks for needs no scaling."""
+    """The summed loss. `share` of its gradients is made in the forward: of the mean's, which training asks for."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, positions: int, make: Callable[[float], Graded]) -> Tensor:
-        losses, of_hidden, of_weight = make(1 / positions)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, share: float, make: Callable[[], Graded]) -> Tensor:
+        losses, of_hidden, of_weight = make()
         assert of_hidden is not None
         assert of_weight is not None
-        ctx.gradients, ctx.positions = (of_hidden, of_weight.to(weight.dtype)), positions
+        ctx.gradients, ctx.share = (of_hidden, of_weight.to(weight.dtype)), share
         return losses.double().sum()
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None, None]:
         of_hidden, of_weight = ctx.gradients
         del ctx.gradients  # the engine goes on in this memory
-        scale = outer[0] * ctx.positions
+        scale = outer[0] / ctx.share
         # a GPU does not wait for the number: multiplying costs it less
         if scale.device.type != "cpu" or abs(scale.item() - 1) > 1e-12:
             of_hidden, of_weight = of_hidden.mul_(scale), of_weight.mul_(scale)
@@ -152,8 +145,9 @@ def _chunks_of_rows(hidden: Tensor, weight: Tensor, targets: Tensor, share: floa
     words, width = weight.shape
     low = hidden.new_zeros(-(-words // _PADDED_TO) * _PADDED_TO, width)
     low[:words] = weight
-    chunks = -(-len(hidden) // _TOGETHER)
-    together = -(-len(hidden) // chunks)  # of one shape, where they are compiled
+    together = _chunk_of(len(hidden))
+    # sums over the rows would be the first to leave fp16's range
+    low_by = 1 / 16 if low.dtype == torch.float16 else 1.0
     of_weight: Tensor | None = None
     losses, of_hidden = [], []
     for rows, wanted in zip(hidden.split(together), targets.split(together), strict=True):
@@ -162,10 +156,18 @@ def _chunks_of_rows(hidden: Tensor, weight: Tensor, targets: Tensor, share: floa
         loss, gradient = to_gradient(logits, wanted, share)
         losses.append(loss)
         of_hidden.append(gradient @ low)
-        product = (gradient.t() @ rows).float()
+        product = (gradient.t() @ (rows if low_by == 1 else rows * low_by)).float()
         of_weight = product if of_weight is None else of_weight.add_(product)
+        del logits, gradient, product  # before the next ones are made
     assert of_weight is not None
-    return torch.cat(losses), torch.cat(of_hidden), of_weight[:words]
+    return torch.cat(losses), torch.cat(of_hidden), (of_weight if low_by == 1 else of_weight / low_by)[:words]
+
+
+def _chunk_of(positions: int) -> int:
+    """Positions at once, at most _TOGETHER: all chunks of one shape where there is one, for they may be compiled."""
+    chunks = -(-positions // _TOGETHER)
+    even = next((number for number in range(chunks, 2 * chunks) if positions % number == 0), chunks)
+    return -(-positions // even)
 
 
 def _to_gradient(logits: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:

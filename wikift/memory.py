@@ -4,7 +4,7 @@ State: 16 bytes a parameter (fp32 weights, gradients, and the optimizer's two), 
 Activations: 39 bytes a token, layer and width with products in half precision, 66 in fp32, counted tensor by tensor as
 a GPU would hold them (Korthikanti et al., arXiv:2205.05198, equation 1, have 34 with a residual in half precision), or
 4 of each block and one block's all with gradient checkpointing. A CPU keeps the pairs of attention besides. Logits are
-held of some positions, but in fp16 of all (head.py).
+held of some positions (head.py).
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ def training_bytes(
     tokens, wide = block_size * micro_batch, precision == "fp32"
     block = (66 if wide else 39) * shape.n_embd + (2 * shape.n_head * block_size if on_cpu else 0)
     beside = 13 * shape.n_embd  # the embedding's and the head's
-    if precision == "fp16":
-        logits = tokens * shape.vocab_size * 12
-    elif on_cpu:
+    if on_cpu and precision != "fp16":
         logits = min(tokens, 2048) * shape.vocab_size * (4 if wide else 2)
     else:
         logits = min(tokens, 4096) * shape.vocab_size * (8 if wide else 10)
