@@ -1,4 +1,4 @@
-# make demo    everything once, in three minutes on two cores: tokenizer, store, training, evaluation, prompts
+# make demo    everything once, in two minutes on two cores: tokenizer, store, training, evaluation, prompts
 # make test    the whole test suite
 # make test-agreement   evaluation against lm_eval, Trainer and transformers' page, in an environment of its own
 # make bench   the benchmarks in small, in an environment of its own, ten minutes; says what became slower

@@ -178,7 +178,7 @@ class TrainSettings(DataSettings):
         None,
         "torch.compile: half a minute to start; for long runs on a GPU, a CPU gains nothing from it",
         group="speed",
-        shown="where it pays: not on a CPU, and on a GPU it is to be asked for",
+        shown="on a GPU from 1,000 steps on, with DeepSpeed only where asked for",
     )
     deterministic: bool = option(
         False, "on a GPU too the same bits in every run, by slower kernels; a CPU has them anyway", group="speed"
