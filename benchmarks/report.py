@@ -25,8 +25,9 @@ HEAD = """\
 
 Made by `python -m benchmarks.report` from `benchmarks/results/`, where every round of every contestant is; what stands
 between the marks "by hand" is written by hand and kept. Contestants took turns on the same machine; a ratio is the
-median of the rounds' ratios, its range in brackets. Absolute figures drift with the machine, ratios hardly. Only what
-was measured is here: nothing on a GPU. `make bench` runs a small set of all in ten minutes and names what became worse.
+median of the rounds' ratios, its range in brackets. Absolute figures drift with the machine, ratios hardly. Nothing was
+measured on a GPU, and what is on paper only says so. `make bench` runs a small set of all in ten minutes and names what
+became worse.
 """
 BY_HAND = re.compile(r"<!-- by hand: (\S+) -->\n(.*?)<!-- end by hand -->", re.DOTALL)
 NOT_YET = "Where the rest of the time goes: not profiled yet.\n"

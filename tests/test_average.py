@@ -131,12 +131,12 @@ def refused(*words: Any) -> tuple[str, ...]:
 def test_what_cannot_be_averaged_is_refused(run: Path) -> None:
     (problem,) = refused(run, "--average-last", 4)
     assert "4, 8, 12" in problem
-    assert "train with --save-total-limit 4 or more" in problem
+    assert "train with smaller --save-steps" in problem  # its limit is 9
     config = json.loads((run / "config.json").read_text())
     config["settings"]["save_total_limit"] = 2  # then the checkpoint of step 4 is there as the best one only
     (run / "config.json").write_text(json.dumps(config))
     (problem,) = refused(run, "--average-last", 3)
-    assert "has 8, 12; train with --save-total-limit 3" in problem
+    assert "has steps 8, 12; train with --save-total-limit 3" in problem
     assert refused(run, "--average-last", 1)[0].startswith("--average-last 1: must be 2 or more")
     assert "beside --best" in refused(run, "--average-last", 2, "--best")[0]
     assert "beside --step 8" in refused(run, "--average-last", 2, "--step", 8)[0]

@@ -79,8 +79,10 @@ def test_the_run_ends_where_the_losses_say_and_keeps_the_best(
     assert steps[-1] == end, "where it stopped is saved, so that a larger patience can go on"
     best = best_checkpoint(run)
     assert best is not None
-    saved = {v["step"]: v["eval_loss"] for v in metrics(run) if v["step"] % 4 == 0}
-    assert int(best.name.removeprefix("step-")) == min(saved, key=lambda step: saved[step])
+    losses = {v["step"]: v["eval_loss"] for v in metrics(run) if v.get("eval_loss") is not None}
+    found = min(losses, key=lambda step: losses[step])
+    assert ranks > 1 or found % WORDS["save_steps"], "a checkpoint is due there in any case"
+    assert int(best.name.removeprefix("step-")) == found
 
 
 def test_the_same_command_is_finished_and_a_larger_patience_goes_on(

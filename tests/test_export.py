@@ -133,7 +133,8 @@ def test_step_and_best_and_one_checkpoint_choose(run: Path, tmp_path: Path, caps
         assert main([*words, "--out", str(out)]) == 0
         said = capsys.readouterr().out
         assert f"step {step}" in said
-        assert f"launch/evaluate.py {out}" in said
+        store = json.loads((run / "config.json").read_text())["store_path"]
+        assert f"launch/evaluate.py {out} --data {store}\n" in said  # away from its run a model knows no text
         assert f"launch/generate.py {out}" in said
         model = AutoModelForCausalLM.from_pretrained(out)
         expected = weights_of(run, step)
@@ -142,6 +143,14 @@ def test_step_and_best_and_one_checkpoint_choose(run: Path, tmp_path: Path, caps
     assert main([str(step_folder(run, 8)), "--quiet"]) == 0  # of one checkpoint too the default is RUN/hf
     assert json.loads((run / "hf" / "wikift.json").read_text())["step"] == 8
     assert capsys.readouterr().out == ""
+
+
+def test_a_better_validation_without_a_checkpoint_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run / "metrics.jsonl"
+    lines = path.read_text() + json.dumps({"step": 6, "eval_loss": 0.25}) + "\n"
+    path.write_text(lines)
+    assert main([str(run), "--best"]) == 0
+    assert "step 6 was better (0.2500 against" in capsys.readouterr().out
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -244,10 +253,10 @@ def test_a_damaged_checkpoint_is_refused(run: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match="sha256"):
+    with pytest.raises(UserError, match=r"sha256.*another: --step 8"):
         main([str(run)])
     file.write_bytes(content[:-5])
-    with pytest.raises(UserError, match="bytes"):
+    with pytest.raises(UserError, match=r"bytes.*another: --step 8"):
         main([str(run)])
     assert snapshot(run / "hf") == before
     (run / "model" / "config.json").write_text("{")

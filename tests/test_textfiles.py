@@ -64,6 +64,9 @@ def test_invalid_utf8_is_placed(tmp_path: Path, block: int) -> None:
     message = r"latin.txt, line 3: byte 0xe9 at offset 20 is not UTF-8; save the file as UTF-8.*iconv"
     with mock.patch("wikift.textfiles._BLOCK_BYTES", block), pytest.raises(UserError, match=message):
         list(read_lines(path))
+    path.write_text("fine\n", encoding="utf-16")
+    with mock.patch("wikift.textfiles._BLOCK_BYTES", block), pytest.raises(UserError, match="iconv -f UTF-16 -t UTF-8"):
+        list(read_lines(path))
     path.write_bytes(b"\xef\xbb\xbfab\n\xf0\x9f")  # ends within a character; the mark counts
     with (
         mock.patch("wikift.textfiles._BLOCK_BYTES", block),

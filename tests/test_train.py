@@ -124,6 +124,40 @@ def test_divergence_ends_the_run_with_advice(store: Path, tmp_path: Path) -> Non
         assert opened.read("transformer.wte.weight", "weight", 0, 32).isfinite().all()
 
 
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_what_no_run_wrote_is_not_written_over(store: Path, tmp_path: Path, resume: str) -> None:
+    model, own = tmp_path / "model", tmp_path / "own"
+    for folder, name in ((model, "config.json"), (own, "metrics.jsonl")):
+        folder.mkdir()
+        (folder / name).write_text('{"model_type": "gpt2"}')
+        (problem,) = problems_of(store, folder, resume)
+        assert problem.startswith(f"--output-dir {folder}: holds {name} that no run of wikift wrote")
+        assert [path.name for path in folder.iterdir()] == [name]
+        assert (folder / name).read_text() == '{"model_type": "gpt2"}'
+    (problem,) = problems_of(store, store, resume)
+    assert "holds store.json" in problem
+    log = tmp_path / "logged"
+    log.mkdir()
+    (log / "slurm-17.out").touch()
+    assert main(arguments(store, log, resume=resume, max_steps=1, eval_steps=None)) == 0
+
+
+def problems_of(store: Path, output_dir: Path, resume: str) -> tuple[str, ...]:
+    with pytest.raises(UserError) as error:
+        main(arguments(store, output_dir, resume=resume))
+    return error.value.problems
+
+
+def test_a_run_that_cannot_be_written_any_more_is_said(store: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert run_ranks(train, 1, arguments(store, folder)) == [0]
+    (folder / "model" / "config.json").unlink()
+    (folder / "model" / "config.json").mkdir()  # nobody is root enough to write over it
+    line = arguments(store, folder, max_steps=16)
+    for (problem,) in run_ranks(problems_of_training, 1, line):
+        assert problem.startswith(f"--output-dir {folder}: {folder}/model/config.json cannot be written")
+
+
 def with_little_memory(command_line: list[str]) -> tuple[str, ...]:
     import resource
 

@@ -27,10 +27,11 @@ def last_checkpoints(run: Path, config: dict[str, Any], count: int) -> list[Chec
     keep = int(config["settings"]["save_total_limit"])
     steps = folders.checkpoint_steps(run)[-keep:]
     if len(steps) < count:
-        listed = ", ".join(map(str, steps)) or "none"
+        listed = f"steps {', '.join(map(str, steps))}" if len(steps) > 1 else "one"
+        cure = f"--save-total-limit {count} or more" if keep < count else "smaller --save-steps"
         raise UserError(
             f"--average-last {count}: {run} kept its last {keep} checkpoints at most (--save-total-limit), and has "
-            f"{listed}; train with --save-total-limit {count} or more, or average fewer"
+            f"{listed}; train with {cure}, or average fewer"
         )
     return [open_checkpoint(folders.checkpoint_path(run, step)) for step in steps[-count:]]
 

@@ -93,7 +93,7 @@ def _draw(scaled: Tensor, sampling: Sampling, drawn: Tensor, slack: Tensor) -> t
     index = torch.minimum(_pointed(cumulative, target, count), kept - 1)
     doubtful = _near_a_border(cumulative, target, index, slack)
     if sampling.top_p < 1:  # one token more or less
-        cut = torch.minimum(kept, torch.tensor(count - 1, device=kept.device))
+        cut = kept.clamp(max=count - 1)
         edges = torch.stack([_at(before, cut), _at(before, kept - 1)])
         doubtful |= ((edges - sampling.top_p).abs() < slack).any(0)
     value = _at(values, index)

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
+from wikift.attention import causal_mask
+
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 _GUESSES = 4  # tokens read beside one
 _MOST_DOUBT = 5  # after so many wrong guesses in a row 32 tokens are waited for before the next
@@ -219,11 +221,7 @@ class Decoder:
         ids = self._ids([[0] * pad + list(window) for pad, window in zip(padding, windows, strict=True)])
         columns = torch.arange(length, device=self.device)
         starts = self._ids(padding)[:, None]
-        mask = None
-        if any(padding):
-            # padding looks at itself: a row of attention without any value would be NaN, and spread
-            seen = (columns >= starts)[:, None, None, :] | torch.eye(length, dtype=torch.bool, device=self.device)
-            mask = seen & (columns[:, None] >= columns)
+        mask = causal_mask(columns >= starts) if any(padding) else None
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             store(layer, key, value)
@@ -272,7 +270,7 @@ class Decoder:
         return self.keys[0].shape[2]
 
     def _ids(self, values: Sequence[Any]) -> Tensor:
-        return torch.tensor(values, device=self.device)
+        return torch.tensor(values).to(self.device, non_blocking=True)  # with device= a GPU would be waited for
 
 
 def _block(model: Any, number: int) -> _Block:

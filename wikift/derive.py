@@ -16,7 +16,7 @@ from typing import Any
 from wikift.cli import flag, nearest
 from wikift.config import WIKITEXT, DataSettings, TrainSettings, slug
 from wikift.errors import UserError
-from wikift.folders import is_hub_name
+from wikift.folders import foreign_in, is_hub_name
 from wikift.length import decay_steps, epoch_steps, length_problems, schedule_free_problems, warmup_steps
 from wikift.placement import Placement, placement
 from wikift.prompts import read_prompts
@@ -174,6 +174,10 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
     for path in (output, *output.parents):
         if path.exists() and not path.is_dir():
             problems.append(f"--output-dir {output}: {'is' if path == output else f'{path} is'} a file; name a folder")
+    if foreign := foreign_in(output):
+        problems.append(
+            f"--output-dir {output}: holds {', '.join(foreign)} that no run of wikift wrote; name a new or empty folder"
+        )
     if settings.resume not in ("auto", "never") and not (Path(settings.resume) / "manifest.json").is_file():
         problems.append(
             f"--resume {settings.resume}: must be auto, never or a checkpoint, OUTPUT_DIR/checkpoints/step-..."

@@ -7,10 +7,11 @@ its checksums, by threads beside the writing, its weights once more to be writte
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from wikift import __version__, folders, hub, peer
 from wikift.average import last_checkpoints, mean_weights, verdict
 from wikift.card import Mean, model_card
-from wikift.checkpoint import best_checkpoint, open_checkpoint
+from wikift.checkpoint import Checkpoint, best_checkpoint, open_checkpoint
 from wikift.cli import parse
 from wikift.command import EXIT_DONE
 from wikift.config import ConsolidateSettings
@@ -60,7 +61,10 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--model {settings.model}: cannot act, a run of wikift knows its model; leave it out")
     else:
         out = export(source, target, average_last=average, **words)
-    say(f"next:  python launch/evaluate.py {out}\n       python launch/generate.py {out}")
+    run = source.absolute().parent.parent if folders.is_checkpoint(source) else source
+    known = folders.run_of(str(out)) is not None
+    data = "" if known else f" --data {folders.read_json(run / 'config.json').get('store_path', 'STORE')}"
+    say(f"next:  python launch/evaluate.py {out}{data}\n       python launch/generate.py {out}")
     return EXIT_DONE
 
 
@@ -103,13 +107,13 @@ def export(
     if problems:
         raise UserError(*problems)
     config = folders.run_config(run)
-    path = run_or_checkpoint if from_checkpoint else _choose(run, step, best)
+    path = run_or_checkpoint if from_checkpoint else _choose(run, step, best, say)
     averaged = last_checkpoints(run, config, average_last) if average_last is not None else []
     target = run / "hf" if out is None else out
     record: dict[str, Any] = {"format": FORMAT, "run": _identity(run, config), "wikift": __version__}
     check_target(target, record["run"], own=target.absolute() == (run / "hf").absolute())
 
-    checkpoint = open_checkpoint(path)
+    checkpoint = _opened(path, run)
     read = averaged or [checkpoint]
     tied = checkpoint.manifest["model_config"].get("tie_word_embeddings", True)
     record |= {"step": checkpoint.step, "tokens": checkpoint.manifest.get("tokens"), "dtype": dtype}
@@ -119,7 +123,8 @@ def export(
         source = mean_weights(averaged) if averaged else checkpoint_weights(checkpoint)
         weights = write_weights(source, partial, dtype, shard_bytes, tied=tied)
         for check in checks:  # what was written is published only if what was read is as it was saved
-            check.result()
+            with _other_checkpoints(path, run):
+                check.result()
         mean = None
         if averaged:
             record["averaged"] = [each.step for each in averaged]
@@ -157,7 +162,7 @@ def model_source(name: str, say: Callable[[str], None]) -> str:
     return str(target)
 
 
-def _choose(run: Path, step: int | None, best: bool) -> Path:
+def _choose(run: Path, step: int | None, best: bool, say: Callable[[str], None]) -> Path:
     """The checkpoint asked for. Raises UserError listing what there is."""
     steps = folders.checkpoint_steps(run)
     if not steps:
@@ -174,7 +179,37 @@ def _choose(run: Path, step: int | None, best: bool) -> Path:
     if found is None:
         listed = ", ".join(map(str, steps))
         raise UserError(f"--best: no checkpoint of {run} was validated; leave it out, or name a --step of {listed}")
+    _say_what_was_better(run, folders.read_json(found / "manifest.json")["eval_loss"], say)
     return found
+
+
+def _say_what_was_better(run: Path, saved: float, say: Callable[[str], None]) -> None:
+    from wikift.log import read_metrics
+
+    losses = {values["step"]: values.get("eval_loss") for values in read_metrics(run / "metrics.jsonl")}
+    better = {step: loss for step, loss in losses.items() if loss is not None and loss < saved}
+    if better:
+        step = min(better, key=lambda step: better[step])
+        say(
+            f"step {step} was better ({better[step]:.4f} against {saved:.4f}), but no checkpoint was made there; train "
+            "with --save-steps as small as --eval-steps, or with --early-stopping-patience, which keeps the best"
+        )
+
+
+def _opened(path: Path, run: Path) -> Checkpoint:
+    with _other_checkpoints(path, run):
+        return open_checkpoint(path)
+
+
+@contextlib.contextmanager
+def _other_checkpoints(path: Path, run: Path) -> Iterator[None]:
+    """A checkpoint that is damaged is no end: its run may have others."""
+    try:
+        yield
+    except UserError as error:
+        others = [step for step in folders.checkpoint_steps(run) if folders.checkpoint_path(run, step) != path]
+        way_out = f"; another: --step {others[-1]}" if others else "; the run has no other checkpoint"
+        raise UserError(*(problem + way_out for problem in error.problems)) from None
 
 
 def _identity(run: Path, config: dict[str, Any]) -> dict[str, Any]:

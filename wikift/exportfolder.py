@@ -53,7 +53,8 @@ def published(target: Path) -> Iterator[Path]:
         lock = os.open(partial, os.O_RDONLY)
     except OSError as error:
         raise EnvironmentFault(
-            f"{target}: cannot be made ({error.strerror}); name another --out, nothing was changed"
+            f"{target}: cannot be made ({error.strerror}), nothing was changed; make the model elsewhere, by "
+            "launch/consolidate.py with another --out"
         ) from None
     try:
         if not _is_ours(lock, partial):

@@ -54,7 +54,7 @@ def train_first(run: str | None, arguments: Sequence[str], *, allowed: bool, qui
     elif code != EXIT_DONE:
         print(
             f"wikift: the training failed (exit code {code}, its message is above); mend that, and the same command "
-            "goes on from its newest checkpoint",
+            f"{'goes on from its newest checkpoint' if folders.checkpoint_steps(Path(target)) else 'starts it again'}",
             file=sys.stderr,
         )
     elif not folders.is_run(Path(target)) or not folders.has_model(target):

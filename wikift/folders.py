@@ -15,6 +15,7 @@ from wikift.errors import UserError
 from wikift.shape import released_name
 
 EXPORT_RECORD = "wikift.json"
+_OF_A_RUN = ("config.json", "model", "metrics.jsonl", "samples.jsonl", "checkpoints", "hf", "wandb", "store.json")
 
 
 def is_model(folder: Path) -> bool:
@@ -25,6 +26,13 @@ def is_model(folder: Path) -> bool:
 def is_run(folder: Path) -> bool:
     """Whether `folder` is the output directory of a training, finished or not."""
     return "wikift" in read_json(folder / "config.json")
+
+
+def foreign_in(folder: Path) -> list[str]:
+    """What a run in `folder` would write over or be mixed with, though no run wrote it."""
+    if not folder.is_dir() or is_run(folder) or checkpoint_steps(folder):
+        return []
+    return [name for name in _OF_A_RUN if (folder / name).exists()]
 
 
 def is_checkpoint(folder: Path) -> bool:

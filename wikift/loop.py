@@ -119,7 +119,7 @@ def run_steps(engine: Engine, job: Job, world: World, log: Log, *, done: int) ->
                 stop = stop or job.stopped()
             if due.log(step):
                 log.record(record)
-            if due.save(step) or stop or patience.spent:
+            if due.save(step) or stop or patience.spent or (score is not None and patience.is_best):
                 job.save(step, score.loss if score is not None else None, patience)
         if stop or patience.spent:
             return stop

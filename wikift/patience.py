@@ -28,6 +28,11 @@ class Patience:
     def spent(self) -> bool:
         return self.limit is not None and self.worse >= self.limit
 
+    @property
+    def is_best(self) -> bool:
+        """Whether the last validation is the best so far, and to be kept since the run may end without a better one."""
+        return self.limit is not None and self.worse == 0
+
     def facts(self) -> dict[str, Any]:
         """What a manifest keeps of it."""
         best = self.best if math.isfinite(self.best) else None

@@ -145,6 +145,9 @@ def _publish(folder: Path, out: Path, is_made: Callable[[], bool]) -> None:
     sync_folder(out.parent)
 
 
+_NOT_HERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG)
+
+
 @contextmanager
 def _faults_of_writing(out: Path) -> Iterator[None]:
     try:
@@ -155,7 +158,8 @@ def _faults_of_writing(out: Path) -> Iterator[None]:
                 f"{out}: the disk is full ({error.strerror}); nothing was kept. Free space, or put it on another disk, "
                 "and run the command again"
             ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG):
+        below = str(error.filename).startswith(str(out.parent))
+        if error.errno in _NOT_HERE or (error.errno == errno.ENOENT and below):  # nothing can be made in /proc
             raise UserError(f"{out}: cannot be written ({error.strerror}); name another folder") from None
         if error.errno == errno.EIO:
             raise EnvironmentFault(

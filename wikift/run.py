@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import shutil
 import signal
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from wikift.cli import flag
 from wikift.config import TrainSettings
 from wikift.derive import Plan
 from wikift.disk import replace_json
-from wikift.errors import UserError
+from wikift.errors import EnvironmentFault, UserError
 from wikift.hosts import check_hosts
 from wikift.interrupt import stop_requests
 from wikift.job import Run, due, make_job
@@ -100,13 +101,6 @@ def _validates(settings: TrainSettings, store: TokenStore, say: Say) -> bool:
 
 def _prepare_folder(run: Run, built: Built, start: Checkpoint | None) -> None:
     """Set aside what lies after `start`, then write config.json and model/."""
-    set_aside(run.folder, start)
-    folder = run.folder / "model"
-    folder.mkdir(parents=True, exist_ok=True)
-    built.config.save_pretrained(folder)
-    built.generation_config.save_pretrained(folder)
-    for file in (run.store.path / "tokenizer").iterdir():
-        shutil.copyfile(file, folder / file.name)
     about = {
         "wikift": __version__,
         "settings": dataclasses.asdict(run.settings),
@@ -114,7 +108,22 @@ def _prepare_folder(run: Run, built: Built, start: Checkpoint | None) -> None:
         "store": run.store.record,
         "store_path": str(run.store.path.resolve()),
     }
-    replace_json(run.folder / "config.json", about)
+    folder = run.folder / "model"
+    try:
+        set_aside(run.folder, start)
+        replace_json(run.folder / "config.json", about)  # first: by it the folder is known as a run's
+        folder.mkdir(parents=True, exist_ok=True)
+        built.config.save_pretrained(folder)
+        built.generation_config.save_pretrained(folder)
+        for file in (run.store.path / "tokenizer").iterdir():
+            shutil.copyfile(file, folder / file.name)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise EnvironmentFault(f"{run.folder}: the disk is full ({error.strerror}); free space and go on") from None
+        raise UserError(
+            f"--output-dir {run.folder}: {error.filename} cannot be written ({error.strerror}); name a folder you may "
+            "write"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -217,9 +217,12 @@ def _open(path: Path) -> Any:
 
 
 def _not_utf8(path: Path, line: int, offset: int, byte: int) -> UserError:
+    with _open(path) as file:
+        marked = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    encoding = "UTF-16" if marked else "WINDOWS-1252"
     return UserError(
-        f"{path}, line {line}: byte 0x{byte:02x} at offset {offset:,} is not UTF-8; save the file as UTF-8, "
-        f"for example with iconv -f WINDOWS-1252 -t UTF-8 {path} > {path.stem}-utf8{path.suffix}"
+        f"{path}, line {line}: byte 0x{byte:02x} at offset {offset:,} is not UTF-8; save the file as UTF-8, for "
+        f"example with iconv -f {encoding} -t UTF-8 {path} > {path.stem}-utf8{path.suffix}"
     )
 
 
