@@ -29,6 +29,7 @@ from wikift.meter import memory_gb
 BEGUN = time.perf_counter()
 LR, DECAY = 1e-4, 0.1
 CHECKED_STEPS = 3
+PRODUCTS = "the products alone"
 
 
 @dataclass(frozen=True)
@@ -306,6 +307,32 @@ def wikift(setting: Setting, *, kind: str, compile: bool = False, deterministic:
     os._exit(0)  # gloo's threads would end the process by SIGABRT
 
 
+def products(setting: Setting) -> None:
+    """No training: the matrix products of a step's linear layers and its head, forward and backward, and nothing else.
+
+    No contestant that makes them by torch can be faster, so this is what a ratio of two of them is bounded by.
+    """
+    rows, width = setting.micro_batch * setting.block, setting.width
+    shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] * setting.layers
+    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
+
+    def made(*sizes: tuple[int, int]) -> list[Tensor]:
+        return [torch.rand(size, dtype=dtype, device=setting.device) for size in sizes]
+
+    shapes.append((width, setting.vocabulary))
+    layers = [made((rows, k), (k, n), (rows, n)) + made((rows, n), (rows, k), (k, n)) for k, n in shapes]
+
+    def step() -> Tensor:
+        for _ in range(setting.accumulation):
+            for inputs, weight, of_outputs, outputs, of_inputs, of_weight in layers:
+                torch.mm(inputs, weight, out=outputs)
+                torch.mm(of_outputs, weight.t(), out=of_inputs)
+                torch.mm(inputs.t(), of_outputs, out=of_weight)
+        return torch.zeros(())
+
+    serve(setting, step)
+
+
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 CONTESTANTS: dict[str, Callable[[Setting], None]] = {
     "Trainer": partial(trainer, compile=False),
@@ -321,6 +348,7 @@ CONTESTANTS: dict[str, Callable[[Setting], None]] = {
     "wikift --deterministic, 1 process": partial(wikift, kind="single", deterministic=True),
     **{f"wikift {kind}, 1 process": partial(wikift, kind=kind) for kind in ENGINES},
     **{f"wikift {kind}, 2 ranks": partial(wikift, kind=kind) for kind in ENGINES},
+    PRODUCTS: products,
     **{f"wikift {kind}, 2 ranks, compiled": partial(wikift, kind=kind, compile=True) for kind in ("ddp", "fsdp")},
 }
 

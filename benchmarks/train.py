@@ -9,12 +9,13 @@
 
 Same weights, blocks, global batch, precision, dropout, AdamW and clipping. First each contestant shows, without
 dropout, the losses of three steps on the same blocks, which must be those of a plain loop in fp32 (--no-check leaves
-that out); so it is the same work. Then tokens per second, floating-point operations per second by the PaLM count (and
-their share of the peak, MFU, where a peak is known: not on a CPU), processor seconds of a step, the most memory the
-process ever held (on a CPU its start and its compilation included), and the seconds to the end of the first step:
-imports but torch's, building and compilation, with caches as they are. It all runs on a GPU where there is one
-(--device), in bf16 where that is native. All processes hold their memory through all rounds, on a GPU but for what
-torch's allocator has cached: --only where they do not fit.
+that out); so it is the same work. "The products alone" makes those of the linear layers and the head and nothing else:
+the bound of what a contestant can do on this machine at this moment. Then tokens per second, floating-point operations
+per second by the PaLM count (and their share of the peak, MFU, where a peak is known: not on a CPU), processor seconds
+of a step, the most memory the process ever held (on a CPU its start and its compilation included), and the seconds to
+the end of the first step: imports but torch's, building and compilation, with caches as they are. It all runs on a GPU
+where there is one (--device), in bf16 where that is native. All processes hold their memory through all rounds, on a
+GPU but for what torch's allocator has cached: --only where they do not fit.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from functools import partial
 import torch
 
 from benchmarks.harness import Process, cores, interleave, machine, median, options, table, write
-from benchmarks.peers_train import CHECKED_STEPS, CONTESTANTS, Setting, loop
+from benchmarks.peers_train import CHECKED_STEPS, CONTESTANTS, PRODUCTS, Setting, loop
 from wikift.meter import peak_flops
 from wikift.model import resolve_precision
 from wikift.shape import Shape
@@ -47,7 +48,7 @@ def main() -> None:
     given = _parse()
     setting = Setting(**{f.name: getattr(given, f.name) for f in dataclasses.fields(Setting)})
     names = [name for name in CONTESTANTS if re.search(given.only or SETS[given.set], name)]
-    checked = check(names, setting) if given.check_losses else {}
+    checked = check([name for name in names if name != PRODUCTS], setting) if given.check_losses else {}
     chosen = dict.fromkeys(names, setting)
     if given.best_micro_batch:
         chosen = {name: best(name, setting, given.best_micro_batch, given.steps) for name in names}

@@ -275,3 +275,13 @@ def test_a_line_in_pieces_is_one_row_of_the_cut(tmp_path: Path) -> None:
     found = [rows_of(corpus, split) for split in ("train", "validation")]
     assert sorted(map(len, found)) == [2, 2]
     assert sorted(found[0] + found[1]) == sorted(rows)
+
+
+def test_a_file_that_grows_between_the_two_readings_of_a_cut(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("a line\n" * 50)
+    corpus = opened(path)  # its rows are counted
+    with path.open("a") as file:
+        file.write("a line\n" * 50)
+    with pytest.raises(UserError, match="changed while it was read"):
+        rows_of(corpus, "train")

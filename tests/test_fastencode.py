@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -68,7 +70,54 @@ def test_any_text_has_the_same_ids(small: tokenizer.SavedTokenizer, texts: list[
     if "fast" not in _ENCODERS:
         _ENCODERS["fast"] = fastencode.fast_chunk_encoder(small.file, None, "uint16", 1 << 30)
         _ENCODERS["slow"] = encode.chunk_encoder(small.file, None, "uint16")
-    assert _ENCODERS["fast"](chunk).ids.tolist() == _ENCODERS["slow"](chunk).ids.tolist()
+    try:
+        found = _ENCODERS["fast"](chunk).ids.tolist()
+    except fastencode.Disagreement:  # over a character that is too new for one of the two
+        if all(unicodedata.ucd_3_2_0.category(character) != "Cn" for character in "".join(texts)):
+            raise
+        return
+    assert found == _ENCODERS["slow"](chunk).ids.tolist()
+
+
+@needs_gigatoken
+@pytest.mark.parametrize("new", ["\U000323b0", "\u088f"])
+def test_a_character_that_one_of_the_two_does_not_know_is_found(small: tokenizer.SavedTokenizer, new: str) -> None:
+    """In one row of ten thousand, where the sample does not see it: an error, or the same ids (once both know it)."""
+    rows = [f"the cat's {number} a1 there\n" for number in range(10_000)]
+    rows[4321] = f"the {new}'s then\n"
+    chunk = Chunk(Texts.of(rows), np.ones(len(rows), np.bool_), 0)
+    try:
+        found = fastencode.fast_chunk_encoder(small.file, None, "uint16", 1 << 30)(chunk).ids.tolist()
+    except fastencode.Disagreement:
+        return
+    assert found == encode.chunk_encoder(small.file, None, "uint16")(chunk).ids.tolist()
+
+
+def test_the_characters_beyond_ascii_are_all_seen() -> None:
+    for text in ("", "plain", "é", "1234567é89", "12345é6漢7\U000323b08ab", "éé漢漢😀" * 9 + "x" * 5 + "ü"):
+        found = fastencode._beyond_ascii(np.frombuffer(text.encode(), np.uint8))
+        assert [chr(code) for code in found] == [character for character in text if character > "\x7f"]
+
+
+def memory_of_digits(file: str, cache_bytes: int) -> float:
+    """Most bytes held beyond those of the start, while two threads read numbers that never come again."""
+    import random
+
+    source, most = random.Random(1), 0
+
+    def numbers() -> Iterator[Texts]:
+        for _ in range(40):
+            yield Texts.of(f"{source.randrange(10**9)}\n" for _ in range(100_000))
+
+    start = fastencode._resident_bytes()
+    with (
+        mock.patch.object(fastencode, "CACHE_BYTES", cache_bytes),
+        fastencode.fast_encoder(Path(file), eos_token_id=None, dtype="uint16", workers=2) as fast,
+    ):
+        rule = cut_rule(Path(file))
+        for _ in fast(chunks(((texts, np.ones(len(texts), np.bool_)) for texts in numbers()), rule)):
+            most = max(most, fastencode._resident_bytes() - start)
+    return most
 
 
 _ENCODERS: dict[str, encode.EncodeChunk] = {}

@@ -323,6 +323,39 @@ def test_the_same_recipe_is_known_by_content(recipe: tuple[Path, list[Any]], tmp
     assert "made otherwise (the files' content is another now)" in run(*words)[1][0]
 
 
+def test_a_text_that_changes_while_it_is_read_leaves_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = tmp_path / "texts", tmp_path / "out"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        (folder / f"{split}.txt").write_text(f"some {split} text\n" * 99)
+    original = prepare._prepare
+
+    def changed(*given: Any) -> float:
+        first = original(*given)
+        with open(folder / "train.txt", "a") as file:
+            file.write("and more\n")
+        return first
+
+    monkeypatch.setattr(prepare, "_prepare", changed)
+    code, (problem,) = run("--dataset", folder, "--tokenizer", "train:300", "--out", out)
+    assert (code, problem) == (
+        2,
+        f"{folder}: changed while it was read; run the command again when nothing writes to it",
+    )
+    assert os.listdir(tmp_path) == ["texts"]
+
+
+def test_places_that_no_store_can_be_moved_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    (tmp_path / "to-nothing").symlink_to("nothing")
+    monkeypatch.chdir(tmp_path / "folder")
+    for out, kind in ((tmp_path / "link", "a link"), (tmp_path / "to-nothing", "a link"), (".", "the current folder")):
+        code, (problem,) = run("--dataset", "demo", "--tokenizer", "train:300", "--out", out)
+        assert code == 2
+        assert problem.startswith(f"--out {out}: is {kind}, which a store can't be moved to; name")
+
+
 def test_being_there_already_is_quick_and_light(recipe: tuple[Path, list[Any]]) -> None:
     code = (
         "import sys; from wikift.prepare import main; assert main(sys.argv[1:]) == 0;"

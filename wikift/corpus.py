@@ -27,7 +27,7 @@ from wikift.config import WIKITEXT, DataSettings
 from wikift.errors import EnvironmentFault, UserError
 from wikift.textfiles import READERS, parquet_bytes, parquet_problems, rows_at_once
 from wikift.texts import Texts
-from wikift.userfiles import SPLITS, UserFiles, user_files
+from wikift.userfiles import CHANGED, SPLITS, UserFiles, user_files
 
 DEFAULT_VALIDATION_FRACTION = 0.05
 _STRETCHES = 10  # of lines, at least, on the smaller side of a cut: a sample of the text and not one chapter of it
@@ -269,6 +269,8 @@ def _cut_validation(corpus: Corpus, fraction: float, seed: int) -> Corpus:
                 ended = np.cumsum(ends)
                 of_text = (row + ended - ends) * units // rows
                 row += int(ended[-1])
+                if row > rows:
+                    raise UserError(f"{corpus.name}: {CHANGED}")
                 more = np.fromiter(islice(chosen, int(of_text[-1]) + 1 - first - len(taken)), np.bool_)
                 taken, first = np.concatenate((taken, more))[of_text[0] - first :], int(of_text[0])
                 kept = batch.kept(taken[of_text - first] == validation)

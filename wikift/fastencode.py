@@ -1,7 +1,8 @@
 """Chunks -> ids by gigatoken, which is a hundred times as fast as `tokenizers`, under the eyes of `tokenizers`.
 
 gigatoken is young, so it is believed only as far as it is checked, in every preparation: on hostile strings at the
-start, and on 4 KB of rows out of each chunk of some 2 MB, drawn by the chunk's content. At the first difference
+start, on every character that occurs, in a few surroundings (libraries know other versions of Unicode), and on 4 KB of
+rows out of each chunk of some 2 MB, drawn by the chunk's content. At the first difference
 `Disagreement` is raised, and the caller starts again with `encode.encoder`. The chunks go to threads, which share one
 gigatoken and what it has learned, since all the work in them is done without Python's lock; results are taken in order,
 so the number of threads does not show in them.
@@ -28,7 +29,9 @@ from wikift.tokens import Encoded
 
 SAMPLE_BYTES = 4096  # of a chunk of one to three million, compared with `tokenizers`
 CACHE_BYTES = 300_000_000  # gigatoken's caches grow with every new word and are never emptied: beyond this, start anew
-_LEAST_BYTES_BETWEEN = 16_000_000
+_LEAST_BYTES_BETWEEN = 4_000_000
+_SURROUNDINGS = ("{}", " {}", "a{}", "{}a", "1{}", "{}1", "{}'s", "{} ", "{}.", "{0}{0}")
+_HIGH = np.uint64(0x8080808080808080)
 
 # fmt: off
 _HOSTILE = [
@@ -80,6 +83,7 @@ def fast_chunk_encoder(tokenizer_file: Path, eos_token_id: int | None, dtype: st
     reference.no_padding()
     fast = _load(tokenizer_file)
     since, resident, lock = 0, _resident_bytes(), threading.Lock()
+    known = np.zeros(0x110000, np.bool_)  # characters that were compared
 
     def compare(texts: Texts, numbers: list[int], ids: npt.NDArray[Any], ends: npt.NDArray[np.int64]) -> None:
         """Those of the texts that have these numbers."""
@@ -89,11 +93,19 @@ def fast_chunk_encoder(tokenizer_file: Path, eos_token_id: int | None, dtype: st
             if ids[ends[i - 1] if i else 0 : ends[i]].tolist() != right.ids:
                 raise Disagreement(f"gigatoken and tokenizers give other ids for {text[:80]!r}")
 
+    def compare_characters(here: Any, texts: Texts) -> None:
+        codes = _beyond_ascii(texts.data)
+        if len(fresh := np.unique(codes[~known[codes]])):
+            wanted = Texts.of(form.format(chr(code)) for code in fresh for form in _SURROUNDINGS)
+            compare(wanted, list(range(len(wanted))), *_encode(here, wanted))
+            known[fresh] = True
+
     def encode(chunk: Chunk) -> Encoded:
-        nonlocal fast, since, resident
+        nonlocal fast, since
         with lock:
             here = fast
         ids, ends = _encode(here, chunk.texts)
+        compare_characters(here, chunk.texts)
         if chosen := _sample(chunk.texts):
             compare(chunk.texts, chosen, ids, ends)
         else:  # long texts: a whole one would take longer than all the rest
@@ -102,10 +114,11 @@ def fast_chunk_encoder(tokenizer_file: Path, eos_token_id: int | None, dtype: st
         del here
         with lock:
             since += len(chunk.texts.data)
+            # against the memory of the start: another thread may still hold the old one when the new one is there
             if since >= _LEAST_BYTES_BETWEEN and _resident_bytes() - resident > cache_bytes:
                 fast = None
                 gc.collect()
-                fast, since, resident = _load(tokenizer_file), 0, _resident_bytes()
+                fast, since = _load(tokenizer_file), 0
         return chunk.encoded(ids, ends, eos_token_id, dtype)
 
     return encode
@@ -131,6 +144,15 @@ def _encode(fast: Any, texts: Texts) -> tuple[npt.NDArray[Any], npt.NDArray[np.i
     found = fast.encode_batch(awkward.Array(content), parallel=False).layout
     offsets = np.asarray(found.offsets)
     return np.asarray(found.content.data)[offsets[0] : offsets[-1]], offsets[1:] - offsets[0]
+
+
+def _beyond_ascii(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
+    """The characters of UTF-8 `data` that are not ASCII, in order. Eight bytes at a time: most text has few."""
+    whole = len(data) // 8 * 8
+    words = data[:whole].view(np.uint64)
+    some = np.concatenate((words[(words & _HIGH) != 0].view(np.uint8), data[whole:]))
+    text = some[some >= 0x80].tobytes().decode()  # a character's bytes are all of them beyond
+    return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
 def _sample(texts: Texts) -> list[int]:

@@ -77,9 +77,16 @@ def source_problems(settings: DataSettings) -> list[str]:
 
 def out_problems(out: Path) -> list[str]:
     """Whether a store may be made at (or taken from) `out`."""
+    if (out / "store.json").exists():
+        return []
+    if out.is_symlink():
+        return [f"--out {out}: is a link, which a store can't be moved to; name the folder that it is to be"]
     if out.is_dir():
-        if any(out.iterdir()) and not (out / "store.json").exists():
+        if any(out.iterdir()):
             return [f"--out {out}: is a folder with other things in it; name a new folder"]
+        if out.is_mount() or out.resolve() == Path.cwd():
+            kind = "a mount point" if out.is_mount() else "the current folder"
+            return [f"--out {out}: is {kind}, which a store can't be moved to; name a folder in it"]
     elif out.exists():
         return [f"--out {out}: is a file; name a folder"]
     files = [str(above) for above in out.parents if above.is_file()]
@@ -104,7 +111,7 @@ def ensure_store(
     EnvironmentFault for disk, network and killed workers; nothing stays behind then.
     """
     from wikift.publish import make_once
-    from wikift.recipe import check_recipe
+    from wikift.recipe import check_recipe, check_unchanged
 
     if problems := source_problems(settings) + out_problems(out):
         raise UserError(*problems)
@@ -114,6 +121,7 @@ def ensure_store(
 
     def make(folder: Path) -> None:
         first = _prepare(settings, seed, progress, folder, say)
+        check_unchanged(_open(folder), settings, seed)
         seconds = time.perf_counter() - first
         size = sum(split.bytes for split in _open(folder).splits.values())
         if size > _SLOW_BYTES:

@@ -17,7 +17,7 @@ from wikift.disk import sha256_of
 from wikift.errors import UserError
 from wikift.tokenizer import SavedTokenizer, tokenizer_fingerprint
 from wikift.tokens import TokenStore
-from wikift.userfiles import user_files
+from wikift.userfiles import CHANGED, user_files
 
 FileList = dict[str, list[dict[str, Any]]]
 
@@ -101,6 +101,14 @@ def check_recipe(store: TokenStore, settings: DataSettings, seed: int) -> None:
             f"{store.path}: is a store made otherwise ({'; '.join(different)}); remove that folder, "
             "or make another store with launch/prepare.py --out DIR"
         )
+
+
+def check_unchanged(store: TokenStore, settings: DataSettings, seed: int) -> None:
+    """Raises UserError where the text of this `store`, just made, is another by now."""
+    try:
+        check_recipe(store, settings, seed)
+    except UserError:
+        raise UserError(f"{settings.dataset}: {CHANGED}") from None
 
 
 def _same_files(there: FileList, now: FileList, settings: DataSettings) -> bool:

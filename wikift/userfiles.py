@@ -14,6 +14,7 @@ from wikift.errors import UserError
 from wikift.textfiles import READERS
 
 SPLITS = ("train", "validation", "test")
+CHANGED = "changed while it was read; run the command again when nothing writes to it"
 _LISTED = 8
 
 SplitFiles = dict[str, list[Path]]
