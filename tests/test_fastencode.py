@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from tests.ranks import run_ranks
 from tests.real import GPT2_TOKENIZER, ROOT, needs_data, validation_rows
 from tests.test_encode import HANDPICKED, TEXTS, batches, ids_of, some_rows
 from wikift import encode, fastencode, tokenizer
@@ -106,7 +107,7 @@ def memory_of_digits(file: str, cache_bytes: int) -> float:
     source, most = random.Random(1), 0
 
     def numbers() -> Iterator[Texts]:
-        for _ in range(40):
+        for _ in range(80):
             yield Texts.of(f"{source.randrange(10**9)}\n" for _ in range(100_000))
 
     start = fastencode._resident_bytes()
@@ -118,6 +119,13 @@ def memory_of_digits(file: str, cache_bytes: int) -> float:
         for _ in fast(chunks(((texts, np.ones(len(texts), np.bool_)) for texts in numbers()), rule)):
             most = max(most, fastencode._resident_bytes() - start)
     return most
+
+
+@needs_gigatoken
+def test_memory_does_not_grow_with_new_words(small: tokenizer.SavedTokenizer) -> None:
+    """80 MB of numbers: 280 MB with the libraries and two tokenizers, 440 where each fresh start raised the bound."""
+    (most,) = run_ranks(memory_of_digits, 1, str(small.file), 20_000_000)
+    assert most < 400e6
 
 
 _ENCODERS: dict[str, encode.EncodeChunk] = {}

@@ -84,8 +84,9 @@ def out_problems(out: Path) -> list[str]:
     if out.is_dir():
         if any(out.iterdir()):
             return [f"--out {out}: is a folder with other things in it; name a new folder"]
-        if out.is_mount() or out.resolve() == Path.cwd():
-            kind = "a mount point" if out.is_mount() else "the current folder"
+        mount = out.resolve().is_mount()
+        if mount or out.resolve() == Path.cwd():
+            kind = "a mount point" if mount else "the current folder"
             return [f"--out {out}: is {kind}, which a store can't be moved to; name a folder in it"]
     elif out.exists():
         return [f"--out {out}: is a file; name a folder"]
