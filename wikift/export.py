@@ -207,7 +207,9 @@ def _other_checkpoints(path: Path, run: Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        others = [step for step in folders.checkpoint_steps(run) if folders.checkpoint_path(run, step) != path]
+        others = [
+            step for step in folders.checkpoint_steps(run) if path.name != folders.checkpoint_path(run, step).name
+        ]
         way_out = f"; another: --step {others[-1]}" if others else "; the run has no other checkpoint"
         raise UserError(*(problem + way_out for problem in error.problems)) from None
 
