@@ -1,15 +1,16 @@
 """GPT-2 token by token: its own forward over a static KV cache, for one row or a batch padded on the left.
 
-One token of one row is bound by reading the weights, so each matrix lies as its product reads it fastest. Measured on
-two cores in fp32 (a processor with AVX-512): the head as (width, vocabulary) 7 ms against 12 ms as transformers keeps
-it, the MLP's second matrix as (output, input) 0.52 against 0.64 ms. The rest is what the library's loop does besides:
-masks, cache objects, logits processors, 5 ms a token. `Decoder(relayout=True)` moves the weights once, without keeping
-a second copy: the model's own parameters become views of the new ones.
+One token of one row is bound by reading the weights, so they are read as fast as the memory gives them (`_product`).
+The rest is what the library's loop does besides: masks, cache objects, logits processors, 5 ms a token.
+`Decoder(relayout=True)` lays the head as (width, vocabulary), once and without keeping a second copy: the model's own
+parameter becomes a view of the new one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,10 @@ from transformers import GPT2LMHeadModel
 from wikift.attention import causal_mask
 
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
-_GUESSES = 4  # tokens read beside one
+_GUESSES = 2  # tokens read beside one; three rows cost 1.6 times one on two cores, five 2.7 times
 _MOST_DOUBT = 5  # after so many wrong guesses in a row 32 tokens are waited for before the next
+_FEW_ROWS = 8  # that a product reads its weights for; with more its arithmetic decides
+_PIECES = 16  # at most, of the input of such a product
 _COMPILED_STEP = 256  # columns: a compiled step is made once for each multiple of it, not for every length
 
 # attend(layer, query, key, value), each (rows, heads, length, head width) -> the values attended to, in query's shape
@@ -29,7 +32,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class _Block(NamedTuple):
-    """One layer's weights; matrices are (input, output) but `out`, which is (output, input)."""
+    """One layer's weights; matrices are (input, output)."""
 
     ln_1: Any
     qkv: Tensor
@@ -63,7 +66,9 @@ class Decoder:
             _relayout(model)
         self.head = model.lm_head.weight.detach().t()  # (width, vocabulary)
         self.blocks = [_block(model, number) for number in range(config.n_layer)]
-        self.compiled = compile
+        self.compiled = compile  # inductor takes the products of pieces apart: 58 ms a token for 36
+        threads = torch.get_num_threads() if model.device.type == "cpu" and self.dtype == torch.float32 else 1
+        self.pieces = 1 if compile or threads == 1 else _PIECES
         self._step: Callable[..., Tensor] = self._one_token
         if compile:
             # CUDA graphs replay a step without its 200 launches; on a CPU the element-wise work is fused
@@ -234,16 +239,17 @@ class Decoder:
     def _forward(self, ids: Tensor, places: Tensor, attend: Attend, ends: int = 1) -> Tensor:
         """Logits (rows * ends, vocabulary) in fp32 after the last `ends` of `ids` (rows, length) at `places`."""
         rows, length = ids.shape
+        product = partial(_product, self.pieces)
         hidden = (self.wte(ids) + self.wpe(places)).view(rows * length, self.width)
         for number, block in enumerate(self.blocks):
-            qkv = torch.addmm(block.qkv_bias, block.ln_1(hidden), block.qkv)
+            qkv = product(block.ln_1(hidden), block.qkv, block.qkv_bias)
             query, key, value = qkv.view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
             attended = attend(number, query, key, value).transpose(1, 2).reshape(rows * length, self.width)
-            hidden = hidden + torch.addmm(block.proj_bias, attended, block.proj)
-            inner = block.act(torch.addmm(block.fc_bias, block.ln_2(hidden), block.fc))
-            hidden = hidden + F.linear(inner, block.out, block.out_bias)
+            hidden = hidden + product(attended, block.proj, block.proj_bias)
+            inner = block.act(product(block.ln_2(hidden), block.fc, block.fc_bias))
+            hidden = hidden + product(inner, block.out, block.out_bias)
         last = self.ln_f(hidden.view(rows, length, self.width)[:, -ends:].flatten(0, 1))
-        logits: Tensor = (last @ self.head).float()
+        logits: Tensor = product(last, self.head).float()
         return logits
 
     def _shift(self, columns: int, rows: Tensor | None = None) -> None:
@@ -273,6 +279,21 @@ class Decoder:
         return torch.tensor(values).to(self.device, non_blocking=True)  # with device= a GPU would be waited for
 
 
+def _product(pieces: int, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`rows` (count, input) by `weight` (input, output), and `bias`; few rows as products of `pieces` of the input.
+
+    MKL's product of few rows keeps one thread at work, and packs the weights first from two rows on. Of a batch of such
+    products each thread takes its share: one row reads its weights at 20 to 25 GB/s for 17 (two cores with AVX2).
+    """
+    count, width = rows.shape
+    pieces = math.gcd(width, pieces)
+    if count > _FEW_ROWS or pieces == 1:
+        return rows @ weight if bias is None else torch.addmm(bias, rows, weight)
+    parts = rows.view(count, pieces, -1).transpose(0, 1)
+    product = torch.bmm(parts, weight.view(pieces, -1, weight.shape[1])).sum(0)
+    return product if bias is None else product.add_(bias)
+
+
 def _block(model: Any, number: int) -> _Block:
     block, config = model.transformer.h[number], model.config
     scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
@@ -290,16 +311,14 @@ def _block(model: Any, number: int) -> _Block:
         mlp.c_fc.weight.detach(),
         mlp.c_fc.bias.detach(),
         (lambda x: F.gelu(x, approximate="tanh")) if tanh else mlp.act,
-        mlp.c_proj.weight.detach().t(),
+        mlp.c_proj.weight.detach(),
         mlp.c_proj.bias.detach(),
         scale,
     )
 
 
 def _relayout(model: Any) -> None:
-    """Lay the head's and the MLP's second matrix in memory as `_forward` reads them; the model computes as before."""
-    for module in (*(block.mlp.c_proj for block in model.transformer.h), model.lm_head):
-        weight = module.weight.detach().t().contiguous().t()
-        module.weight.data = weight
+    """Lay the head in memory as `_forward` reads it; the model computes as before."""
+    model.lm_head.weight.data = model.lm_head.weight.detach().t().contiguous().t()
     if model.config.tie_word_embeddings:
         model.transformer.wte.weight = model.lm_head.weight
