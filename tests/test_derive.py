@@ -365,6 +365,7 @@ def test_a_dry_run_shows_the_numbers(
         "# train blocks: 51 blocks of 8 tokens",
         "# steps: 13 steps, 2.04 epochs",
         "# warm-up steps: 2",
+        "# starts: anew",
     ]
     assert main(["--max-steps", "100", "--warmup-steps", "0.07", "--dry-run"]) == 0
     derived = capsys.readouterr().out.split("# derived\n")[1]

@@ -10,6 +10,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -248,6 +250,38 @@ def test_a_finished_run_says_so_and_resume_never_keeps_the_old_one(
     assert run_ranks(train, 1, [*line, "--resume", "never"]) == [0]
     assert curve(tmp_path / "run") == first
     assert curve(tmp_path / "run" / "before-1") == first
+
+
+def test_a_dry_run_says_where_the_run_would_start_and_refuses_what_it_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, run = tiny_store(tmp_path / "store"), tmp_path / "run"
+    line = arguments(store, run, max_steps=8, save_steps=4)
+
+    def start(*words: str) -> list[str]:
+        capsys.readouterr()
+        assert train([*line, *words, "--dry-run"]) == 0
+        return [text for text in capsys.readouterr().out.splitlines() if "starts" in text or "changed" in text]
+
+    assert start() == ["# starts: anew"]
+    assert run_ranks(train, 1, line) == [0]
+    before = sorted(run.rglob("*"))
+    assert start() == ["# starts: finished, step 8; a longer --max-steps or --num-train-epochs goes on"]
+    (started, changed) = start("--max-steps", "12", "--weight-decay", "0.5")
+    assert started == f"# starts: after step 8 of {step_folder(run, 8)}, if that is sound"
+    assert "weight_decay 0.0 -> 0.5" in changed
+    assert start("--resume", "never") == ["# starts: anew; what is in the output folder is kept aside"]
+    assert start("--resume", str(step_folder(run, 4)))[0].startswith("# starts: after step 4 of ")
+    (problem,) = failing_train([*line, "--seed", "7", "--dry-run"])
+    assert problem.startswith("--seed 7: this run was started with 42")
+    (problem,) = failing_train([*line, "--resume", str(run), "--dry-run"])
+    assert problem.startswith(f"--resume {run}: must be")
+    code = f"import sys, wikift.train as t; t.main({[*line, '--dry-run']!r}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    file = step_folder(run, 8) / "rank-00000.safetensors"
+    file.write_bytes(b"")
+    assert start()[0].startswith("# starts: after step 4 of ")  # as the run would
+    assert sorted(run.rglob("*")) == before
 
 
 def test_resume_from_a_named_checkpoint_sets_the_later_ones_aside(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def _validation_loss(folder: Path, config: dict[str, Any]) -> tuple[float, str]:
     store = open_store(str(config["store_path"]))
     if store.record != config["store"]:
         raise UserError(f"{store.path} is not the store that this run was trained on any more")
-    if store.splits.get("validation") is None or store.splits["validation"].tokens < 2:
+    if not store.has_validation:
         raise UserError(f"{store.path} has no validation text")
     import torch
     from torch import Tensor

@@ -1,17 +1,14 @@
 """GPT-2 token by token: its own forward over a static KV cache, for one row or a batch padded on the left.
 
-One token of one row is bound by reading the weights, so they are read as fast as the memory gives them (`_product`).
+One token of one row is bound by reading the weights, so they are read as fast as the memory gives them (layers.py).
 The rest is what the library's loop does besides: masks, cache objects, logits processors, 5 ms a token.
-`Decoder(relayout=True)` lays the head as (width, vocabulary), once and without keeping a second copy: the model's own
-parameter becomes a view of the new one.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,33 +16,14 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from wikift.attention import causal_mask
+from wikift.layers import PIECES, layer_of, product_of, relayout_head
 
-_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 _GUESSES = 2  # tokens read beside one; three rows cost 1.6 times one on two cores, five 2.7 times
 _MOST_DOUBT = 5  # after so many wrong guesses in a row 32 tokens are waited for before the next
-_FEW_ROWS = 8  # that a product reads its weights for; with more its arithmetic decides
-_PIECES = 16  # at most, of the input of such a product
 _COMPILED_STEP = 256  # columns: a compiled step is made once for each multiple of it, not for every length
 
 # attend(layer, query, key, value), each (rows, heads, length, head width) -> the values attended to, in query's shape
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-class _Block(NamedTuple):
-    """One layer's weights; matrices are (input, output)."""
-
-    ln_1: Any
-    qkv: Tensor
-    qkv_bias: Tensor
-    proj: Tensor
-    proj_bias: Tensor
-    ln_2: Any
-    fc: Tensor
-    fc_bias: Tensor
-    act: Callable[[Tensor], Tensor]
-    out: Tensor
-    out_bias: Tensor
-    scale: float
 
 
 class Decoder:
@@ -63,12 +41,12 @@ class Decoder:
         self.device, self.dtype = model.device, model.dtype
         self.wte, self.wpe, self.ln_f = model.transformer.wte, model.transformer.wpe, model.transformer.ln_f
         if relayout and model.device.type == "cpu":
-            _relayout(model)
+            relayout_head(model)
         self.head = model.lm_head.weight.detach().t()  # (width, vocabulary)
-        self.blocks = [_block(model, number) for number in range(config.n_layer)]
+        self.blocks = [layer_of(model, number) for number in range(config.n_layer)]
         self.compiled = compile  # inductor takes the products of pieces apart: 58 ms a token for 36
         threads = torch.get_num_threads() if model.device.type == "cpu" and self.dtype == torch.float32 else 1
-        self.pieces = 1 if compile or threads == 1 else _PIECES
+        self.pieces = 1 if compile or threads == 1 else PIECES
         self._step: Callable[..., Tensor] = self._one_token
         if compile:
             # CUDA graphs replay a step without its 200 launches; on a CPU the element-wise work is fused
@@ -239,7 +217,7 @@ class Decoder:
     def _forward(self, ids: Tensor, places: Tensor, attend: Attend, ends: int = 1) -> Tensor:
         """Logits (rows * ends, vocabulary) in fp32 after the last `ends` of `ids` (rows, length) at `places`."""
         rows, length = ids.shape
-        product = partial(_product, self.pieces)
+        product = partial(product_of, self.pieces)
         hidden = (self.wte(ids) + self.wpe(places)).view(rows * length, self.width)
         for number, block in enumerate(self.blocks):
             qkv = product(block.ln_1(hidden), block.qkv, block.qkv_bias)
@@ -277,48 +255,3 @@ class Decoder:
 
     def _ids(self, values: Sequence[Any]) -> Tensor:
         return torch.tensor(values).to(self.device, non_blocking=True)  # with device= a GPU would be waited for
-
-
-def _product(pieces: int, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`rows` (count, input) by `weight` (input, output), and `bias`; few rows as products of `pieces` of the input.
-
-    MKL's product of few rows keeps one thread at work, and packs the weights first from two rows on. Of a batch of such
-    products each thread takes its share: one row reads its weights at 20 to 25 GB/s for 17 (two cores with AVX2).
-    """
-    count, width = rows.shape
-    pieces = math.gcd(width, pieces)
-    if count > _FEW_ROWS or pieces == 1:
-        return rows @ weight if bias is None else torch.addmm(bias, rows, weight)
-    parts = rows.view(count, pieces, -1).transpose(0, 1)
-    product = torch.bmm(parts, weight.view(pieces, -1, weight.shape[1])).sum(0)
-    return product if bias is None else product.add_(bias)
-
-
-def _block(model: Any, number: int) -> _Block:
-    block, config = model.transformer.h[number], model.config
-    scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
-    if config.scale_attn_by_inverse_layer_idx:
-        scale /= number + 1
-    tanh = config.activation_function in _TANH_GELU
-    attention, mlp = block.attn, block.mlp
-    return _Block(
-        block.ln_1,
-        attention.c_attn.weight.detach(),
-        attention.c_attn.bias.detach(),
-        attention.c_proj.weight.detach(),
-        attention.c_proj.bias.detach(),
-        block.ln_2,
-        mlp.c_fc.weight.detach(),
-        mlp.c_fc.bias.detach(),
-        (lambda x: F.gelu(x, approximate="tanh")) if tanh else mlp.act,
-        mlp.c_proj.weight.detach(),
-        mlp.c_proj.bias.detach(),
-        scale,
-    )
-
-
-def _relayout(model: Any) -> None:
-    """Lay the head in memory as `_forward` reads it; the model computes as before."""
-    model.lm_head.weight.data = model.lm_head.weight.detach().t().contiguous().t()
-    if model.config.tie_word_embeddings:
-        model.transformer.wte.weight = model.lm_head.weight

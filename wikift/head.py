@@ -75,8 +75,10 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """What `summed_loss` sums, (positions,) in fp32, 0 where -100, without gradients."""
     dtype = _dtype(hidden, weight)
     if hidden.device.type == "cpu" and dtype != torch.float16:
+        losses, scored = torch.zeros(len(targets)), targets != NOT_SCORED  # windows that overlap score half of them
         with torch.autocast("cpu", enabled=False):
-            return _chunked(hidden, weight.to(dtype), targets)[0]
+            losses[scored] = _chunked(hidden[scored], weight.to(dtype), targets[scored])[0]
+        return losses
     parts = zip(hidden.split(_TOGETHER), targets.split(_TOGETHER), strict=True)
     return torch.cat([_plain(rows, weight, wanted) for rows, wanted in parts])
 

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wikift import checkpoint
 from wikift.checkpoint import Checkpoint
@@ -18,11 +18,12 @@ from wikift.config import TrainSettings
 from wikift.derive import Plan
 from wikift.disk import replace_json
 from wikift.errors import EnvironmentFault, UserError
-from wikift.log import read_metrics
-from wikift.loop import Due
 from wikift.patience import patience_of
-from wikift.tokens import TokenStore
-from wikift.world import World
+
+if TYPE_CHECKING:  # a dry run does not wait for torch
+    from wikift.loop import Due
+    from wikift.tokens import TokenStore
+    from wikift.world import World
 
 Say = Callable[[str], None]
 
@@ -51,6 +52,29 @@ def checkpoint_to_resume(settings: TrainSettings, run: Path, world: World) -> Ch
     if settings.resume == "auto":
         return checkpoint.newest_sound(run, world)
     return checkpoint.open_checkpoint(Path(settings.resume), verify=True)
+
+
+def planned_start(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) -> str:
+    """From where the run would begin, in words, by what can be seen without reading the checkpoint's content.
+
+    Raises UserError where the run would, and says what changed, as `check_same_experiment` does.
+    """
+    run = Path(settings.output_dir or "")
+    found = checkpoint.list_checkpoints(run)
+    if settings.resume == "never" or (settings.resume == "auto" and not found):
+        return "anew; what is in the output folder is kept aside" if found else "anew"
+    candidates = found[::-1] if settings.resume == "auto" else [Path(settings.resume)]
+    for path in candidates:
+        try:
+            start = checkpoint.open_checkpoint(path)
+            break
+        except UserError:
+            if path == candidates[-1]:
+                raise
+    check_same_experiment(settings, plan, store, start, say)
+    if finished := why_finished(settings, plan, start):
+        return f"finished, step {start.step:,}; {finished}"
+    return f"after step {start.step:,} of {start.path}, if that is sound"
 
 
 def experiment(settings: TrainSettings, plan: Plan, store: TokenStore) -> dict[str, Any]:
@@ -112,6 +136,8 @@ def owed_line(settings: TrainSettings, due: Due, run: Path, start: Checkpoint | 
         return None
     if not due.evaluate(start.step):
         return None
+    from wikift.log import read_metrics
+
     lines = read_metrics(run / "metrics.jsonl")
     return next((values for values in lines if values["step"] == start.step), {"step": start.step})
 

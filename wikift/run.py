@@ -22,7 +22,6 @@ from transformers.utils import logging as transformers_logging
 from wikift import __version__, derive, resume
 from wikift.build import Built, build
 from wikift.checkpoint import Checkpoint, best_checkpoint, list_checkpoints
-from wikift.cli import flag
 from wikift.config import TrainSettings
 from wikift.derive import Plan
 from wikift.disk import replace_json
@@ -45,7 +44,9 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     folder = Path(settings.output_dir or "")
-    validates = _validates(settings, store, say)
+    validates = store.has_validation
+    if not validates:
+        say(f"{store.path} has no validation text: no validation, no best checkpoint")
     if settings.deterministic:
         be_deterministic()  # before NCCL starts, which would take sums in NVLink's switches otherwise
     with started_world(settings.device) as world, stop_requests() as stop_signal, locked(folder, world, say):
@@ -80,23 +81,6 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
         choice = "" if best in (None, newest) else " --best"
         say(f"done: {folder}\n  python launch/consolidate.py {folder}{choice}\n  python launch/generate.py {folder}")
     return stopped
-
-
-def _validates(settings: TrainSettings, store: TokenStore, say: Say) -> bool:
-    """Whether there is something to validate on. Raises UserError where it was asked for and there is not."""
-    split = store.splits.get("validation")
-    if split is not None and split.tokens > 1:
-        return True
-    asked = {name: getattr(settings, name) for name in ("eval_steps", "early_stopping_patience")}
-    if problems := [
-        f"{flag(name)} {value}: cannot act, {store.path} has no validation text; prepare with --validation-fraction, "
-        "or leave it out"
-        for name, value in asked.items()
-        if value is not None
-    ]:
-        raise UserError(*problems)
-    say(f"{store.path} has no validation text: no validation, no best checkpoint")
-    return False
 
 
 def _prepare_folder(run: Run, built: Built, start: Checkpoint | None) -> None:

@@ -75,6 +75,11 @@ class TokenStore:
         parts = [f"{name} {split.sha256}" for name, split in sorted(self.splits.items())]
         return hashlib.sha256("\n".join([self.dtype, self.tokenizer_fingerprint, *parts]).encode()).hexdigest()
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is validation text: a token, and one before it."""
+        return "validation" in self.splits and self.splits["validation"].tokens > 1
+
     def tokens(self, split: str) -> Ids:
         """The ids of `split`, 1-D, read-only and memory-mapped. Raises UserError where there is no such split."""
         if split not in self.splits:

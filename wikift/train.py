@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wikift import config, derive, dsconfig
-from wikift.cli import parse
+from wikift.cli import flag, parse
 from wikift.command import EXIT_DONE, EXIT_INTERRUPTED
 from wikift.config import TrainSettings
 from wikift.derive import Plan
 from wikift.errors import UserError
 from wikift.length import warmup_steps
 from wikift.placement import Placement, placement
+from wikift.resume import planned_start
 from wikift.shape import Shape
 
 if TYPE_CHECKING:
@@ -109,8 +110,13 @@ def dry_run(settings: TrainSettings, place: Placement) -> str:
     path = Path(settings.data) if settings.data is not None else config.store_path(settings)
     shape = derive.model_shape(settings)
     if settings.data is not None or (path / "store.json").exists():
-        plan = _plan(settings, place, open_store(path))
+        store = open_store(path)
+        plan = _plan(settings, place, store)
         lines += [f"# {name}: {text}" for name, text in derive.plan_words(plan).items()]
+        notes: list[str] = []
+        notes.insert(0, f"starts: {planned_start(settings, plan, store, notes.append)}")
+        # a comment in TOML has no control characters, a path may
+        lines += ["# " + "".join(sign if sign.isprintable() else "?" for sign in note) for note in notes]
     else:
         lines.append(f"# steps of an epoch: known when {path} is prepared (by launch/prepare.py, or by the run itself)")
         if shape is not None:
@@ -134,13 +140,25 @@ def _data_problems(settings: TrainSettings, given: TrainSettings) -> list[str]:
 
 
 def _plan(settings: TrainSettings, place: Placement, store: TokenStore) -> Plan:
-    train = store.splits.get("train")
-    if train is None:
-        raise UserError(
-            f"--data {store.path}: has no train split, only {', '.join(store.splits)}; prepare a dataset that has one"
-        )
+    if problems := _split_problems(settings, store):
+        raise UserError(*problems)
     shape = derive.model_shape(settings, store.vocab_size) or _shape_from_hub(settings, store.vocab_size)
-    return derive.plan_run(settings, place, shape, train.tokens, store.vocab_size)
+    return derive.plan_run(settings, place, shape, store.splits["train"].tokens, store.vocab_size)
+
+
+def _split_problems(settings: TrainSettings, store: TokenStore) -> list[str]:
+    problems = []
+    if "train" not in store.splits:
+        splits = ", ".join(store.splits)
+        problems.append(f"--data {store.path}: has no train split, only {splits}; prepare a dataset that has one")
+    for name in ("eval_steps", "early_stopping_patience"):
+        value = getattr(settings, name)
+        if value is not None and not store.has_validation:
+            problems.append(
+                f"{flag(name)} {value}: cannot act, {store.path} has no validation text; prepare with "
+                "--validation-fraction, or leave it out"
+            )
+    return problems
 
 
 def _shape_from_hub(settings: TrainSettings, vocab_size: int) -> Shape:
