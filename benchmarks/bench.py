@@ -23,7 +23,7 @@ from benchmarks.harness import RESULTS, ROOT
 
 SMALL_MODEL = ("--layers", "2", "--width", "256", "--heads", "4")
 CONTESTS: dict[str, tuple[str, ...]] = {
-    "data": ("--megabytes", "100", "--peers-megabytes", "8", "--rounds", "3"),
+    "data": ("--megabytes", "100", "--peers-megabytes", "8", "--rounds", "2"),
     "train": (*SMALL_MODEL, "--only", "^Trainer$|^plain|^wikift$|^wikift, compiled$", "--rounds", "3"),
     "checkpoint": (*SMALL_MODEL, "--rounds", "5"),
     "startup": (*SMALL_MODEL, "--rounds", "3"),
