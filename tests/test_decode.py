@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from wikift.choose import ROUNDING, Sampling, choose, penalise, uniforms
 from wikift.config import GenerateSettings
 from wikift.decode import Decoder
 from wikift.engines.single import in_eval
+from wikift.layers import PIECES, product_of
 from wikift.live import sample_live
 from wikift.model import NextTokenLoss
 from wikift.sampling import Answer, Writer
@@ -34,6 +36,14 @@ def random_model(seed: int = 0, **words: Any) -> GPT2LMHeadModel:
     """Weights so large that every token tells in what follows."""
     torch.manual_seed(seed)
     return GPT2LMHeadModel(GPT2Config(**{**SHAPE, "initializer_range": 0.3, **words})).eval()  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _as_with_several_threads() -> Iterator[None]:
+    """Products of few rows are split here as where a user has several cores; test_generate.py has one thread."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 2)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +104,26 @@ def test_logits_are_the_models_own(words: dict[str, Any], relayout: bool) -> Non
                     torch.testing.assert_close(decoder.alone(row)[0], expected[row][k], rtol=1e-4, atol=1e-4)
         # other products of the same weights are rounded otherwise, no more than that
         torch.testing.assert_close(model(torch.tensor([[1, 2, 3]])).logits, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 9])
+@pytest.mark.parametrize("width", [7, 48, 50])  # in one piece, 16 and 2
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_a_product_in_pieces_is_the_product(rows: int, width: int, contiguous: bool) -> None:
+    random = torch.Generator().manual_seed(rows)
+    left, weight, bias = (torch.randn(shape, generator=random) for shape in ((rows, width), (width, 33), (33,)))
+    weight = weight if contiguous else weight.t().contiguous().t()
+    exact = left.double() @ weight.double()
+    torch.testing.assert_close(product_of(PIECES, left, weight).double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(product_of(PIECES, left, weight, bias).double(), exact + bias, rtol=1e-5, atol=1e-5)
+
+
+def test_products_are_split_for_several_threads_in_fp32_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
+    assert Decoder(model).pieces == PIECES
+    assert Decoder(random_model().to(torch.bfloat16)).pieces == 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert Decoder(model).pieces == 1
 
 
 def test_what_stood_before_is_read_ahead_and_never_changes_a_logit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,6 +434,7 @@ def test_a_compiled_step_can_become_a_cuda_graph() -> None:
         return graph.forward
 
     decoder = Decoder(random_model(), relayout=True, compile=True)
+    assert decoder.pieces == 1
     decoder._step = torch.compile(decoder._one_token, backend=aot_autograd(fw_compiler=compiler))
     plain = Decoder(random_model())
     with torch.inference_mode():
