@@ -122,8 +122,10 @@ def test_products_are_split_for_several_threads_in_fp32_only(monkeypatch: pytest
     model = random_model()
     assert Decoder(model).pieces == PIECES
     assert Decoder(random_model().to(torch.bfloat16)).pieces == 1
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert Decoder(model).pieces == 1
+    for name, answer in (("get_num_threads", 1), ("backends.mkl.is_available", False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"torch.{name}", lambda answer=answer: answer)
+            assert Decoder(model).pieces == 1
 
 
 def test_what_stood_before_is_read_ahead_and_never_changes_a_logit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,9 +44,10 @@ class Decoder:
             relayout_head(model)
         self.head = model.lm_head.weight.detach().t()  # (width, vocabulary)
         self.blocks = [layer_of(model, number) for number in range(config.n_layer)]
-        self.compiled = compile  # inductor takes the products of pieces apart: 58 ms a token for 36
-        threads = torch.get_num_threads() if model.device.type == "cpu" and self.dtype == torch.float32 else 1
-        self.pieces = 1 if compile or threads == 1 else PIECES
+        self.compiled = compile
+        on_mkl = model.device.type == "cpu" and self.dtype == torch.float32 and torch.backends.mkl.is_available()
+        # other libraries take a batch's products one by one, and inductor takes them apart: 58 ms a token for 36
+        self.pieces = PIECES if on_mkl and not compile and torch.get_num_threads() > 1 else 1
         self._step: Callable[..., Tensor] = self._one_token
         if compile:
             # CUDA graphs replay a step without its 200 launches; on a CPU the element-wise work is fused
