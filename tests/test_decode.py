@@ -43,6 +43,7 @@ def _as_with_several_threads() -> Iterator[None]:
     """Products of few rows are split here as where a user has several cores; test_generate.py has one thread."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 2)
+        patch.setattr(torch.backends.mkl, "is_available", lambda: True)
         yield
 
 
