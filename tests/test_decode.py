@@ -23,7 +23,7 @@ from wikift.choose import ROUNDING, Sampling, choose, penalise, uniforms
 from wikift.config import GenerateSettings
 from wikift.decode import Decoder
 from wikift.engines.single import in_eval
-from wikift.layers import PIECES, product_of
+from wikift.layers import PIECES
 from wikift.live import sample_live
 from wikift.model import NextTokenLoss
 from wikift.sampling import Answer, Writer
@@ -105,18 +105,6 @@ def test_logits_are_the_models_own(words: dict[str, Any], relayout: bool) -> Non
                     torch.testing.assert_close(decoder.alone(row)[0], expected[row][k], rtol=1e-4, atol=1e-4)
         # other products of the same weights are rounded otherwise, no more than that
         torch.testing.assert_close(model(torch.tensor([[1, 2, 3]])).logits, before, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("rows", [1, 3, 8, 9])
-@pytest.mark.parametrize("width", [7, 48, 50])  # in one piece, 16 and 2
-@pytest.mark.parametrize("contiguous", [True, False])
-def test_a_product_in_pieces_is_the_product(rows: int, width: int, contiguous: bool) -> None:
-    random = torch.Generator().manual_seed(rows)
-    left, weight, bias = (torch.randn(shape, generator=random) for shape in ((rows, width), (width, 33), (33,)))
-    weight = weight if contiguous else weight.t().contiguous().t()
-    exact = left.double() @ weight.double()
-    torch.testing.assert_close(product_of(PIECES, left, weight).double(), exact, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(product_of(PIECES, left, weight, bias).double(), exact + bias, rtol=1e-5, atol=1e-5)
 
 
 def test_products_are_split_for_several_threads_in_fp32_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def layer_of(model: Any, number: int) -> Layer:
 
 
 def relayout_head(model: Any) -> None:
-    """Lay the head in memory as a product of few rows reads it; the model computes as before."""
+    """Lay the head in memory as a product of few rows reads it, without a second copy; the model computes as before."""
     model.lm_head.weight.data = model.lm_head.weight.detach().t().contiguous().t()
     if model.config.tie_word_embeddings:
         model.transformer.wte.weight = model.lm_head.weight

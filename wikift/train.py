@@ -114,9 +114,9 @@ def dry_run(settings: TrainSettings, place: Placement) -> str:
         plan = _plan(settings, place, store)
         lines += [f"# {name}: {text}" for name, text in derive.plan_words(plan).items()]
         notes: list[str] = []
-        notes.insert(0, f"starts: {planned_start(settings, plan, store, notes.append)}")
-        # a comment in TOML has no control characters, a path may
-        lines += ["# " + "".join(sign if sign.isprintable() else "?" for sign in note) for note in notes]
+        starts = planned_start(settings, plan, store, notes.append)
+        for text in (f"starts: {starts}", *notes):  # a comment in TOML has no control characters, a path may
+            lines.append("# " + "".join(sign if sign.isprintable() else "?" for sign in text))
     else:
         lines.append(f"# steps of an epoch: known when {path} is prepared (by launch/prepare.py, or by the run itself)")
         if shape is not None:
