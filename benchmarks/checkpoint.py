@@ -135,10 +135,10 @@ def deepspeed(config: Any) -> Contestant:
 def wikift(config: Any) -> Contestant:
     import torch
 
-    from tests.engines import make_engine, random_start
-    from wikift.model import make_model, parameter_shapes
-    from wikift.saving import Saver
-    from wikift.world import start_world
+    from tests.tiny_engines import make_engine, random_start
+    from wikift.base.world import start_world
+    from wikift.checkpoint.writer import Saver
+    from wikift.model.gpt2 import make_model, parameter_shapes
 
     world = start_world("cpu")
     engine = make_engine("single", world, config)
@@ -185,7 +185,7 @@ def serve(name: str, shape: dict[str, int], folder: Path) -> None:
     """A save with buffers yet to be made, then one for each line of standard input."""
     import json
 
-    from wikift.model import model_config
+    from wikift.model.gpt2 import model_config
 
     config = model_config({**shape, "bos_token_id": 0, "eos_token_id": 0, **dict.fromkeys(_RATES, 0.0)})
     one = CONTESTANTS[name](config)

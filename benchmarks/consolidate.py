@@ -145,10 +145,10 @@ def save_with_wikift(model: Path, folder: Path) -> None:
     from safetensors import safe_open
 
     from wikift import __version__
-    from wikift.config import TrainSettings
+    from wikift.base.world import start_world, stop_world
+    from wikift.checkpoint.writer import Saver
     from wikift.engines.base import OPTIMIZER, SCALARS, STATES, Fragment
-    from wikift.saving import Saver
-    from wikift.world import start_world, stop_world
+    from wikift.settings.fields import TrainSettings
 
     world = start_world("cpu")
     fragments, shapes = [], {}

@@ -129,7 +129,7 @@ def contestant(name: str, small: Path, large: Path, work: Path, tokenizer: Path)
 
 def size(source: Path) -> float:
     """Megabytes of text in all splits."""
-    from wikift.textfiles import read_parquet
+    from wikift.data.readers import read_parquet
 
     if source not in _SIZES:
         texts = (texts for file in source.glob("*.parquet") for texts in read_parquet(file, "text"))
@@ -142,8 +142,8 @@ _SIZES: dict[Path, float] = {}
 
 def reading(store: Path) -> Mapping[str, float]:
     """Opening the store in a process that has imported what it needs, and random blocks on a warm page cache."""
-    from wikift.batches import count_blocks, micro_batches, sample_blocks
-    from wikift.tokens import open_store
+    from wikift.data.batches import count_blocks, micro_batches, sample_blocks
+    from wikift.data.store import open_store
 
     start = time.perf_counter()
     opened = open_store(store)

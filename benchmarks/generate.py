@@ -23,9 +23,9 @@ import torch
 from transformers import AutoTokenizer, CompileConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from benchmarks.harness import Contestant, Figures, interleave, machine, options, table, write
-from wikift.config import GenerateSettings
-from wikift.sampling import Writer
-from wikift.tokenizer import train
+from wikift.data.tokenizer import train
+from wikift.generation.writer import Writer
+from wikift.settings.fields import GenerateSettings
 
 PROMPT_TOKENS = 32
 Written = list[list[int]]

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from benchmarks import small
 from benchmarks.harness import Figures, machine, write
 from benchmarks.small import BLOCK
-from wikift.export import export
+from wikift.export.export import export
 
 BATCH, RATE = 8, 3e-3  # blocks a step, learning rate
 PLAIN = {"AdamW, plain loop": "adamw", "Muon (torch.optim)": "muon"}
@@ -130,13 +130,13 @@ def plain_loss(job: Job, kind: str) -> float:
     import numpy as np
     import torch
 
-    from wikift.batches import count_blocks, micro_batches
-    from wikift.model import NextTokenLoss, load_model
-    from wikift.optim import Schedule
-    from wikift.scoring import score_split
-    from wikift.tokens import open_store
-    from wikift.world import World
-    from wikift.world import seed as seed_of
+    from wikift.base.world import World
+    from wikift.base.world import seed as seed_of
+    from wikift.data.batches import count_blocks, micro_batches
+    from wikift.data.store import open_store
+    from wikift.engines.optim import Schedule
+    from wikift.evaluation.score import score_split
+    from wikift.model.gpt2 import NextTokenLoss, load_model
 
     folder, steps, _, seed = job
     store = open_store(folder / "articles")

@@ -83,11 +83,11 @@ def trainer_curve(folder: Path, seed: int, dropout: float, steps: int) -> Curve:
     import torch
     from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-    from wikift.batches import count_blocks, micro_batches
-    from wikift.model import NextTokenLoss
-    from wikift.scoring import score_split
-    from wikift.tokens import open_store
-    from wikift.world import World
+    from wikift.base.world import World
+    from wikift.data.batches import count_blocks, micro_batches
+    from wikift.data.store import open_store
+    from wikift.evaluation.score import score_split
+    from wikift.model.gpt2 import NextTokenLoss
 
     store = open_store(folder / "store")
     tokens = store.tokens("train")

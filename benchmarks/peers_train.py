@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wikift.meter import memory_gb
+from wikift.training.meter import memory_gb
 
 BEGUN = time.perf_counter()
 LR, DECAY = 1e-4, 0.1
@@ -68,7 +68,7 @@ class Setting:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
 
     def hf_config(self) -> Any:
-        from wikift.model import model_config
+        from wikift.model.gpt2 import model_config
 
         shape = {"n_layer": self.layers, "n_head": self.heads, "n_embd": self.width, "n_positions": self.block}
         return model_config(
@@ -272,11 +272,11 @@ def deepspeed_loop(setting: Setting, *, own_adam: bool) -> None:
 
 def wikift(setting: Setting, *, kind: str, compile: bool = False, deterministic: bool = False) -> None:
     """An engine of wikift's, on as many processes as torchrun started."""
-    from tests.engines import make_engine
-    from wikift.initial import FreshStart
-    from wikift.memory import keep_freed_memory
-    from wikift.optim import AdamSettings
-    from wikift.world import be_deterministic, join_group, start_world
+    from tests.tiny_engines import make_engine
+    from wikift.base.world import be_deterministic, join_group, start_world
+    from wikift.engines.memory import keep_freed_memory
+    from wikift.engines.optim import AdamSettings
+    from wikift.model.initial_weights import FreshStart
 
     if deterministic:
         be_deterministic()

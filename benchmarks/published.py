@@ -19,10 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wikift import command, folders
-from wikift.errors import EnvironmentFault, UserError
-from wikift.evaluate import main as evaluate
-from wikift.shape import RELEASED, released_name, shape_of
+from wikift.base import folders
+from wikift.base.errors import EnvironmentFault, UserError
+from wikift.base.shape import RELEASED, released_name, shape_of
+from wikift.commands import main as command
+from wikift.commands.evaluate import main as evaluate
 
 # model, split, protocol, stride, key of evaluate's JSON, published
 ZERO_SHOT = (

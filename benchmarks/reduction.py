@@ -28,7 +28,7 @@ RUNS: dict[str, tuple[int, list[str]]] = {  # ranks, options
 
 def last_loss(run: str, words: list[str]) -> float:
     """On one rank: train; the last validation loss (nats per token)."""
-    from wikift.train import main
+    from wikift.commands.train import main
 
     assert main([*words, "--output-dir", run, "--resume", "never", "--quiet"]) == 0
     last = json.loads((Path(run) / "metrics.jsonl").read_text().splitlines()[-1])

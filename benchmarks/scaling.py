@@ -26,10 +26,10 @@ def trained(kind: str, threads: int, steps: int, layers: int, width: int, batch:
     """On one rank: its seconds and processor seconds of `steps` steps of `batch` blocks over all ranks."""
     import torch
 
-    from tests.engines import make_engine, random_start, tiny_config
-    from wikift import dsconfig
-    from wikift.memory import keep_freed_memory
-    from wikift.world import start_world
+    from tests.tiny_engines import make_engine, random_start, tiny_config
+    from wikift.base.world import start_world
+    from wikift.engines.memory import keep_freed_memory
+    from wikift.settings import deepspeed as dsconfig
 
     keep_freed_memory()  # as launch/train.py does
     world = start_world("cpu")

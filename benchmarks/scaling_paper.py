@@ -2,8 +2,8 @@
 
     python -m benchmarks.scaling_paper [--run gpt2=0.140 ...] [--gpus 8 64 512] [--node-gb-per-s 400] ...
 
-The volumes are counted on real ranks by tests/test_traffic.py. Everything about the machine is an argument, nothing is
-measured here; the formula and its assumptions are in docs/scaling.md.
+The volumes are counted on real ranks by tests/engines/test_traffic.py. Everything about the machine is an argument,
+nothing is measured here; the formula and its assumptions are in docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def exchanged(engine: str, model: Size, accumulation: int, weight: int = 4, grad
     """Bytes of a step by the kind of collective: the whole that is reduced or gathered, whatever the number of ranks.
 
     `weight` bytes of an element where weights are gathered, `gradient` where gradients are reduced.
-    tests/test_traffic.py counts the same on real ranks.
+    tests/engines/test_traffic.py counts the same on real ranks.
     """
     every, outside = model.parameters, model.head + model.rest
     if engine == "ddp":

@@ -28,7 +28,7 @@ def store(folder: Path, *, train: Rows = ("train", 0, None), validation: Rows = 
     """Prepare these rows, once. The tokenizer is the one of the first store made beside it, else trained on `train`."""
     import pyarrow.parquet
 
-    from wikift.prepare import main
+    from wikift.commands.prepare import main
 
     if (folder / "store.json").exists():
         return folder
@@ -60,7 +60,7 @@ def initial(folder: Path, seed: int) -> Path:
 
 def train(run: Path, *words: str) -> Curve:
     """Run `launch/train.py` in this process; gives its validation losses."""
-    from wikift.train import main
+    from wikift.commands.train import main
 
     assert main([*words, "--output-dir", str(run), "--resume", "never", "--precision", "fp32", "--quiet"]) == 0
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())

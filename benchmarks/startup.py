@@ -84,7 +84,7 @@ def wikift(work: Path) -> tuple[list[str], Path]:
 def run_clm(work: Path) -> tuple[list[str], Path]:
     import torch
 
-    from wikift.model import resolve_precision
+    from wikift.model.gpt2 import resolve_precision
 
     bf16 = resolve_precision("auto", torch.device("cpu")).name == "bf16"
     text = sorted((work / "text").glob("train-*"))[0]

@@ -32,9 +32,9 @@ import torch
 
 from benchmarks.harness import Process, cores, interleave, machine, median, options, table, write
 from benchmarks.peers_train import CHECKED_STEPS, CONTESTANTS, PRODUCTS, Setting, loop
-from wikift.meter import peak_flops
-from wikift.model import resolve_precision
-from wikift.shape import Shape
+from wikift.base.shape import Shape
+from wikift.model.gpt2 import resolve_precision
+from wikift.training.meter import peak_flops
 
 SETS = {
     "peers": r"^(?!.*(1 process|2 ranks))",

@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from wikift.command import run
-from wikift.train import main
+from wikift.commands.main import run
+from wikift.commands.train import main
 
 if __name__ == "__main__":
     run(main)

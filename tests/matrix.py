@@ -20,7 +20,7 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.tiny import arguments, curve, tiny_store
-from wikift.checkpoint import open_checkpoint, step_folder
+from wikift.checkpoint.reader import open_checkpoint, step_folder
 from wikift.engines.base import SCHEDULE_FREE_STATES, STATES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +61,7 @@ def line(place: Place, store: Path, run: Path, **settings: Any) -> list[str]:
 
 
 def train_all(lines: Sequence[list[str]]) -> list[int]:
-    from wikift.train import main
+    from wikift.commands.train import main
 
     return [main(words) for words in lines]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["transformers.models.gpt2.modeling_gpt2", "wikift.run", "tests.preload"])
+_CONTEXT.set_forkserver_preload(["transformers.models.gpt2.modeling_gpt2", "wikift.training.run", "tests.preload"])
 
 
 def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, timeout_seconds: float = 120) -> list[Any]:

@@ -17,14 +17,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.test_export import weights_of
+from tests.export.test_export import weights_of
 from tests.trained import text_store, trained_run
 from wikift import average
 from wikift.average import mean_weights
-from wikift.checkpoint import list_checkpoints, open_checkpoint, step_folder
-from wikift.errors import UserError
-from wikift.export import main
-from wikift.tokens import open_store
+from wikift.base.errors import UserError
+from wikift.checkpoint.reader import list_checkpoints, open_checkpoint, step_folder
+from wikift.data.store import open_store
+from wikift.export.export import main
 
 
 @pytest.fixture(scope="module")

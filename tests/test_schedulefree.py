@@ -18,17 +18,18 @@ from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from tests.engines import ADAM, BLOCK, ENGINES, make_engine, random_start, tiny_config
 from tests.matrix import SINGLE, TOLERANCE, Place, read, train_all, write
 from tests.ranks import run_ranks
 from tests.real import ROOT
 from tests.tiny import VOCABULARY, arguments, curve, metrics, tiny_store
+from tests.tiny_engines import ADAM, BLOCK, ENGINES, make_engine, random_start, tiny_config
 from tests.trained import text_store, trained_run
-from wikift import export, train
-from wikift.checkpoint import Checkpoint, open_checkpoint, step_folder
+from wikift.base.errors import UserError
+from wikift.checkpoint.reader import Checkpoint, open_checkpoint, step_folder
+from wikift.commands import train
 from wikift.engines.base import SCHEDULE_FREE_SCALARS, SCHEDULE_FREE_STATES
-from wikift.errors import UserError
-from wikift.optim import LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
+from wikift.engines.optim import LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
+from wikift.export import export
 from wikift.schedulefree import at_average
 
 SCHEDULE_FREE = replace(ADAM, schedule_free=True)
@@ -130,7 +131,7 @@ def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
 
 def measure(kind: str) -> dict[str, Any]:
     """On one rank: six steps of four blocks, after each a validation at x; what came, and what that left behind."""
-    from wikift.world import start_world
+    from wikift.base.world import start_world
 
     world = start_world("cpu")
     config = tiny_config()
@@ -189,7 +190,7 @@ def test_any_engine_is_the_same_run_and_validation_leaves_no_trace(alone: dict[s
 
 def overflown(kind: str) -> bool:
     """Whether a step whose gradient overflowed in fp16 left every state as it was, after a good one."""
-    from wikift.world import start_world
+    from wikift.base.world import start_world
 
     world = start_world("cpu")
     config = tiny_config()
@@ -299,7 +300,7 @@ def test_samples_are_those_of_the_consolidated_model(run: Path, tmp_path: Path) 
 @torch.no_grad()
 def own_loss(run: Path, model: Any) -> float:
     """The loss on the validation split in blocks of 16, by transformers' model and torch alone."""
-    from wikift.tokens import open_store
+    from wikift.data.store import open_store
 
     ids = torch.tensor(open_store(json.loads((run / "config.json").read_text())["store_path"]).tokens("validation"))
     ids, total = ids.long(), 0.0

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engines import BLOCK, make_engine, random_start, tiny_config
 from tests.ranks import run_ranks
 from tests.tiny import VOCABULARY
-from wikift.world import start_world
+from tests.tiny_engines import BLOCK, make_engine, random_start, tiny_config
+from wikift.base.world import start_world
 
 SIZES = (1, 30, 7, 64, 5)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.trained import text_store, trained_run
-from wikift.errors import UserError
-from wikift.evaluate import main
+from wikift.base.errors import UserError
+from wikift.commands.evaluate import main
 from wikift.textquality import measure
 
 

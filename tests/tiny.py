@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from wikift.tokens import Encoded, write_store
+from wikift.data.store import Encoded, write_store
 
 VOCABULARY = 97
 SHAPE = "n_layer=2,n_head=2,n_embd=32,n_positions=16"

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from tests.tiny import arguments
-from wikift.tokenizer import train
-from wikift.tokens import Encoded, TokenStore, write_store
+from wikift.data.store import Encoded, TokenStore, write_store
+from wikift.data.tokenizer import train
 
 SENTENCES = (
     "The Renaissance was a period of European history .\n",
@@ -47,7 +47,7 @@ def text_store(folder: Path, *, vocabulary: int = 320, repeat: int = 6) -> Token
 
 def trained_run(folder: Path, store: Path, **settings: Any) -> Path:
     """A run of launch/train.py in this process: 12 steps, checkpoints at 4, 8 and 12, positions for 32 tokens."""
-    from wikift.train import main
+    from wikift.commands.train import main
 
     shape = "n_layer=2,n_head=2,n_embd=32,n_positions=32"
     words = {"config_overrides": shape, "block_size": 16, "save_total_limit": 9, **settings}

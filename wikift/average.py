@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from wikift import folders
-from wikift.checkpoint import Checkpoint, best_checkpoint, open_checkpoint
-from wikift.errors import UserError
-from wikift.weights import PIECE, Piece, Weights, read_weights
+from wikift.base import folders
+from wikift.base.errors import UserError
+from wikift.checkpoint.reader import Checkpoint, best_checkpoint, open_checkpoint
+from wikift.export.weights import PIECE, Piece, Weights, read_weights
 
 
 def last_checkpoints(run: Path, config: dict[str, Any], count: int) -> list[Checkpoint]:
@@ -82,7 +82,7 @@ def verdict(folder: Path, run: Path, config: dict[str, Any], last: Checkpoint) -
 
 def _validation_loss(folder: Path, config: dict[str, Any]) -> tuple[float, str]:
     """(nats per token, precision). Raises UserError where the run's validation text is not to be had."""
-    from wikift.tokens import open_store
+    from wikift.data.store import open_store
 
     store = open_store(str(config["store_path"]))
     if store.record != config["store"]:
@@ -93,9 +93,9 @@ def _validation_loss(folder: Path, config: dict[str, Any]) -> tuple[float, str]:
     from torch import Tensor
     from transformers.utils import logging
 
-    from wikift.model import NextTokenLoss, load_model, resolve_precision
-    from wikift.scoring import score_split
-    from wikift.world import started_world
+    from wikift.base.world import started_world
+    from wikift.evaluation.score import score_split
+    from wikift.model.gpt2 import NextTokenLoss, load_model, resolve_precision
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

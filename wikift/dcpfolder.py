@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from wikift.errors import UserError
+from wikift.base.errors import UserError
+from wikift.export.weights import PIECE, Piece, Weights
 from wikift.standin import damaged, load_pickle
-from wikift.weights import PIECE, Piece, Weights
 
 _ALLOWED = ("torch.", "pathlib.")
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wikift.errors import UserError
+from wikift.base.errors import UserError
 
 # What DDP, DeepSpeed, FSDP, torch.compile, checkpoint wrappers and state dicts put into names; GPT-2 has none of these.
 _WRAPPERS = {"module", "model", "app", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}

@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from wikift import __version__, folders
-from wikift.card import peer_card
+from wikift import __version__
+from wikift.base import folders
+from wikift.base.errors import UserError
+from wikift.base.publish import stopping_by_exception
+from wikift.base.sizes import parse_size, show_bytes
 from wikift.dcpfolder import is_dcp_folder, open_dcp
-from wikift.errors import UserError
-from wikift.exportfolder import FORMAT, check_target, published, write_json
+from wikift.export.card import peer_card
+from wikift.export.folder import FORMAT, check_target, published, write_json
+from wikift.export.weights import HEAD, Weights, write_weights
 from wikift.gpt2names import agreed_config, dimensions, ordered_names, plain_names
-from wikift.publish import stopping_by_exception
-from wikift.sizes import parse_size, show_bytes
-from wikift.weights import HEAD, Weights, write_weights
 from wikift.zerofolder import choose_zero, is_zero_folder, open_zero
 
 _EMBEDDING = "transformer.wte.weight"
@@ -143,7 +144,7 @@ def _model_folder(found: _Found, model: str | None, sizes: dict[str, int]) -> It
 
         from transformers import AutoTokenizer
 
-        from wikift.model import explained, load_config, load_generation_config
+        from wikift.model.gpt2 import explained, load_config, load_generation_config
 
         with tempfile.TemporaryDirectory() as folder:
             config = load_config(model)

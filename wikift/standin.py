@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from wikift.errors import UserError
+from wikift.base.errors import UserError
 
 
 class Record:

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wikift.config import GenerateSettings
-from wikift.derive import ranks_started
-from wikift.errors import UserError
-from wikift.tokens import TokenStore
+from wikift.base.errors import UserError
+from wikift.data.store import TokenStore
+from wikift.settings.fields import GenerateSettings
+from wikift.settings.run_plan import ranks_started
 
 if TYPE_CHECKING:
-    from wikift.sampling import Writer
+    from wikift.generation.writer import Writer
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 64, 32, 128
 
@@ -108,7 +108,7 @@ def report(names: Sequence[tuple[str, str, TokenStore]], split: str, *, device: 
         raise UserError(
             f"--generation: is work for one process, torchrun started {ranks_started()}; start it with python"
         )
-    from wikift.sampling import load_writer
+    from wikift.generation.writer import load_writer
 
     settings = GenerateSettings(max_new_tokens=NEW_TOKENS, repetition_penalty=1.0, top_k=0)
     shown = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "precision")

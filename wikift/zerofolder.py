@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wikift.errors import UserError
+from wikift.base.errors import UserError
+from wikift.export.weights import PIECE, Piece, Weights
 from wikift.standin import damaged, load_torch
-from wikift.weights import PIECE, Piece, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor

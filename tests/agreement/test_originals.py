@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.real import GPT2_TOKENIZER, needs_data, validation_rows
-from wikift.detokenize import detokenized
-from wikift.evaluate import main
+from wikift.commands.evaluate import main
+from wikift.evaluation.detokenize import detokenized
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 pytestmark = [pytest.mark.filterwarnings("ignore"), needs_data]  # the originals' warnings are not ours

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from wikift.base.world import World
 from wikift.engines.base import Fragment, FragmentReader
 from wikift.engines.shared import Shared, average, share_memory
 from wikift.engines.single import SingleEngine, whole_fragments
-from wikift.model import DTYPES
-from wikift.world import World
+from wikift.model.gpt2 import DTYPES
 
 
 class DDPEngine:

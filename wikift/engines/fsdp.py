@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GPT2LMHeadModel
 
+from wikift.base.world import World, join_group
 from wikift.engines.base import Fragment, FragmentReader
+from wikift.engines.optim import AdamSettings, LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
 from wikift.engines.single import copied, in_eval, moments_of, restore_scalars, scalar_fragments
-from wikift.model import DTYPES, NextTokenLoss, check_tied, keep_residual_in_fp32, materialize
-from wikift.optim import AdamSettings, LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
+from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, keep_residual_in_fp32, materialize
 from wikift.schedulefree import at_average
-from wikift.world import World, join_group
 
 
 class FSDPEngine:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from wikift.world import World
+from wikift.base.world import World
 
 _ROOM = 1 << 24  # elements that are exchanged at once: 64 MiB of each rank
 _PIECE = 1 << 16  # elements that are added at once, which stay in a cache

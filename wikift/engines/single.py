@@ -18,8 +18,8 @@ from wikift.engines.base import (
     Fragment,
     FragmentReader,
 )
-from wikift.model import NextTokenLoss, materialize
-from wikift.optim import AdamSettings, LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
+from wikift.engines.optim import AdamSettings, LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
+from wikift.model.gpt2 import NextTokenLoss, materialize
 from wikift.schedulefree import ScheduleFreeAdamW, at_average
 
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
+from wikift.base.world import World, join_group
 from wikift.engines.base import Fragment, FragmentReader
+from wikift.engines.optim import AdamSettings, LossScale, ScaleRule, build_optimizer
 from wikift.engines.single import copied, in_eval, moments_of, restore_scalars, scalar_fragments
-from wikift.model import DTYPES, NextTokenLoss, check_tied, keep_residual_in_fp32, materialize, parameter_shapes
-from wikift.optim import AdamSettings, LossScale, ScaleRule, build_optimizer
+from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, keep_residual_in_fp32, materialize, parameter_shapes
 from wikift.schedulefree import at_average
-from wikift.world import World, join_group
 
 
 class ZeroEngine:

@@ -1,0 +1,262 @@
+# python -m pytest tests/base/test_publish.py
+"""One process makes a folder, the others wait; it is there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from wikift.base import publish
+from wikift.base.errors import EnvironmentFault, UserError
+from wikift.base.publish import make_once
+
+
+def fill(folder: Path) -> None:
+    (folder / "part").write_text(str(os.getpid()))
+    (folder / "inner").mkdir()
+    (folder / "store.json").write_text("{}")
+
+
+def once(out: Path, make: Any = fill) -> list[str]:
+    said: list[str] = []
+    make_once(out, make, is_made=lambda: (out / "store.json").exists(), say=said.append)
+    return said
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_it_is_made_once(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "b"
+    assert once(out) == []
+    assert everything(tmp_path) == ["a", "a/b", "a/b/inner", "a/b/part", "a/b/store.json"]
+    once(out, lambda folder: pytest.fail("made again"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    once(empty)
+    assert (empty / "store.json").exists(), "an empty folder is taken"
+
+
+@pytest.mark.parametrize("fault", [UserError("no"), KeyboardInterrupt(), SystemExit(143), ValueError("bug")])
+def test_nothing_stays_of_what_fails(tmp_path: Path, fault: BaseException) -> None:
+    def broken(folder: Path) -> None:
+        fill(folder)
+        raise fault
+
+    with pytest.raises(type(fault)):
+        once(tmp_path / "a" / "b" / "c", broken)
+    assert everything(tmp_path) == []
+
+
+def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path) -> None:
+    left = tmp_path / ".out.partial"
+    (left / "deep").mkdir(parents=True)
+    (left / "deep" / "file").write_text("old")
+    (left / "link").symlink_to(tmp_path)
+    once(tmp_path / "out")
+    assert everything(tmp_path) == ["out", "out/inner", "out/part", "out/store.json"]
+
+
+def test_a_lock_on_a_folder_that_has_gone_is_none(tmp_path: Path) -> None:
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    descriptor = os.open(partial, os.O_RDONLY)
+    assert publish._lock(descriptor, partial) == "ours"
+    partial.rename(tmp_path / "out")  # published meanwhile
+    assert publish._lock(descriptor, partial) == "gone"
+    partial.mkdir()  # and another process began anew
+    assert publish._lock(descriptor, partial) == "gone"
+    os.close(descriptor)
+
+
+def waiting(out: Path, seconds: float, pipe: Any, local_rank: str = "0") -> None:
+    os.environ["LOCAL_RANK"] = local_rank
+
+    def slow(folder: Path) -> None:
+        pipe.send("making")
+        time.sleep(seconds)
+        fill(folder)
+
+    pipe.send(once(out, slow))
+
+
+def started(out: Path, seconds: float, local_rank: str = "0") -> tuple[Any, Any]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=waiting, args=(out, seconds, theirs, local_rank))
+    process.start()
+    return process, ours
+
+
+def received(pipe: Any) -> Any:
+    assert pipe.poll(60), "nothing came"
+    return pipe.recv()
+
+
+def test_one_works_and_the_others_wait(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first, pipe = started(out, 2)
+    assert received(pipe) == "making"
+    others = [started(out, 0) for _ in range(2)]
+    for process, other in others:
+        assert received(other) == [f"waiting for another process that is preparing {out}"]
+        process.join()
+    assert received(pipe) == []
+    first.join()
+    assert everything(tmp_path) == ["out", "out/inner", "out/part", "out/store.json"]
+    assert (out / "part").read_text() == str(first.pid)
+
+
+def test_who_waits_takes_over_from_a_killed_one(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first, pipe = started(out, 600)
+    assert received(pipe) == "making"
+    second, other = started(out, 0)
+    assert not other.poll(2), "it waits"
+    first.kill()
+    assert received(other) == "making"
+    assert received(other) == [f"waiting for another process that is preparing {out}"]
+    second.join()
+    assert everything(tmp_path) == ["out", "out/inner", "out/part", "out/store.json"]
+
+
+def test_who_waits_takes_over_from_one_that_failed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    go = threading.Event()
+
+    def failing(folder: Path) -> None:
+        go.set()
+        time.sleep(1)
+        raise UserError("no")
+
+    def first() -> None:
+        with pytest.raises(UserError):
+            once(out, failing)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert go.wait(10)
+    assert once(out) == [f"waiting for another process that is preparing {out}"]
+    thread.join()
+    assert (out / "store.json").exists()
+
+
+def test_of_the_ranks_of_a_machine_the_first_prepares(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    second, other = started(out, 0, local_rank="1")
+    assert not other.poll(2), "it leaves the first one its time"
+    first, pipe = started(out, 0)
+    assert received(pipe) == "making"
+    assert received(pipe) == []
+    assert received(other) == [f"waiting for another process that is preparing {out}"]
+    first.join()
+    second.join()
+    assert (out / "part").read_text() == str(first.pid)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_rank_prepares_if_the_first_does_not_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bool
+) -> None:
+    if left:
+        (tmp_path / ".out.partial").mkdir()
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(publish, "_HEAD_START_SECONDS", 1.2)
+    start = time.monotonic()
+    once(tmp_path / "out")
+    assert 1.2 <= time.monotonic() - start < 10
+    assert (tmp_path / "out" / "store.json").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP])
+def test_without_locks_the_first_to_finish_wins(tmp_path: Path, number: int) -> None:
+    out = tmp_path / "out"
+
+    def overtaken(folder: Path) -> None:
+        fill(folder)
+        once(out, other)
+
+    def other(folder: Path) -> None:
+        fill(folder)
+        (folder / "part").write_text("the other's")
+
+    # the second process is this one again, so give it a name of its own
+    names = iter([1, 2])
+    with (
+        mock.patch.object(fcntl, "flock", side_effect=OSError(number, "no locks here")),
+        mock.patch.object(publish.os, "getpid", side_effect=lambda: next(names, 3)),
+    ):
+        once(out, overtaken)
+    assert (out / "part").read_text() == "the other's"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+FAULTS = {
+    errno.ENOSPC: (
+        EnvironmentFault,
+        r"out: the disk is full \(.*\); nothing was kept. Free space, or put it on another",
+    ),
+    errno.EDQUOT: (EnvironmentFault, "the disk is full"),
+    errno.EIO: (EnvironmentFault, "the disk fails"),
+    errno.EROFS: (UserError, r"out: cannot be written \(.*\); name another folder"),
+    errno.EACCES: (UserError, "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("number", FAULTS, ids=errno.errorcode.get)
+def test_faults_of_the_disk(tmp_path: Path, number: int) -> None:
+    def full(folder: Path) -> None:
+        fill(folder)
+        raise OSError(number, os.strerror(number))
+
+    kind, message = FAULTS[number]
+    with pytest.raises(kind, match=message):
+        once(tmp_path / "out", full)
+    assert everything(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit)]
+)
+def test_signals_end_it_and_leave_nothing(tmp_path: Path, number: signal.Signals, kind: type[BaseException]) -> None:
+    seen: list[int] = []
+    before = signal.signal(number, lambda *_: seen.append(1))  # as training has its own
+    try:
+
+        def signalled(folder: Path) -> None:
+            fill(folder)
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+
+        with pytest.raises(kind):
+            once(tmp_path / "out", signalled)
+        assert everything(tmp_path) == []
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        assert seen == [1], "the handler of before is back"
+    finally:
+        signal.signal(number, before)
+
+
+def test_ignored_signals_stay_ignored(tmp_path: Path) -> None:
+    def hung_up(folder: Path) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        fill(folder)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        once(tmp_path / "out", hung_up)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "out" / "store.json").exists()

@@ -1,0 +1,151 @@
+"""Checkpoints: whole or not there, read by ranges, and a full disk loses nothing.
+
+pytest tests/checkpoint/test_reader.py
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.ranks import run_ranks
+from tests.tiny import arguments, tiny_store
+from wikift.base.errors import EnvironmentFault, UserError
+from wikift.checkpoint import reader as checkpoint
+from wikift.checkpoint.tensorfile import Entry, read_header, write_tensors
+from wikift.engines.base import STATES
+
+
+def train(command_line: list[str]) -> int:
+    from wikift.commands.train import main
+
+    return main(command_line)
+
+
+def fault_of_training(command_line: list[str]) -> str:
+    try:
+        train(command_line)
+    except EnvironmentFault as fault:
+        return str(fault)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three ranks: 12 steps, checkpoints at 4, 8 and 12, of which the last two and the best are kept."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    line = arguments(tiny_store(folder / "store"), folder / "run", global_batch_size=6)
+    assert run_ranks(train, 3, line) == [0, 0, 0]
+    return folder / "run"
+
+
+def test_every_rank_writes_and_stock_safetensors_reads(run: Path) -> None:
+    newest = checkpoint.list_checkpoints(run)[-1]
+    manifest = json.loads((newest / "manifest.json").read_text())
+    files = sorted(manifest["files"])
+    assert files == [f"rank-{rank:05d}.safetensors" for rank in range(3)]
+    assert sorted(p.name for p in newest.iterdir()) == ["manifest.json", *files]
+    opened = checkpoint.open_checkpoint(newest, verify=True)
+    seen = set()
+    for file in files:
+        with safe_open(newest / file, "pt") as stock:
+            for key in stock.keys():  # noqa: SIM118
+                name, state, start = key.split("|")
+                tensor = stock.get_tensor(key)
+                seen.add((name, state))
+                assert torch.equal(opened.read(name, state, int(start), int(start) + len(tensor)), tensor)
+    assert {(name, state) for name in opened.shapes for state in STATES} < seen
+    assert opened.step == 12
+    assert manifest["tokens"] == 12 * 6 * 8
+    assert manifest["eval_loss"] > 0
+
+
+def test_a_range_is_the_part_of_the_whole(run: Path) -> None:
+    opened = checkpoint.open_checkpoint(checkpoint.list_checkpoints(run)[-1])
+    name = "transformer.wte.weight"
+    count = torch.Size(opened.shapes[name]).numel()
+    whole = opened.read(name, "weight", 0, count)
+    for start, stop in ((0, 1), (count - 1, count), (5, 99), (7, 7)):
+        assert torch.equal(opened.read(name, "weight", start, stop), whole[start:stop])
+
+
+def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
+    line = arguments(tiny_store(tmp_path / "store"), tmp_path / "run", save_steps=1, max_steps=6, save_total_limit=2)
+    assert run_ranks(train, 1, line) == [0]
+    lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    best = min(lines, key=lambda values: values["eval_loss"])["step"]
+    kept = [checkpoint.open_checkpoint(path).step for path in checkpoint.list_checkpoints(tmp_path / "run")]
+    assert kept == sorted({best, 5, 6})
+    assert checkpoint.best_checkpoint(tmp_path / "run") == checkpoint.step_folder(tmp_path / "run", best)
+
+
+def test_an_older_best_outlives_newer_ones(run: Path, tmp_path: Path) -> None:
+    for step, loss in ((4, 1.0), (8, 3.0), (12, 2.0), (16, 2.5)):
+        folder = checkpoint.step_folder(tmp_path, step)
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"eval_loss": loss}))
+    checkpoint.prune(tmp_path, keep=1)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000004", "step-00000016"]
+
+
+def test_what_is_no_checkpoint_is_said(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        checkpoint.open_checkpoint(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": "something else"}')
+    with pytest.raises(UserError, match="not a checkpoint of this version"):
+        checkpoint.open_checkpoint(tmp_path)
+
+
+def test_a_tensor_file_is_what_stock_safetensors_writes(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(7).bfloat16(),
+        "c": torch.randn(2, 2).half(),
+        "d": torch.empty(0),
+    }
+    kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    entries = [Entry(name, kinds[t.dtype], tuple(t.shape)) for name, t in tensors.items()]
+    size, _ = write_tensors(tmp_path / "file", entries, tensors.__getitem__, {"format": "pt"})
+    assert (tmp_path / "file").stat().st_size == size
+    with safe_open(tmp_path / "file", "pt") as stock:
+        assert stock.metadata() == {"format": "pt"}
+        for name, tensor in tensors.items():
+            assert torch.equal(stock.get_tensor(name), tensor)
+    places, _ = read_header(tmp_path / "file")
+    assert places["a"][:2] == ("F32", (3, 5))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system with room for little more than one checkpoint of the tiny model."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_keeps_the_last_good_checkpoint(
+    small_disk: Path, tmp_path: Path, ranks: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tiny_store(tmp_path / "store")
+    run = small_disk / "run"
+    faults = run_ranks(fault_of_training, ranks, arguments(store, run, save_total_limit=9))
+    assert all("step-00000004" in fault and "Make room" in fault for fault in faults), faults
+    assert "No space left on device" in capsys.readouterr().out
+    (kept,) = checkpoint.list_checkpoints(run)
+    assert checkpoint.open_checkpoint(kept, verify=True).step == 4
+    assert [p.name for p in kept.parent.iterdir()] == ["step-00000004"], "nothing half there"
+    # room is made: the same command goes on
+    subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)
+    assert run_ranks(train, ranks, arguments(store, run, save_total_limit=9)) == [0] * ranks
+    assert [p.name for p in checkpoint.list_checkpoints(run)] == ["step-00000004", "step-00000008", "step-00000012"]

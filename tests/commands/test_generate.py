@@ -1,0 +1,410 @@
+"""Prompts to text: the stream, one answer, files of prompts. Run: pytest tests/commands/test_generate.py"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from tests.trained import text_store, trained_run
+from wikift.base import folders
+from wikift.base.errors import EnvironmentFault, UserError
+from wikift.commands.generate import main
+from wikift.data.tokenizer import train
+from wikift.generation import prompts
+from wikift.generation.stream import Stream
+from wikift.generation.writer import Writer, load_writer
+from wikift.settings.fields import GenerateSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+GENERATE = [sys.executable, str(ROOT / "launch" / "generate.py")]
+SCRIPT = "Hänsch — 東京 🜚 ﷺ…\nend"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps with positions for 64 tokens, exported."""
+    folder = tmp_path_factory.mktemp("generate")
+    shape = "n_layer=2,n_head=2,n_embd=32,n_positions=64"
+    run = trained_run(folder / "runs" / "small", text_store(folder / "store").path, config_overrides=shape)
+    assert main([str(run), "--prompt", "", "--max-new-tokens", "1", "--device", "cpu", "--quiet"]) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 257 byte tokens whose position decides the next token: it writes SCRIPT, byte by byte, and ends."""
+    folder = tmp_path_factory.mktemp("scripted")
+    saved = train([], 257, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = [*tokenizer(SCRIPT)["input_ids"], saved.eos_token_id]
+    size = saved.vocab_size
+    config = GPT2Config(
+        n_layer=1, n_head=1, n_embd=size, vocab_size=size, n_positions=64, bos_token_id=saved.eos_token_id,
+        eos_token_id=saved.eos_token_id,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "c_proj" in name:  # attention and MLP add nothing
+                parameter.zero_()
+        model.transformer.wte.weight.copy_(torch.eye(size))
+        model.transformer.wpe.weight.zero_()
+        model.transformer.wpe.weight[range(len(ids)), ids] = 10.0
+    model.save_pretrained(folder)
+    return folder
+
+
+def writer_of(folder: Path) -> Writer:
+    return load_writer(str(folder), "cpu")
+
+
+def asked(**values: Any) -> GenerateSettings:
+    return GenerateSettings(**values)
+
+
+# --- one answer ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(max_size=12), cut=st.integers(0, 60))
+def test_the_stream_writes_whole_characters_as_soon_as_they_are(scripted_tokenizer: Any, text: str, cut: int) -> None:
+    ids = scripted_tokenizer(text)["input_ids"]
+    assert len(ids) == len(text.encode()), "a token is a byte"
+    written: list[str] = []
+    stream = Stream(scripted_tokenizer, written.append)
+    for count, token in enumerate(ids[:cut], 1):
+        stream.take(token)
+        # all that is whole by now, and nothing of a character begun; a real U+FFFD waits for what follows it
+        whole = text.encode()[:count].decode(errors="ignore").removesuffix("\ufffd")
+        assert "".join(written) == whole == stream.text
+    assert stream.finish() == stream.text == "".join(written)
+
+
+@pytest.fixture(scope="module")
+def scripted_tokenizer(scripted: Path) -> Any:
+    return AutoTokenizer.from_pretrained(scripted)
+
+
+def test_bytes_that_are_no_text_are_shown_as_such(scripted_tokenizer: Any) -> None:
+    written: list[str] = []
+    stream = Stream(scripted_tokenizer, written.append)
+    first, second = scripted_tokenizer("é")["input_ids"]
+    for token in (second, *scripted_tokenizer("a")["input_ids"], first, first, second):
+        stream.take(token)
+    assert "".join(written) == "\ufffda\ufffdé"
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text("ab—", max_size=12), stop=st.lists(st.text("ab—", min_size=1, max_size=3), min_size=1, max_size=2))
+def test_nothing_of_a_stop_string_is_ever_written(scripted_tokenizer: Any, text: str, stop: list[str]) -> None:
+    written: list[str] = []
+    stream = Stream(scripted_tokenizer, written.append, stop)
+    for token in scripted_tokenizer(text)["input_ids"]:
+        stream.take(token)
+        if stream.stopped:
+            break
+        sofar = "".join(written)
+        assert not any(found in sofar for found in stop)
+    # the first end of a stop string ends the text, at the earliest beginning of one that is there by then
+    ends = [place + len(found) for found in stop if (place := text.find(found)) >= 0]
+    expected = (
+        text if not ends else text[: min(place for found in stop if (place := text[: min(ends)].find(found)) >= 0)]
+    )
+    assert stream.finish() == "".join(written) == expected
+    assert stream.stopped == bool(ends)
+
+
+@pytest.mark.parametrize("temperature", ["0", "0.8"])
+def test_a_scripted_model_is_quoted_to_its_end(
+    scripted: Path, capsys: pytest.CaptureFixture[str], temperature: str
+) -> None:
+    words = [str(scripted), "--prompt", "", "--temperature", temperature, "--max-new-tokens", "60", "--device", "cpu"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["text"] == SCRIPT
+    assert found["finish_reason"] == "stop"
+    assert found["new_tokens"] == len(SCRIPT.encode()) + 1
+    assert found["prompt"] == ""
+    assert found["seconds"] > 0
+    assert [found[name] for name in ("temperature", "top_k", "top_p", "seed")] == [float(temperature), 50, 0.95, 42]
+    assert main(words) == 0
+    assert capsys.readouterr().out == SCRIPT + "\n"
+
+
+def test_an_answer_cut_inside_a_character_ends_before_it(scripted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cut = len("Hänsch — 東".encode()) - 1
+    assert main([str(scripted), "--prompt", "", "--max-new-tokens", str(cut), "--json", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["text"], found["new_tokens"], found["finish_reason"]) == ("Hänsch — ", cut, "length")
+
+
+def test_same_seed_same_text(made: Path) -> None:
+    writer = writer_of(made / "hf")
+    one = [writer.answer("The", asked(seed=3, max_new_tokens=12), number).text for number in range(3)]
+    two = [writer.answer("The", asked(seed=3, max_new_tokens=12), number).text for number in (2, 1, 0)][::-1]
+    assert one == two
+    assert len({*one, writer.answer("The", asked(seed=4, max_new_tokens=12), 0).text}) == 4
+    greedy = {writer.answer("The", asked(seed=seed, temperature=0, max_new_tokens=12), 0).text for seed in (1, 2)}
+    assert len(greedy) == 1
+    # settings at their ends still give text
+    for extreme in (
+        {"temperature": 1e-30},
+        {"temperature": 1e30},
+        {"top_k": 0, "top_p": 1.0},
+        {"top_p": 1e-9},
+        {"top_k": 10**6},
+    ):
+        assert writer.answer("The", asked(max_new_tokens=4, **extreme), 0).new_tokens > 0
+    assert (
+        writer.answer("The", asked(max_new_tokens=12, top_k=1), 0).text
+        == writer.answer("The", asked(max_new_tokens=12, temperature=0), 0).text
+    )
+
+
+def test_greedy_is_the_models_own(made: Path) -> None:
+    writer = writer_of(made / "hf")
+    ids = writer.tokenizer("The Ren")["input_ids"]
+    for _ in range(10):
+        with torch.no_grad():
+            ids.append(int(writer.model(torch.tensor([ids])).logits[0, -1].argmax()))
+    found = writer.answer("The Ren", asked(temperature=0, repetition_penalty=1.0, max_new_tokens=10), 0)
+    assert "The Ren" + found.text == writer.tokenizer.decode(ids).removesuffix("\ufffd")
+
+
+def test_what_does_not_fit_the_context_is_said(made: Path) -> None:
+    torch.manual_seed(1)
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=64, vocab_size=320, initializer_range=0.5)
+    # weights so large that every token of the prompt tells in the text
+    writer = Writer(GPT2LMHeadModel(config).eval(), AutoTokenizer.from_pretrained(made / "hf"))
+    notes: list[str] = []
+    long = (
+        "Steam engines drove the Industrial Revolution . " * 10 + "Maria studied in Paris ; she shared the Nobel Prize "
+    )
+    count = len(writer.tokenizer(long)["input_ids"])
+    cut = writer.answer(long, asked(max_new_tokens=10), 0, note=notes.append)
+    assert cut.new_tokens == 10
+    assert notes == [f"the prompt has {count} tokens, the model's context is 64: only its last 54 are read"]
+    assert cut.prompt_tokens == count
+    # it is the end that is kept
+    end = writer.tokenizer.decode(writer.tokenizer(long)["input_ids"][-54:])
+    assert len(writer.tokenizer(end)["input_ids"]) == 54, "the cut is where a token begins anyway"
+    assert writer.answer(end, asked(max_new_tokens=10), 0).text == cut.text
+    assert writer.answer("Paris" + long, asked(max_new_tokens=10), 0).text == cut.text
+    assert writer.answer(long + "Paris", asked(max_new_tokens=10), 0).text != cut.text
+
+
+def test_a_published_models_own_sampling_does_not_mix_in(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in (made / "hf").iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    odd = {"do_sample": True, "temperature": 9.0, "max_length": 7, "num_beams": 1, "no_repeat_ngram_size": 1}
+    config = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps({**config, **odd}))
+    texts = []
+    for folder in (made / "hf", other):
+        assert main([str(folder), "--prompt", "The", "--temperature", "0", "--json", "--device", "cpu"]) == 0
+        out, err = capsys.readouterr()
+        texts.append(json.loads(out)["text"])
+        assert all(line.startswith("wikift: ") for line in err.splitlines()), "no library speaks on the terminal"
+    assert texts[0] == texts[1]
+
+
+def test_tokenizer_and_model_must_belong_together(made: Path, tmp_path: Path) -> None:
+    for path in (made / "hf").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert train([f"word{number * 7919}" for number in range(500)], 400, tmp_path).vocab_size == 400
+    with pytest.raises(UserError, match="do not belong together"):
+        main([str(tmp_path), "--prompt", "a"])
+
+
+# --- prompts -------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_prompts(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffHänsch \r\n\n   \n東京\nlast".encode())
+    words = [str(made), "--prompts-file", str(file), "--max-new-tokens", "3", "--device", "cpu"]
+    assert main([*words, "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["prompt"] for answer in found] == ["Hänsch ", "東京", "last"]
+    assert main(words) == 0
+    expected = "\n".join(f"{answer['prompt']}{answer['text']}\n" for answer in found)
+    assert capsys.readouterr().out == expected
+    assert main([*words, "--quiet"]) == 0
+    assert capsys.readouterr() == ("\n".join(f"{answer['text']}\n" for answer in found), "")
+
+
+def test_batches_come_back_in_order_and_each_as_alone(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked_for = ["Physics " * size + "in Paris" for size in (9, 0, 5, 1, 30, 2)]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(asked_for))
+    words = [str(made), "--prompts-file", str(file), "--max-new-tokens", "9", "--device", "cpu", "--json"]
+    answers = []
+    for size in ("1", "4"):
+        assert main([*words, "--batch-size", size]) == 0
+        out, err = capsys.readouterr()
+        answers.append([{**json.loads(line), "seconds": 0} for line in out.splitlines()])
+        assert re.search(r"^wikift: 6 prompts, 54 tokens in .* tokens/s$", err, re.M)
+    assert answers[0] == answers[1]
+    assert [answer["prompt"] for answer in answers[0]] == asked_for
+    assert [answer["prompt_tokens"] for answer in answers[0]] == [
+        len(writer_of(made / "hf").tokenizer(p)["input_ids"]) for p in asked_for
+    ]
+
+
+def test_stop_strings_logprobs_and_several_sequences(scripted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(scripted), "--prompt", "", "--device", "cpu", "--max-new-tokens", "60"]
+    assert main([*words, "--stop", "nothing", "--stop", "…\\n", "--stop=京", "--json", "--logprobs"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["text"], found["finish_reason"]) == ("Hänsch — 東", "stop_string")
+    assert found["stop"] == ["nothing", "…\n", "京"]
+    assert len(found["logprobs"]) == found["new_tokens"] == len("Hänsch — 東京".encode())
+    assert all(-0.1 < logprob <= 0 for _, logprob in found["logprobs"]), "the script leaves no choice"
+    assert main([*words, "--stop", "\\n"]) == 0
+    assert capsys.readouterr().out == SCRIPT.partition("\n")[0] + "\n"
+    assert main([*words, "--num-return-sequences", "2", "--quiet"]) == 0
+    assert capsys.readouterr().out == f"{SCRIPT}\n\n{SCRIPT}\n"
+    assert main([*words, "--num-beams", "2", "--temperature", "0", "--repetition-penalty", "1"]) == 0
+    assert capsys.readouterr().out == f"{SCRIPT}\n"
+
+
+# torch.compile imports parts of torch that are deprecated
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_step_writes_the_same(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for words in ([], ["--compile"]):
+        line = ["--prompt", "The", "--max-new-tokens", "6", "--device", "cpu", "--json", *words]
+        assert main([str(made), *line]) == 0
+        texts.append([json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()])
+    assert texts[0] == texts[1]
+
+
+def test_the_five_examples(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(made), "--examples", "--json", "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["prompt"] for answer in found] == list(prompts.EXAMPLES)
+    subjects = (
+        "John L. Hall and Theodor W. Hänsch",
+        "Renaissance",
+        "Marie Curie",
+        "Industrial Revolution",
+        "theory of relativity",
+    )
+    assert len(prompts.EXAMPLES) == len(subjects)
+    for subject, prompt in zip(subjects, prompts.EXAMPLES, strict=True):
+        assert subject in prompt
+    assert all(word in prompts.EXAMPLES[0] for word in ("2005", "precision spectroscopy", "optical frequency comb"))
+
+
+def test_wrong_command_lines(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin.txt").write_bytes(b"one\ntwo\nH\xe4nsch\n")
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").write_text("mine")
+    run = str(made)
+    lines: list[tuple[list[str], list[str]]] = [
+        ([run, "--prompt", "a", "--examples"], ["--prompt and --examples"]),
+        ([run, "--prompt", "a", "--prompts-file", "latin.txt"], ["--prompt and --prompts-file", "line 3 is not UTF-8"]),
+        ([run, "--prompts-file", "none.txt"], ["--prompts-file none.txt: cannot be read"]),
+        ([run, "--prompts-file", "."], ["--prompts-file .: cannot be read"]),
+        ([run, "--prompts-file", "blank.txt"], ["has no prompt in it"]),
+        ([run, "--temperature", "-1", "--top-p", "0"], ["--temperature -1", "--top-p 0"]),
+        ([run, "--top-k", "-1", "--top-p", "1.1"], ["--top-k -1", "--top-p 1.1"]),
+        ([run, "--max-new-tokens", "0", "--seed", "-1"], ["--max-new-tokens 0", "--seed -1"]),
+        ([run, "--repetition-penalty", "0", "--temperature", "hot"], ["--temperature hot: must be a number"]),
+        ([run, "--repetition-penalty", "0"], ["--repetition-penalty 0"]),
+        ([run, "--stop", "", "--logprobs"], ["--stop: is empty", "--logprobs: are written with --json"]),
+        ([run, "--num-beams", "2", "--stop", "a"], ["add --temperature 0", "goes without --stop"]),
+        ([run, "--num-beams", "2", "--num-return-sequences", "3", "--temperature", "0"], ["more than --num-beams 2"]),
+        ([run, "--num-return-sequences", "3", "--temperature", "0"], ["all would be the same", "--num-beams 3"]),
+        ([run, "--num-return-sequences=0", "--num-beams=0", "--batch-size=0"], ["-sequences 0", "-beams 0", "-size 0"]),
+        ([run, "--temprature", "1"], ["--temprature", "--temperature"]),
+        (["foreign"], ["neither a model nor a run"]),
+        (["latin.txt"], ["is a file"]),
+        ([str(made / "checkpoints" / "step-00000012")], ["is a checkpoint", "consolidate"]),
+        (["runs/none", "--no-train"], ["launch/train.py --output-dir runs/none\n", "launch/generate.py runs/none"]),
+        (["--no-train"], ["no trained model yet", "launch/train.py\n", "launch/generate.py runs/gpt2-wikitext-2-v1"]),
+        (["runs/none", "--no-train", "--", "--seed", "1"], ["--no-train"]),
+        (["runs/none", "--", "--learning-rate", "-1", "--dropout", "2"], ["--learning-rate -1", "--dropout 2"]),
+        (["runs/none", "--", "--output-dir", "runs/other"], ["--output-dir runs/other", "runs/none"]),
+        (["runs/none", "--", "--bogus"], ["--bogus"]),
+    ]  # fmt: skip
+    before = sorted(tmp_path.rglob("*"))
+    for words, expected in lines:
+        with pytest.raises(UserError) as raised:
+            main(words)
+        for part in expected:
+            assert part in str(raised.value), words
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_user_errors_come_before_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom wikift.commands.main import run\nfrom wikift.{} import main\n"
+        "try: run(main, sys.argv[1:])\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    for module, words in (
+        ("generate", ["runs/none", "--no-train", "--temperature", "-1"]),
+        ("export", ["runs/none"]),
+        ("evaluate", ["runs/none"]),
+    ):
+        command = [sys.executable, "-c", code.format(module), *words]
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        assert done.stdout == "2 False\n", done.stderr
+        assert done.stderr.startswith("wikift: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_of_the_hub_that_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EnvironmentFault, match="wikift-nobody/none"):
+        main(["wikift-nobody/none", "--prompt", "a"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_newest_run_is_the_default(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert folders.newest_run() is None
+    (tmp_path / "runs" / "unfinished").mkdir(parents=True)
+    (tmp_path / "runs" / "unfinished" / "config.json").write_bytes((made / "config.json").read_bytes())
+    for name, age in (("old", 100), ("new", 50)):
+        for path in made.rglob("*"):
+            if path.is_file():
+                copy = tmp_path / "runs" / name / path.relative_to(made)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(path.read_bytes())
+                os.utime(copy, (time.time() - age,) * 2)
+    assert folders.newest_run() == Path("runs/new")
+    assert main(["--prompt", "a", "--max-new-tokens", "1", "--json", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "runs/new/hf"
+    # an export older than the run's newest checkpoint answers, and says so
+    record = Path("runs/new/hf/wikift.json")
+    record.write_text(json.dumps({**json.loads(record.read_text()), "step": 8}))
+    assert main(["--prompt", "a", "--max-new-tokens", "1", "--device", "cpu"]) == 0
+    assert "runs/new/hf is of step 8, the run has come to 12" in capsys.readouterr().err

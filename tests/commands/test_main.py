@@ -1,0 +1,161 @@
+"""The commands as a user types them: torchrun, signals to real processes, a rank that fails, a terminal.
+
+pytest tests/commands/test_main.py
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import arguments, metrics, tiny_store
+from wikift.checkpoint.reader import list_checkpoints
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = str(ROOT / "launch" / "train.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+SECONDS = 120
+
+
+def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
+    words = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        command, env=words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def wait_for_lines(run: Path, lines: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= lines:
+            return
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(f"no {lines} lines of metrics.jsonl came:\n{process.communicate()[0]}")
+
+
+def endless(tmp_path: Path) -> list[str]:
+    words = {"max_steps": 10**6, "save_steps": 10**6, "eval_steps": 10**6, "quiet": False}
+    return arguments(tiny_store(tmp_path / "store"), tmp_path / "run", **words)
+
+
+def test_torchrun_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    line, run = endless(tmp_path), tmp_path / "run"
+    process = start([*TORCHRUN, "--nproc_per_node=2", TRAIN, *line])
+    wait_for_lines(run, 5, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=SECONDS)
+    assert "stopped by SIGTERM and saved" in output
+    (saved,) = list_checkpoints(run)
+    step = int(saved.name.removeprefix("step-"))
+    process = start([*TORCHRUN, "--nproc_per_node=2", TRAIN, *line])
+    wait_for_lines(run, step + 5, process)
+    os.killpg(process.pid, signal.SIGKILL)  # the launcher only: its ranks are in sessions of their own
+    process.communicate(timeout=SECONDS)
+    deadline = time.monotonic() + 20
+    while len(list_checkpoints(run)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)  # orphaned ranks notice, save and leave
+    assert len(list_checkpoints(run)) == 2
+    steps = [values["step"] for values in metrics(run)]
+    assert steps == list(range(1, len(steps) + 1)), "a step is there twice, or missing"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_process_exits_with_75(tmp_path: Path, number: int) -> None:
+    line, run = endless(tmp_path), tmp_path / "run"
+    process = start([sys.executable, TRAIN, *line])
+    wait_for_lines(run, 3, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 75, output
+    assert "saved; the same command goes on" in output
+    assert "Traceback" not in output
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    """A step that takes a minute: one signal waits for its end, the second does not."""
+    store = tiny_store(tmp_path / "store", train=2_000_000)
+    line = arguments(store, tmp_path / "run", global_batch_size=100_000, per_device_train_batch_size=5)
+    process = start([sys.executable, TRAIN, *line])
+    deadline = time.monotonic() + SECONDS
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    assert process.poll() is None, "one signal finishes the step first"
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=5)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "stopped at once" in output
+    assert list_checkpoints(tmp_path / "run") == []
+
+
+def test_a_stop_cuts_a_long_validation_short_and_saves(tmp_path: Path) -> None:
+    store = tiny_store(tmp_path / "store", validation=2_000_000)
+    line = arguments(store, tmp_path / "run", max_steps=5, eval_steps=1, save_steps=5, quiet=False)
+    process = start([*TORCHRUN, "--nproc_per_node=2", TRAIN, *line])
+    deadline = time.monotonic() + SECONDS
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(2.0)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=25)
+    assert "cut short" in output
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000001"]
+
+
+FAILING = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from wikift.commands.main import run
+from wikift.base.errors import UserError
+
+def main(argv):
+    from wikift.base.world import started_world
+    with started_world("cpu") as world:
+        world.barrier()
+        if world.rank == 1 and argv == ["raise"]:
+            raise ValueError("the cause of it all")
+        if world.rank == 1 and argv == ["kill"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if argv == ["user"]:
+            raise UserError("--block-size 0: must be 1 or more")
+        world.barrier()
+        import time; time.sleep(60)
+    return 0
+
+run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "first_word"),
+    [
+        ("raise", "wikift: rank 1 failed:"),
+        ("kill", None),
+        ("user", "wikift: one problem"),
+    ],
+)
+def test_a_rank_that_fails_ends_all_within_seconds(tmp_path: Path, how: str, first_word: str | None) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.format(root=str(ROOT)))
+    begun = time.monotonic()
+    process = start([*TORCHRUN, "--nproc_per_node=3", str(script), how])
+    output, _ = process.communicate(timeout=50)  # the script sleeps for 60 s where nobody ends it
+    assert time.monotonic() - begun < 50
+    assert process.returncode != 0
+    if first_word is not None:
+        assert output.startswith(first_word), output
+    if how == "kill":  # though torchrun has seen it die too and sends SIGTERM at once
+        assert "lost another process, which left no word" in output
+    if how == "raise":
+        assert output.index("the cause of it all") < output.index("stops, rank 1 failed")
+    if how == "user":
+        assert output.count("--block-size 0") == 1, "only one rank speaks"

@@ -1,0 +1,596 @@
+# python -m pytest tests/commands/test_prepare.py
+"""launch/prepare.py as its users meet it: stores, odd files, wrong settings, signals, a second process, a full disk."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from tests.real import GPT2_TOKENIZER, ROOT, WIKITEXT_MIRROR, needs_data
+from wikift.base.errors import UserError
+from wikift.commands import main as exits
+from wikift.commands import prepare
+from wikift.data.store import TokenStore, open_store
+
+LAUNCH = [sys.executable, str(ROOT / "launch" / "prepare.py")]
+
+
+def run(*words: Any) -> tuple[int, list[str]]:
+    """The exit code of prepare in this process, and the problems it tells."""
+    try:
+        return prepare.main([str(word) for word in words]), []
+    except UserError as error:
+        return exits.EXIT_USER, list(error.problems)
+
+
+def stored(out: Path, *words: Any) -> TokenStore:
+    assert run("--out", out, "--quiet", *words) == (0, [])
+    return open_store(out, verify=True)
+
+
+def text_of(store: TokenStore, split: str, *, special: bool = True) -> str:
+    tokenizer = Tokenizer.from_file(str(store.path / "tokenizer" / "tokenizer.json"))
+    text: str = tokenizer.decode(store.tokens(split).tolist(), skip_special_tokens=not special)
+    return text
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# --- stores ------------------------------------------------------------------------------------------------------
+
+
+@needs_data
+def test_the_mirror_has_its_known_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "data" / "wt2"
+    words = [
+        "--dataset",
+        WIKITEXT_MIRROR,
+        "--dataset-config",
+        "wikitext-2-v1",
+        "--tokenizer",
+        GPT2_TOKENIZER,
+        "--out",
+        out,
+    ]
+    assert run(*words) == (0, [])
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    table = [line.split() for line in printed.out.splitlines()]
+    assert table[0] == ["split", "rows", "tokens", "words", "bytes"]
+    assert table[2] == ["validation", "3,760", "256,061", "217,646", "1,119,083"]
+    assert printed.out.endswith(f"{out}: ready. Next:\n  python launch/train.py --data {out}\n")
+    store = open_store(out, verify=True)
+    assert list(store.splits) == ["train", "validation", "test"]
+    assert (store.dtype, store.vocab_size, store.eos_token_id) == ("uint16", 50257, 50256)
+    record = store.record
+    assert record["dataset"] == "wikitext-mirror"
+    assert record["dataset_config"] == "wikitext-2-v1"
+    assert record["revision"].startswith("sha256:")
+    assert (record["rows_are_documents"], record["append_eos"], record["validation_fraction"]) == (False, False, None)
+    assert str(tmp_path) not in json.dumps(record), "no paths of this machine"
+    assert everything(tmp_path / "data") == sorted(
+        [
+            "wt2",
+            "wt2/store.json",
+            "wt2/tokenizer",
+            "wt2/tokenizer/tokenizer.json",
+            "wt2/tokenizer/tokenizer_config.json",
+        ]
+        + [f"wt2/{split}.bin" for split in store.splits]
+    )
+
+    assert run(*words, "--verify") == (0, [])
+    printed = capsys.readouterr()
+    assert printed.err == f"{out} is there already, made by the same recipe\n"
+    assert f"{out}: every byte is as it was written" in printed.out
+    assert run(*words, "--append-eos") == (2, [
+        f"{out}: is a store made otherwise (append_eos False there, True asked); remove that folder, "
+        "or make another store with launch/prepare.py --out DIR"
+    ])  # fmt: skip
+
+
+def test_the_speed_is_told_where_it_matters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--dataset", "demo", "--tokenizer", "train:600"]
+    assert run(*words, "--out", tmp_path / "small") == (0, [])
+    assert "MB/s" not in capsys.readouterr().err
+    monkeypatch.setattr(prepare, "_SLOW_BYTES", 0)
+    assert run(*words, "--out", tmp_path / "large") == (0, [])
+    printed = capsys.readouterr()
+    assert re.search(r"\n0 MB of text in [\d.]+ s, [\d.]+ MB/s, after [\d.]+ s of start-up\n", printed.err)
+    assert "MB/s" not in printed.out
+
+
+def test_the_demo_and_the_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wikift.data import encode
+
+    monkeypatch.setattr(encode, "CHUNK_CHARACTERS", 20_000)  # so that processes are started
+    words = ["--dataset", "demo", "--tokenizer", "train:600"]
+    stores = [stored(tmp_path / str(n), *words, "--workers", n) for n in (1, 2, 3)]
+    assert len({store.fingerprint for store in stores}) == 1
+    assert len({json.dumps(store.record) for store in stores}) == 1
+    for split in ("train", "validation", "test"):
+        assert "\n" in text_of(stores[0], split)
+        assert stores[0].splits[split].bytes == len(text_of(stores[0], split).encode())
+    assert stores[0].vocab_size == 600
+
+
+def test_documents_end_with_end_of_text(tmp_path: Path) -> None:
+    source = tmp_path / "d.jsonl"
+    source.write_text("".join(json.dumps({"body": f"text number {i}"}) + "\n" for i in range(20)))
+    words = ["--dataset", source, "--text-column", "body", "--tokenizer", "train:300"]
+    with_eos = stored(tmp_path / "a", *words)
+    assert with_eos.record["append_eos"] is True
+    assert text_of(with_eos, "train").count("<|endoftext|>") == 19
+    assert text_of(with_eos, "train").endswith("<|endoftext|>")
+    assert with_eos.splits["validation"].rows == 1
+    without = stored(tmp_path / "b", *words, "--no-append-eos")
+    assert without.record["append_eos"] is False
+    assert text_of(without, "train") == text_of(with_eos, "train").replace("<|endoftext|>", "")
+    assert without.splits["train"].tokens == with_eos.splits["train"].tokens - 19
+    (tmp_path / "lines.txt").write_text("a b\nc d\n")
+    lines = stored(tmp_path / "c", "--dataset", tmp_path / "lines.txt", "--tokenizer", "train:300", "--append-eos")
+    assert text_of(lines, "train") + text_of(lines, "validation") in (
+        "a b\n<|endoftext|>c d\n<|endoftext|>", "c d\n<|endoftext|>a b\n<|endoftext|>"
+    )  # fmt: skip
+
+
+# --- odd files ---------------------------------------------------------------------------------------------------
+
+ODD_TEXTS: dict[str, tuple[bytes, str, int]] = {  # content, the text stored, words
+    "one word": (b"word", "word", 2),
+    "one character": ("é".encode(), "é", 2),
+    "CRLF": (b"one\r\n\r\ntwo\r\n", "one\n\ntwo\n", 5),
+    "no newline at the end": (b"one\ntwo", "one\ntwo", 4),
+    "byte-order mark": (b"\xef\xbb\xbfone\n", "one\n", 2),
+    "other line separators": ("a\u2028b\x0bc\x85d\re\n".encode(), "a\u2028b\x0bc\x85d\re\n", 6),
+    "blank rows around": (b"\n\n  \none\n\n", "\n\n  \none\n\n", 6),
+    "zero bytes": (b"a\x00b\n", "a\x00b\n", 2),
+    "end of text in the text": (b"a<|endoftext|>b\n", "a<|endoftext|>b\n", 2),
+}
+
+
+@pytest.mark.parametrize(("content", "text", "words"), ODD_TEXTS.values(), ids=ODD_TEXTS.keys())
+def test_odd_texts(tmp_path: Path, content: bytes, text: str, words: int) -> None:
+    (tmp_path / "in").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "in" / f"{split}.txt").write_bytes(content)
+    store = stored(tmp_path / "out", "--dataset", tmp_path / "in", "--tokenizer", "train:300")
+    for split in ("train", "validation"):
+        assert text_of(store, split) == text
+        assert store.splits[split].bytes == len(text.encode())
+        assert store.splits[split].words == words
+
+
+def test_one_word_alone_has_no_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one.txt").write_text("word")
+    assert run("--dataset", tmp_path / "one.txt", "--tokenizer", "train:400", "--out", tmp_path / "out") == (0, [])
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "one.txt has one row, so no validation split is cut from it",
+        "training a byte-level BPE of 400 tokens on the train split",
+        "the text has too few different pairs for 400 tokens: the vocabulary has 260",
+    ]
+    assert list(open_store(tmp_path / "out").splits) == ["train"]
+
+
+ODD_FAULTS: dict[str, tuple[str, bytes, str]] = {
+    "empty": ("a.txt", b"", "its train split holds no text (no rows); name one with text in it"),
+    "a mark only": ("a.txt", b"\xef\xbb\xbf", "its train split holds no text (no rows)"),
+    "blank rows only": ("a.txt", b"\n \n\t\n\r\n", "holds no text (3 blank rows)"),
+    "empty jsonl": ("a.jsonl", b"\n\n", "its train split holds no text (no rows)"),
+    "blank documents": ("a.jsonl", b'{"text": ""}\n' * 3, "holds no text (2 blank rows)"),
+    "invalid UTF-8": (
+        "a.txt",
+        b"fine\n" * 1000 + b"caf\xe9\n",
+        "a.txt, line 1001: byte 0xe9 at offset 5,003 is not UTF-8",
+    ),
+    "a line not JSON": ("a.jsonl", b'{"text": "a"}\nno\n', "a.jsonl, line 2: is not JSON"),
+    "no such column": ("a.jsonl", b'{"body": "a"}\n', "a.jsonl, line 1: has no 'text', it has body"),
+    "not parquet": ("a.parquet", b"text", "a.parquet: is not a whole parquet file"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), ODD_FAULTS.values(), ids=ODD_FAULTS.keys())
+@pytest.mark.parametrize(
+    "tokenizer", ["train:300", pytest.param(str(GPT2_TOKENIZER), marks=needs_data)], ids=["train", "gpt2"]
+)
+def test_odd_files_have_one_message_and_leave_nothing(
+    tmp_path: Path, name: str, content: bytes, message: str, tokenizer: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    code, problems = run("--dataset", tmp_path / name, "--tokenizer", tokenizer, "--out", tmp_path / "new" / "out")
+    assert code == 2
+    assert len(problems) == 1
+    assert message in problems[0]
+    assert everything(tmp_path) == [name]
+
+
+def test_a_fault_late_in_another_split_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "train.txt").write_text("fine\n" * 1000)
+    (tmp_path / "in" / "validation.txt").write_bytes(b"\xff")
+    code, (problem,) = run("--dataset", tmp_path / "in", "--tokenizer", "train:300", "--out", tmp_path / "out")
+    assert (code, everything(tmp_path)) == (2, ["in", "in/train.txt", "in/validation.txt"])
+    assert "validation.txt, line 1: byte 0xff at offset 0 is not UTF-8" in problem
+
+
+# --- settings ----------------------------------------------------------------------------------------------------
+
+
+def test_every_problem_at_once(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("")
+    words = [
+        "--dataset",
+        "gone.txt",
+        "--tokenizer",
+        "./gone",
+        "--out",
+        tmp_path / "out",
+        "--workers",
+        "0",
+        "--seed",
+        "-1",
+    ]
+    code, problems = run(*words, "--validation-fraction", "1")
+    assert code == 2
+    assert [problem.split(":")[0] for problem in problems] == [
+        "--validation-fraction 1", "--workers 0", "--dataset gone.txt", "--tokenizer ./gone",
+        f"--out {tmp_path / 'out'}", "--seed -1",
+    ]  # fmt: skip
+    assert everything(tmp_path) == ["out", "out/thesis.tex"]
+
+
+def test_out_that_is_something_else(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert run("--dataset", "demo", "--tokenizer", "train:300", "--out", tmp_path / "file") == (
+        2, [f"--out {tmp_path}/file: is a file; name a folder"]
+    )  # fmt: skip
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "store.json").write_text('{"format": "mine"}')
+    code, (problem,) = run("--dataset", "demo", "--tokenizer", "train:300", "--out", tmp_path / "foreign")
+    assert code == 2
+    assert "store.json is not wikift's" in problem
+    below = tmp_path / "file" / "far" / "below"
+    code, problems = run("--dataset", "demo", "--tokenizer", "train:300", "--out", below)
+    assert (code, problems) == (2, [f"--out {below}: {tmp_path}/file is a file, not a folder; name another place"])
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> tuple[Path, list[Any]]:
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps({"text": f"text {i}", "body": f"body {i}"}) + "\n" for i in range(30)))
+    words = ["--dataset", source, "--tokenizer", "train:300", "--out", tmp_path / "out"]
+    assert run(*words, "--quiet") == (0, [])
+    return source, words
+
+
+@pytest.mark.parametrize(
+    ("more", "difference"),
+    [
+        (["--text-column", "body"], "text_column text there, body asked"),
+        (["--seed", "7"], "seed 42 there, 7 asked"),
+        (["--validation-fraction", "0.1"], "validation_fraction 0.05 there, 0.1 asked"),
+        (["--no-append-eos"], "append_eos True there, False asked"),
+        (["--tokenizer", "train:301"], "tokenizer train:300 there, train:301 asked"),
+        (["--dataset", "demo"], "dataset a.jsonl there, demo asked; text_column text there, none asked)"),
+    ],
+)
+def test_another_recipe_is_refused(recipe: tuple[Path, list[Any]], more: list[str], difference: str) -> None:
+    code, (problem,) = run(*recipe[1], *more)
+    assert code == 2
+    assert f"out: is a store made otherwise ({difference}" in problem
+    assert problem.endswith("remove that folder, or make another store with launch/prepare.py --out DIR")
+
+
+def test_the_same_recipe_is_known_by_content(recipe: tuple[Path, list[Any]], tmp_path: Path) -> None:
+    source, words = recipe
+    before = (tmp_path / "out" / "store.json").stat()
+    same: list[tuple[Callable[[], Any], list[Any]]] = [
+        (lambda: None, []),
+        (lambda: os.utime(source, (1, 1)), []),
+        (lambda: None, ["--validation-fraction", "0.05", "--append-eos", "--workers", "1"]),
+        (lambda: source.rename(tmp_path / "b.jsonl") and (tmp_path / "b.jsonl").rename(source), []),
+    ]
+    for change, more in same:
+        change()
+        assert run(*words, *more) == (0, [])
+    assert (tmp_path / "out" / "store.json").stat() == before
+    content = source.read_text()
+    source.write_text(content.replace("text 7", "text 8"))
+    assert "made otherwise (the files' content is another now)" in run(*words)[1][0]
+    source.write_text(content + "\n")
+    assert "made otherwise (the files' content is another now)" in run(*words)[1][0]
+
+
+def test_a_text_that_changes_while_it_is_read_leaves_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = tmp_path / "texts", tmp_path / "out"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        (folder / f"{split}.txt").write_text(f"some {split} text\n" * 99)
+    original = prepare._prepare
+
+    def changed(*given: Any) -> float:
+        first = original(*given)
+        with open(folder / "train.txt", "a") as file:
+            file.write("and more\n")
+        return first
+
+    monkeypatch.setattr(prepare, "_prepare", changed)
+    code, (problem,) = run("--dataset", folder, "--tokenizer", "train:300", "--out", out)
+    assert (code, problem) == (
+        2,
+        f"{folder}: changed while it was read; run the command again when nothing writes to it",
+    )
+    assert os.listdir(tmp_path) == ["texts"]
+
+
+def test_places_that_no_store_can_be_moved_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    (tmp_path / "to-nothing").symlink_to("nothing")
+    monkeypatch.chdir(tmp_path / "folder")
+    for out, kind in ((tmp_path / "link", "a link"), (tmp_path / "to-nothing", "a link"), (".", "the current folder")):
+        code, (problem,) = run("--dataset", "demo", "--tokenizer", "train:300", "--out", out)
+        assert code == 2
+        assert problem.startswith(f"--out {out}: is {kind}, which a store can't be moved to; name")
+
+
+def test_being_there_already_is_quick_and_light(recipe: tuple[Path, list[Any]]) -> None:
+    code = (
+        "import sys; from wikift.commands.prepare import main; assert main(sys.argv[1:]) == 0;"
+        "heavy = {'torch', 'transformers', 'datasets', 'tokenizers', 'pyarrow'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    command = [sys.executable, "-c", code, *map(str, recipe[1])]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=60, capture_output=True)
+
+
+def test_verify_alone_checks_the_store_at_out(recipe: tuple[Path, list[Any]], tmp_path: Path) -> None:
+    assert run("--out", tmp_path / "out", "--verify") == (0, [])
+    with open(tmp_path / "out" / "train.bin", "r+b") as file:
+        file.write(b"\1\0")
+    code, (problem,) = run("--out", tmp_path / "out", "--verify")
+    assert code == 2
+    assert problem.startswith(f"--out {tmp_path}/out: train.bin is damaged")
+
+
+def test_help_is_instant() -> None:
+    start = time.monotonic()
+    out = subprocess.run([*LAUNCH, "--help"], capture_output=True, text=True, timeout=60, check=True)
+    assert time.monotonic() - start < 3, "under half a second, on a machine with nothing else to do"
+    assert "--dataset" in out.stdout
+    modules = "import sys; import wikift.commands.prepare; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", modules], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert not {"numpy", "torch", "tokenizers", "yaml"} & set(loaded.split())
+
+
+# --- processes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def long_text(tmp_path: Path) -> Path:
+    """5 MB of text, which keeps two workers busy for a few seconds."""
+    numbers = ((i % 97, i * 7919 % 1009, i % 31) for i in range(80_000))
+    lines = [f"the {a} of {b} and the others , once or twice or {c} times over\n" for a, b, c in numbers]
+    (tmp_path / "long.txt").write_text("".join(lines))
+    return tmp_path / "long.txt"
+
+
+_STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test() -> Iterator[None]:
+    yield
+    while _STARTED:
+        process = _STARTED.pop()
+        process.kill()
+        process.communicate(timeout=30)
+
+
+# gigatoken would be done before a signal could be sent, and starts no processes
+_WITHOUT = (
+    "import runpy, sys; sys.modules['gigatoken'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], {}, '__main__')"
+)
+SLOW_LAUNCH = [sys.executable, "-c", _WITHOUT, *LAUNCH[1:]]
+
+
+def start(source: Path, out: Path) -> subprocess.Popen[str]:
+    words = ["--dataset", str(source), "--tokenizer", "train:300", "--out", str(out), "--workers", "2"]
+    _STARTED.append(subprocess.Popen([*SLOW_LAUNCH, *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    return _STARTED[-1]
+
+
+def until_writing(process: subprocess.Popen[str], out: Path) -> list[int]:
+    """Wait until the first tokens are on the disk; the process's children."""
+    file = out.parent / f".{out.name}.partial" / "train.bin"
+    limit = time.monotonic() + 60
+    while not (file.exists() and file.stat().st_size):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 2
+    return [int(child) for child in children]
+
+
+def all_gone(pids: list[int]) -> bool:
+    limit = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_prepare_leaves_nothing(long_text: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    process = start(long_text, tmp_path / "out")
+    children = until_writing(process, tmp_path / "out")
+    if number == signal.SIGINT:  # a terminal tells the whole group, and it is the parent's to act
+        for pid in children:
+            os.kill(pid, number)
+        time.sleep(0.7)
+        assert process.poll() is None
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    assert everything(tmp_path) == ["long.txt"]
+    assert all_gone(children)
+
+
+def test_after_a_kill_the_next_prepare_works(long_text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(long_text, out)
+    children = until_writing(process, out)
+    process.kill()
+    process.communicate(timeout=30)  # the workers hold its stderr open until they leave
+    assert not out.exists()
+    assert all_gone(children), "the workers leave with their parent"
+    long_text.write_text("short\n" * 10)
+    process = start(long_text, out)
+    assert process.communicate()[1].count("\n") == 1 + 1  # training the BPE, too few pairs
+    assert process.returncode == 0
+    assert open_store(out, verify=True).splits["train"].rows == 9
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long.txt", "out"]
+
+
+def test_of_two_prepares_one_works_and_one_waits(long_text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = start(long_text, out)
+    until_writing(first, out)
+    second = start(long_text, out)
+    printed = [process.communicate(timeout=120) for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0]
+    assert printed[0][0] == printed[1][0], "the same table"
+    assert "training a byte-level BPE" in printed[0][1]
+    assert not {"\r", "\x1b"} & set(printed[0][1]), "plain lines in a pipe"
+    assert printed[1][1] == f"waiting for another process that is preparing {out}\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long.txt", "out"]
+
+
+def on_a_terminal(source: Path, out: Path, *, interrupt: bool = False) -> tuple[int, str]:
+    """The exit code, and what a terminal of 40 columns gets on stderr."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    words = ["--dataset", str(source), "--tokenizer", "train:300", "--out", str(out), "--workers", "2"]
+    with subprocess.Popen([*SLOW_LAUNCH, *words], stderr=theirs, stdout=subprocess.PIPE) as process:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(ours, 4096)
+            except OSError:  # the other end is closed
+                break
+            if interrupt and b"train: " in shown:
+                process.send_signal(signal.SIGINT)
+                interrupt = False
+    os.close(ours)
+    return process.returncode, shown.decode()
+
+
+def test_a_terminal_gets_one_line_that_fits(long_text: Path, tmp_path: Path) -> None:
+    code, shown = on_a_terminal(long_text, tmp_path / "out")
+    assert code == 0
+    rates = [part.removesuffix("\x1b[K") for part in shown.split("\r") if part.startswith("train: ")]
+    assert len(rates) > 1
+    assert all("MB/s" in line and "\n" not in line for line in rates)
+    assert max(map(len, rates)) == 39
+    assert shown.endswith("\r\x1b[K"), "the last line is taken away"
+
+
+def test_an_interrupted_terminal_is_left_clean(long_text: Path, tmp_path: Path) -> None:
+    code, shown = on_a_terminal(long_text, tmp_path / "out", interrupt=True)
+    assert code == 130
+    assert shown.endswith("\r\x1b[Kwikift: interrupted\r\n")
+
+
+def limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+
+def test_a_write_that_fails_is_the_environments_fault(long_text: Path, tmp_path: Path) -> None:
+    words = ["--dataset", str(long_text), "--tokenizer", "train:300", "--out", str(tmp_path / "out"), "--workers", "2"]
+    out = subprocess.run([*LAUNCH, *words], preexec_fn=limit_file_size, capture_output=True, text=True, timeout=120)
+    assert out.returncode == 1
+    assert "out: the disk is full (File too large); nothing was kept. Free space" in out.stderr
+    assert "Traceback" not in out.stderr
+    assert everything(tmp_path) == ["long.txt"]
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    long_text = tmp_path / "long.txt"
+    long_text.write_text("".join(f"the {i % 97} of {i % 1009}\n" for i in range(100_000)))
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
+    try:
+        words = ["--dataset", str(long_text), "--tokenizer", "train:300", "--out", str(small / "out")]
+        out = subprocess.run([*LAUNCH, *words], capture_output=True, text=True, timeout=120)
+        assert out.returncode == 1
+        assert (
+            f"wikift: {small}/out: the disk is full (No space left on device); nothing was kept. Free space"
+            in out.stderr
+        )
+        assert "Traceback" not in out.stderr
+        assert everything(small) == []
+        if GPT2_TOKENIZER.is_dir():  # already the copy of the tokenizer is too much
+            words[3] = str(GPT2_TOKENIZER)
+            out = subprocess.run([*LAUNCH, *words], capture_output=True, text=True, timeout=120)
+            assert (out.returncode, everything(small)) == (1, [])
+            assert "the disk is full" in out.stderr
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "setting"),
+    [
+        (["--dataset", "wikitext-2-v1", "--tokenizer", "train:300"], "--dataset wikitext-2-v1"),
+        (["--dataset", "demo"], "--tokenizer gpt2"),
+    ],
+)
+def test_no_network_says_what_to_do_and_soon(tmp_path: Path, words: list[str], setting: str) -> None:
+    kept = {name: value for name, value in os.environ.items() if "proxy" not in name.lower() and name[:3] != "HF_"}
+    environment = {**kept, "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens
+    began = time.monotonic()
+    out = subprocess.run(
+        [*LAUNCH, *words, "--out", str(tmp_path / "out")], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert time.monotonic() - began < 20, "the libraries alone try for 25 seconds and more"
+    assert out.returncode == 1
+    assert out.stderr.count("\n") == 1
+    assert out.stderr.startswith(
+        f"wikift: {setting}: is neither in the Hugging Face cache nor to be had from the Hub ("
+    )
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name != "hf"] == []

@@ -1,0 +1,172 @@
+"""The interactive session, on a terminal and in a pipe. Run: pytest tests/commands/test_session.py"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.terminal import Terminal
+from tests.trained import text_store, trained_run
+from wikift.base.errors import UserError
+from wikift.commands.generate import main
+from wikift.commands.session import set_value
+from wikift.settings.fields import GenerateSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+GENERATE = [sys.executable, str(ROOT / "launch" / "generate.py")]
+SCRIPT = "Hänsch — 東京 🜚 ﷺ…\nend"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps with positions for 64 tokens, exported."""
+    folder = tmp_path_factory.mktemp("generate")
+    shape = "n_layer=2,n_head=2,n_embd=32,n_positions=64"
+    run = trained_run(folder / "runs" / "small", text_store(folder / "store").path, config_overrides=shape)
+    assert main([str(run), "--prompt", "", "--max-new-tokens", "1", "--device", "cpu", "--quiet"]) == 0
+    return run
+
+
+def asked(**values: Any) -> GenerateSettings:
+    return GenerateSettings(**values)
+
+
+# --- the session ---------------------------------------------------------------------------------------------------
+
+
+def in_a_pipe(made: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, *words: str) -> int:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+    return main([str(made), "--device", "cpu", *words])
+
+
+def test_a_pipe_of_prompts_and_commands(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = (
+        b"/set max-new-tokens 4\n/set temperature 0\nWarsaw\r\n\n"
+        b"/set temperature hot\n/set top_p 7\n/set nothing 1\n/set x\n/unknown\n/show\nH\xe4nsch\n/help\n/quit\nnever\n"
+    )
+    assert in_a_pipe(made, monkeypatch, content) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].startswith("Warsaw")
+    assert re.search(r"^temperature +0\.0$", out, re.M)
+    assert re.search(r"^max_new_tokens +4$", out, re.M)
+    assert "\nH\ufffdnsch" in out
+    assert "/set NAME VALUE" in out
+    assert "> " not in out
+    assert "never" not in out
+    problems = [line for line in err.splitlines() if not line.startswith("wikift: ")]
+    assert [line.split(":")[0].split(",")[0] for line in problems] == [
+        "--temperature hot", "--top-p 7", "nothing", "/set NAME VALUE", "/unknown",
+    ]  # fmt: skip
+
+
+def test_a_pipe_in_json_and_seeds(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = b"The\nThe\n/set seed 42\nThe\n/set seed 7\nThe\n/set seed 42\nThe"
+    assert in_a_pipe(made, monkeypatch, content, "--json", "--max-new-tokens", "8") == 0
+    texts = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+    assert texts[0] != texts[1], "answers of one session differ"
+    assert texts[4] == texts[0], "a seed set anew begins anew"
+    assert main([str(made), "--prompt", "The", "--json", "--max-new-tokens", "8", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == texts[0]
+
+
+def test_setting_values() -> None:
+    before = asked()
+    assert set_value(before, "top-k", "7").top_k == 7
+    assert set_value(before, "top_k", "7").prompt is None
+    for name, value in (("top_k", "1.5"), ("top_k", "-1"), ("prompt", "x"), ("json", "true"), ("", "")):
+        with pytest.raises(UserError):
+            set_value(before, name, value)
+
+
+_SLOWLY = """
+import sys, time
+from wikift.generation.stream import Stream
+take = Stream.take
+def slowly(self, token, **show):
+    time.sleep(0.1)
+    take(self, token, **show)
+Stream.take = slowly
+from wikift.commands.main import run
+from wikift.commands.generate import main
+run(main)
+"""
+
+
+def test_on_a_terminal(made: Path, tmp_path: Path) -> None:
+    """Editing, history, Ctrl-C on the text and on a line, Ctrl-D: one process for all of it, as its start takes long.
+
+    The model takes its time, so that there is a text to stop.
+    """
+    command = [sys.executable, "-c", _SLOWLY, str(made), "--device", "cpu", "--json", "--max-new-tokens", "60"]
+    terminal = Terminal(command, PYTHONPATH=str(ROOT), XDG_STATE_HOME=str(tmp_path / "state"))
+    terminal.wait_for(r"> ")
+    terminal.send("Hänschen\x7f\x7f und 東京\n")  # two backspaces
+    time.sleep(2)
+    terminal.send("\x03")  # stops the text
+    answer = terminal.wait_for(r"\{.*\}", 5)
+    found = json.loads(answer[answer.index("{") :])
+    assert found["prompt"] == "Hänsch und 東京"
+    assert found["finish_reason"] == "interrupted"
+    assert 0 < found["new_tokens"] < 40
+    terminal.wait_for(r"> ")
+    terminal.send("line begun")
+    terminal.wait_for("begun")
+    time.sleep(0.5)  # CPython sees a signal that comes before readline waits only at the next key
+    terminal.send("\x03")  # drops the line
+    terminal.wait_for(r"/quit or Ctrl-D leaves")
+    terminal.wait_for(r"> ")
+    terminal.send("/set max_new_tokens 1\n")
+    terminal.wait_for(r"> ")
+    terminal.send("\x1b[A\x1b[A\n")  # arrow up, twice
+    answer = terminal.wait_for(r"\{.*\}")
+    found = json.loads(answer[answer.index("{") :])
+    assert (found["prompt"], found["finish_reason"]) == ("Hänsch und 東京", "length")
+    terminal.wait_for(r"> ")
+    terminal.send("\x04")
+    assert terminal.exit_code() == 0
+    history = (tmp_path / "state" / "wikift" / "history").read_text(encoding="utf-8").splitlines()
+    assert history == ["Hänsch und 東京", "/set max_new_tokens 1", "Hänsch und 東京"]
+
+
+def test_seed_retry_and_save(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").write_text("mine")
+    content = (
+        b"/retry\n/save early\nThe\n/retry\n/seed 42\n/retry\n/seed x\n/seed\n"
+        b"/save out.jsonl\n/save there\n/save no/such\n/set temperature 0\n/retry"
+    )
+    assert in_a_pipe(made, monkeypatch, content, "--json", "--max-new-tokens", "8") == 0
+    out, err = capsys.readouterr()
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [answer["prompt"] for answer in found] == ["The"] * 4
+    assert found[0]["text"] != found[1]["text"]
+    assert found[2]["text"] == found[0]["text"]
+    assert (tmp_path / "out.jsonl").read_text().splitlines() == out.splitlines()[:3]
+    assert (tmp_path / "there").read_text() == "mine"
+    problems = [line for line in err.splitlines() if not line.startswith("wikift: ")]
+    assert [line.partition(":")[0] for line in problems] == [
+        "/retry", "/save FILE, once there is an answer", "--seed x", "/seed N, N a whole number", "out.jsonl",
+        "/save there", "/save no/such",
+    ]  # fmt: skip
+    assert len(re.findall(r"^wikift: 8 tokens in .* tokens/s$", err, re.M)) == 4
+    assert err.count("the same prompt gives the same text at temperature 0") == 1
+
+
+def test_stop_strings_are_set_and_taken_away() -> None:
+    before = asked()
+    assert set_value(before, "stop", r"end of \n line").stop == ("end of \n line",)
+    assert set_value(set_value(before, "stop", "x"), "stop", "").stop == ()

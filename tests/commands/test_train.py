@@ -1,0 +1,283 @@
+"""What launch/train.py offers beside the contract: precision, checkpointing, compile, own text, what is said.
+
+pytest tests/commands/test_train.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.tiny import arguments, curve, metrics, tiny_store
+from wikift.base.errors import EnvironmentFault, UserError
+from wikift.checkpoint.reader import list_checkpoints, open_checkpoint
+from wikift.commands.train import main
+from wikift.training import run
+
+
+def train(command_line: list[str]) -> int:
+    from wikift.commands.train import main
+
+    return main(command_line)
+
+
+def problems_of_training(command_line: list[str]) -> tuple[str, ...]:
+    try:
+        train(command_line)
+    except UserError as error:
+        return error.problems
+    except EnvironmentFault as fault:
+        return ("fault", str(fault))
+    return ()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_store(tmp_path_factory.mktemp("train") / "store")
+
+
+def test_gradient_checkpointing_and_deterministic_kernels_are_the_same_run(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("plain", "gradient_checkpointing", "deterministic"):
+        line = arguments(store, tmp_path / name, **({} if name == "plain" else {name: True}))
+        assert run_ranks(train, 1, line) == [0]
+    assert curve(tmp_path / "plain") == curve(tmp_path / "gradient_checkpointing")
+    assert curve(tmp_path / "plain") == curve(tmp_path / "deterministic")
+    assert "Warning" not in capsys.readouterr().out
+
+
+def test_compile_is_the_same_run_within_rounding(store: Path, tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    for name in ("plain", "compiled"):
+        line = arguments(store, tmp_path / name, compile=name == "compiled", dropout=0, learning_rate=1e-3, max_steps=4)
+        assert run_ranks(train, 1, line, timeout_seconds=300) == [0]
+    for got, expected in zip(curve(tmp_path / "compiled"), curve(tmp_path / "plain"), strict=True):
+        assert got[1] == pytest.approx(expected[1], abs=1e-5)
+        assert got[2] == pytest.approx(expected[2], rel=1e-5)
+
+
+def without_a_compiler(command_line: list[str]) -> tuple[str, ...]:
+    import os
+
+    os.environ["PATH"] = ""
+    os.environ.pop("CXX", None)
+    return problems_of_training(command_line)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_compile_without_a_compiler_is_said(store: Path, tmp_path: Path, ranks: int) -> None:
+    for (problem,) in run_ranks(without_a_compiler, ranks, arguments(store, tmp_path / "run", compile=True)):
+        assert problem.startswith("--compile: needs a compiler, g++ is not found")
+    assert not (tmp_path / "run").exists(), "nothing written"
+
+
+def test_bf16_keeps_fp32_weights_and_stays_near_fp32(store: Path, tmp_path: Path) -> None:
+    for precision in ("fp32", "bf16"):
+        words: dict[str, Any] = {"precision": precision, "dropout": 0, "learning_rate": 1e-3}
+        assert run_ranks(train, 1, arguments(store, tmp_path / precision, **words)) == [0]
+    gaps = [abs(a[1] - b[1]) for a, b in zip(curve(tmp_path / "bf16"), curve(tmp_path / "fp32"), strict=True)]
+    # bf16 keeps 8 bits: a relative error of 2**-8 a product, on logits of order 1 and losses of 4.6
+    assert 0 < max(gaps) < 2**-8 * 4.6
+    opened = open_checkpoint(list_checkpoints(tmp_path / "bf16")[-1])
+    weight = opened.read("transformer.wte.weight", "weight", 0, 32)
+    assert not torch.equal(weight, weight.bfloat16().float()), "the master weights were rounded"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fp16_counts_skipped_steps_and_resumes_bit_for_bit(store: Path, tmp_path: Path, ranks: int) -> None:
+    words: dict[str, Any] = {"precision": "fp16", "save_steps": 1, "save_total_limit": 12}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    # a loss scale of 65,536 overflows on this model's first steps only if its gradients are large: make them so
+    words["config_overrides"] = "n_layer=2,n_head=2,n_embd=32,n_positions=16,initializer_range=3.0"
+    assert run_ranks(train, ranks, arguments(store, whole, **words)) == [0] * ranks
+    skipped = metrics(whole)[-1]["skipped_steps"]
+    assert skipped > 0
+    assert metrics(whole)[0]["grad_norm"] is None, "an overflow is null in JSON, which has no infinity"
+    opened = open_checkpoint(list_checkpoints(whole)[-1])
+    assert float(opened.read("optimizer", "updates", 0, 1)) == 12 - skipped, "a skipped step must not advance Adam"
+    assert float(opened.read("optimizer", "loss_scale", 0, 1)) == 65536 / 2**skipped
+    shutil.copytree(whole, run)
+    for path in list_checkpoints(run)[2:]:
+        shutil.rmtree(path)
+    assert run_ranks(train, ranks, arguments(store, run, **words)) == [0] * ranks
+    assert curve(run) == curve(whole)
+    assert metrics(run)[-1]["skipped_steps"] == skipped
+
+
+def test_divergence_ends_the_run_with_advice(store: Path, tmp_path: Path) -> None:
+    line = arguments(store, tmp_path / "run", learning_rate=1e30, max_grad_norm=0, adam_epsilon=1e-30)
+    ((kind, words),) = run_ranks(problems_of_training, 1, line)
+    assert kind == "fault"
+    assert "diverged" in words
+    assert "--learning-rate" in words
+    for path in list_checkpoints(tmp_path / "run"):
+        opened = open_checkpoint(path)
+        assert opened.read("transformer.wte.weight", "weight", 0, 32).isfinite().all()
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_what_no_run_wrote_is_not_written_over(store: Path, tmp_path: Path, resume: str) -> None:
+    model, own = tmp_path / "model", tmp_path / "own"
+    for folder, name in ((model, "config.json"), (own, "metrics.jsonl")):
+        folder.mkdir()
+        (folder / name).write_text('{"model_type": "gpt2"}')
+        (problem,) = problems_of(store, folder, resume)
+        assert problem.startswith(f"--output-dir {folder}: holds {name} that no run of wikift wrote")
+        assert [path.name for path in folder.iterdir()] == [name]
+        assert (folder / name).read_text() == '{"model_type": "gpt2"}'
+    (problem,) = problems_of(store, store, resume)
+    assert "holds store.json" in problem
+    log = tmp_path / "logged"
+    log.mkdir()
+    (log / "slurm-17.out").touch()
+    assert main(arguments(store, log, resume=resume, max_steps=1, eval_steps=None)) == 0
+
+
+def problems_of(store: Path, output_dir: Path, resume: str) -> tuple[str, ...]:
+    with pytest.raises(UserError) as error:
+        main(arguments(store, output_dir, resume=resume))
+    return error.value.problems
+
+
+def test_a_run_that_cannot_be_written_any_more_is_said(store: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert run_ranks(train, 1, arguments(store, folder)) == [0]
+    (folder / "model" / "config.json").unlink()
+    (folder / "model" / "config.json").mkdir()  # nobody is root enough to write over it
+    line = arguments(store, folder, max_steps=16)
+    for (problem,) in run_ranks(problems_of_training, 1, line):
+        assert problem.startswith(f"--output-dir {folder}: {folder}/model/config.json cannot be written")
+
+
+def with_little_memory(command_line: list[str]) -> tuple[str, ...]:
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (600 << 20), resource.RLIM_INFINITY))
+    return problems_of_training(command_line)
+
+
+def test_memory_used_up_ends_the_run_with_advice(store: Path, tmp_path: Path) -> None:
+    line = arguments(store, tmp_path / "run", config_overrides="n_layer=12,n_head=8,n_embd=1024,n_positions=16")
+    ((kind, words),) = run_ranks(with_little_memory, 1, line)
+    assert kind == "fault"
+    assert "this machine is out of memory" in words
+    assert "--per-device-train-batch-size" in words
+
+
+def test_deterministic_is_said_before_the_ranks_meet(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL reads it when it starts, and takes sums in NVLink's switches otherwise."""
+    told = []
+
+    def meet(device: str) -> None:
+        told.append(torch.are_deterministic_algorithms_enabled())
+        raise EnvironmentFault("met")
+
+    monkeypatch.setattr(run, "started_world", meet)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        with pytest.raises(EnvironmentFault, match="met"):
+            main(arguments(store, tmp_path / "run", deterministic=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert told == [True]
+
+
+def test_the_logged_loss_is_the_mean_over_the_whole_global_batch(store: Path, tmp_path: Path) -> None:
+    """Learning rate 0 at the first step of a warm-up: the loss is that of the initial weights on blocks we can name."""
+    import numpy as np
+
+    from wikift.data.batches import micro_batches
+    from wikift.data.store import open_store
+
+    words: dict[str, Any] = {"dropout": 0, "warmup_steps": 5, "per_device_train_batch_size": 2}
+    assert run_ranks(train, 2, arguments(store, tmp_path / "run", **words)) == [0, 0]
+    stream = micro_batches(
+        open_store(store).tokens("train"), np.arange(51), block_size=8, micro_batch=8, accumulation=1, rank=0, ranks=1,
+        run_seed=42, first_step=0,
+    )  # fmt: skip
+    (expected,) = run_ranks(initial_loss, 1, next(stream)[0])
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def initial_loss(blocks: torch.Tensor) -> float:
+    from tests.tiny_engines import make_engine, random_start, tiny_config
+    from wikift.base.world import World
+
+    config = tiny_config()
+    engine = make_engine("single", World(), config)
+    engine.restore(random_start(config, seed=42))
+    return float(engine.nll(blocks[:, :-1], blocks[:, 1:])) / blocks[:, 1:].numel()
+
+
+def test_validation_counts_every_token_once(store: Path, tmp_path: Path) -> None:
+    """61 tokens in blocks of 8: seven whole ones and a short one, on one and on three ranks alike."""
+    for ranks in (1, 3):
+        words: dict[str, Any] = {"dropout": 0, "global_batch_size": 6, "max_steps": 4, "per_device_eval_batch_size": 2}
+        assert run_ranks(train, ranks, arguments(store, tmp_path / f"run{ranks}", **words)) == [0] * ranks
+    one, three = (metrics(tmp_path / f"run{ranks}")[-1] for ranks in (1, 3))
+    assert one["eval_loss"] == pytest.approx(three["eval_loss"], rel=1e-6)
+    assert one["eval_perplexity"] == pytest.approx(math.exp(one["eval_loss"]))
+    # 61 tokens in 30 words: ppl_word = ppl_token ** (T / T_o), though the first token is not predicted
+    assert one["eval_word_perplexity"] == pytest.approx(math.exp(one["eval_loss"] * 61 / 30))
+
+
+def test_own_text_is_prepared_by_one_rank_while_the_others_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text("".join(f"Line {n} tells of the number {n * n}.\n" for n in range(400)), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    words: dict[str, Any] = {"data": None, "dataset": text, "tokenizer": "train:300", "quiet": False, "max_steps": 2}
+    line = arguments(Path(), tmp_path / "run", **words)
+    assert run_ranks(in_folder, 2, str(tmp_path), line) == [0, 0]
+    store = tmp_path / "data" / "mine.txt-train-300" / "store.json"
+    made = store.stat().st_mtime_ns
+    assert len(metrics(tmp_path / "run")) == 2
+    assert capsys.readouterr().out.count("engine ddp") == 1, "only rank 0 speaks"
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert record["settings"]["dataset"] == str(text)
+    assert record["store"]["splits"]["train"]["tokens"] > 0
+    # another seed is another run on the same text, cut in the same place
+    again = arguments(Path(), tmp_path / "again", **words, seed=7)
+    assert run_ranks(in_folder, 1, str(tmp_path), again) == [0]
+    assert store.stat().st_mtime_ns == made
+
+
+def in_folder(folder: str, command_line: list[str]) -> int:
+    import os
+
+    os.chdir(folder)
+    return train(command_line)
+
+
+def test_no_validation_text_is_said_and_asking_for_it_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tiny_store(tmp_path / "store", validation=0)
+    words: dict[str, Any] = {"eval_steps": None, "max_steps": 2, "quiet": False}
+    assert run_ranks(train, 1, arguments(store, tmp_path / "run", **words)) == [0]
+    assert "no validation" in capsys.readouterr().out
+    ((problem,),) = run_ranks(problems_of_training, 1, arguments(store, tmp_path / "other", eval_steps=1))
+    assert problem.startswith("--eval-steps 1")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_run_is_near_the_cpu_run(store: Path, tmp_path: Path) -> None:
+    for device in ("cpu", "cuda"):
+        assert train(arguments(store, tmp_path / device, device=device, dropout=0, learning_rate=1e-3)) == 0
+    for got, expected in zip(curve(tmp_path / "cuda"), curve(tmp_path / "cpu"), strict=True):
+        assert got[1] == pytest.approx(expected[1], abs=1e-3)

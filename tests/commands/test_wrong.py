@@ -1,0 +1,422 @@
+"""Wrong command lines and wrong files: exit code 2, a line for each problem, no traceback, nothing written.
+
+pytest tests/commands/test_wrong.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.settings.test_options import COMMANDS, LAUNCH
+from tests.tiny import SHAPE, tiny_store
+from tests.trained import text_store, trained_run
+from wikift.commands import main as exits
+
+FITS = f"--from-scratch --config-overrides {SHAPE} --block-size 8 --global-batch-size 8 --max-steps 12 --output-dir out"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder full of things that are not quite right, and a run that is."""
+    work = tmp_path_factory.mktemp("wrong")
+    files: dict[str, str | bytes] = {
+        "a-file": "not a folder",
+        "not-toml.toml": "max_steps: 5",
+        "unknown.toml": "max_steps = 5\nlearning_rat = 1e-4",
+        "types.toml": "max_steps = 1.5\nwandb = 1\nmodel = 7",
+        "not-json.json": '{"max_steps": 5',
+        "zero0.json": '{"zero_optimization": {"stage": 0}}',
+        "no-zero.json": '{"optimizer": {"type": "Lamb"}, "gradient_clipping": 0.5, "zero_optimisation": {"stage": 2}}',
+        "batch.json": '{"zero_optimization": {"stage": 2}, "train_batch_size": 8, "gradient_accumulation_steps": 3}',
+        "no-config/readme.txt": "a model was here",
+        "bert/config.json": '{"model_type": "bert"}',
+        "broken/config.json": '{"model_type": "gpt2", ',
+        "garbled/config.json": '{"model_type": "gpt2", "n_layer": "two"}',
+        "small-model/config.json": json.dumps(
+            {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 16, "vocab_size": 50}
+        ),
+        "no-store/notes.txt": "nothing",
+        "foreign/store.json": '{"format": "mosaic-1", "splits": {}}',
+        "newer/store.json": '{"format": "wikift-store-99", "wikift": "9.9"}',
+        "broken-store/store.json": '{"format": "wikift-store-1", ',
+        "garbled-store/store.json": '{"format": "wikift-store-1", "splits": {}}',
+        "empty.txt": "",
+        "blank.txt": "\n \n\n",
+        "latin.txt": "good line\ncaf\xe9\n".encode("latin-1"),
+        "good.txt": "The tower is 324 metres tall .\n" * 50,
+        "rows.jsonl": '{"body": "a row"}\n{"body": "another"}\n',
+        "broken.jsonl": '{"text": "a row"}\n{"text": \n',
+        "table.csv": "text\na row\n",
+        "no-splits/notes.md": "# notes",
+        "prompts-empty.txt": " \n\n",
+        "prompts-latin.txt": b"good\ncaf\xe9\n",
+    }
+    for name, content in files.items():
+        path = work / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    tiny_store(work / "store")
+    tiny_store(work / "short", train=8)
+    tiny_store(work / "no-validation", validation=0)
+    shutil.copytree(work / "store", work / "truncated")
+    with open(work / "truncated" / "train.bin", "r+b") as file:
+        file.truncate(100)
+    shutil.copytree(work / "store", work / "binless")
+    (work / "binless" / "validation.bin").unlink()
+    shutil.copytree(work / "store", work / "damaged")
+    with open(work / "damaged" / "train.bin", "r+b") as file:
+        file.write(b"\xff\xff")
+    text_store(work / "text")
+    trained_run(work / "run", work / "text")
+    return work
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of everything in a folder, by path."""
+    found = {}
+    for path in folder.rglob("*"):
+        about = path.lstat()
+        found[str(path.relative_to(folder))] = (about.st_size if path.is_file() else -1, about.st_mtime_ns)
+    return found
+
+
+def check(code: Any, out: str, err: str, expected: list[str]) -> None:
+    """Exit code 2 and one line for each problem, each naming its setting and value."""
+    assert code == 2, (code, out, err)
+    assert "Traceback" not in out + err
+    head, *lines = err.splitlines()
+    assert head == f"wikift: {'one problem' if len(expected) == 1 else f'{len(expected)} problems'}", err
+    assert len(lines) == len(expected), err
+    for words in expected:
+        assert len([text for text in lines if words in text]) == 1, (words, err)
+
+
+@pytest.fixture
+def refused(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a command in this process and checks that it is refused, with what words, and writes nothing."""
+    monkeypatch.chdir(work)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(command: str, line: str, *expected: str) -> None:
+        before = listing(work)
+        with pytest.raises(SystemExit) as left:
+            exits.run(COMMANDS[command][0], line.split())
+        check(left.value.code, *capsys.readouterr(), list(expected))
+        assert listing(work) == before
+
+    return run
+
+
+TRAIN: list[tuple[str, list[str]]] = [
+    ("--learning-rate -1e-4", ["--learning-rate -0.0001: must be above 0"]),
+    ("--learning-rate 0", ["--learning-rate 0: must be above 0"]),
+    ("--deepspeed none.json", ["--deepspeed none.json: cannot be read"]),
+    ("--deepspeed not-json.json", ["--deepspeed not-json.json: not valid JSON"]),
+    ("--deepspeed zero0.json --engine single", ["zero_optimization.stage 0 in zero0.json: is no", "--engine single: "]),
+    ("--deepspeed batch.json", ["--gradient-accumulation-steps 3: must divide the 8 blocks"]),
+    (
+        "--deepspeed no-zero.json --max-grad-norm 1 --learning-rate 0",
+        [
+            "zero_optimization.stage in no-zero.json: is missing",
+            'optimizer.type "Lamb" in no-zero.json: not honoured',
+            "zero_optimisation in no-zero.json: no such setting",
+            "--max-grad-norm 1: clashes with gradient_clipping 0.5 in no-zero.json",
+            "--learning-rate 0: must be above 0",
+        ],
+    ),
+    (
+        "--adam-beta1 1 --adam-beta2 -0.5",
+        ["--adam-beta1 1: must be at least 0", "--adam-beta2 -0.5: must be at least 0"],
+    ),
+    ("--data-fraction 0", ["--data-fraction 0: must be above 0 and at most 1"]),
+    ("--data-fraction 10", ["--data-fraction 10: must be above 0 and at most 1"]),
+    ("--dropout 1 --adam-epsilon 0", ["--dropout 1: must be", "--adam-epsilon 0: must be above 0"]),
+    ("--max-steps 0", ["--max-steps 0: must be 1 or more"]),
+    ("--max-steps ten", ["--max-steps ten: must be a whole number"]),
+    ("--num-train-epochs 2", ["--max-steps 12: the length is given twice, --num-train-epochs 2 too"]),
+    ("--warmup-steps 12", ["--warmup-steps 12: must be less than --max-steps 12"]),
+    ("--warmup-steps 1.5", ["--warmup-steps 1.5: must be a whole number, or a part below 1"]),
+    ("--block-size 17", ["--block-size 17: the model has 16 positions"]),
+    ("--per-device-train-batch-size 3", ["--per-device-train-batch-size 3: must divide the 8 blocks"]),
+    (
+        "--per-device-train-batch-size 2 --gradient-accumulation-steps 3",
+        [
+            "--global-batch-size 8: is not 1 process x 2 (--per-device-train-batch-size) x 3 "
+            "(--gradient-accumulation-steps) = 6; leave one of the three out"
+        ],
+    ),
+    ("--config-overrides n_layer", ["--config-overrides n_layer: must be NAME=VALUE"]),
+    ("--config-overrides n_layr=2", ["--config-overrides n_layr=2: must be NAME=VALUE"]),
+    ("--config-overrides n_layer=many", ["--config-overrides n_layer=many: n_layer must be a whole number"]),
+    ("--config-overrides n_head=3,n_embd=32,n_positions=16", ["--config-overrides n_head=3: must divide n_embd=32"]),
+    (f"--config-overrides {SHAPE},vocab_size=10", ["--config-overrides vocab_size=10: the store's tokenizer has 97"]),
+    ("--precision fp8", ["--precision fp8: must be one of auto, bf16, fp16, fp32"]),
+    ("--lr-scheduler-type cosin", ["(did you mean cosine?)"]),
+    ("--engine ddp", ["--engine ddp: needs a launcher"]),
+    ("--reduce-dtype bf16", ["--reduce-dtype bf16: cannot act, one process exchanges no gradients"]),
+    (
+        "--reduce-dtype fp16 --engine fsdp",
+        ["--reduce-dtype fp16: small gradients would become 0 without the loss scale"],
+    ),
+    (
+        "--reduce-dtype bf16 --engine fsdp --no-fsdp-reshard --gradient-accumulation-steps 2",
+        ["--reduce-dtype bf16: with --no-fsdp-reshard the 2 micro-batches of a step would be added up in bf16 too"],
+    ),
+    ("--resume nowhere", ["--resume nowhere: must be auto, never or a checkpoint"]),
+    ("--resume run", ["--resume run: must be auto, never or a checkpoint"]),
+    ("--output-dir a-file", ["--output-dir a-file: is a file; name a folder"]),
+    ("--output-dir a-file/run", ["--output-dir a-file/run: a-file is a file; name a folder"]),
+    ("--learning-rte 1", ["--learning-rte: no such setting of launch/train.py (did you mean --learning-rate?)"]),
+    ("--model", ["--model: needs a value"]),
+    ("--config none.toml", ["--config none.toml: cannot be read"]),
+    ("--config not-toml.toml", ["--config not-toml.toml: not valid TOML"]),
+    ("--config not-json.json", ["--config not-json.json: not valid JSON"]),
+    (
+        "--config unknown.toml",
+        ["learning_rat: no such setting of config file unknown.toml (did you mean learning_rate?)"],
+    ),
+    ("--config types.toml", ["max_steps 1.5 in types.toml", "wandb 1 in types.toml", "model 7 in types.toml"]),
+    ("--data none", ["--data none: no such folder"]),
+    ("--data a-file", ["--data a-file: is a file, not a token store"]),
+    ("--data no-store", ["--data no-store: has no store.json"]),
+    ("--data foreign", ["--data foreign: store.json is not wikift's (format 'mosaic-1')"]),
+    ("--data newer", ["--data newer: has format wikift-store-99"]),
+    ("--data broken-store", ["--data broken-store: store.json is not JSON"]),
+    ("--data garbled-store", ["--data garbled-store: store.json lacks or garbles tokenizer"]),
+    ("--data truncated", ["--data truncated: train.bin is truncated: 100 bytes, store.json says 818"]),
+    ("--data binless", ["--data binless: validation.bin is missing"]),
+    ("--data damaged", ["--data damaged: train.bin is damaged: id 65535"]),
+    ("--data short --block-size 8", ["--block-size 8: the train split has 8 tokens, too few for one block"]),
+    ("--data no-validation --eval-steps 4", ["--eval-steps 4: cannot act, no-validation has no validation text"]),
+    ("--dataset demo", ["--dataset demo: cannot act, --data store is tokenized already"]),
+    ("--tokenizer gpt2 --workers 2", ["--tokenizer gpt2: cannot act", "--workers 2: cannot act"]),
+    (
+        "--learning-rate -1 --max-steps 0 --model gpt3 --data none --engine ddp --resume nowhere --output-dir a-file",
+        [
+            "--learning-rate -1",
+            "--max-steps 0",
+            "--model gpt3",
+            "--data none",
+            "--engine ddp",
+            "--resume",
+            "--output-dir",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), TRAIN, ids=[line for line, _ in TRAIN])
+def test_train_from_scratch(refused: Any, line: str, expected: list[str]) -> None:
+    refused("train", f"--data store {FITS} {line}", *expected)
+
+
+FINE_TUNE: list[tuple[str, list[str]]] = [
+    ("--model gpt2-smal", ["--model gpt2-smal: no such folder, and not one of distilgpt2, gpt2, gpt2-medium"]),
+    ("--model gpt2x", ["(did you mean gpt2?)"]),
+    ("--model ./models/none", ["--model ./models/none: no such folder"]),
+    ("--model no-config", ["--model no-config: has no config.json"]),
+    ("--model bert", ["--model bert: config.json says model_type 'bert'; wikift trains gpt2 models only"]),
+    ("--model broken", ["--model broken: config.json cannot be read"]),
+    ("--model garbled", ["--model garbled: config.json says n_layer 'two'"]),
+    ("--model small-model", ["--model small-model: its vocabulary has 50 tokens, the store's 97"]),
+    ("--config-overrides n_layer=2", ["--config-overrides n_layer=2: cannot act on trained weights"]),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), FINE_TUNE, ids=[line for line, _ in FINE_TUNE])
+def test_train_a_model_that_is_none(refused: Any, line: str, expected: list[str]) -> None:
+    refused("train", f"--data store --block-size 8 --max-steps 2 --output-dir out {line}", *expected)
+
+
+TEXT: list[tuple[str, list[str]]] = [
+    ("--dataset none.txt", ["--dataset none.txt: no such file or folder"]),
+    ("--dataset ./none", ["--dataset ./none: no such file or folder"]),
+    (
+        "--dataset wikitext-103",
+        ["--dataset wikitext-103: no such file, folder or dataset; did you mean wikitext-103-v1?"],
+    ),
+    ("--dataset empty.txt", ["empty.txt"]),
+    ("--dataset blank.txt", ["blank.txt"]),
+    ("--dataset latin.txt", ["latin.txt"]),
+    ("--dataset rows.jsonl", ["text"]),
+    ("--dataset broken.jsonl", ["broken.jsonl"]),
+    ("--dataset table.csv", ["--dataset table.csv: wikift reads .txt, .jsonl, .parquet, not .csv"]),
+    ("--dataset no-splits", ["--dataset no-splits: has no train, validation or test"]),
+    ("--dataset good.txt --text-column body", ["--text-column body: cannot act, good.txt"]),
+    ("--dataset good.txt --dataset-config x", ["--dataset-config x: cannot act, good.txt is one file"]),
+    ("--dataset demo --dataset-config x", ["--dataset-config x: cannot act, demo has no other"]),
+    ("--dataset good.txt --validation-fraction 1", ["--validation-fraction 1: must be above 0 and below 1"]),
+    ("--dataset good.txt --workers 0", ["--workers 0: must be 1 or more"]),
+    ("--dataset good.txt --tokenizer train:abc", ["--tokenizer train:abc: SIZE must be 257 tokens or more"]),
+    ("--dataset good.txt --tokenizer train:256", ["--tokenizer train:256: SIZE must be 257 tokens or more"]),
+    ("--dataset good.txt --tokenizer no-config", ["--tokenizer no-config: has no tokenizer.json"]),
+    ("--dataset good.txt --tokenizer a-file", ["--tokenizer a-file: is a file"]),
+    (
+        "--dataset none.txt --tokenizer train:x --workers 0",
+        ["--dataset none.txt", "--tokenizer train:x", "--workers 0"],
+    ),
+]
+
+
+@pytest.mark.parametrize("command", ["prepare", "train"])
+@pytest.mark.parametrize(("line", "expected"), TEXT, ids=[line for line, _ in TEXT])
+def test_text_that_is_none(refused: Any, command: str, line: str, expected: list[str]) -> None:
+    tokenizer = "" if "--tokenizer" in line else "--tokenizer train:300"
+    more = f"{FITS} --quiet" if command == "train" else "--out new --quiet"  # no progress before the problem
+    refused(command, f"{line} {tokenizer} {more}", *expected)
+
+
+PREPARE: list[tuple[str, list[str]]] = [
+    ("--out a-file", ["--out a-file: is a file; name a folder"]),
+    ("--out no-store", ["--out no-store: is a folder with other things in it"]),
+    ("--out text", ["text: is a store made otherwise"]),
+    ("--out new --seed -1", ["--seed -1: must be 0 or more"]),
+    ("--out new --dataset-nme x", ["--dataset-nme: no such setting of"]),
+    ("--out a-file --seed -1 --workers 0", ["--out a-file", "--seed -1", "--workers 0"]),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), PREPARE, ids=[line for line, _ in PREPARE])
+def test_prepare(refused: Any, line: str, expected: list[str]) -> None:
+    refused("prepare", f"--dataset good.txt --tokenizer train:300 {line}", *expected)
+
+
+def test_prepare_verifies_every_byte(refused: Any) -> None:
+    refused("prepare", "--verify --out truncated", "--out truncated: train.bin is truncated")
+    refused("prepare", "--verify --out none", "--out none: no such folder")
+
+
+CONSOLIDATE: list[tuple[str, list[str]]] = [
+    ("none", ["none: no such folder"]),
+    ("store", ["store: is not a run's folder"]),
+    ("bert", ["bert: is not a run's folder"]),
+    ("run --step 5", ["--step 5: is not among the checkpoints of run: 4, 8, 12"]),
+    ("run --step 4 --best", ["--step 4: cannot act beside --best"]),
+    ("run/checkpoints/step-00000004 --best --out new", ["--best: cannot act"]),
+    ("run --dtype float8", ["--dtype float8: must be one of float32, bfloat16, float16"]),
+    ("run --max-shard-size 5apples", ["--max-shard-size 5apples: must be a number and KB"]),
+    ("run --out a-file", ["--out a-file: is a file; name a folder"]),
+    ("run --out no-store", ["--out no-store: holds something that wikift did not export"]),
+    ("run other", ["other: belongs to no setting"]),
+    ("run --stp 4", ["--stp: no such setting of launch/consolidate.py (did you mean --step?)"]),
+    ("none --step 4 --best --max-shard-size x", ["none: no such", "--step 4: cannot act", "--max-shard-size x: must"]),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), CONSOLIDATE, ids=[line for line, _ in CONSOLIDATE])
+def test_consolidate(refused: Any, line: str, expected: list[str]) -> None:
+    refused("consolidate", line, *expected)
+
+
+EVALUATE: list[tuple[str, list[str]]] = [
+    ("", ["MODEL: is missing"]),
+    ("run --split tset", ["--split tset: "]),
+    ("run --context 16 --stride 17", ["--stride 17: must be at most --context 16"]),
+    ("run --context 64", ["--context 64: run has 32 positions"]),
+    ("run --stride 64", ["--stride 64: must be at most the context of run, 32"]),
+    ("run --stride 0", ["--stride 0: must be 1 or more"]),
+    ("run --context -1", ["--context -1: must be 1 or more"]),
+    ("run --data store", ["its tokenizer is not the one that made store"]),
+    ("run --data none", ["--data none: no such folder"]),
+    ("gpt2", ["--data: is missing"]),
+    ("no-config --data text", ["no-config: holds neither a model nor a run"]),
+    ("a-file --data text", ["a-file: is a file"]),
+    ("bert --data text", ["bert: config.json says model_type 'bert'"]),
+    ("run --precision fp8", ["--precision fp8: must be one of"]),
+    ("run --splt test", ["--splt: no such setting of launch/evaluate.py (did you mean --split?)"]),
+    (
+        "a-file no-config --data none --stride 0",
+        ["--stride 0: must", "--data none: no such", "a-file: is", "no-config: holds"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), EVALUATE, ids=[line for line, _ in EVALUATE])
+def test_evaluate(refused: Any, line: str, expected: list[str]) -> None:
+    refused("evaluate", line, *expected)
+
+
+GENERATE: list[tuple[str, list[str]]] = [
+    ("run --prompt a --examples", ["--prompt and --examples: each says what to answer"]),
+    ("run --prompt a --prompts-file good.txt", ["--prompt and --prompts-file: each says what to answer"]),
+    ("run --prompts-file none.txt", ["--prompts-file none.txt: cannot be read"]),
+    ("run --prompts-file prompts-empty.txt", ["--prompts-file prompts-empty.txt: has no prompt in it"]),
+    ("run --prompts-file prompts-latin.txt", ["--prompts-file prompts-latin.txt: line 2 is not UTF-8"]),
+    ("run --prompt a --temperature -1", ["--temperature -1: must be 0 or more"]),
+    ("run --prompt a --top-p 0 --top-k -1", ["--top-p 0: must be above 0", "--top-k -1: must be"]),
+    ("run --prompt a --max-new-tokens 0", ["--max-new-tokens 0: must be 1 or more"]),
+    ("run --prompt a --repetition-penalty 0", ["--repetition-penalty 0: must be from 0.1 to 10"]),
+    ("a-file --prompt a", ["a-file: is a file"]),
+    ("no-config --prompt a", ["no-config: holds neither a model nor a run"]),
+    ("run/checkpoints/step-00000004 --prompt a", ["run/checkpoints/step-00000004: is a checkpoint"]),
+    ("run --no-train --prompt a -- --max-steps 5", ["--no-train: what follows -- is for a training"]),
+    ("run --promt a", ["--promt: no such setting of launch/generate.py (did you mean --prompt?)"]),
+    (
+        "run --prompt a --examples --seed -1 --top-p 2",
+        ["--prompt and --examples", "--seed -1: must be 0 or more", "--top-p 2: must be above 0"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), GENERATE, ids=[line for line, _ in GENERATE])
+def test_generate(refused: Any, line: str, expected: list[str]) -> None:
+    refused("generate", line, *expected)
+
+
+def test_generate_without_a_model_and_without_training(refused: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        exits.run(COMMANDS["generate"][0], ["runs/new", "--no-train", "--prompt", "a"])
+    assert left.value.code == 2
+    head, first, *commands = capsys.readouterr().err.splitlines()
+    assert head == "wikift: one problem"
+    assert first.startswith("  runs/new has no model yet")
+    assert [line.split()[1] for line in commands] == ["launch/train.py", "launch/generate.py"]
+    assert not Path("runs").exists()
+
+
+def test_another_experiment_in_a_runs_folder(refused: Any) -> None:
+    line = (
+        f"--data text {FITS.replace('n_positions=16', 'n_positions=32').replace('--block-size 8', '--block-size 16')}"
+    )
+    refused(
+        "train",
+        f"{line} --output-dir run --seed 7 --global-batch-size 4 --max-steps 99",
+        "--seed 7: this run was started with 42",
+        "--global-batch-size 4: this run was started with 8",
+    )
+
+
+# --- as processes ------------------------------------------------------------------------------------------------
+
+AS_PROCESSES: list[tuple[str, str, int, list[str]]] = [  # command, line, processes that a launcher started, expected
+    ("train", f"--data store {FITS}", 3, ["--global-batch-size 8: must be a multiple of the 3 processes; take 6 or 9"]),
+    ("train", f"--data store {FITS} --engine single", 2, ["--engine single: is one process, the launcher started 2"]),
+    ("train", f"--data store {FITS} --max-step 5", 0, ["--max-step: no such setting of launch/train.py"]),
+    ("prepare", "--dataset latin.txt --tokenizer train:300", 0, ["latin.txt"]),
+    ("consolidate", "", 0, ["RUN_OR_CHECKPOINT"]),
+    ("consolidate", "run", 2, ["torchrun: started 2 processes"]),
+    ("evaluate", "run --context 8 --stride 9", 2, ["--stride 9: must be at most --context 8"]),
+    ("generate", "run --examples --prompt a", 0, ["--prompt and --examples"]),
+    ("generate", "run --prompt a", 2, ["torchrun: started 2 processes"]),
+]
+
+
+@pytest.mark.parametrize(("command", "line", "ranks", "expected"), AS_PROCESSES)
+def test_as_a_process(work: Path, command: str, line: str, ranks: int, expected: list[str]) -> None:
+    before = listing(work)
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    if ranks:
+        env |= {"RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(ranks)}
+    words = [sys.executable, str(LAUNCH / f"{command}.py"), *line.split()]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=work, env=env, timeout=60)
+    check(done.returncode, done.stdout, done.stderr, expected)
+    assert listing(work) == before

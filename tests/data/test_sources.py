@@ -1,0 +1,287 @@
+# python -m pytest tests/data/test_sources.py
+"""Names and paths to rows: files, folders, the Hub's layout, a Hub cache, the demo, the cut of a validation split."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.data.test_readers import parquet
+from tests.real import ROOT, WIKITEXT_MIRROR, needs_data, validation_rows
+from wikift.base.errors import UserError
+from wikift.data.sources import Corpus, corpus_problems, open_corpus
+from wikift.settings.fields import DataSettings
+
+
+def opened(path: Path | str, *, seed: int = 42, **others: Any) -> Corpus:
+    return open_corpus(DataSettings(dataset=str(path), **others), seed)
+
+
+def rows_of(corpus: Corpus, split: str) -> list[str]:
+    found, held = [], ""
+    for text, ends in corpus.texts(split):
+        held += text
+        if ends:
+            found.append(held)
+            held = ""
+    assert not held
+    return found
+
+
+def written(folder: Path, **files: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+    return folder
+
+
+# --- files and folders -------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_three_text_files(tmp_path: Path) -> None:
+    folder = written(tmp_path / "mine", test__txt="c", train__txt="a\nb\n\n", validation__txt="v\n", notes__md="no")
+    corpus = opened(folder)
+    assert list(corpus.splits) == ["train", "validation", "test"]
+    assert [rows_of(corpus, split) for split in corpus.splits] == [["a\n", "b\n", "\n"], ["v\n"], ["c"]]
+    assert [rows_of(corpus, split) for split in corpus.splits] == [["a\n", "b\n", "\n"], ["v\n"], ["c"]], "read again"
+    assert (corpus.name, corpus.config, corpus.rows_are_documents, corpus.cut) == ("mine", None, False, None)
+    assert corpus.sizes == {"test": 1, "train": 5, "validation": 2}
+
+
+def test_documents(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"body": f"text {i}\nof two lines"}) + "\n" for i in range(40))
+    corpus = opened(written(tmp_path / "j", train__jsonl=lines, validation__jsonl=lines), text_column="body")
+    assert corpus.rows_are_documents
+    assert rows_of(corpus, "train") == [f"text {i}\nof two lines" for i in range(40)]
+    (tmp_path / "p").mkdir()
+    for split in ("train", "validation"):
+        parquet(tmp_path / "p" / f"{split}.parquet", text=["a\n", "b", ""])
+    corpus = opened(tmp_path / "p")
+    assert corpus.rows_are_documents
+    assert rows_of(corpus, "validation") == ["a\n", "b", ""]
+
+
+def test_several_files_of_a_split_and_lines_that_end_with_them(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "shards"
+    folder.mkdir(parents=True)
+    for number, text in enumerate(("a\nb", "", "c\n", "d")):
+        (folder / f"train-0000{number}-of-00004.txt").write_text(text)
+    (folder / "validation.txt").write_text("v")
+    assert rows_of(opened(folder), "train") == ["a\n", "b\n", "c\n", "d"]
+    folder.rename(tmp_path / "data" / "data")
+    assert rows_of(opened(tmp_path / "data"), "train") == ["a\n", "b\n", "c\n", "d"]
+
+
+PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
+    "nothing of that name": ({}, "none.txt", {}, r"--dataset \S*none.txt: no such file or folder; mend the path"),
+    "nothing fitting": (
+        {"a.md": "", "b.pdf": ""}, "", {},
+        r"has no train, validation or test with .txt, .jsonl, .parquet \(there: a.md, b.pdf\); name the files train",
+    ),
+    "empty folder": ({}, "", {}, r"\(there: nothing\)"),
+    "unknown ending": ({"a.csv": "x"}, "a.csv", {}, "wikift reads .txt, .jsonl, .parquet, not .csv; convert the text"),
+    "no ending": ({"corpus": "x"}, "corpus", {}, "not files without an ending"),
+    "mixed": ({"train.txt": "x", "test.jsonl": "{}"}, "", {}, r"mixes .jsonl and .txt; keep one kind of file"),
+    "config of a file": ({"a.txt": "x"}, "a.txt", {"dataset_config": "c"}, "-config c: cannot act, .* is one file"),
+    "config of a folder": (
+        {"train.txt": "x"}, "", {"dataset_config": "c"}, "-config c: cannot act, .* has no configurations"
+    ),
+    "column of text": ({"a.txt": "x"}, "a.txt", {"text_column": "c"}, "--text-column c: cannot act, .* has no columns"),
+    "fraction of nothing": (
+        {"train.txt": "x", "validation.txt": "x"}, "", {"validation_fraction": 0.1},
+        "--validation-fraction 0.1: cannot act, .* has a validation split of its own; leave it out",
+    ),
+    "fraction without train": (
+        {"test.txt": "x"}, "", {"validation_fraction": 0.1}, "cannot act, .* has no train split to cut"
+    ),
+    "broken README": ({"README.md": "---\nconfigs: [\n---\n"}, "", {}, r"README.md: its front matter is not YAML"),
+    "odd README": ({"README.md": "---\nconfigs:\n- name: x\n---\n"}, "", {}, "lack config_name or data_files"),
+    "README of files that are gone": (
+        {"README.md": "---\nconfigs:\n- config_name: x\n  data_files: x/train-*\n---\n"}, "", {},
+        r"README.md names x/train-\*, which is not there; copy it again",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "name", "others", "message"), PATH_FAULTS.values(), ids=PATH_FAULTS.keys())
+def test_path_faults(tmp_path: Path, files: dict[str, str], name: str, others: dict[str, Any], message: str) -> None:
+    for file, text in files.items():
+        (tmp_path / file).write_text(text)
+    problems = corpus_problems(DataSettings(dataset=str(tmp_path / name), **others))
+    with pytest.raises(UserError, match=message):
+        raise UserError(*problems)
+
+
+def test_names_that_are_nearly_right() -> None:
+    for name, meant in (("wikitext-103", "wikitext-103-v1"), ("wikitext-2-raw", "wikitext-2-raw-v1"), ("dmeo", "demo")):
+        (problem,) = corpus_problems(DataSettings(dataset=name))
+        assert problem == f"--dataset {name}: no such file, folder or dataset; did you mean {meant}?"
+    assert corpus_problems(DataSettings(dataset="someone/corpus", dataset_config="any")) == []
+
+
+# --- the Hub -----------------------------------------------------------------------------------------------------
+
+
+@needs_data
+def test_a_folder_in_the_hubs_layout() -> None:
+    (problem,) = corpus_problems(DataSettings(dataset=str(WIKITEXT_MIRROR)))
+    assert problem.endswith("has several (wikitext-2-v1, wikitext-103-v1); choose one")
+    assert problem.startswith("--dataset-config: must be given")
+    (problem,) = corpus_problems(DataSettings(dataset=str(WIKITEXT_MIRROR), dataset_config="wikitext-103"))
+    assert problem.endswith("it has wikitext-2-v1, wikitext-103-v1")
+    corpus = opened(WIKITEXT_MIRROR, dataset_config="wikitext-2-v1")
+    assert list(corpus.splits) == ["train", "validation", "test"]
+    assert (corpus.config, corpus.rows_are_documents, corpus.rows_are_lines) == ("wikitext-2-v1", False, False)
+    assert rows_of(corpus, "validation") == validation_rows()
+    assert corpus.sizes["validation"] == pytest.approx(sum(len(row.encode()) for row in validation_rows()), rel=0.1)
+
+
+def test_configurations_of_readme_and_subfolders(tmp_path: Path) -> None:
+    for config in ("en", "de"):
+        written(tmp_path / config, train__jsonl=f'{{"text": "{config}"}}\n', validation__jsonl='{"text": "v"}\n')
+    assert rows_of(opened(tmp_path, dataset_config="de"), "train") == ["de"]
+    assert opened(tmp_path, dataset_config="de").rows_are_documents
+    readme = (
+        "---\nlicense: mit\nconfigs:\n- config_name: only\n  data_files:\n  - split: train\n    path: en/train.jsonl\n"
+    )
+    (tmp_path / "README.md").write_text(readme + "  - split: validation\n    path: [en/val*, de/val*]\n---\nwords")
+    corpus = opened(tmp_path)
+    assert corpus.config == "only"
+    assert [rows_of(corpus, split) for split in corpus.splits] == [["en"], ["v", "v"]]
+
+
+@needs_data
+def test_wikitext_comes_from_the_datasets_cache(tmp_path: Path) -> None:
+    """`--dataset wikitext-2-v1` with a cache as `datasets` leaves it and no network."""
+    code = """if True:
+        import os, sys
+        from pathlib import Path
+        import datasets
+        datasets.disable_progress_bars()
+        datasets.load_dataset(sys.argv[1], "wikitext-2-v1")
+        cache = Path(os.environ["HF_HOME"], "datasets")
+        (made,) = cache.glob("wikitext-mirror/wikitext-2-v1/0.0.0/*/dataset_info.json")
+        version = made.parents[1]
+        made.parent.rename(version / ("b" * 40))
+        for file in (version / ("b" * 40)).glob("*.arrow"):
+            file.rename(file.with_name(file.name.replace("wikitext-mirror", "wikitext")))
+        made.parents[3].rename(made.parents[4] / "Salesforce___wikitext")
+        from wikift.settings.fields import DataSettings
+        from wikift.data.sources import open_corpus
+        from wikift.base.errors import EnvironmentFault
+        corpus = open_corpus(DataSettings(dataset="wikitext-2-v1"), 0)
+        rows = [text for text, ends in corpus.texts("validation") if ends]
+        print(corpus.name, corpus.config, corpus.revision, list(corpus.splits), corpus.rows_are_documents, len(rows))
+        corpus = open_corpus(DataSettings(dataset="Salesforce/wikitext"), 0)
+        print(corpus.config, corpus.rows_are_documents)
+        try:
+            open_corpus(DataSettings(dataset="wikitext-103-v1"), 0)
+        except EnvironmentFault as error:
+            print(error)
+    """
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "error", "-c", code, str(WIKITEXT_MIRROR)]
+    out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert out.returncode == 0, out.stderr
+    lines = out.stdout.splitlines()
+    first = f"Salesforce/wikitext wikitext-2-v1 {'b' * 40} ['train', 'validation', 'test'] False 3760"
+    assert lines[:2] == [first, "wikitext-2-v1 False"]
+    assert lines[2].startswith(
+        "--dataset wikitext-103-v1: is neither in the Hugging Face cache nor to be had from the Hub"
+    )
+    assert len(lines) == 3
+    assert out.stderr == ""
+
+
+# --- the demo ----------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_is_every_topic_once() -> None:
+    from pydoc_data.topics import topics
+
+    corpus = opened("demo")
+    whole = {split: "".join(rows_of(corpus, split)) for split in corpus.splits}
+    for split, share in (("train", 0.9), ("validation", 0.05), ("test", 0.05)):
+        size = len(whole[split].encode())
+        assert size == corpus.sizes[split]
+        assert size / sum(len(text.encode()) for text in whole.values()) == pytest.approx(share, abs=0.01)
+    for text in topics.values():
+        assert sum(text.removesuffix("\n") + "\n" in part for part in whole.values()) >= 1
+    assert sum(map(len, whole.values())) == sum(len(text.removesuffix("\n")) + 1 for text in topics.values())
+    assert corpus.revision == sys.version.split()[0]
+
+
+# --- the cut -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(2, 300), fraction=st.floats(0.001, 0.999), seed=st.integers(0, 5), lines=st.booleans())
+def test_a_cut_parts_the_rows_exactly(
+    tmp_path_factory: pytest.TempPathFactory, count: int, fraction: float, seed: int, lines: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("cut")
+    rows = [f"row {i}" + "\n" * lines for i in range(count)]
+    rows[-1] = rows[-1].rstrip()
+    path = folder / ("t.txt" if lines else "t.jsonl")
+    path.write_text("".join(rows) if lines else "".join(json.dumps({"text": row}) + "\n" for row in rows))
+    corpus = opened(path, seed=seed, validation_fraction=fraction)
+    train, validation = rows_of(corpus, "train"), rows_of(corpus, "validation")
+    assert sorted([*train, *validation]) == sorted(rows)
+    number = {row: i for i, row in enumerate(rows)}
+    assert [number[row] for row in train] == sorted(number[row] for row in train), "in order"
+    assert train
+    assert validation
+    if not lines:
+        assert len(validation) == min(max(1, round(count * fraction)), count - 1)
+    elif count > 10:
+        assert len(validation) / count == pytest.approx(fraction, abs=0.11)
+    assert rows_of(opened(path, seed=seed, validation_fraction=fraction), "validation") == validation
+    assert corpus.cut == {"validation_fraction": fraction, "seed": seed}
+
+
+def test_lines_are_cut_in_stretches_and_documents_one_by_one(tmp_path: Path) -> None:
+    written(tmp_path, a__txt="".join(f"{i}\n" for i in range(20_000)))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(20_000)))
+    lines = [int(row) for row in rows_of(opened(tmp_path / "a.txt"), "validation")]
+    documents = [int(row) for row in rows_of(opened(tmp_path / "a.jsonl"), "validation")]
+    assert len(lines) == len(documents) == 1000, "5 per cent is the default"
+    assert sum(b - a > 1 for a, b in itertools.pairwise(lines)) < 10, "ten stretches of a hundred lines"
+    assert sum(b - a > 1 for a, b in itertools.pairwise(documents)) > 900
+    assert max(documents) > 18_000 > 2_000 > min(documents), "from everywhere"
+    other = [int(row) for row in rows_of(opened(tmp_path / "a.jsonl", seed=43), "validation")]
+    assert len(set(documents) & set(other)) < 100, "another seed, another sample"
+
+
+@pytest.mark.parametrize(("text", "rows"), [("word", "one row"), ("word\n", "one row"), ("", "no rows")])
+def test_one_row_is_not_cut_and_it_is_said(tmp_path: Path, text: str, rows: str) -> None:
+    corpus = opened(written(tmp_path, one__txt=text) / "one.txt")
+    assert list(corpus.splits) == ["train"]
+    assert corpus.notes == [f"one.txt has {rows}, so no validation split is cut from it"]
+    assert corpus.cut is None
+
+
+def test_a_line_in_pieces_is_one_row_of_the_cut(tmp_path: Path) -> None:
+    rows = ["short\n", "x" * 3_000_000 + "\n", "y" * 2_500_000 + "\n", "end"]
+    corpus = opened(written(tmp_path, t__txt="".join(rows)) / "t.txt", validation_fraction=0.5)
+    found = [rows_of(corpus, split) for split in ("train", "validation")]
+    assert sorted(map(len, found)) == [2, 2]
+    assert sorted(found[0] + found[1]) == sorted(rows)
+
+
+def test_a_file_that_grows_between_the_two_readings_of_a_cut(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("a line\n" * 50)
+    corpus = opened(path)  # its rows are counted
+    with path.open("a") as file:
+        file.write("a line\n" * 50)
+    with pytest.raises(UserError, match="changed while it was read"):
+        rows_of(corpus, "train")

@@ -1,0 +1,201 @@
+# python -m pytest tests/data/test_store.py
+"""The store: what is written is what is read, and every kind of damage has its own message."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.real import ROOT
+from wikift.base.errors import UserError
+from wikift.data.store import Encoded, TokenStore, check_tokenizer, open_store, write_store
+
+
+def made(folder: Path, *, vocab_size: int = 50257, largest: int = 50256, **record: Any) -> TokenStore:
+    ids = np.concatenate((np.arange(20_000) % (largest + 1), [largest]))
+    splits = {
+        "train": [Encoded(ids[:7], 2, 9, 30), Encoded(ids[7:], 5, 20_000, 90_000)],
+        "validation": [Encoded(ids[:11], 1, 4, 50)],
+        "test": [],
+    }
+    return write_store(
+        folder, splits, vocab_size=vocab_size, eos_token_id=largest, tokenizer_fingerprint="f" * 64, record=record
+    )
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    store = made(tmp_path / "store", dataset="mine", tokenizer={"name": "theirs"})
+    again = open_store(str(tmp_path / "store"), verify=True)
+    assert again == store
+    assert (store.dtype, store.vocab_size, store.eos_token_id) == ("uint16", 50257, 50256)
+    train = store.splits["train"]
+    assert (train.rows, train.tokens, train.words, train.bytes, train.largest_id) == (7, 20_001, 20_009, 90_030, 50256)
+    assert store.splits["test"].tokens == 0
+    ids = store.tokens("train")
+    assert ids.dtype == np.uint16
+    assert ids.tolist() == [*range(20_000), 50256]
+    assert len(store.tokens("test")) == 0
+    assert not ids.flags.writeable
+    assert store.record["dataset"] == "mine"
+    assert store.record["tokenizer"] == {
+        "name": "theirs", "fingerprint": "f" * 64, "vocab_size": 50257, "eos_token_id": 50256
+    }  # fmt: skip
+    raw = (tmp_path / "store" / "train.bin").read_bytes()
+    assert raw[:6] == b"\0\0\1\0\2\0", "little-endian, two bytes a token, no header"
+    assert hashlib.sha256(raw).hexdigest() == train.sha256
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype", "width"), [(65_536, "uint16", 2), (65_537, "uint32", 4)])
+def test_the_vocabulary_decides_the_width(tmp_path: Path, vocab_size: int, dtype: str, width: int) -> None:
+    store = made(tmp_path, vocab_size=vocab_size, largest=vocab_size - 1)
+    assert store.dtype == dtype
+    assert (tmp_path / "train.bin").stat().st_size == 20_001 * width
+    assert int(store.tokens("train")[-1]) == vocab_size - 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(parts=st.lists(st.lists(st.integers(0, 299), max_size=40), max_size=6))
+def test_parts_join_to_one_file(tmp_path_factory: pytest.TempPathFactory, parts: list[list[int]]) -> None:
+    folder = tmp_path_factory.mktemp("store")
+    encoded = [Encoded(np.array(part, np.uint16), 1, 1, 1) for part in parts]
+    store = write_store(folder, {"s": encoded}, vocab_size=300, eos_token_id=0, tokenizer_fingerprint="")
+    assert store.tokens("s").tolist() == [i for part in parts for i in part]
+    assert store.splits["s"].rows == len(parts)
+
+
+def test_the_fingerprint_is_of_the_ids_alone(tmp_path: Path) -> None:
+    first = made(tmp_path / "a", dataset="one").fingerprint
+    assert made(tmp_path / "b", dataset="another").fingerprint == first
+    assert made(tmp_path / "c", largest=50_000).fingerprint != first
+    assert made(tmp_path / "d", vocab_size=70_000).fingerprint != first, "another dtype is another file"
+
+
+def test_a_missing_split_names_those_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"split trian: .* has no such split; it has train, validation, test"):
+        made(tmp_path).tokens("trian")
+
+
+def cut_short(store: Path) -> None:
+    with open(store / "train.bin", "r+b") as file:
+        file.truncate(40_000)
+
+
+def lengthen(store: Path) -> None:
+    with open(store / "train.bin", "ab") as file:
+        file.write(b"\0\0")
+
+
+def edit(**changes: Any) -> Callable[[Path], None]:
+    def damage(store: Path) -> None:
+        record = json.loads((store / "store.json").read_text())
+        for path, value in changes.items():
+            *parents, last = path.split("__")
+            inner = record
+            for name in parents:
+                inner = inner[name]
+            if value is ...:
+                del inner[last]
+            else:
+                inner[last] = value
+        (store / "store.json").write_text(json.dumps(record))
+
+    return damage
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda store: (store / name).write_text(text) and None
+
+
+def overwrite(position: int, ids: int) -> Callable[[Path], None]:
+    def damage(store: Path) -> None:
+        with open(store / "train.bin", "r+b") as file:
+            file.seek(2 * position)
+            file.write(np.uint16(ids).tobytes())
+
+    return damage
+
+
+DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
+    ("no store.json", lambda s: (s / "store.json").unlink(), "has no store.json, so it is no token store"),
+    ("no split", lambda s: (s / "train.bin").unlink(), r"train.bin is missing; remove the folder and prepare it again"),
+    ("truncated", cut_short, r"train.bin is truncated: 40,000 bytes, store.json says 40,002"),
+    ("too long", lengthen, r"train.bin is too long: 40,004 bytes"),
+    ("not JSON", write("store.json", '{"format": "wikift-st'), "store.json is not JSON"),
+    ("not an object", write("store.json", "[]"), r"store.json is not wikift's \(format None\)"),
+    ("foreign", write("store.json", '{"format": "zarr"}'), r"store.json is not wikift's \(format 'zarr'\)"),
+    ("newer", edit(format="wikift-store-9"), r"has format wikift-store-9, this wikift \(.*\) reads wikift-store-1"),
+    ("dtype", edit(dtype="float32"), "says dtype 'float32'.* reads little-endian uint16 or uint32"),
+    ("byte order", edit(byte_order="big"), "byte order 'big'"),
+    ("field gone", edit(splits=...), "store.json lacks or garbles splits"),
+    ("count gone", edit(splits__train__tokens=...), "store.json lacks or garbles"),
+    ("count no number", edit(splits__train__tokens="many"), "store.json lacks or garbles"),
+    ("another's file", edit(splits__train__file="../../etc/passwd"), "store.json lacks or garbles"),
+    ("vocabulary", edit(tokenizer__vocab_size=50_000), "id 50256 in train.bin is outside the vocabulary of 50000"),
+    ("id beyond, at the end", overwrite(20_000, 60_000), "train.bin is damaged: id 60000 is larger than any"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), [d[1:] for d in DAMAGES], ids=[d[0] for d in DAMAGES])
+def test_damage_is_told_by_opening(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+    made(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        open_store(tmp_path)
+    assert all(problem.startswith(f"--data {tmp_path}: ") for problem in caught.value.problems)
+    with pytest.raises(UserError, match=r"^--out "):
+        open_store(tmp_path, setting="--out")
+
+
+def test_missing_and_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such folder; make it with python launch/prepare.py --out .*none"):
+        open_store(tmp_path / "none")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file, not a token store"):
+        open_store(tmp_path / "file")
+
+
+@pytest.mark.parametrize("position", range(4097, 20_000, 1613))
+def test_verify_reads_every_byte(tmp_path: Path, position: int) -> None:
+    made(tmp_path)
+    overwrite(position, position ^ 1)(tmp_path)
+    open_store(tmp_path)  # sampling can't see it
+    with pytest.raises(UserError, match=r"train.bin is damaged: its SHA-256 is not the one in store.json"):
+        open_store(tmp_path, verify=True)
+
+
+def test_the_tokenizer_of_a_model_must_be_the_stores(tmp_path: Path) -> None:
+    from wikift.data.tokenizer import train
+
+    mine = train(["one two three two one"], 270, tmp_path / "mine")
+    train(["entirely different words, and more of them"], 280, tmp_path / "other")
+    store = write_store(
+        tmp_path / "store", {}, vocab_size=270, eos_token_id=0, tokenizer_fingerprint=mine.fingerprint,
+        record={"tokenizer": {"name": "train:270"}},
+    )  # fmt: skip
+    check_tokenizer(store, tmp_path / "mine")
+    with pytest.raises(
+        UserError, match=r"--model .*other: its tokenizer is not the one that made .*store \(train:270\)"
+    ):
+        check_tokenizer(store, tmp_path / "other")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"--model .*empty: has no tokenizer.json, nor vocab.json with merges.txt"):
+        check_tokenizer(store, tmp_path / "empty")
+
+
+def test_opening_imports_nothing_heavy(tmp_path: Path) -> None:
+    made(tmp_path)
+    code = (
+        "import sys; from wikift.data.store import open_store; open_store(sys.argv[1], verify=True).tokens('train');"
+        "assert not {'torch', 'transformers', 'datasets', 'pyarrow', 'tokenizers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=ROOT, timeout=60)

@@ -1,0 +1,235 @@
+# python -m pytest tests/data/test_tokenizer.py
+"""Tokenizers: trained the same every time, read back by stock transformers, told apart by what decides ids."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from tests.real import GPT2_TOKENIZER, ROOT, needs_data
+from wikift.base.errors import EnvironmentFault, UserError
+from wikift.data import tokenizer
+from wikift.data.tokenizer import EOS, tokenizer_fingerprint, tokenizer_problems
+
+TEXTS = [
+    f"The {animal} didn't see {n} of the {animal}s , and it 's fine .\n"
+    for n in range(40)
+    for animal in ("cat", "dög", "猫")
+]
+PROBE = "The cat isn't a dög<|endoftext|> 猫 😀\n\n  = Robert =  don't"
+
+
+def test_training_depends_on_the_text_only(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from tests.data.test_tokenizer import TEXTS;"
+        "from wikift.data.tokenizer import train;"
+        "print(train(TEXTS, 320, Path(sys.argv[1])).fingerprint)"
+    )
+    here = tokenizer.train(TEXTS, 320, tmp_path / "here")
+    assert (here.vocab_size, here.eos_token_id, here.name) == (320, 0, "train:320")
+    for number, threads in enumerate(("1", "7")):
+        environment = {
+            **os.environ,
+            "RAYON_NUM_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": "true",
+            "PYTHONHASHSEED": threads,
+        }
+        command = [sys.executable, "-c", code, str(tmp_path / str(number))]
+        out = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=100
+        )
+        assert out.stdout.strip() == here.fingerprint
+        assert (tmp_path / str(number) / "tokenizer.json").read_bytes() == here.file.read_bytes()
+
+
+def test_stock_transformers_reads_it_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import transformers
+    from tokenizers import Tokenizer
+
+    saved = tokenizer.train(TEXTS, 320, tmp_path)
+    transformers.utils.logging.enable_propagation()
+    try:
+        with warnings.catch_warnings(), caplog.at_level("WARNING"):
+            warnings.simplefilter("error")
+            stock = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    finally:
+        transformers.utils.logging.disable_propagation()
+    assert not caplog.records
+    raw = Tokenizer.from_file(str(saved.file))
+    for text in [PROBE, *TEXTS[:20]]:
+        ids = stock(text)["input_ids"]
+        assert ids == raw.encode(text, add_special_tokens=False).ids
+        assert stock.decode(ids) == text
+    assert (stock.eos_token, stock.eos_token_id, stock.bos_token_id) == (EOS, 0, 0)
+    assert len(stock) == saved.vocab_size
+    assert tokenizer_fingerprint(stock) == saved.fingerprint == tokenizer_fingerprint(raw)
+    stock.save_pretrained(tmp_path / "again")
+    assert tokenizer_fingerprint(tmp_path / "again") == saved.fingerprint
+
+
+def test_too_little_text_makes_a_smaller_vocabulary(tmp_path: Path) -> None:
+    assert tokenizer.train(["ab"], 5000, tmp_path / "a").vocab_size == 258  # bytes, end of text, one merge
+    assert tokenizer.train([], 5000, tmp_path / "b").vocab_size == 257
+
+
+def test_runs_without_an_end_teach_their_beginning_only(tmp_path: Path) -> None:
+    short = tokenizer.train(["x" * 1000 + " " + "=" * 1000 + " ab"] * 2, 300, tmp_path / "a")
+    long = tokenizer.train(["x" * 300_000 + " " + "=" * 300_000 + " ab"] * 2, 300, tmp_path / "b")
+    assert long.fingerprint == short.fingerprint
+
+
+def test_an_error_in_the_texts_comes_through(tmp_path: Path) -> None:
+    def texts():  # type: ignore[no-untyped-def]
+        yield from TEXTS
+        raise UserError("line 7: not UTF-8")
+
+    with pytest.raises(UserError, match="line 7: not UTF-8"):
+        tokenizer.train(texts(), 400, tmp_path)
+
+
+@needs_data
+def test_a_folder_is_copied_with_the_same_ids(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    saved = tokenizer.load(str(GPT2_TOKENIZER), tmp_path / "copy")
+    assert (saved.vocab_size, saved.eos_token_id, saved.name) == (50257, 50256, "gpt2-tokenizer")
+    theirs = AutoTokenizer.from_pretrained(GPT2_TOKENIZER)
+    ours = AutoTokenizer.from_pretrained(tmp_path / "copy")
+    assert ours(PROBE)["input_ids"] == theirs(PROBE)["input_ids"]
+
+
+@needs_data
+def test_a_fingerprint_is_the_same_for_every_spelling(tmp_path: Path) -> None:
+    """vocab.json with merges.txt, tokenizer.json as transformers 5 writes it, merges as older releases did, loaded."""
+    from transformers import AutoTokenizer
+
+    expected = tokenizer_fingerprint(GPT2_TOKENIZER)
+    stock = AutoTokenizer.from_pretrained(GPT2_TOKENIZER)
+    assert tokenizer_fingerprint(stock) == expected
+    stock.save_pretrained(tmp_path)
+    assert tokenizer_fingerprint(tmp_path) == expected
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    content["added_tokens"][0]["normalized"] = True
+    content["pre_tokenizer"]["trim_offsets"] = False
+    content["post_processor"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content, indent=1))
+    assert tokenizer_fingerprint(tmp_path) == expected
+
+
+def test_a_fingerprint_changes_with_what_decides_ids(tmp_path: Path) -> None:
+    saved = tokenizer.train(TEXTS, 300, tmp_path)
+    original = json.loads(saved.file.read_text())
+    seen = {saved.fingerprint}
+
+    def changed(**parts: object) -> str:
+        content = json.loads(json.dumps(original))
+        for name, value in parts.items():
+            content["model" if name in ("merges", "vocab") else name] = (
+                {**content["model"], name: value} if name in ("merges", "vocab") else value
+            )
+        saved.file.write_text(json.dumps(content))
+        return tokenizer_fingerprint(tmp_path)
+
+    vocabulary, merges = original["model"]["vocab"], original["model"]["merges"]
+    first, second = list(vocabulary)[50:52]
+    for parts in (
+        {"merges": merges[:-1]},
+        {"merges": [*merges[:-2], merges[-1], merges[-2]]},
+        {"vocab": {**vocabulary, first: vocabulary[second], second: vocabulary[first]}},
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": {**original["pre_tokenizer"], "add_prefix_space": True}},
+        {"added_tokens": []},
+        {"added_tokens": [{**original["added_tokens"][0], "lstrip": True}]},
+        {"added_tokens": [*original["added_tokens"], {"id": 300, "content": "[PAD]"}]},
+    ):
+        fingerprint = changed(**parts)
+        assert fingerprint not in seen, parts
+        seen.add(fingerprint)
+    assert changed() == saved.fingerprint
+
+
+def test_folders_and_names_that_are_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "vocab.json").write_text("{}")
+    (tmp_path / "file").write_text("")
+    for name, message in {
+        "empty": r"empty: has no tokenizer.json, nor vocab.json with merges.txt \(there: nothing\); name a folder that",
+        "half": r"half: has no tokenizer.json, nor vocab.json with merges.txt \(there: vocab.json\)",
+        "file": "file: is a file; name the folder that it lies in",
+        "none": "none: no such folder; name one, a tokenizer of the Hub such as gpt2, or train:SIZE",
+    }.items():
+        (problem,) = tokenizer_problems(str(tmp_path / name))
+        with pytest.raises(UserError, match=f"^--tokenizer .*{message}"):
+            raise UserError(problem)
+    assert (
+        tokenizer_problems("gpt2")
+        == tokenizer_problems("openai-community/gpt2")
+        == tokenizer_problems("train:300")
+        == []
+    )
+    assert tokenizer_problems("train:300x") == [], "checked with the other settings"
+
+
+def test_a_folder_that_cannot_be_loaded(tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "tokenizer.json").write_text('{"version": "1.0", "model"')
+    with pytest.raises(UserError, match=r"^--tokenizer .*bad: cannot be loaded \(.+\)"):
+        tokenizer.load(str(tmp_path / "bad"), tmp_path / "copy")
+    with pytest.raises(UserError, match=r"^--model .*bad: its tokenizer cannot be read \(.+\)"):
+        tokenizer_fingerprint(tmp_path / "bad", setting="--model")
+
+
+def test_a_tokenizer_written_in_python_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"a</w>": 0, "b</w>": 1, "<unk>": 2}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CTRLTokenizer"}')
+    with pytest.raises(UserError, match=r"is written in Python only \(CTRLTokenizer\); wikift needs a fast one"):
+        tokenizer.load(str(tmp_path), tmp_path / "copy")
+
+
+def test_a_tokenizer_without_end_of_text_is_refused(tmp_path: Path) -> None:
+    saved = tokenizer.train(TEXTS, 300, tmp_path / "t")
+    config = json.loads((saved.folder / "tokenizer_config.json").read_text())
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config["model_max_length"]}
+    (saved.folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"t: has no end-of-text \(eos\) token; GPT-2's is <\|endoftext\|>"):
+        tokenizer.load(str(saved.folder), tmp_path / "copy")
+
+
+def test_a_name_out_of_reach_is_the_environments_fault(tmp_path: Path) -> None:
+    """The suite runs with HF_HUB_OFFLINE=1."""
+    message = (
+        "--tokenizer no-such/tokenizer: is neither in the Hugging Face cache nor to be had.*Connect to the network"
+    )
+    with pytest.raises(EnvironmentFault, match=message) as caught:
+        tokenizer.load("no-such/tokenizer", tmp_path / "copy")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "copy").exists()
+
+
+@needs_data
+def test_a_name_is_taken_from_the_cache(tmp_path: Path) -> None:
+    """`--tokenizer gpt2` with a Hugging Face cache and no network."""
+    snapshot = tmp_path / "hub" / "models--gpt2" / "snapshots" / ("0" * 40)
+    shutil.copytree(GPT2_TOKENIZER, snapshot)
+    (snapshot / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "hub" / "models--gpt2" / "refs").mkdir()
+    (tmp_path / "hub" / "models--gpt2" / "refs" / "main").write_text("0" * 40)
+    code = (
+        "import sys; from pathlib import Path; from wikift.data.tokenizer import load;"
+        "saved = load('gpt2', Path(sys.argv[1])); print(saved.name, saved.fingerprint)"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code, str(tmp_path / "copy")]
+    out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=100)
+    assert out.stdout.split() == ["gpt2", tokenizer_fingerprint(GPT2_TOKENIZER)]
+    assert out.stderr == ""

@@ -1,0 +1,65 @@
+"""Which engine --engine auto takes, on real ranks. Run: pytest tests/engines/test_build.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from wikift.base.shape import Shape
+from wikift.engines import build
+from wikift.engines.build import Choice
+from wikift.settings.batch_layout import Placement
+from wikift.settings.fields import TrainSettings
+from wikift.settings.run_plan import Plan
+
+
+def chosen(shape: Shape, engine: str) -> Choice:
+    from wikift.base.world import start_world
+    from wikift.engines.build import choose
+
+    world = start_world("cpu")
+    plan = Plan(Placement(world.size, 1, 1), shape, 1024, 10, 10, 0)
+    return choose(TrainSettings(engine=engine), plan, world, "fp32")
+
+
+def test_auto_by_processes_and_memory() -> None:
+    small = Shape(n_layer=2, n_head=2, n_embd=32, vocab_size=97)
+    assert run_ranks(chosen, 1, small, "auto") == [Choice("single", "one process")]
+    for choice in run_ranks(chosen, 2, small, "auto"):
+        assert choice.name == "ddp"
+        assert choice.reason.startswith("2 processes, and about")
+    huge = Shape(n_layer=480, n_head=25, n_embd=16000)  # 1.5 trillion weights fit nowhere
+    for choice in run_ranks(chosen, 2, huge, "auto"):
+        assert choice.name == "fsdp"
+        assert "more than there is" in choice.reason
+    assert [choice.name for choice in run_ranks(chosen, 2, huge, "ddp")] == ["ddp"] * 2, "asked for is asked for"
+
+
+@pytest.mark.parametrize(
+    ("device", "steps", "settings", "there", "taken", "why"),
+    [
+        ("cpu", 100_000, {}, True, "eager", "a CPU gains nothing"),
+        ("cuda", 100_000, {}, True, "compiled", "100,000 steps on a GPU"),
+        ("cuda", 999, {}, True, "eager", "from 1,000 steps on"),
+        ("cuda", 100_000, {}, False, "eager", "would need triton"),
+        ("cuda", 100_000, {"deepspeed": "zero1.json"}, True, "eager", "to be asked for"),
+        ("cuda", 9, {"compile": True}, True, "compiled", "asked for"),
+        ("cuda", 100_000, {"compile": False}, True, "eager", "asked for"),
+        ("cpu", 9, {"compile": True}, True, "compiled", "asked for"),
+    ],
+)
+def test_compiled_is_what_a_long_run_on_a_gpu_is_and_what_is_asked_for(
+    device: str, steps: int, settings: dict[str, Any], there: bool, taken: str, why: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """With a compiler, triton and Python's headers; `there`: whether triton is."""
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(build.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: name if there else None)
+    found = build.choose_compile(TrainSettings(**settings), torch.device(device), steps)
+    assert found.name == taken
+    assert why in found.reason

@@ -1,0 +1,166 @@
+"""What a GPU is asked to do, without one: nothing is left on the CPU, nothing waits for a number, little is held.
+
+pytest tests/engines/test_gpu_path.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from tests.fake_device import NAME, Held, without_numbers
+from tests.ranks import run_ranks
+from tests.tiny_engines import ADAM, tiny_config
+from wikift.base.shape import Shape
+from wikift.engines.memory import training_bytes
+from wikift.engines.single import SingleEngine
+from wikift.generation.decoder import Decoder
+from wikift.kernels.loss import summed_loss
+from wikift.model.gpt2 import make_model, model_config
+
+VOCABULARY = 50257
+
+
+def trained(precision: str, checkpointing: bool, schedule_free: bool) -> set[str]:
+    """Two steps of two micro-batches, a validation and a sample; where what they gave is."""
+    config = tiny_config(dropout=0.1)
+    config.pad_token_id = 0
+    adam = dataclasses.replace(ADAM, schedule_free=schedule_free)
+    given = torch.zeros(4, 9, dtype=torch.int64)
+    mask = torch.ones(4, 9, dtype=torch.int64)
+    with torch.device("meta"):
+        model = make_model(config, gradient_checkpointing=checkpointing)
+    with without_numbers() as device:
+        engine = SingleEngine(model, adam, device, accumulation=2, precision=precision, compile=False)
+        found: list[torch.Tensor] = []
+        for _ in range(2):
+            found += [engine.forward_backward(given, last=last) for last in (False, True)]
+            found.append(engine.step(1e-3))
+        found += [engine.nll(given[:, :-1], given[:, 1:]), engine.next_logits(given, mask, mask)]
+        return {tensor.device.type for tensor in [*found, *model.parameters()]}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("checkpointing", "schedule_free"), [(False, False), (True, True)])
+def test_training_waits_for_no_number(precision: str, checkpointing: bool, schedule_free: bool) -> None:
+    """Not for a model with a pad_token_id either, for which transformers looks at each batch's ids."""
+    assert run_ranks(trained, 1, precision, checkpointing, schedule_free) == [{NAME}]
+
+
+def waits_of_deepspeed(stage: int) -> int:
+    """How often DeepSpeed waits for the device in two steps of two micro-batches and a validation."""
+    from deepspeed.accelerator import get_accelerator
+
+    from tests.tiny_engines import make_engine, random_start
+    from wikift.base.world import join_group, start_world
+
+    waits = []
+    get_accelerator().synchronize = lambda *given: waits.append(given)
+    world, config = start_world("cpu"), tiny_config()
+    join_group(world)
+    engine = make_engine(f"zero{stage}", world, config, accumulation=2)
+    engine.restore(random_start(config))
+    given = torch.zeros(1, 9, dtype=torch.int64)
+    waits.clear()
+    for _ in range(2):
+        for last in (False, True):
+            engine.forward_backward(given, last=last)
+        engine.step(1e-3)
+    engine.nll(given[:, :-1], given[:, 1:])
+    return len(waits)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_waits_for_no_device(stage: int) -> None:
+    """Its meter of throughput did, twice a micro-batch; the norm of a step is still waited for (engines/zero.py)."""
+    assert run_ranks(waits_of_deepspeed, 1, stage) == [0]
+
+
+def written(dtype: torch.dtype) -> set[str]:
+    """Three rows of a batch, one token each, then two of them; where the logits are."""
+    with torch.device("meta"):
+        model = make_model(tiny_config()).to(dtype)
+    with without_numbers() as device, torch.inference_mode():
+        model.to_empty(device=device)
+        decoder = Decoder(model, relayout=True)
+        found = [decoder.begin([[1, 2, 3], [4, 5], [6]], 8), decoder.advance([7, 8, 9])]
+        decoder.keep([1, 2])
+        found.append(decoder.advance([10, 11]))
+        return {logits.device.type for logits in found}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_waits_for_no_number(dtype: torch.dtype) -> None:
+    assert run_ranks(written, 1, dtype) == [{NAME}]
+
+
+def held_by_head(positions: int, graded: bool) -> float:
+    """Bytes that the head of GPT-2 and its loss hold at most, less what they are given and give."""
+    with without_numbers() as device, torch.set_grad_enabled(graded), torch.autocast(NAME, torch.bfloat16):
+        hidden = torch.zeros(positions, 768, device=device, requires_grad=graded)
+        weight = torch.zeros(VOCABULARY, 768, device=device, requires_grad=graded)
+        targets = torch.zeros(positions, dtype=torch.int64, device=device)
+        with Held() as held:
+            loss = summed_loss(hidden, weight, targets)
+            if graded:
+                loss.backward()
+        given_back = sum(4 * tensor.numel() for tensor in (hidden, weight)) if graded else 0
+        return held.most - given_back
+
+
+@pytest.mark.parametrize("graded", [True, False], ids=["training", "validation"])
+def test_the_head_holds_the_logits_of_some_positions_only(graded: bool) -> None:
+    few, many = (run_ranks(held_by_head, 1, positions, graded)[0] for positions in (4096, 32768))
+    logits = 4096 * VOCABULARY
+    assert few < 1.1 * (2 + 4 + 4) * logits  # in bf16, and two tensors in fp32 while one is made from the other
+    assert many - few < 4 * 32768 * 768 * 4  # `hidden` and its gradient, in two types; whole logits would be 14 GB
+
+
+class Case(NamedTuple):
+    """What is trained."""
+
+    shape: Shape
+    micro_batch: int
+    precision: str
+    checkpointing: bool = False
+
+
+def held_by_steps(case: Case) -> int:
+    """Bytes that two steps of two micro-batches hold at most, state included."""
+    shape = case.shape
+    config = model_config({**dataclasses.asdict(shape), "bos_token_id": 0, "eos_token_id": 0})
+    with torch.device("meta"):
+        model = make_model(config, gradient_checkpointing=case.checkpointing)
+    blocks = torch.zeros(case.micro_batch, shape.n_positions + 1, dtype=torch.int64)
+    with without_numbers() as device, Held() as held:
+        engine = SingleEngine(model, ADAM, device, accumulation=2, precision=case.precision, compile=False)
+        for last in (False, True, False, True):
+            engine.forward_backward(blocks, last=last)
+            if last:
+                engine.step(1e-3)
+    return held.most
+
+
+CASES = [
+    Case(Shape(), 4, "bf16"),
+    Case(Shape(), 32, "bf16"),
+    Case(Shape(), 32, "bf16", checkpointing=True),
+    Case(Shape(), 8, "fp16"),
+    Case(Shape(), 32, "fp32"),
+    Case(Shape(), 32, "fp32", checkpointing=True),
+    Case(Shape(n_layer=24, n_head=25, n_embd=1600), 2, "bf16"),  # half of gpt2-xl
+]
+
+
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case.shape.n_embd}-{case.micro_batch}-{case.precision}-{case.checkpointing}"
+)
+def test_the_estimate_is_what_is_held(case: Case) -> None:
+    """The estimate that --engine auto decides by."""
+    (held,) = run_ranks(held_by_steps, 1, case)
+    words = {"micro_batch": case.micro_batch, "precision": case.precision, "checkpointing": case.checkpointing}
+    estimate = training_bytes(case.shape, block_size=1024, on_cpu=False, **words)
+    assert held == pytest.approx(estimate, rel=0.1)

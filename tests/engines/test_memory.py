@@ -1,0 +1,136 @@
+"""No rank holds what it need not: the peak memory of four real ranks with a model of 350M parameters.
+
+pytest tests/engines/test_memory.py
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.real import ROOT
+from tests.tiny_engines import make_engine
+
+RANKS = 4
+# gpt2-medium, less two thirds of its vocabulary, so that no single tensor is more than a twentieth of the model
+SHAPE = {
+    "n_layer": 26,
+    "n_head": 16,
+    "n_embd": 1024,
+    "n_positions": 64,
+    "vocab_size": 16384,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def resident(name: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most since `forget_peak`."""
+    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def give_back_what_is_freed() -> None:
+    """Let glibc map tensors each by itself, so that what is measured is what is held and not what was."""
+    threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+    assert ctypes.CDLL(None).mallopt(threshold, 1 << 20)
+
+
+def train_one_step(kind: str, folder: str, whole: bool) -> tuple[int, int, int]:
+    """On one rank: (peak bytes, bytes of its share, bytes read) of an engine made, filled from a file and trained."""
+    from wikift.base.world import start_world
+    from wikift.model.gpt2 import load_model, make_model, model_config, parameter_shapes
+    from wikift.model.initial_weights import FreshStart, trained_weights
+    from wikift.settings import deepspeed as dsconfig
+
+    world = start_world("cpu")
+    config = model_config(SHAPE)
+    with torch.device("meta"):
+        shapes = parameter_shapes(make_model(config))
+
+    # two blocks, as `most` has it; the 50M elements of the file are two of gpt2-xl's, four of these
+    live = {"zero_optimization.stage3_max_live_parameters": 2 * 12 * SHAPE["n_embd"] ** 2}
+    ds_config = {**dsconfig.read(ROOT / "ds_configs" / "zero3.json"), **live}
+    give_back_what_is_freed()
+    forget_peak()
+    before = resident("VmRSS")
+    # what a rank must not do: load the model and cut its share out of it
+    spare = [p.detach().clone() for p in load_model(folder).parameters()] if whole else []
+    engine = make_engine(kind, world, config, ds_config=ds_config)
+    read_before = bytes_read()
+    engine.restore(FreshStart(trained_weights(folder, shapes)))
+    read = bytes_read() - read_before
+    if not whole:
+        for _ in range(2):  # from the second on ZeRO-3 fetches ahead
+            engine.forward_backward(torch.zeros(1, 9, dtype=torch.int64), last=True)
+            engine.step(1e-4)
+    del spare
+    share = sum(4 * fragment.data.numel() for fragment in engine.fragments())
+    return resident("VmHWM") - before, share, read
+
+
+def bytes_read() -> int:
+    """What this process has asked the kernel for, from files and pipes."""
+    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder of SHAPE whose weights are the zeros of a sparse file."""
+    from wikift.model.gpt2 import make_model, model_config, parameter_shapes
+
+    folder = tmp_path_factory.mktemp("model")
+    config = model_config(SHAPE)
+    with torch.device("meta"):
+        shapes = parameter_shapes(make_model(config))
+    config.save_pretrained(folder)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        size = 4 * torch.Size(shape).numel()
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    return folder
+
+
+PARAMETERS = 344_346_624
+LARGEST = 4 * SHAPE["vocab_size"] * SHAPE["n_embd"]  # bytes
+# Bytes a parameter, divided by the ranks: weights, two moments and gradients; DeepSpeed keeps a second fp32 copy of the
+# weights to compute with, also where they are fp32 already
+STATE = {"fsdp": 16, "zero3": 20}
+
+
+def most(kind: str) -> float:
+    """The state, a tenth, and what is whole for a moment: the embedding, the block at work and the next, gradients."""
+    return 1.1 * STATE[kind] * PARAMETERS / RANKS + 6 * LARGEST
+
+
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("zero3", marks=pytest.mark.long)])
+def test_a_rank_holds_its_share_and_reads_its_share(model: Path, kind: str) -> None:
+    for peak, share, read in run_ranks(train_one_step, RANKS, kind, str(model), False, timeout_seconds=300):
+        print(kind, peak / 1e9, share / 1e9, read / 1e9)
+        assert share == pytest.approx(12 * PARAMETERS / RANKS, rel=0.01)
+        assert peak < most(kind)
+        assert read < 4 * PARAMETERS / RANKS * 1.01 + 1e6
+
+
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("zero3", marks=pytest.mark.long)])
+def test_a_whole_model_on_each_rank_would_fail_it(model: Path, kind: str) -> None:
+    for peak, _, _ in run_ranks(train_one_step, RANKS, kind, str(model), True, timeout_seconds=300):
+        print(kind, peak / 1e9)
+        assert peak > most(kind)

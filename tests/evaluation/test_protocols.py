@@ -1,0 +1,190 @@
+"""Protocols: texts, windows, sums. Run: pytest tests/evaluation/test_protocols.py
+
+Against lm_eval, transformers' page and Trainer themselves: tests/agreement.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.ranks import run_ranks
+from tests.trained import SENTENCES
+from wikift.commands.evaluate import main
+from wikift.data.sources import open_corpus
+from wikift.evaluation import detokenize
+from wikift.evaluation.detokenize import detokenized, detokenized_parts, safe_place
+from wikift.evaluation.documents import Counts, joined_rows, page_texts, pages, row_texts
+from wikift.evaluation.protocols import Piece, encoded, rolled
+from wikift.evaluation.score import Measured, difference
+from wikift.settings.fields import DataSettings
+
+TEXT = """ ~
+ = First = ~
+ ~
+ A page , of " two " lines ( really ) . ~
+ It has 1 @,@ 000 words 's . ~
+ = = Not a page = = ~
+ ~
+ = Second = ~
+ ~
+ Another page ; the last one . ~
+""".replace("~", "")  # each line of WikiText's files ends with a space
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from wikift.data.tokenizer import train
+
+    folder = tmp_path_factory.mktemp("protocols") / "model"
+    saved = train(SENTENCES, 320, folder)
+    torch.manual_seed(0)
+    shape = GPT2Config(
+        n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=saved.vocab_size, initializer_range=0.2
+    )
+    GPT2LMHeadModel(shape).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "test.txt").write_text(TEXT * 8)
+    return tmp_path / "test.txt"
+
+
+def corpus_of(path: Path) -> Any:
+    return open_corpus(DataSettings(dataset=str(path)), 0, cut=False)
+
+
+def test_pages_are_lm_evals(text: Path) -> None:
+    text.write_text(TEXT)
+    first, second = (page for page, _, _ in _whole(pages(corpus_of(text), "train")))
+    lines = TEXT.split("\n")
+    assert first == "\n".join(lines[1:7])
+    assert second == "\n".join(lines[7:])  # the last one has the file's end
+    counts = Counts()
+    made = _whole(page_texts(corpus_of(text), "train", counts))
+    assert [page for page, _, _ in made] == [detokenized(first), detokenized(second)]
+    assert counts.words == [len(re.split(r"\s+", page)) for page in (first, second)]
+    assert counts.bytes == [len(page.encode()) for page in (first, second)]
+
+
+def _whole(parts: Any) -> list[tuple[str, bool, int]]:
+    found: list[tuple[str, bool, int]] = []
+    held = ""
+    for part, ends, document in parts:
+        held += part
+        if ends:
+            found.append((held, ends, document))
+            held = ""
+    return found
+
+
+def test_words_are_the_papers_and_the_join_is_transformers(text: Path) -> None:
+    counts = Counts()
+    list(row_texts(corpus_of(text), "train", counts))
+    assert sum(counts.words) == sum(len(line.split()) + 1 for line in (TEXT * 8).splitlines())
+    rows = [line if line.strip() else "" for line in (TEXT * 8).splitlines(keepends=True)]
+    assert "".join(part for part, _, _ in joined_rows(corpus_of(text), "train", Counts())) == "\n\n".join(rows)
+
+
+pieces_of_text = st.sampled_from([*"ab9 '\"()[]{}.,\n", " @-@ ", " N ", "s '", " 's", "word", "ab cd"])
+
+
+@given(st.lists(pieces_of_text, max_size=60).map("".join))
+def test_a_long_page_in_parts_is_the_page(page: str) -> None:
+    place = safe_place(page)
+    assert detokenized(page[:place]) + detokenized(page[place:]) == detokenized(page)
+
+
+def test_a_page_of_any_length_is_detokenized_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detokenize, "PART_CHARACTERS", 100)
+    page = "It said \" one , two \" ( and 3 @.@ 5 ) to ' them ' . " * 40
+    parts = [
+        part
+        for part, _, _ in detokenized_parts(
+            [(page[at : at + 30], False, 0) for at in range(0, len(page), 30)] + [("", True, 0)]
+        )
+    ]
+    assert len(parts) > 5
+    assert "".join(parts) == detokenized(page)
+
+
+@given(tokens=st.integers(0, 70), width=st.integers(2, 12), data=st.data())
+def test_windows(tokens: int, width: int, data: st.DataObject) -> None:
+    stride = data.draw(st.integers(1, width))
+    sizes = data.draw(st.lists(st.integers(1, 9), max_size=20))
+    ends = [end for end in np.cumsum(sizes).tolist() if end < tokens]
+    ids = np.arange(tokens)
+    source = [Piece(part, False, n) for n, part in enumerate(np.split(ids, ends))]
+    scored: list[int] = []
+    for window in rolled(source, width, stride):
+        assert window.ids[0] % stride == 0
+        assert len(window.ids) == min(width, tokens - window.ids[0])
+        assert window.documents.tolist() == [int(np.searchsorted(ends, i, "right")) for i in window.ids]
+        scored += window.ids[window.first :].tolist()
+    firsts = set(range(0, tokens, stride)) if stride == width else {0}  # disjoint blocks' own first tokens
+    assert scored == [i for i in range(tokens) if i not in firsts]
+    filled = list(rolled(source, width, width - 1, fill=True))
+    assert [i for window in filled for i in window.ids[window.first :].tolist()] == list(range(1, tokens))
+    assert all(len(window.ids) == min(width, tokens) for window in filled)
+
+
+def test_ids_are_those_of_the_whole_text(model: Path, text: Path) -> None:
+    from tokenizers import Tokenizer
+
+    whole = "\n\n".join(line if line.strip() else "" for line in (TEXT * 8).splitlines(keepends=True))
+    found = list(encoded(joined_rows(corpus_of(text), "train", Counts()), model / "tokenizer.json", None))
+    ids = np.concatenate([piece.ids for piece in found]).tolist()
+    assert ids == Tokenizer.from_file(str(model / "tokenizer.json")).encode(whole, add_special_tokens=False).ids
+    assert {piece.document for piece in found} == set(range(16))
+
+
+def evaluated(model: Path, text: Path, out: Path) -> None:
+    import contextlib
+
+    words = [str(model), "--dataset", str(text), "--json", "--quiet", "--device", "cpu", "--precision", "fp32"]
+    with open(out, "a") as file, contextlib.redirect_stdout(file):
+        assert main(words) == 0
+
+
+def test_the_same_on_one_two_and_three_ranks(model: Path, text: Path, tmp_path: Path) -> None:
+    found = []
+    for ranks in (1, 2, 3):
+        run_ranks(evaluated, ranks, model, text, tmp_path / f"{ranks}.jsonl")
+        found.append([json.loads(line) for line in (tmp_path / f"{ranks}.jsonl").read_text().splitlines()])
+    alone = found[0]
+    assert [result["protocol"] for result in alone] == ["hf-doc", "hf-doc", "blocks", "knn", "paper", "lm-eval"]
+    for results in found[1:]:
+        assert [r["tokens"] for r in results] == [r["tokens"] for r in alone]
+        assert [r["nll"] for r in results] == pytest.approx([r["nll"] for r in alone], rel=1e-6)
+
+
+def test_one_very_long_line(model: Path, tmp_path: Path) -> None:
+    line = 'The Renaissance , " a period " ( of history ) . ' * 1500
+    (tmp_path / "line.txt").write_text(line)
+    evaluated(model, tmp_path / "line.txt", tmp_path / "out")
+    results = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert {result["split"] for result in results} == {"all"}
+    assert {result["documents"] for result in results} == {1}
+    assert results[-1]["words"] == len(re.split(r"\s+", line))
+
+
+def test_the_difference_is_paired() -> None:
+    one = np.array([10.0, 30.0, 20.0])
+    units = np.array([5.0, 15.0, 10.0])
+    first = Measured(one, units, units, units, units)
+    mean, error = difference(first, Measured(one + 0.1 * units, units, units, units, units), "tokens")
+    assert (mean, error) == (pytest.approx(0.1), pytest.approx(0, abs=1e-12))
+    mean, error = difference(first, Measured(one + np.array([1, 0, -1]), units, units, units, units), "words")
+    assert (mean, error) == (0, pytest.approx((3 / 2 * 2) ** 0.5 / 30))

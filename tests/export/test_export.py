@@ -1,0 +1,433 @@
+"""From a checkpoint to a Hugging Face directory. Run: pytest tests/export/test_export.py"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import runpy
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+from transformers.utils import logging as transformers_logging
+
+from tests.trained import SENTENCES, text_store, trained_run
+from wikift.base.errors import EnvironmentFault, UserError
+from wikift.base.sizes import parse_size
+from wikift.base.world import World
+from wikift.checkpoint import tensorfile
+from wikift.checkpoint.reader import open_checkpoint, step_folder
+from wikift.checkpoint.writer import Saver
+from wikift.engines.base import OPTIMIZER, SCALARS, STATES, Fragment
+from wikift.export.card import command_of
+from wikift.export.export import export, main
+from wikift.settings.fields import TrainSettings
+from wikift.settings.options import parse
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints of steps 4, 8 and 12; tests that write into a run take `run` instead."""
+    folder = tmp_path_factory.mktemp("export")
+    return trained_run(folder / "runs" / "small", text_store(folder / "store").path)
+
+
+@pytest.fixture
+def run(source: Path, tmp_path: Path) -> Path:
+    """A copy of the run that a test may change; the big files are hard links."""
+    target = tmp_path / "runs" / "small"
+    for path in source.rglob("*"):
+        if path.is_file() and "hf" not in path.relative_to(source).parts[0]:
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    return target
+
+
+def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
+    found = open_checkpoint(step_folder(run, step))
+    return {name: found.read(name, "weight", 0, shape_count(s)).reshape(s) for name, s in found.shapes.items()}
+
+
+def shape_count(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def load_stock(folder: Path, caplog: pytest.LogCaptureFixture, **options: Any) -> tuple[Any, Any]:
+    """Stock classes, with every warning an error and nothing logged by transformers."""
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.enable_propagation()
+    caplog.clear()
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error")
+        loaded = AutoModelForCausalLM.from_pretrained(folder, **options), AutoTokenizer.from_pretrained(folder)
+    assert [record.getMessage() for record in caplog.records] == []
+    return loaded
+
+
+def test_stock_classes_load_it_bit_for_bit(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert main([str(run)]) == 0
+    model, tokenizer = load_stock(run / "hf", caplog)
+    expected = weights_of(run, 12)
+    loaded = dict(model.named_parameters())
+    assert list(loaded) == list(expected)
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
+    assert model.dtype == torch.float32
+    stored = AutoTokenizer.from_pretrained(run / "model")
+    for row in SENTENCES:
+        assert tokenizer(row)["input_ids"] == stored(row)["input_ids"]
+        assert tokenizer.decode(tokenizer(row)["input_ids"]) == row
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_files_are_those_of_save_pretrained(
+    run: Path, tmp_path: Path, dtype: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main([str(run), "--dtype", dtype, "--out", str(tmp_path / "ours")]) == 0
+    assert main([str(run), "--dtype", dtype, "--out", str(tmp_path / "parts"), "--max-shard-size", "30KB"]) == 0
+    model, _ = load_stock(tmp_path / "ours", caplog, dtype="auto")
+    assert str(model.dtype) == f"torch.{dtype}"
+    # one that was made here: of a loaded one save_pretrained deals the tensors out by name, not in the model's order
+    fresh = GPT2LMHeadModel(model.config).to(model.dtype)
+    fresh.load_state_dict(model.state_dict())
+    fresh.generation_config = model.generation_config
+    fresh.save_pretrained(tmp_path / "theirs")
+    fresh.save_pretrained(tmp_path / "their-parts", max_shard_size="30KB")
+    for ours, theirs in (("ours", "theirs"), ("parts", "their-parts")):
+        names = sorted(path.name for path in (tmp_path / theirs).iterdir() if "safetensors" in path.name)
+        assert sorted(p.name for p in (tmp_path / ours).iterdir() if "safetensors" in p.name) == names
+        for name in (*names, "config.json", "generation_config.json"):
+            one, two = (tmp_path / folder / name for folder in (ours, theirs))
+            if name.endswith(".json"):
+                assert json.loads(one.read_text()) == json.loads(two.read_text()), name
+            else:
+                assert one.read_bytes() == two.read_bytes(), name
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
+    whole, parts = model.state_dict(), load_stock(tmp_path / "parts", caplog, dtype="auto")[0].state_dict()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_step_and_best_and_one_checkpoint_choose(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = step_folder(run, 8) / "manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**content, "eval_loss": 0.5}))
+    choices = {
+        (str(run),): 12,
+        (str(run), "--step", "4"): 4,
+        (str(run), "--best"): 8,
+        (str(step_folder(run, 4)), "--dtype", "float32"): 4,
+    }
+    for number, (words, step) in enumerate(choices.items()):
+        out = tmp_path / f"out-{number}"
+        assert main([*words, "--out", str(out)]) == 0
+        said = capsys.readouterr().out
+        assert f"step {step}" in said
+        store = json.loads((run / "config.json").read_text())["store_path"]
+        assert f"launch/evaluate.py {out} --data {store}\n" in said  # away from its run a model knows no text
+        assert f"launch/generate.py {out}" in said
+        model = AutoModelForCausalLM.from_pretrained(out)
+        expected = weights_of(run, step)
+        assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
+        assert json.loads((out / "wikift.json").read_text())["step"] == step
+    assert main([str(step_folder(run, 8)), "--quiet"]) == 0  # of one checkpoint too the default is RUN/hf
+    assert json.loads((run / "hf" / "wikift.json").read_text())["step"] == 8
+    assert capsys.readouterr().out == ""
+
+
+def test_a_better_validation_without_a_checkpoint_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run / "metrics.jsonl"
+    lines = path.read_text() + json.dumps({"step": 6, "eval_loss": 0.25}) + "\n"
+    path.write_text(lines)
+    assert main([str(run), "--best"]) == 0
+    assert "step 6 was better (0.2500 against" in capsys.readouterr().out
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_wrong_command_lines_change_nothing(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "bare").mkdir()
+    unscored = tmp_path / "unscored"
+    for path in run.rglob("*"):
+        if path.is_file():
+            copy = unscored / path.relative_to(run)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            content = path.read_bytes()
+            if path.name == "manifest.json":
+                content = json.dumps({**json.loads(content), "eval_loss": None}).encode()
+            copy.write_bytes(content)
+    early = tmp_path / "early"
+    (early / "checkpoints" / "step-00000004").mkdir(parents=True)  # without a manifest: not complete
+    (early / "config.json").write_bytes((run / "config.json").read_bytes())
+    checkpoint_4 = str(step_folder(run, 4))
+    lines: list[tuple[list[str], list[str]]] = [
+        ([], ["RUN_OR_CHECKPOINT: is missing"]),
+        ([str(tmp_path / "none")], ["none", "no such folder"]),
+        ([str(tmp_path / "bare")], ["is not a run's folder"]),
+        ([str(early)], ["has no checkpoint yet", "launch/train.py"]),
+        ([str(run), "--step", "5"], ["--step 5", "4, 8, 12"]),
+        ([str(run), "--step", "4", "--best"], ["--step 4", "--best"]),
+        ([str(unscored), "--best"], ["--best", "validated"]),
+        ([checkpoint_4, "--step", "4"], ["--step", "is one checkpoint"]),
+        ([str(run), "--dtype", "int8"], ["--dtype int8", "bfloat16"]),
+        ([str(run), "--max-shard-size", "5XB"], ["--max-shard-size 5XB"]),
+        ([str(run), "--max-shard-size", "0GB", "--step", "4", "--best"], ["--max-shard-size 0GB", "--step 4"]),
+        ([str(run), "--out", str(tmp_path / "foreign")], ["--out", "foreign", "did not export"]),
+        ([str(run), "--out", str(tmp_path / "file")], ["--out", "is a file"]),
+        ([str(run), "--out", str(run)], ["--out", "did not export"]),
+        ([str(run), "--outt", "x"], ["--outt", "--out"]),
+    ]
+    before = snapshot(tmp_path)
+    for words, expected in lines:
+        with pytest.raises(UserError) as raised:
+            main(words)
+        for part in expected:
+            assert part in str(raised.value), words
+    assert snapshot(tmp_path) == before
+
+
+def test_an_earlier_export_is_replaced_another_runs_is_not(run: Path, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "models" / "mine"
+    assert main([str(run), "--step", "4", "--out", str(out), "--max-shard-size", "30KB"]) == 0
+    assert main([str(run), "--out", str(out)]) == 0
+    assert json.loads((out / "wikift.json").read_text())["step"] == 12
+    assert [p.name for p in out.glob("*.safetensors*")] == ["model.safetensors"], "nothing of the earlier one is left"
+    other = run.with_name("other")
+    run.rename(other)
+    with pytest.raises(UserError, match=r"another run \(small\)"):
+        main([str(other), "--out", str(out)])
+    assert main([str(other)]) == 0
+    assert main([str(other), "--step", "4"]) == 0  # in the run's own hf any earlier export gives way
+    assert json.loads((other / "hf" / "wikift.json").read_text())["step"] == 4
+
+
+def test_leftovers_of_a_killed_export_are_cleared(run: Path) -> None:
+    assert main([str(run), "--step", "4"]) == 0
+    for name in (".hf.partial", ".hf.old"):
+        (run / name / "deeper").mkdir(parents=True)
+        (run / name / "model.safetensors").write_text("half")
+    assert main([str(run)]) == 0
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.json", "hf", "metrics.jsonl", "model"]
+    assert not (run / "hf" / "deeper").exists()
+    # killed between the renames: the earlier one is there again, whatever becomes of the next
+    (run / "hf").rename(run / ".hf.old")
+    (run / "model" / "config.json").write_text("{")
+    with pytest.raises(UserError):
+        main([str(run)])
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.json", "hf", "metrics.jsonl", "model"]
+    assert (run / "hf" / "model.safetensors").is_file()
+
+
+def test_two_at_once_do_not_mix(run: Path) -> None:
+    (run / ".hf.partial").mkdir()
+    held = os.open(run / ".hf.partial", os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(EnvironmentFault, match="another process is making it"):
+            main([str(run)])
+        assert (run / ".hf.partial").is_dir()
+    finally:
+        os.close(held)
+    assert main([str(run)]) == 0
+
+
+def test_a_damaged_checkpoint_is_refused(run: Path) -> None:
+    assert main([str(run), "--step", "4"]) == 0
+    before = snapshot(run / "hf")
+    file = step_folder(run, 12) / "rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"sha256.*another: --step 8"):
+        main([str(run)])
+    file.write_bytes(content[:-5])
+    with pytest.raises(UserError, match=r"bytes.*another: --step 8"):
+        main([str(run)])
+    assert snapshot(run / "hf") == before
+    (run / "model" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json"):
+        main([str(run), "--step", "8"])
+    assert snapshot(run / "hf") == before
+    assert not (run / ".hf.partial").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    """A file system of 256 KB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if (
+        os.geteuid() != 0
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", disk], check=False).returncode
+    ):
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_leaves_what_was_there(run: Path, small_disk: Path) -> None:
+    out = small_disk / "model"
+    out.mkdir()
+    assert main([str(run), "--dtype", "bfloat16", "--out", str(out)]) == 0  # 75 KB and the tokenizer fit
+    before = snapshot(small_disk)
+    with pytest.raises(EnvironmentFault, match="make room") as raised:
+        main([str(run), "--out", str(out)])
+    assert "No space left" in str(raised.value)
+    assert snapshot(small_disk) == before
+    assert sorted(p.name for p in small_disk.iterdir()) == ["model"]
+
+
+# VmHWM, for ru_maxrss would begin at the size of the process that this one was forked from
+_MEASURE = """
+import re, sys
+from pathlib import Path
+import torch
+import wikift.checkpoint.reader, wikift.export.card, wikift.watch.log, wikift.export.weights
+from wikift.export.export import export
+def peak_kb():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+before = peak_kb()
+export(Path(sys.argv[1]), None, step=None, best=False, dtype="float32", max_shard_size="5GB", say=print)
+print(peak_kb() - before, "transformers" in sys.modules)
+"""
+
+
+def save_checkpoint(run: Path, parameters: dict[str, list[int]], *, tied: bool = True) -> None:
+    """One more checkpoint of `run`, of step 99, with random weights of these shapes."""
+    data = torch.randn(max(shape_count(tuple(shape)) for shape in parameters.values()))
+
+    def fragments() -> Any:
+        for name, shape in parameters.items():
+            for state in STATES:
+                yield Fragment(name, state, 0, tuple(shape), data[: shape_count(tuple(shape))])
+        for name in SCALARS:
+            yield Fragment(OPTIMIZER, name, 0, (1,), torch.zeros(1))
+
+    about = {"tokens": 1, "eval_loss": None, "model_config": {"tie_word_embeddings": tied}}
+    Saver(run, World(), keep=9, aside=False).save(fragments(), 99, about, parameters)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_left_out(run: Path, tied: bool) -> None:
+    parameters = {"transformer.wte.weight": [6, 4], "transformer.ln_f.weight": [4], "lm_head.weight": [6, 4]}
+    save_checkpoint(run, parameters, tied=tied)
+    assert main([str(run)]) == 0
+    names, metadata = tensorfile.read_header(run / "hf" / "model.safetensors")
+    assert ("lm_head.weight" in names) is not tied
+    assert len(names) == 3 - tied
+    assert metadata == {"format": "pt"}
+
+
+def test_memory_is_one_tensor(run: Path) -> None:
+    """101 MB of weights of which the largest tensor is 33 MB."""
+    parameters = {"transformer.wte.weight": [8192, 1024]}
+    parameters |= {f"transformer.h.{i}.mlp.c_fc.weight": [1024, 4096] for i in range(4)}
+    save_checkpoint(run, parameters)
+    command = [sys.executable, "-c", _MEASURE, str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    growth, imported = done.stdout.splitlines()[-1].split()
+    assert int(growth) < 8192 * 1024 * 4 // 1024 + 16 * 1024, "16 MB for the buffers of files"
+    assert imported == "False"
+
+
+def test_the_card_tells_the_run(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import yaml
+
+    assert main([str(run)]) == 0
+    card = (run / "hf" / "README.md").read_text(encoding="utf-8")
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "transformers"
+    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    for values in lines:
+        if "eval_loss" in values:
+            assert (
+                f"| {values['step']} | {values['tokens']:,} | {values['loss']:.4f} | {values['eval_loss']:.4f} |"
+                in body
+            )
+            assert f"{values['eval_perplexity']:,.2f}" in body
+            assert f"{values['eval_word_perplexity']:,.2f}" in body
+    config = json.loads((run / "config.json").read_text())
+    assert config["store"]["tokenizer"]["fingerprint"] in body
+    for text in ("| learning rate | 0.01 |", "| seed | 42 |", "| global batch size | 8 |", "| sentences.txt |"):
+        assert text in body
+    # the lines that load it
+    code = body.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) == 4
+    (run / "use.py").write_text(code)
+    monkeypatch.chdir(run / "hf")
+    capsys.readouterr()
+    transformers_logging.set_verbosity_error()
+    runpy.run_path(str(run / "use.py"))
+    assert capsys.readouterr().out.startswith("The Renaissance was")
+
+
+def test_the_cards_curve_ends_at_its_step(run: Path) -> None:
+    assert main([str(run), "--step", "4"]) == 0
+    body = (run / "hf" / "README.md").read_text(encoding="utf-8")
+    assert "| 4 | 512 |" in body
+    assert "| 8 | 1,024 |" not in body
+    assert "step 4, 512 tokens seen" in body
+
+
+def test_the_cards_command_is_the_runs(run: Path) -> None:
+    recorded = json.loads((run / "config.json").read_text())["settings"]
+    odd = {
+        "output_dir": "runs/it's here",
+        "num_train_epochs": 2.5,
+        "warmup_steps": 0.06,
+        "append_eos": False,
+        "max_steps": None,
+    }
+    for settings in (recorded, {**recorded, **odd, "learning_rate": 3e-05, "adam_epsilon": 1e-09, "seed": 7}):
+        import shlex
+
+        words = shlex.split(command_of(settings, 4).replace("\\\n", " "))
+        assert words[:3] == ["torchrun", "--nproc_per_node=4", "launch/train.py"]
+        read = parse(TrainSettings, words[3:], prog="train", description="")
+        hidden = {"quiet": False, "device": "auto", "logging_steps": 10, "save_total_limit": 2}
+        assert read == TrainSettings(**{**settings, **hidden})
+
+
+def test_sizes() -> None:
+    sizes = {
+        "5GB": 5 * 10**9,
+        "500 MB": 5 * 10**8,
+        "1.5kb": 1500,
+        "2GiB": 2**31,
+        "123": 123,
+        "1TB": 10**12,
+        "3KiB": 3072,
+    }
+    for text, size in sizes.items():
+        assert parse_size(text) == size
+    for text in ("", "GB", "-1GB", "0", "0.1", "5 apples", "1e3", "5GBs", "٣GB"):
+        with pytest.raises(UserError, match="--max-shard-size"):
+            parse_size(text)
+
+
+def test_export_is_refused_on_several_processes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="torchrun"):
+        main([str(run)])
+
+
+def test_a_folder_that_cannot_be_made(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentFault, match="cannot be made"):
+        export(run, tmp_path / "file" / "out", step=None, best=False, dtype="float32", max_shard_size="5GB", say=print)

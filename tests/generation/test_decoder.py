@@ -1,0 +1,442 @@
+"""The decoder, the choice of a token, batches as each prompt alone. Run: pytest tests/generation/test_decoder.py"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from tests.trained import SENTENCES
+from wikift.data.tokenizer import train
+from wikift.engines.single import in_eval
+from wikift.generation.decoder import Decoder
+from wikift.generation.live import sample_live
+from wikift.generation.sampler import ROUNDING, Sampling, choose, penalise, uniforms
+from wikift.generation.writer import Answer, Writer
+from wikift.kernels.few_rows import PIECES
+from wikift.model.gpt2 import NextTokenLoss
+from wikift.settings.fields import GenerateSettings
+
+SHAPE: dict[str, Any] = {"n_layer": 3, "n_head": 4, "n_embd": 64, "n_positions": 48, "vocab_size": 320}
+
+
+def random_model(seed: int = 0, **words: Any) -> GPT2LMHeadModel:
+    """Weights so large that every token tells in what follows."""
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(**{**SHAPE, "initializer_range": 0.3, **words})).eval()  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _as_with_several_threads() -> Iterator[None]:
+    """Products of few rows are split here as where a user has several cores; test_generate.py has one thread."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 2)
+        patch.setattr(torch.backends.mkl, "is_available", lambda: True)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train(SENTENCES, 320, folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def writer(tokenizer: Any) -> Writer:
+    return Writer(random_model(), tokenizer)
+
+
+def texts(count: int, longest: int = 60) -> list[tuple[int, str]]:
+    """Prompts of mixed length, some empty, some longer than the model's context."""
+    random = np.random.default_rng(1)
+    long = " ".join(SENTENCES) * 4
+    starts, sizes = random.integers(0, 300, count), random.integers(0, longest, count)
+    return [(number, long[s : s + n]) for number, (s, n) in enumerate(zip(starts, sizes, strict=True))]
+
+
+def without_time(answers: list[Answer]) -> list[Answer]:
+    return [dataclasses.replace(answer, seconds=0.0) for answer in answers]
+
+
+# --- the forward ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {},
+        {"activation_function": "relu", "scale_attn_by_inverse_layer_idx": True},
+        {"scale_attn_weights": False, "activation_function": "gelu"},
+        {"tie_word_embeddings": False},
+    ],
+    ids=["gpt2", "inverse-layer-relu", "unscaled-gelu", "untied"],
+)
+@pytest.mark.parametrize("relayout", [False, True])
+def test_logits_are_the_models_own(words: dict[str, Any], relayout: bool) -> None:
+    model = random_model(**words)
+    windows = [[5, 6, 7, 8, 9], [1], [3, 2, 1]]
+    new = [[4, 4, 4], [10, 11, 12], [30, 20, 10]]
+    expected = []
+    with torch.no_grad():
+        for window, tokens in zip(windows, new, strict=True):
+            expected.append([model(torch.tensor([window + tokens[:k]])).logits[0, -1] for k in range(4)])
+        before = model(torch.tensor([[1, 2, 3]])).logits
+        decoder = Decoder(model, relayout=relayout)
+        found = [decoder.begin(windows, 4)]
+        for k in range(3):
+            found.append(decoder.advance([tokens[k] for tokens in new]))
+        for k in range(4):
+            for row in range(3):
+                torch.testing.assert_close(found[k][row], expected[row][k], rtol=1e-4, atol=1e-4)
+                if k == 3:
+                    torch.testing.assert_close(decoder.alone(row)[0], expected[row][k], rtol=1e-4, atol=1e-4)
+        # other products of the same weights are rounded otherwise, no more than that
+        torch.testing.assert_close(model(torch.tensor([[1, 2, 3]])).logits, before, rtol=1e-4, atol=1e-4)
+
+
+def test_products_are_split_for_several_threads_in_fp32_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
+    assert Decoder(model).pieces == PIECES
+    assert Decoder(random_model().to(torch.bfloat16)).pieces == 1
+    for name, answer in (("get_num_threads", 1), ("backends.mkl.is_available", False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"torch.{name}", lambda answer=answer: answer)
+            assert Decoder(model).pieces == 1
+
+
+def test_what_stood_before_is_read_ahead_and_never_changes_a_logit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text that repeats itself, breaks off, begins anew and slides: every step's logits are those of its window."""
+    model = random_model()
+    decoder = Decoder(model)
+    forwards = []
+    forward = Decoder._forward
+    monkeypatch.setattr(Decoder, "_forward", lambda *a, **k: forwards.append(1) or forward(*a, **k))
+    random = np.random.default_rng(5)
+    verse = random.integers(0, 320, 9).tolist()
+    text = [*verse * 5, *random.integers(0, 320, 12).tolist(), *verse * 8]
+    with torch.no_grad():
+        decoder.begin([text[:3]], 1000)
+        for place in range(3, len(text)):
+            logits = decoder.advance([text[place]])
+            window = decoder.windows[0]
+            assert window == text[: place + 1][-len(window) :]
+            expected = model(torch.tensor([window])).logits[0, -1]
+            torch.testing.assert_close(logits[0], expected, rtol=1e-3, atol=1e-3)
+    assert decoder.slides[0] >= 3
+    assert len(forwards) < 0.6 * len(text), "nothing came along"
+
+
+def test_texts_that_do_not_repeat_are_guessed_at_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(random_model(n_positions=1024))
+    tried = []
+    ahead = Decoder._with_guesses
+    monkeypatch.setattr(Decoder, "_with_guesses", lambda self, guesses: tried.append(1) or ahead(self, guesses))
+    with torch.no_grad():
+        decoder.begin([[0, 1, 2]], 1000)
+        for place in range(600):  # each pair stood before, and something else follows each time
+            decoder.advance([1 + place % 2 if place % 3 < 2 else 3 + place % 300])
+    assert len(tried) < 600 / 16
+
+
+def test_new_layout_takes_no_second_copy_and_keeps_the_tie() -> None:
+    model = random_model()
+    bytes_before = sum(p.untyped_storage().nbytes() for p in set(model.parameters()))
+    decoder = Decoder(model, relayout=True)
+    assert model.transformer.wte.weight is model.lm_head.weight
+    assert decoder.head.is_contiguous()
+    assert decoder.head.data_ptr() == model.lm_head.weight.data_ptr()
+    assert sum(p.untyped_storage().nbytes() for p in set(model.parameters())) == bytes_before
+
+
+def test_rows_that_slide_rows_that_stay_and_rows_that_leave() -> None:
+    """Each row's logits are those of its own window all the time, in one batch over more than two contexts."""
+    model = random_model()
+    decoder = Decoder(model)
+    random = np.random.default_rng(3)
+    windows = [random.integers(0, 320, size).tolist() for size in (48, 1, 30, 47)]
+    texts = {row: list(window) for row, window in enumerate(windows)}
+    alive = [0, 1, 2, 3]
+    with torch.no_grad():
+        decoder.begin(windows, 1000)
+        for step in range(120):
+            tokens = random.integers(0, 320, len(alive)).tolist()
+            logits = decoder.advance(tokens)
+            for place, row in enumerate(alive):
+                texts[row].append(tokens[place])
+                window = decoder.windows[place]
+                assert window == texts[row][-len(window) :]
+                assert 24 <= len(window) <= 48 or len(window) == len(texts[row])
+                expected = model(torch.tensor([window])).logits[0, -1]
+                torch.testing.assert_close(logits[place], expected, rtol=1e-3, atol=1e-3)
+            if step in (40, 80):
+                decoder.keep([2, 0] if step == 40 else [1])
+                alive = [alive[2], alive[0]] if step == 40 else [alive[1]]
+    assert alive == [0]
+    assert decoder.slides == [5]
+
+
+# --- the choice ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [(0.7, 5, 1.0), (1.3, 0, 0.8), (1.0, 20, 0.6), (1.0, 0, 1.0), (0.5, 1000, 0.999)])
+def test_tokens_are_drawn_as_transformers_distribution_says(words: tuple[float, int, float]) -> None:
+    temperature, top_k, top_p = words
+    torch.manual_seed(0)
+    logits = torch.randn(1, 40) * 2
+    wanted: Tensor = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        wanted = TopKLogitsWarper(top_k)(None, wanted)
+    if top_p < 1:
+        wanted = TopPLogitsWarper(top_p)(None, wanted)
+    expected = wanted.softmax(-1)[0]
+    count = 20_000
+    drawn = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    tokens, _ = choose(logits.expand(count, -1), Sampling(temperature, top_k, top_p), drawn)
+    found = torch.bincount(torch.tensor(tokens), minlength=40) / count
+    # evenly spread numbers hit each token as often as it is likely, but for its two borders
+    torch.testing.assert_close(found, expected, rtol=0, atol=2 / count)
+
+
+def test_the_penalty_is_transformers_own() -> None:
+    torch.manual_seed(0)
+    logits, ids = torch.randn(2, 30), torch.tensor([[1, 2, 3, 3], [4, 5, 6, 7]])
+    seen = torch.zeros(2, 30, dtype=torch.bool).scatter(1, ids, True)
+    assert torch.equal(penalise(logits, seen, 1.4), RepetitionPenaltyLogitsProcessor(1.4)(ids, logits))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(0), Sampling(1.0, 5), Sampling(0.7, 0, 0.8), Sampling(1.5, 10, 0.7), Sampling()],
+    ids=["greedy", "top-k", "top-p", "both", "all"],
+)
+def test_whatever_rounding_can_change_is_doubtful(sampling: Sampling) -> None:
+    """Logits with many near-ties, moved by less than ROUNDING: where the token differs, both or either were doubted."""
+    torch.manual_seed(0)
+    logits = (torch.randn(4000, 30) * 4).round(decimals=1) + torch.rand(4000, 30) * 2e-5
+    moved = logits + (torch.rand(4000, 30) - 0.5) * ROUNDING * logits.abs().amax(-1, keepdim=True) * 0.5
+    drawn = torch.rand(4000, dtype=torch.float64)
+    one, doubts = choose(logits, sampling, drawn)
+    two, _ = choose(moved, sampling, drawn)
+    differing = {row for row, (a, b) in enumerate(zip(one, two, strict=True)) if a != b}
+    assert differing <= set(doubts)
+    assert len(doubts) < 4000
+    if sampling != Sampling():
+        assert differing, "the near-ties are near enough"
+    assert choose(logits, sampling, drawn, 0.0) == (one, [])
+
+
+def test_random_streams_are_their_own() -> None:
+    def first(*words: int) -> list[float]:
+        stream = uniforms(*words)
+        return [next(stream) for _ in range(5)]
+
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    streams = [first(1, 0), first(1, 1), first(2, 0), first(1, 0, 1)]
+    assert torch.equal(before, torch.get_rng_state())
+    assert first(1, 0) == streams[0] == first(1, 0, 0)
+    assert len({value for stream in streams for value in stream}) == 20
+    assert all(0 <= value < 1 for stream in streams for value in stream)
+
+
+# --- batches -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"temperature": 0.0, "repetition_penalty": 1.0}, {"temperature": 0.0}, {}, {"top_k": 0, "top_p": 1.0}],
+    ids=["greedy", "greedy-penalty", "sampled", "sampled-from-all"],
+)
+def test_200_prompts_in_one_batch_give_what_each_gives_alone(writer: Writer, values: dict[str, Any]) -> None:
+    settings = GenerateSettings(max_new_tokens=12, **values)
+    prompts = texts(200)
+    together = without_time(writer.answers(prompts, settings))
+    assert together == without_time([writer.answer(prompt, settings, number) for number, prompt in prompts])
+    assert len({answer.text for answer in together}) > 100
+    assert len({answer.prompt_tokens for answer in together}) > 20
+
+
+def test_near_ties_are_decided_by_the_text_alone(tokenizer: Any) -> None:
+    """Two tokens of one embedding: their logits differ by rounding only, in a batch otherwise than alone."""
+    model = random_model()
+    with torch.no_grad():  # pairs of equal direction whose lengths differ in the last bits
+        weight = model.transformer.wte.weight
+        weight[161:320:2] = weight[160:320:2] * (1 + 1e-7)
+    writer = Writer(model, tokenizer)
+    settings = GenerateSettings(max_new_tokens=16, temperature=0, repetition_penalty=1.0)
+    prompts = texts(64)
+    asked: list[int] = []
+    alone = writer.decoder.alone
+
+    def counted(row: int) -> Tensor:
+        asked.append(row)
+        return alone(row)
+
+    writer.decoder.alone = counted  # type: ignore[method-assign]
+    together = without_time(writer.answers(prompts, settings))
+    doubts = len(asked)
+    assert together == without_time([writer.answer(prompt, settings, number) for number, prompt in prompts])
+    assert doubts > 100
+
+
+def test_greedy_tokens_are_those_of_generate(writer: Writer) -> None:
+    for _, prompt in texts(12, longest=30):
+        ids = writer.tokenizer(prompt)["input_ids"] or [writer.end_of_text]
+        with torch.no_grad():
+            found = writer.model.generate(
+                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=16, do_sample=False,
+                repetition_penalty=1.2,
+            )  # fmt: skip
+        answer = writer.answer(
+            prompt, GenerateSettings(max_new_tokens=16, temperature=0, repetition_penalty=1.2, logprobs=True), 0
+        )
+        assert [piece for piece, _ in answer.logprobs or ()] == [
+            writer.tokenizer.decode([t]) for t in found[0, len(ids) :]
+        ]
+
+
+def test_logprobs_are_the_models(writer: Writer) -> None:
+    answer = writer.answer("Paris", GenerateSettings(max_new_tokens=6, logprobs=True), 0)
+    assert answer.logprobs is not None
+    ids = writer.tokenizer("Paris")["input_ids"]
+    for piece, logprob in answer.logprobs:
+        with torch.no_grad():
+            expected = writer.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        token = min(
+            (t for t in range(320) if writer.tokenizer.decode([t]) == piece),
+            key=lambda t: abs(float(expected[t]) - logprob),
+        )
+        assert abs(float(expected[token]) - logprob) < 1e-3
+        ids.append(token)
+    assert len(answer.logprobs) == answer.new_tokens == 6
+
+
+def test_several_sequences_of_a_prompt(writer: Writer) -> None:
+    one = writer.answers([(0, "The"), (1, "Maria")], GenerateSettings(max_new_tokens=8))
+    three = writer.answers([(0, "The"), (1, "Maria")], GenerateSettings(max_new_tokens=8, num_return_sequences=3))
+    assert [(answer.prompt, answer.sequence) for answer in three] == [
+        (p, k) for p in ("The", "Maria") for k in range(3)
+    ]
+    assert [answer.text for answer in three[::3]] == [answer.text for answer in one], "the first is what one alone is"
+    assert len({answer.text for answer in three}) == 6
+
+
+def test_beams_are_transformers(writer: Writer) -> None:
+    notes: list[str] = []
+    settings = GenerateSettings(
+        max_new_tokens=100, temperature=0, num_beams=3, num_return_sequences=2, repetition_penalty=1.0
+    )
+    found = writer.answers([(0, "Maria was")], settings, note=notes.append)
+    ids = writer.tokenizer("Maria was")["input_ids"]
+    with torch.no_grad():
+        expected = writer.model.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=48 - len(ids), num_beams=3,
+            num_return_sequences=2, do_sample=False,
+        )  # fmt: skip
+    decoded = [writer.tokenizer.decode(row[len(ids) :], skip_special_tokens=True) for row in expected]
+    assert [answer.text for answer in found] == [text.removesuffix("\ufffd") for text in decoded]
+    assert [answer.sequence for answer in found] == [0, 1]
+    assert notes == [
+        f"at most {48 - len(ids)} new tokens instead of 100: beams do not slide, and the model's context is 48"
+    ]
+
+
+def test_a_text_longer_than_the_context_slides_and_says_so(writer: Writer) -> None:
+    notes: list[str] = []
+    settings = GenerateSettings(max_new_tokens=150, temperature=0, repetition_penalty=1.0, logprobs=True)
+    answer = writer.answer("Paris", settings, 0, note=notes.append)
+    assert (answer.new_tokens, answer.finish_reason) == (150, "length")
+    assert answer.slides == 5
+    assert notes == [
+        "prompt and answer may pass the model's context of 48 tokens: it slides then, and only the last 24 are read on"
+    ]
+
+
+def test_a_stop_string_ends_only_its_own_row(writer: Writer) -> None:
+    settings = GenerateSettings(max_new_tokens=20)
+    plain = writer.answers(texts(20), settings)
+    stop = next(answer.text[3:5] for answer in plain if len(answer.text) > 8)
+    stopped = writer.answers(texts(20), dataclasses.replace(settings, stop=(stop,)))
+    ended = [answer for answer in stopped if answer.finish_reason == "stop_string"]
+    assert 0 < len(ended) < 20
+    for whole, cut in zip(plain, stopped, strict=True):
+        assert cut.text == whole.text.partition(stop)[0]
+        assert (cut.finish_reason == "stop_string") == (stop in whole.text)
+        assert cut.new_tokens <= whole.new_tokens
+
+
+def test_bf16_weights(tokenizer: Any) -> None:
+    writer = Writer(random_model().to(torch.bfloat16), tokenizer)
+    one = writer.answers(texts(5), GenerateSettings(max_new_tokens=6))
+    assert [answer.new_tokens for answer in one] == [6] * 5
+    assert without_time(one) == without_time(writer.answers(texts(5), GenerateSettings(max_new_tokens=6)))
+
+
+def test_a_model_in_training_writes_and_nothing_of_the_run_moves(tokenizer: Any, writer: Writer) -> None:
+    model = random_model(resid_pdrop=0.5)
+    model.train()
+    state, weights = torch.get_rng_state(), [p.clone() for p in model.parameters()]
+    sampling = Sampling(0.8, 50, 0.95, 1.1)
+    prompts = [prompt for _, prompt in texts(6, longest=20)]
+
+    def sample() -> list[str]:
+        return sample_live(
+            lambda *tensors: in_eval(model, NextTokenLoss(model), tensors[0], None, *tensors[1:]), tokenizer, prompts,
+            sampling=sampling, max_new_tokens=10, seed=42, positions=48,
+        )  # fmt: skip
+
+    found = sample()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert all(torch.equal(a, b) and a.grad is None for a, b in zip(model.parameters(), weights, strict=True))
+    assert found == sample()
+    # what launch/generate.py writes from the same weights
+    settings = GenerateSettings(max_new_tokens=10)
+    assert found == [writer.answer(prompt, settings, number).text for number, prompt in enumerate(prompts)]
+
+
+# torch.compile imports parts of torch that are deprecated
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_step_can_become_a_cuda_graph() -> None:
+    """What it changes lies still, or torch would leave the graph out; so do the weights, or it would copy them."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._guards import TracingContext
+
+    found: list[tuple[set[int], list[int]]] = []  # what lies still, and what changes from token to token
+
+    def compiler(graph: Any, inputs: list[Tensor]) -> Any:
+        facts: Any = TracingContext.get().fw_metadata
+        still = set(facts.static_input_indices)
+        assert set(facts.mutated_inp_runtime_indices) <= still
+        found.append((still, [number for number in range(len(inputs)) if number not in still]))
+        return graph.forward
+
+    decoder = Decoder(random_model(), relayout=True, compile=True)
+    assert decoder.pieces == 1
+    decoder._step = torch.compile(decoder._one_token, backend=aot_autograd(fw_compiler=compiler))
+    plain = Decoder(random_model())
+    with torch.inference_mode():
+        decoder.begin([[6, 7, 8], [9]], 8)
+        decoder.advance([10, 11])
+        places = [part.data_ptr() for part in decoder.keys + decoder.values]
+        for one in (decoder, plain):
+            one.begin([[1, 2, 3], [4, 5]], 8)
+        assert places == [part.data_ptr() for part in decoder.keys + decoder.values]
+        assert torch.allclose(decoder.advance([7, 8]), plain.advance([7, 8]), atol=1e-4)
+        for one in (decoder, plain):
+            one.keep([1])
+        assert torch.allclose(decoder.advance([9]), plain.advance([9]), atol=1e-4)
+    assert [len(changing) for _, changing in found] == [4, 4]  # ids, places, column, mask

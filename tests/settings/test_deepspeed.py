@@ -1,0 +1,573 @@
+"""A DeepSpeed config file as settings, and completed for DeepSpeed: the Trainer's own files, clashes, errors.
+
+pytest tests/settings/test_deepspeed.py
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wikift.base.errors import UserError
+from wikift.base.shape import shape_of
+from wikift.commands.train import main
+from wikift.settings.deepspeed import Merged, engine_config, merge, read
+from wikift.settings.deepspeed_keys import KNOWN, RENAMED
+from wikift.settings.fields import EXCLUSIVE, TrainSettings
+from wikift.settings.options import parse
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = {path.name: json.loads(path.read_text()) for path in sorted((ROOT / "ds_configs").glob("*.json"))}
+
+# The configs of transformers' DeepSpeed documentation and tests, put together from their parts.
+BATCH = {
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "steps_per_print": 2000,
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": False,
+}
+FP16 = {
+    "enabled": "auto",
+    "loss_scale": 0,
+    "loss_scale_window": 1000,
+    "initial_scale_power": 16,
+    "hysteresis": 2,
+    "min_loss_scale": 1,
+}
+ADAMW = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}}
+WARMUP: dict[str, Any] = {
+    "type": "WarmupLR",
+    "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
+}
+DECAY = {"type": "WarmupDecayLR", "params": {**WARMUP["params"], "total_num_steps": "auto"}}
+CPU = {"device": "cpu", "pin_memory": True}
+ZERO2 = {
+    "stage": 2,
+    "offload_optimizer": CPU,
+    "allgather_partitions": True,
+    "allgather_bucket_size": 5e8,
+    "overlap_comm": True,
+    "reduce_scatter": True,
+    "reduce_bucket_size": 5e8,
+    "contiguous_gradients": True,
+    "round_robin_gradients": True,
+}
+ZERO3 = {
+    "stage": 3,
+    "offload_optimizer": CPU,
+    "offload_param": CPU,
+    "overlap_comm": True,
+    "contiguous_gradients": True,
+    "sub_group_size": 1e9,
+    "reduce_bucket_size": "auto",
+    "stage3_prefetch_bucket_size": "auto",
+    "stage3_param_persistence_threshold": "auto",
+    "stage3_max_live_parameters": 1e9,
+    "stage3_max_reuse_distance": 1e9,
+    "stage3_gather_16bit_weights_on_model_save": True,
+}
+NVME = {
+    **ZERO3,
+    "offload_optimizer": {
+        "device": "nvme", "nvme_path": "/local_nvme", "pin_memory": True, "buffer_count": 4, "fast_init": False,
+    },
+    "offload_param": {
+        "device": "nvme", "nvme_path": "/local_nvme", "pin_memory": True, "buffer_count": 5, "buffer_size": 1e8,
+        "max_in_cpu": 1e9,
+    },
+    "aio": {
+        "block_size": 262144, "queue_depth": 32, "thread_count": 1, "single_submit": False, "overlap_events": True,
+    },
+}  # fmt: skip
+TRAINER: dict[str, dict[str, Any]] = {
+    "zero1": {"zero_optimization": {"stage": 1}},
+    "zero2": {"zero_optimization": ZERO2},
+    "zero3": {"zero_optimization": ZERO3},
+    "zero2 whole": {
+        "fp16": FP16, "bf16": {"enabled": "auto"}, "optimizer": ADAMW, "scheduler": WARMUP, "zero_optimization": ZERO2,
+        **BATCH,
+    },
+    "zero3 whole": {
+        "fp16": FP16, "bf16": {"enabled": "auto"}, "optimizer": ADAMW, "scheduler": DECAY, "zero_optimization": ZERO3,
+        **BATCH,
+    },
+    "nvme": {"fp16": FP16, "optimizer": ADAMW, "scheduler": WARMUP, "zero_optimization": NVME, **BATCH},
+    "options": {
+        "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32", "amp": {"enabled": "auto", "opt_level": "auto"}, **BATCH,
+    },
+}  # fmt: skip
+EVERY = {**SHIPPED, **TRAINER}
+
+
+def written(config: Any, folder: Path) -> str:
+    """The config as a file; the documentation's NVMe folder is one that is there."""
+    path = folder / "ds.json"
+    text = config if isinstance(config, str) else json.dumps(config)
+    path.write_text(text.replace("/local_nvme", str(folder)))
+    return str(path)
+
+
+def merged(config: Any, folder: Path, line: str = "") -> Merged:
+    said: dict[str, str] = {}
+    words = [*line.split(), "--deepspeed", written(config, folder)]
+    settings = parse(TrainSettings, words, prog="train.py", description="", exclusive=EXCLUSIVE, said=said)
+    return merge(settings, said)
+
+
+def with_key(key: str, value: Any, base: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A config of stage 2 with one more key, "zero_optimization.stage" for instance."""
+    config = copy.deepcopy(base or {"zero_optimization": {"stage": 2}})
+    *sections, name = key.split(".")
+    table = config
+    for section in sections:
+        table = table.setdefault(section, {})
+    table[name] = value
+    if key.startswith("optimizer.params"):
+        config["optimizer"].setdefault("type", "AdamW")
+    if key.startswith("scheduler.params"):
+        config["scheduler"].setdefault("type", "WarmupLR")
+    return config
+
+
+def completed(path: str, **numbers: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "micro_batch": 2, "accumulation": 3, "ranks": 1, "precision": "fp32", "max_grad_norm": 0.5, "hidden_size": 64,
+    }  # fmt: skip
+    return engine_config(read(path), **{**given, **numbers})
+
+
+# --- files that are right ----------------------------------------------------------------------------------------
+
+
+def test_the_shipped_files_are_the_ones_promised() -> None:
+    assert list(SHIPPED) == [f"zero{name}.json" for name in ("1", "2", "2_offload", "3", "3_offload")]
+    assert [config["zero_optimization"]["stage"] for config in SHIPPED.values()] == [1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("name", EVERY)
+def test_every_file_leaves_auto_to_the_command_line_and_deepspeed_takes_it(
+    tmp_path: Path, name: str, precision: str
+) -> None:
+    line = f"--precision {precision} --learning-rate 0.001 --weight-decay 0.1 --warmup-steps 7 --global-batch-size 6"
+    if "scheduler" in EVERY[name]:
+        line += f" --lr-scheduler-type {'constant' if EVERY[name]['scheduler'] is WARMUP else 'linear'}"
+    result = merged(EVERY[name], tmp_path, line)
+    assert not result.problems
+    assert set(result.taken) <= {"reduce_dtype"}  # one of the files decides that
+    config = completed(str(tmp_path / "ds.json"), precision=precision)
+    assert '"auto"' not in json.dumps(config)
+    assert "optimizer" not in config
+    assert "scheduler" not in config
+
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    seen = DeepSpeedConfig(config)
+    assert seen.zero_optimization_stage == EVERY[name]["zero_optimization"]["stage"]
+    batch = (seen.train_micro_batch_size_per_gpu, seen.gradient_accumulation_steps, seen.train_batch_size)
+    assert batch == (2, 3, 6)
+    assert seen.gradient_clipping == 0.5
+    assert (seen.bfloat16_config.enabled, seen.float16_config.enabled) == (precision == "bf16", precision == "fp16")
+    offloads = seen.zero_config.offload_optimizer, seen.zero_config.offload_param
+    asked = [EVERY[name]["zero_optimization"].get(key) for key in ("offload_optimizer", "offload_param")]
+    assert [o and str(o.device) for o in offloads] == [a and a["device"] for a in asked]
+
+
+def test_sizes_left_to_us_are_those_of_the_trainer(tmp_path: Path) -> None:
+    config = completed(written(TRAINER["zero3"], tmp_path), hidden_size=768, ranks=4)
+    zero = config["zero_optimization"]
+    assert zero["reduce_bucket_size"] == 768 * 768
+    assert zero["stage3_prefetch_bucket_size"] == 530841
+    assert zero["stage3_param_persistence_threshold"] == 7680
+    assert config["train_batch_size"] == 24
+    assert type(zero["sub_group_size"]) is int
+    # a size of stage 3 that is left open on stage 2 is DeepSpeed's own
+    two = completed(written({"zero_optimization": {**ZERO3, "stage": 2, "offload_param": None}}, tmp_path))
+    assert "stage3_prefetch_bucket_size" not in two["zero_optimization"]
+
+
+def test_the_loss_scale_is_grad_scalers_unless_the_file_says_otherwise(tmp_path: Path) -> None:
+    ours = completed(written(SHIPPED["zero2.json"], tmp_path), precision="fp16")["fp16"]
+    assert ours == {
+        "enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1,
+        "min_loss_scale": 1,
+    }  # fmt: skip
+    theirs = completed(written(TRAINER["zero2 whole"], tmp_path), precision="fp16")["fp16"]
+    assert theirs == {**FP16, "enabled": True}
+    notes = merged(TRAINER["zero2 whole"], tmp_path, "--precision fp16").notes
+    assert any("fp16.loss_scale_window 1000" in note for note in notes)
+
+
+def test_older_spellings_are_todays(tmp_path: Path) -> None:
+    old = {
+        "bfloat16": {"enabled": True},
+        "zero_optimization": {"stage": 3, "cpu_offload": True, "cpu_offload_params": False, "aio": {"thread_count": 4}},
+    }
+    assert read(written(old, tmp_path)) == {
+        "bf16.enabled": True,
+        "zero_optimization.stage": 3,
+        "zero_optimization.offload_optimizer.device": "cpu",
+        "zero_optimization.offload_param.device": "none",
+        "aio.intra_op_parallelism": 4,
+    }
+
+
+# --- numbers in the file -----------------------------------------------------------------------------------------
+
+# key of the file, value there, setting, the same on the command line, another one
+NUMBERS: list[tuple[str, Any, str, str, str]] = [
+    ("train_batch_size", 64, "global_batch_size", "64", "32"),
+    ("train_micro_batch_size_per_gpu", 4, "per_device_train_batch_size", "4", "2"),
+    ("gradient_accumulation_steps", 4, "gradient_accumulation_steps", "4", "8"),
+    ("gradient_clipping", 0.5, "max_grad_norm", "0.5", "1"),
+    ("optimizer.params.lr", 3e-5, "learning_rate", "3e-5", "5e-5"),
+    ("optimizer.params.eps", 1e-6, "adam_epsilon", "1e-6", "1e-8"),
+    ("optimizer.params.weight_decay", 0.1, "weight_decay", "0.1", "0"),
+    ("optimizer.params.betas", [0.8, 0.999], "adam_beta1", "0.8", "0.9"),
+    ("optimizer.params.betas", [0.9, 0.95], "adam_beta2", "0.95", "0.999"),
+    ("scheduler.params.warmup_max_lr", 3e-5, "learning_rate", "3e-5", "5e-5"),
+    ("scheduler.params.warmup_num_steps", 500, "warmup_steps", "500", "0"),
+    ("scheduler.params.total_num_steps", 900, "max_steps", "900", "800"),
+    ("fp16.enabled", True, "precision", "fp16", "fp32"),
+    ("bf16.enabled", True, "precision", "bf16", "fp16"),
+    ("fp16.enabled", False, "precision", "fp32", "fp16"),
+    ("bf16.enabled", False, "precision", "fp32", "bf16"),
+    ("scheduler.type", "WarmupLR", "lr_scheduler_type", "constant", "cosine"),
+    ("scheduler.type", "WarmupDecayLR", "lr_scheduler_type", "linear", "cosine"),
+    ("communication_data_type", "bf16", "reduce_dtype", "bf16", "fp32"),
+    ("communication_data_type", "fp32", "reduce_dtype", "fp32", "bf16"),
+]
+IDS = [f"{key}-{setting}" for key, _, setting, _, _ in NUMBERS]
+
+
+@pytest.mark.parametrize(("key", "value", "setting", "same", "other"), NUMBERS, ids=IDS)
+def test_a_number_acts_where_the_command_line_is_silent_agrees_or_clashes(
+    tmp_path: Path, key: str, value: Any, setting: str, same: str, other: str
+) -> None:
+    config, option = with_key(key, value), "--" + setting.replace("_", "-")
+    silent = merged(config, tmp_path)
+    assert not silent.problems
+    kind = type(getattr(silent.settings, setting))
+    assert getattr(silent.settings, setting) == kind(same)
+    assert silent.taken[setting] == key
+    assert any(f"{option} " in note and key in note for note in silent.notes)
+
+    agreed = merged(config, tmp_path, f"{option} {same}")
+    assert not agreed.problems
+    assert getattr(agreed.settings, setting) == kind(same)
+
+    (problem,) = merged(config, tmp_path, f"{option} {other}").problems
+    assert problem.startswith(f"{option} {other}: clashes with {key} ")
+    assert json.dumps(value) in problem
+    assert "ds.json" in problem
+
+
+def test_a_number_of_the_config_file_clashes_too_and_is_named(tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text("learning_rate = 1e-4\nprecision = 'auto'\n")
+    config = with_key("optimizer.params.lr", 3e-5, with_key("fp16.enabled", True))
+    result = merged(config, tmp_path, f"--config {tmp_path}/my.toml")
+    (problem,) = result.problems
+    assert problem.startswith(f"learning_rate 0.0001 in {tmp_path}/my.toml: clashes with optimizer.params.lr 3e-05 in ")
+    assert result.settings.precision == "fp16"  # auto is no opinion
+
+
+def test_all_clashes_come_at_once_within_the_file_too(tmp_path: Path) -> None:
+    config = with_key("optimizer.params.lr", 3e-5, with_key("scheduler.params.warmup_max_lr", 1e-3))
+    (problem,) = merged(config, tmp_path).problems
+    assert problem.startswith("scheduler.params.warmup_max_lr 0.001")
+    assert "optimizer.params.lr 3e-05" in problem
+    config |= {"gradient_clipping": 1, "train_batch_size": 16}
+    line = "--max-grad-norm 0.5 --global-batch-size 8 --engine ddp --learning-rate 1e-3"
+    problems = merged(config, tmp_path, line).problems
+    assert [problem.split(":")[0] for problem in problems] == [
+        "--engine ddp", "--global-batch-size 8", "--max-grad-norm 0.5", "--learning-rate 1e-3",
+    ]  # fmt: skip
+
+
+def test_the_length_is_given_once(tmp_path: Path) -> None:
+    config = with_key("scheduler.params.total_num_steps", 900)
+    (problem,) = merged(config, tmp_path, "--num-train-epochs 2").problems
+    assert problem.startswith("--num-train-epochs 2: the length is given twice, scheduler.params.total_num_steps 900 ")
+
+
+@pytest.mark.parametrize(
+    ("fp16", "bf16", "asked", "settled"),
+    [
+        (None, None, "auto", "auto"),
+        ("auto", "auto", "fp16", "fp16"),
+        ("auto", None, "bf16", "bf16"),
+        (False, None, "auto", "fp32"),  # the documentation's way to fp32
+        (False, None, "bf16", "bf16"),
+        (False, "auto", "auto", "auto"),  # bf16 or fp32, by the device
+        (False, True, "auto", "bf16"),
+        ("auto", False, "auto", "fp32"),
+        ("auto", False, "fp16", "fp16"),
+        (False, False, "auto", "fp32"),
+        (True, False, "auto", "fp16"),
+        (False, "auto", "fp16", None),
+        (False, False, "bf16", None),
+        (True, True, "auto", None),
+    ],
+)
+def test_two_switches_make_one_precision(tmp_path: Path, fp16: Any, bf16: Any, asked: str, settled: str | None) -> None:
+    config: dict[str, Any] = {"zero_optimization": {"stage": 1}}
+    config |= {name: {"enabled": value} for name, value in (("fp16", fp16), ("bf16", bf16)) if value is not None}
+    result = merged(config, tmp_path, f"--precision {asked}")
+    assert len(result.problems) == (settled is None)
+    assert settled is None or result.settings.precision == settled
+
+
+def test_what_is_done_in_wikifts_own_way_is_said(tmp_path: Path) -> None:
+    said = " ".join(merged(TRAINER["zero2 whole"], tmp_path).notes)
+    assert "AdamW is wikift's AdamW" in said
+    assert "WarmupLR is wikift's --lr-scheduler-type constant with a linear warm-up (DeepSpeed's" in said
+    assert "not used, wikift does it by itself: steps_per_print" in said
+    linear = merged(with_key("scheduler.params.warmup_type", "linear"), tmp_path)
+    assert not linear.problems
+    assert "logarithmic" not in " ".join(linear.notes)
+    assert not merged(SHIPPED["zero3.json"], tmp_path).notes
+
+
+# --- files that are wrong ----------------------------------------------------------------------------------------
+
+WRONG: list[tuple[str, Any, str]] = [
+    ("zero_optimization.stage", 0, "leave --deepspeed out"),
+    ("zero_optimization.stage", None, "leave --deepspeed out"),
+    ("zero_optimization.stage", 4, "must be 1, 2 or 3"),
+    ("zero_optimization.stage", "2", "must be 1, 2 or 3"),
+    ("optimizer.type", "Lamb", "wikift's is AdamW"),
+    ("optimizer.type", "OneBitAdam", "wikift's is AdamW"),
+    ("optimizer.type", ["AdamW"], "wikift's is AdamW"),
+    ("scheduler.type", {"name": "WarmupLR"}, "--lr-scheduler-type linear"),
+    ("optimizer.params.adam_w_mode", False, "wikift's optimizer is AdamW"),
+    ("optimizer.params.momentum", 0.9, "no such setting"),
+    ("optimizer.params.betas", [0.9], "must be two numbers"),
+    ("optimizer.params.max_grad_norm", 1.0, "gradient_clipping"),
+    ("scheduler.type", "OneCycle", "--lr-scheduler-type linear"),
+    ("scheduler.type", "WarmupCosineLR", "--lr-scheduler-type cosine"),
+    ("scheduler.params.warmup_min_lr", 1e-6, "rises from 0"),
+    ("scheduler.params.warmup_type", "log", 'write "linear"'),
+    ("train_batch_size", "32", "must be a whole number"),
+    ("train_micro_batch_size_per_gpu", 2.5, "must be a whole number"),
+    ("gradient_clipping", True, "must be a number"),
+    ("fp16.enabled", "yes", "must be true or false"),
+    ("zero_optimization.overlap_comm", 1, "must be true or false"),
+    ("zero_optimization.reduce_bucket_size", 0, "must be above 0"),
+    ("communication_data_type", "fp23", "must be one of fp32, fp16, bf16 (did you mean"),
+    ("zero_optimization.overlap_com", True, "(did you mean overlap_comm?)"),
+    ("zero_optimisation", {"stage": 2}, "(did you mean zero_optimization?)"),
+    ("zero_optimization.offload_param.device", "cpu", "needs stage 3"),
+    ("zero_optimization.offload_optimizer.device", "nvme", "needs stage 3"),
+    ("zero_optimization.offload_optimizer.device", "disk", "must be one of none, cpu, nvme"),
+    ("zero_optimization.zero_quantized_gradients", True, "leave it out"),
+    ("zero_optimization.zero_hpz_partition_size", 8, "leave it out"),
+    ("zero_force_ds_cpu_optimizer", True, "torch's AdamW"),
+    ("activation_checkpointing.partition_activations", True, "--gradient-checkpointing"),
+    ("tensorboard", {"enabled": True, "output_path": "logs/"}, "metrics.jsonl"),
+    ("wandb", {"enabled": True}, "use --wandb"),
+    ("amp", {"enabled": True}, "--precision"),
+    ("checkpoint", {"use_node_local_storage": True}, "--output-dir"),
+    ("checkpoint.load_universal", True, "--output-dir"),
+    ("pipeline.stages", 2, "leave it out"),
+    ("elasticity.enabled", True, "leave it out"),
+    ("autotuning.enabled", True, "leave it out"),
+    ("data_efficiency.enabled", True, "leave it out"),
+    ("curriculum_learning.enabled", True, "leave it out"),
+    ("progressive_layer_drop.enabled", True, "leave it out"),
+    ("compression_training.weight_quantization.shared_parameters.enabled", True, "leave it out"),
+    ("sparse_attention.mode", "fixed", "leave it out"),
+    ("wall_clock_breakdown", True, "leave it out"),
+    ("bf16.bf16_master_weights_and_grads", True, "fp32"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), WRONG, ids=[f"{key} {value}" for key, value, _ in WRONG])
+def test_what_cannot_be_is_one_error_with_the_way_out(tmp_path: Path, key: str, value: Any, expected: str) -> None:
+    (problem,) = merged(with_key(key, value), tmp_path).problems
+    assert expected in problem
+    assert key.split(".")[0] in problem
+    assert f" in {tmp_path}/ds.json: " in problem
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tensorboard", {"enabled": False, "output_path": "logs/"}),
+        ("activation_checkpointing", {"partition_activations": False, "number_checkpoints": None}),
+        ("elasticity", {"enabled": False, "max_train_batch_size": 2000}),
+        ("zero_optimization.zero_hpz_partition_size", 1),
+        ("zero_optimization.offload_optimizer", {"device": "none", "ratio": 1.0}),
+        ("zero_optimization.offload_param", None),
+        ("scheduler", None),
+        ("optimizer.params.adam_w_mode", True),
+        ("gradient_allreduce_op", "mean"),
+        ("checkpoint", {"use_node_local_storage": False}),
+        ("scheduler.params.warmup_min_lr", 0.0),
+    ],
+)
+def test_what_asks_for_nothing_passes_and_is_left_out(tmp_path: Path, key: str, value: Any) -> None:
+    assert not merged(with_key(key, value), tmp_path).problems
+    assert key.split(".")[-1] not in json.dumps(completed(str(tmp_path / "ds.json"))).replace("offload_optimizer", "")
+
+
+def test_a_folder_for_the_nvme_disk_is_there_or_is_asked_for(tmp_path: Path) -> None:
+    section = {"device": "nvme", "nvme_path": str(tmp_path / "none")}
+    config = {"zero_optimization": {"stage": 3, "offload_optimizer": section, "offload_param": {"device": "nvme"}}}
+    absent, missing = merged(config, tmp_path).problems
+    assert "offload_optimizer.nvme_path" in absent
+    assert "no such folder" in absent
+    assert 'needs "nvme_path" beside it' in missing
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"zero_optimization": {"stage": 2}', "not valid JSON"),
+        ("[1, 2]", "holds a list"),
+        ('{"bf16": {"enabled": true}, "bf16": {}}', "bf16 in {path}: is there twice"),
+        ('{"bf16": {"enabled": true}, "bfloat16": {"enabled": false}}', "is there twice, in an older spelling too"),
+        ('{"zero_optimization": true}', "zero_optimization true in {path}: must be a section in braces"),
+        ('{"zero_optimization": {"stage": 2}, "optimizer": "AdamW"}', 'optimizer "AdamW" in {path}: must be a section'),
+    ],
+)
+def test_a_file_that_is_none(tmp_path: Path, content: str, expected: str) -> None:
+    (problem,) = merged(content, tmp_path).problems
+    assert expected.format(path=tmp_path / "ds.json") in problem
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(UserError, match=r"^--deepspeed .*: cannot be read \(.*\); name a DeepSpeed config file$"):
+            read(path)
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_a_batch_that_cannot_be_is_told_with_its_arithmetic_and_its_keys(
+    alone: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = with_key("train_batch_size", 32, with_key("train_micro_batch_size_per_gpu", 4))
+    path = written(with_key("gradient_accumulation_steps", 2, config), tmp_path)
+    alone.setenv("WORLD_SIZE", "2")
+    alone.setenv("RANK", "0")
+    with pytest.raises(UserError) as caught:
+        main(["--deepspeed", path, "--dry-run", "--dataset", "demo", "--learning-rate", "-1"])
+    batch, rate = caught.value.problems if "batch" in caught.value.problems[0] else caught.value.problems[::-1]
+    assert batch.startswith("--global-batch-size 32: is not 2 processes x 4 (--per-device-train-batch-size) x 2 ")
+    assert batch.endswith(f"(train_batch_size, train_micro_batch_size_per_gpu, gradient_accumulation_steps in {path})")
+    assert rate == "--learning-rate -1: must be above 0"
+
+
+def test_a_number_out_of_range_is_told_with_its_key(alone: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = written(with_key("optimizer.params.lr", 0), tmp_path)
+    with pytest.raises(UserError) as caught:
+        main(["--deepspeed", path, "--dry-run", "--dataset", "demo"])
+    assert caught.value.problems == (f"--learning-rate 0: must be above 0 (optimizer.params.lr in {path})",)
+
+
+def test_a_dry_run_is_a_config_file_that_says_the_same_again(
+    alone: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = with_key("optimizer.params.lr", 3e-5, copy.deepcopy(TRAINER["zero3 whole"]))
+    path = written(with_key("scheduler.params.total_num_steps", 50, with_key("fp16.enabled", True, config)), tmp_path)
+    assert main(["--deepspeed", path, "--dry-run", "--dataset", "demo"]) == 0
+    first = capsys.readouterr().out
+    assert "# ds.json: sets --learning-rate 3e-05 (optimizer.params.lr)" in first
+    assert 'precision = "fp16"' in first
+    assert "max_steps = 50" in first
+    (tmp_path / "again.toml").write_text(first)
+    assert main(["--config", str(tmp_path / "again.toml"), "--dry-run"]) == 0
+    again = capsys.readouterr().out
+    assert [line for line in again.splitlines() if line[:1] != "#"] == [
+        line for line in first.splitlines() if line[:1] != "#"
+    ]
+
+
+@pytest.mark.parametrize("words", [["--local_rank=1"], ["--local-rank", "1"], ["--local_rank=1", "--local-rank=1"]])
+@pytest.mark.parametrize("own", ["1", None])
+def test_the_launchers_local_rank_is_dropped(
+    alone: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], own: str | None
+) -> None:
+    if own is not None:
+        alone.setenv("LOCAL_RANK", own)
+    assert main([*words, "--dry-run", "--dataset", "demo", "--max-steps", "7"]) == 0
+    assert "max_steps = 7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--local_rank=2"], ["--local-rank", "one"], ["--local_rank"]])
+def test_another_local_rank_is_a_mistake(alone: pytest.MonkeyPatch, words: list[str]) -> None:
+    alone.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match=r"^--local-rank .*LOCAL_RANK is 1"):
+        main([*words, "--dry-run"])
+
+
+# --- what is said of DeepSpeed -----------------------------------------------------------------------------------
+
+
+def test_every_key_that_deepspeed_knows_has_its_place() -> None:
+    from deepspeed.runtime import config as top
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero import config as zero
+    from deepspeed.runtime.zero import offload_config as offload
+
+    models = {
+        "bf16.": DeepSpeedBF16Config,
+        "fp16.": DeepSpeedFP16Config,
+        "zero_optimization.": zero.DeepSpeedZeroConfig,
+        "zero_optimization.offload_optimizer.": offload.DeepSpeedZeroOffloadOptimizerConfig,
+        "zero_optimization.offload_param.": offload.DeepSpeedZeroOffloadParamConfig,
+    }
+    keys = {f"{prefix}{f.alias or n}" for prefix, model in models.items() for n, f in model.model_fields.items()}
+    keys |= set(top._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    keys |= {f"zero_optimization.{key}" for key in top._REMOVED_ZERO_CONFIG_KEYS}
+    here = {*KNOWN, *RENAMED} | {key.rpartition(".")[0] for key in KNOWN}
+    assert keys <= here, keys - here
+
+
+def test_the_memory_table_is_what_its_formulas_give() -> None:
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero3
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero2
+
+    text = (ROOT / "ds_configs" / "README.md").read_text().partition("## Memory per GPU")[2]
+    head, _, *lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")][:10]
+    for column, model in enumerate(head[1:], 1):
+        shape = shape_of(model.strip())
+        assert shape is not None
+        size, largest, gpus = shape.parameters, shape.vocab_size * shape.n_embd, (1, 2, 4, 8)
+        two, three = zero2(size, 4), zero3(size, largest, 4)
+        right = [
+            [16 * size],
+            [4 * size + 12 * size / n for n in gpus],
+            [2 * size + 14 * size / n for n in gpus],
+            [16 * size / n for n in gpus],
+            [two[1]],
+            [three[1]],
+            [two[0]],
+            [three[0]],
+        ]
+        for line, numbers in zip(lines, right, strict=True):
+            places = 1 if line[0].strip().startswith("CPU") else 2
+            assert re.findall(r"[\d.]+", line[column]) == [f"{n / 2**30:.{places}f}" for n in numbers], line
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = "import sys, wikift.settings.deepspeed as _; sys.exit(bool({'torch', 'deepspeed', 'transformers'} & {*sys.modules}))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

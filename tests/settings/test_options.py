@@ -1,0 +1,352 @@
+"""The command line: how words and config files become settings, what --help shows, how a command ends.
+
+pytest tests/settings/test_options.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wikift.base.errors import EnvironmentFault, UserError
+from wikift.commands import evaluate, generate, prepare, train
+from wikift.commands import main as exits
+from wikift.export import export
+from wikift.settings.fields import (
+    EXCLUSIVE,
+    ConsolidateSettings,
+    EvaluateSettings,
+    GenerateSettings,
+    PrepareSettings,
+    TrainSettings,
+)
+from wikift.settings.options import flag, option, parse
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+Main = Callable[[Sequence[str]], int]
+COMMANDS: dict[str, tuple[Main, type]] = {
+    "train": (train.main, TrainSettings),
+    "prepare": (prepare.main, PrepareSettings),
+    "consolidate": (export.main, ConsolidateSettings),
+    "evaluate": (evaluate.main, EvaluateSettings),
+    "generate": (generate.main, GenerateSettings),
+}
+
+
+def parsed(*words: str) -> TrainSettings:
+    return parse(TrainSettings, words, prog="train.py", description="", exclusive=EXCLUSIVE)
+
+
+def problems(*words: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        parsed(*words)
+    return list(caught.value.problems)
+
+
+def written(path: Path, content: str) -> str:
+    path.write_text(content, encoding="utf-8")
+    return str(path)
+
+
+# --- words -------------------------------------------------------------------------------------------------------
+
+
+def test_dashes_and_underscores_are_the_same_in_names_and_kept_in_values() -> None:
+    for field in dataclasses.fields(TrainSettings):
+        kind = str(field.type)
+        if kind.startswith("bool"):
+            name = field.name if field.default is False else "no_" + field.name
+            words: list[list[str]] = [[flag(name)], ["--" + name]]
+        else:
+            choices = field.metadata["choices"]
+            value = choices[-1] if choices else "a_b-c" if kind.startswith("str") else "3"
+            if field.name == "config":
+                continue
+            words = [[flag(field.name), value], [f"--{field.name}={value}"], [f"--{field.name}", value]]
+        first, *others = [getattr(parsed(*line), field.name) for line in words]
+        assert all(other == first for other in others)
+        assert first != field.default or field.metadata["choices"], field.name
+    assert parsed("--output_dir", "my_run-1").output_dir == "my_run-1"
+
+
+def test_the_last_of_two_wins_and_negative_numbers_are_values() -> None:
+    assert parsed("--max-steps", "1", "--max-steps", "2").max_steps == 2
+    assert parsed("--learning-rate", "-1e-5", "--dropout", "-.5").learning_rate == -1e-5
+    assert parsed("--dropout=-1").dropout == -1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--max-steps", "1.5"], "--max-steps 1.5: must be a whole number"),
+        (["--max-steps", "1e3"], "--max-steps 1e3: must be a whole number"),
+        (["--max-steps", ""], "--max-steps '': must be a whole number"),
+        (["--learning-rate", "fast"], "--learning-rate fast: must be a number"),
+        (["--learning-rate", "nan"], "--learning-rate nan: must be a finite number"),
+        (["--learning-rate", "-inf"], "--learning-rate -inf: must be a finite number"),
+        (["--precision", "fp8"], "--precision fp8: must be one of auto, bf16, fp16, fp32"),
+        (["--output-dir", ""], "--output-dir '': must not be empty"),
+        (["--model", os.fsdecode(b"caf\xe9")], "must be UTF-8 text"),
+        (["--max-steps"], "--max-steps: needs a value"),
+        (["--dry-run=yes"], "--dry-run: takes no value"),
+        (["--no-append-eos=1"], "--append-eos: takes no value"),
+        (["5"], "5: belongs to no setting"),
+        (["--max-step", "5"], "--max-step: no such setting of train.py (did you mean --max-steps?)"),
+        (["--learning_rte=5"], "--learning-rte: no such setting of train.py (did you mean --learning-rate?)"),
+        (["-max-steps", "5"], "-max-steps: no such setting of train.py (did you mean --max-steps?)"),
+        (["--zzz"], "--zzz: no such setting of train.py"),
+        (["--lr-scheduler-type", "cosin"], "(did you mean cosine?)"),
+    ],
+)
+def test_a_wrong_word_is_one_problem_that_says_what_to_do(words: list[str], expected: str) -> None:
+    (problem,) = problems(*words)
+    assert expected in problem
+
+
+def test_all_problems_come_at_once(tmp_path: Path) -> None:
+    config = written(tmp_path / "run.toml", 'max_step = 5\nlearning_rate = "1e-4"\nseed = 3')
+    found = problems(
+        "--config", config, "--dropout", "x", "--engine", "zero", "--what", "7", "--seed", "1.5", "--quiet=1", "--model"
+    )
+    for name in ("max_step", "learning_rate", "--dropout", "--engine", "--what", "--seed", "--quiet", "--model"):
+        assert [problem for problem in found if problem.startswith((name + " ", name + ":"))]
+    assert len(found) == 8
+
+
+# --- config files ------------------------------------------------------------------------------------------------
+
+
+def test_toml_and_json_say_the_same_and_the_command_line_wins(tmp_path: Path) -> None:
+    toml = written(tmp_path / "a.toml", '# ours\nmax-steps = 7\nlearning_rate = 1\nmodel = "distilgpt2"\nwandb = true')
+    content = {"max_steps": 7, "learning-rate": 1, "model": "distilgpt2", "wandb": True}
+    from_json = written(tmp_path / "a.json", json.dumps(content))
+    expected = TrainSettings(max_steps=7, learning_rate=1.0, model="distilgpt2", wandb=True)
+    for file in (toml, from_json):
+        assert dataclasses.replace(parsed("--config", file), config=None) == expected
+        assert isinstance(parsed("--config", file).learning_rate, float)
+        line = parsed("--config", file, "--model", "gpt2", "--max_steps", "9", "--no-wandb")
+        assert (line.model, line.max_steps, line.learning_rate, line.wandb) == ("gpt2", 9, 1.0, False)
+
+
+def test_how_each_setting_was_given_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "my.toml"
+    file.write_text("seed = 7\nmax-steps = 9\n")
+    said: dict[str, str] = {}
+    words = ["--config", str(file), "--max_steps=5", "--model", "gpt2"]
+    parse(TrainSettings, words, prog="train.py", description="", said=said)
+    assert said == {
+        "config": f"--config {file}",
+        "max_steps": "--max-steps 5",
+        "model": "--model gpt2",
+        "seed": f"seed 7 in {file}",
+    }
+
+
+def test_a_file_from_windows_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_bytes(b"\xef\xbb\xbfmax_steps = 7\r\nmodel = 'gpt2-xl'\r\n")
+    assert parsed("--config", str(path)).max_steps == 7
+
+
+def test_an_answer_on_the_line_displaces_what_hangs_on_the_question_in_the_file(tmp_path: Path) -> None:
+    file = written(
+        tmp_path / "run.toml",
+        'num_train_epochs = 2\ndataset = "demo"\ndataset_config = "x"\ntokenizer = "train:300"\nseed = 5',
+    )
+    assert parsed("--config", file).num_train_epochs == 2
+    steps = parsed("--config", file, "--max-steps", "5")
+    assert (steps.max_steps, steps.num_train_epochs, steps.dataset, steps.seed) == (5, None, "demo", 5)
+    store = parsed("--config", file, "--data", "store")
+    assert (store.data, store.dataset, store.tokenizer, store.num_train_epochs) == ("store", None, None, 2)
+    other = parsed("--config", file, "--dataset", "my.txt")
+    assert (other.dataset, other.dataset_config, other.tokenizer) == ("my.txt", None, "train:300")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.toml", "max_steps = 1.5", "max_steps 1.5 in {}: must be a whole number"),
+        ("a.toml", "max_steps = inf", "max_steps inf in {}: must be a whole number"),
+        ("a.toml", "learning_rate = nan", "learning_rate nan in {}: must be a finite number"),
+        ("a.toml", "learning_rate = -inf", "learning_rate -inf in {}: must be a finite number"),
+        ("a.json", '{"learning_rate": 1' + "0" * 400 + "}", "in {}: must be a number"),
+        ("a.toml", 'max_steps = "5"', "max_steps 5 in {}: must be a whole number, without quotes"),
+        ("a.toml", "max_steps = true", "max_steps True in {}: must be a whole number, not true or false"),
+        ("a.toml", "max_steps = [1, 2]", "max_steps 1 2 in {}: must be a whole number"),
+        ("a.json", '{"max_steps": null}', "max_steps None in {}: must be a whole number"),
+        ("a.toml", "model = 5", "model 5 in {}: must be text, in quotes"),
+        ("a.toml", 'model = "a\\u0000"', "in {}: must not be empty"),
+        ("a.toml", "wandb = 1", "wandb 1 in {}: must be true or false"),
+        ("a.toml", 'wandb = "true"', "wandb true in {}: must be true or false"),
+        ("a.toml", 'precision = "fp8"', "precision fp8 in {}: must be one of auto"),
+        ("a.toml", "[train]\nmax_steps = 5", "train: no such setting of config file {}"),
+        ("a.toml", 'config = "b.toml"', "config: no such setting of config file {}"),
+        ("a.toml", "max_steps = 5\nmax-steps = 6", "max_steps in {}: is there twice, with - and with _"),
+        ("a.toml", "max_steps: 5", "--config {}: not valid TOML"),
+        ("a.json", "max_steps = 5", "--config {}: not valid JSON"),
+        ("a.json", "[5]", "--config {}: holds a list, not a table of settings"),
+    ],
+)
+def test_a_wrong_file_is_one_problem_that_names_it(tmp_path: Path, name: str, content: str, expected: str) -> None:
+    file = written(tmp_path / name, content)
+    (problem,) = problems("--config", file)
+    assert expected.format(file) in problem
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "latin.toml").write_bytes(b'model = "caf\xe9"')
+    for file in (tmp_path / "none.toml", tmp_path, tmp_path / "latin.toml"):
+        (problem,) = problems("--config", str(file))
+        assert problem.startswith(f"--config {file}: cannot be read")
+    assert len(problems("--config", str(tmp_path), "--seed", "x")) == 2
+
+
+# --- positional settings -----------------------------------------------------------------------------------------
+
+
+def test_positional_settings() -> None:
+    def models(*words: str) -> tuple[str, ...]:
+        return parse(EvaluateSettings, words, prog="evaluate.py", description="").models
+
+    assert models() == ()
+    for words in (["a", "b", "--split", "test"], ["a", "--split", "test", "b"], ["--split", "test", "a", "b"]):
+        assert models(*words) == ("a", "b")
+    assert parse(ConsolidateSettings, ["run"], prog="", description="").run == "run"
+    assert parse(ConsolidateSettings, [], prog="", description="").run is None
+    with pytest.raises(UserError, match="other: belongs to no setting"):
+        parse(ConsolidateSettings, ["run", "other"], prog="", description="")
+    with pytest.raises(UserError, match=r"MODEL .*must not be empty"):
+        models("a", "")
+    assert parse(GenerateSettings, ["--prompt", ""], prog="", description="").prompt == ""
+
+
+# --- help --------------------------------------------------------------------------------------------------------
+
+
+def test_every_launch_script_is_tested_here() -> None:
+    assert {path.stem for path in LAUNCH.glob("*.py")} == set(COMMANDS)
+
+
+def help_of(command: str, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit) as left:
+        COMMANDS[command][0](["--help"])
+    assert left.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_help_fits_and_shows_groups_settings_and_defaults(
+    command: str, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = help_of(command, columns, monkeypatch, capsys)
+    assert max(map(len, text.splitlines())) <= columns
+    headings = re.findall(r"^(\w+):$", text, re.MULTILINE)
+    assert len(headings) == len(set(headings))
+    fields = dataclasses.fields(COMMANDS[command][1])
+    assert {f.metadata["group"] for f in fields if not f.metadata["positional"]} <= set(headings)
+    entries = re.split(r"\n  (?=-|[A-Z])", text.split("\n\n", 1)[1])
+    for field in fields:
+        meta = field.metadata
+        start = (meta["metavar"] or "") if meta["positional"] else flag(field.name)
+        (entry,) = [e for e in entries if re.match(re.escape(start) + r"[ ,\n]", e)]
+        words = "".join(re.split(r"\n\n", entry)[0].split())  # lines are broken inside of words with a dash
+        assert "".join(meta["help"].split()) in words
+        if meta["metavar"]:
+            assert meta["metavar"] in words
+        default = meta["shown"] if meta["shown"] is not None else field.default
+        if default not in (None, "", ()) and default is not False:
+            assert f"default:{'yes' if default is True else default})".replace(" ", "") in words, field.name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_as_a_process_is_instant(command: str, tmp_path: Path) -> None:
+    line = [sys.executable, "-X", "importtime", str(LAUNCH / f"{command}.py"), "--help"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "COLUMNS": "80"})
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: ")
+    imported = {row.rsplit("|", 1)[1].strip() for row in done.stderr.splitlines() if row.startswith("import time:")}
+    assert "wikift.settings.options" in imported
+    assert not imported & {"torch", "transformers", "datasets", "tokenizers", "pyarrow", "rich", "wandb"}
+    # processor time, which other work on the machine does not change; the best of three
+    seconds = min(processor_seconds([sys.executable, str(LAUNCH / f"{command}.py"), "--help"]) for _ in range(3))
+    assert seconds < 0.5
+    assert list(tmp_path.iterdir()) == []
+
+
+def processor_seconds(line: list[str]) -> float:
+    child = subprocess.Popen(line, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0
+    return usage.ru_utime + usage.ru_stime
+
+
+# --- how a command ends ------------------------------------------------------------------------------------------
+
+
+def ended(command: Main, capsys: pytest.CaptureFixture[str]) -> tuple[Any, str]:
+    with pytest.raises(SystemExit) as left:
+        exits.run(command, ["a"])
+    return left.value.code, capsys.readouterr().err
+
+
+def test_exit_codes_and_messages(capsys: pytest.CaptureFixture[str]) -> None:
+    def raising(error: BaseException) -> Main:
+        def command(argv: Sequence[str]) -> int:
+            raise error
+
+        return command
+
+    assert ended(lambda argv: len(argv) + 74, capsys) == (75, "")
+    assert ended(raising(UserError("--a: no")), capsys) == (2, "wikift: one problem\n  --a: no\n")
+    assert ended(raising(UserError("--a: no", "--b: no")), capsys) == (2, "wikift: 2 problems\n  --a: no\n  --b: no\n")
+    assert ended(raising(EnvironmentFault("full")), capsys) == (1, "wikift: full\n")
+    assert ended(raising(KeyboardInterrupt()), capsys) == (130, "wikift: interrupted\n")
+    with pytest.raises(ZeroDivisionError):  # a fault of wikift's keeps its traceback
+        exits.run(raising(ZeroDivisionError()), [])
+
+
+def test_only_the_first_rank_speaks_and_all_leave_with_the_code(tmp_path: Path) -> None:
+    line = [sys.executable, str(LAUNCH / "train.py"), "--max-steps", "0"]
+    for rank, says in (("0", "--max-steps 0: must be 1 or more"), ("1", "")):
+        env = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=env)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert says in done.stderr
+        assert bool(done.stderr) == bool(says)
+
+
+def test_a_pipe_that_is_closed_early_is_no_traceback(tmp_path: Path) -> None:
+    line = f"{sys.executable} {LAUNCH / 'train.py'} --dry-run | true"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr == ""
+
+
+def test_an_option_without_a_value_in_a_class_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """What `option` documents, on a class that no command has: percent signs, 0 as a default, a switch that is on."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        part: float = option(0.0, "100% of it")
+        on: bool = option(True, "a switch")
+        name: str | None = option(None, "a name", shown="50%")
+
+    with pytest.raises(SystemExit):
+        parse(Settings, ["-h"], prog="x", description="d")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "100% of it (default: 0.0)" in text
+    assert "--on, --no-on a switch (default: yes)" in text
+    assert "a name (default: 50%)" in text
+    assert parse(Settings, ["--no-on"], prog="x", description="d").on is False

@@ -1,0 +1,391 @@
+"""What follows from settings: placement, plan, the released shapes, and --dry-run, which shows all of it.
+
+pytest tests/settings/test_run_plan.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.tiny import VOCABULARY, tiny_store
+from wikift.base.errors import UserError
+from wikift.base.shape import RELEASED, Shape, shape_of
+from wikift.commands.train import main
+from wikift.settings import run_plan as derive
+from wikift.settings.batch_layout import DEFAULT_GLOBAL_BATCH, MICRO_BATCH_CEILING, Placement, placement
+from wikift.settings.fields import EXCLUSIVE, TrainSettings
+from wikift.settings.options import parse
+from wikift.settings.run_plan import Plan, plan_run, resolve
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def parsed(words: list[str]) -> TrainSettings:
+    return parse(TrainSettings, words, prog="train.py", description="", exclusive=EXCLUSIVE)
+
+
+def problems(**words: Any) -> list[str]:
+    return derive.check_train(resolve(TrainSettings(**words), 1), 1, launched=False)
+
+
+# --- placement ---------------------------------------------------------------------------------------------------
+
+COUNT = st.none() | st.integers(1, 40)
+
+
+def solutions(whole: int, ranks: int, micro: int | None, accumulation: int | None) -> list[tuple[int, int]]:
+    """Every (micro-batch, accumulation) that makes `whole` and has what was given, by trying all."""
+    return [
+        (m, a)
+        for m, a in itertools.product([micro] if micro else range(1, whole + 1), range(1, whole + 1))
+        if ranks * m * a == whole and accumulation in (None, a)
+    ]
+
+
+@settings(max_examples=400, deadline=None)
+@given(whole=COUNT, ranks=st.integers(1, 9), micro=COUNT, accumulation=COUNT)
+def test_placement_is_exact_or_one_problem_with_the_numbers(
+    whole: int | None, ranks: int, micro: int | None, accumulation: int | None
+) -> None:
+    wanted = TrainSettings(
+        global_batch_size=whole, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation
+    )
+    meant = whole or (ranks * micro * accumulation if micro and accumulation else DEFAULT_GLOBAL_BATCH)
+    possible = solutions(meant, ranks, micro, accumulation)
+    try:
+        place = placement(wanted, ranks)
+    except UserError as error:
+        assert not possible
+        (problem,) = error.problems
+        numbers = set(re.findall(r"\d+", problem))
+        assert {str(meant), str(ranks)} <= numbers
+        if meant % ranks == 0 and micro and accumulation and meant != ranks * micro * accumulation:
+            assert {str(micro), str(accumulation), str(ranks * micro * accumulation)} <= numbers
+        return
+    assert place.global_batch == place.ranks * place.micro_batch * place.accumulation == meant
+    assert place.ranks == ranks
+    assert (place.micro_batch, place.accumulation) in possible
+    if micro is None and accumulation is None:  # the largest that is in reach
+        assert place.micro_batch == max(m for m, _ in possible if m <= MICRO_BATCH_CEILING)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    ranks=st.integers(1, 9),
+    whole=st.integers(1, 200),
+    value=st.integers(1, 200),
+    name=st.sampled_from(["per_device_train_batch_size", "gradient_accumulation_steps", None]),
+)
+def test_what_a_message_advises_works(ranks: int, whole: int, value: int, name: str | None) -> None:
+    words: dict[str, Any] = {"global_batch_size": whole, **({name: value} if name else {})}
+    try:
+        placement(TrainSettings(**words), ranks)
+    except UserError as error:
+        (problem,) = error.problems
+        advised = re.search(r"take (\d+)(?: or (\d+))?", problem)
+        assert advised
+        changed = "global_batch_size" if problem.startswith("--global-batch-size") else name
+        others = {} if changed == "global_batch_size" else words
+        for number in filter(None, advised.groups()):
+            placement(TrainSettings(**{**others, changed: int(number)}), ranks)
+
+
+def test_a_batch_that_was_not_given_is_said_to_be_the_default() -> None:
+    with pytest.raises(UserError, match=r"--global-batch-size 32, the default: .* 3 processes; take 30 or 33"):
+        placement(TrainSettings(), 3)
+    huge = TrainSettings(global_batch_size=10**15, per_device_train_batch_size=7)
+    with pytest.raises(UserError, match=r"take 5 or 8"):  # at once, too
+        placement(huge, 1)
+
+
+def test_all_ranks_start_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    for size, expected in (("0", "WORLD_SIZE 0"), ("x", "WORLD_SIZE x"), ("-1", "WORLD_SIZE -1"), ("2", "RANK")):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with pytest.raises(UserError, match=expected):
+            derive.ranks_started()
+    monkeypatch.setenv("RANK", "1")
+    assert derive.ranks_started() == 2
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("RANK")
+    assert derive.ranks_started() == 1
+
+
+# --- plan --------------------------------------------------------------------------------------------------------
+
+
+def plan(tokens: int, place: Placement | None = None, shape: Shape | None = None, **words: Any) -> Plan:
+    chosen = resolve(TrainSettings(**words), 1)
+    return plan_run(chosen, place or Placement(1, 1, 1), shape or Shape(), tokens, 50257)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    tokens=st.integers(2, 10**7),
+    block_size=st.integers(1, 1024),
+    place=st.builds(Placement, st.integers(1, 8), st.integers(1, 8), st.integers(1, 8)),
+    tenths=st.integers(1, 100),
+    percent=st.integers(1, 100),
+    warm=st.integers(0, 99),
+)
+def test_plan_arithmetic(tokens: int, block_size: int, place: Placement, tenths: int, percent: int, warm: int) -> None:
+    """Against exact fractions."""
+    words = {"block_size": block_size, "num_train_epochs": tenths / 10, "warmup_steps": warm / 100}
+    whole = (tokens - 1) // block_size
+    if whole == 0:
+        with pytest.raises(UserError, match="too few for one block"):
+            plan(tokens, place, **words)
+        return
+    found = plan(tokens, place, data_fraction=percent / 100, **words)
+    assert abs(found.blocks - Fraction(percent, 100) * whole) <= Fraction(1, 2) or found.blocks == 1
+    steps = max(1, math.ceil(Fraction(tenths, 10) * found.blocks / place.global_batch))
+    assert found.steps == steps
+    assert found.warmup_steps == min(math.ceil(Fraction(warm, 100) * steps), steps - 1)
+    assert found.tokens_per_step == place.global_batch * block_size
+    assert found.epochs == pytest.approx(steps * place.global_batch / found.blocks)
+
+
+def test_plan_by_steps_and_defaults() -> None:
+    assert 1.1 * 50 > 55
+    assert plan(50 * 8 + 1, block_size=8, num_train_epochs=1.1).steps == 55
+    found = plan(118_000_000, Placement(4, 8, 1), max_steps=500, warmup_steps=50.0)
+    assert (found.steps, found.warmup_steps, found.block_size) == (500, 50, 1024)
+    assert plan(10_001, shape=Shape(n_positions=16)).block_size == 16
+    assert plan(32 * 1024 * 10 + 1, Placement(1, 8, 4)).steps == 30  # three epochs of ten steps
+    assert plan(1025, max_steps=1, warmup_steps=0.5).warmup_steps == 0  # one step is not spent on a rate of 0
+
+
+def test_the_cool_down_is_a_part_of_the_run_or_so_many_steps() -> None:
+    wsd = {"lr_scheduler_type": "warmup_stable_decay", "max_steps": 300}
+    assert plan(118_000_000, **wsd).decay_steps == 60
+    assert plan(118_000_000, **wsd, decay_steps=0.07).decay_steps == 21
+    assert plan(118_000_000, **wsd, decay_steps=50.0).decay_steps == 50
+    assert plan(118_000_000, max_steps=300).decay_steps == 0
+    with pytest.raises(UserError, match="--decay-steps 290: is with --warmup-steps 20 more than the run's 300 steps"):
+        plan(118_000_000, **wsd, decay_steps=290.0, warmup_steps=20.0)
+    with pytest.raises(UserError, match=r"--decay-steps 0\.3: cannot act with --lr-scheduler-type linear"):
+        main(["--decay-steps", "0.3", "--dry-run"])
+    with pytest.raises(UserError, match=r"--decay-steps 2\.5: must be a whole number, or a part below 1"):
+        main(["--decay-steps", "2.5", "--lr-scheduler-type", "warmup_stable_decay", "--dry-run"])
+
+
+def test_everything_that_does_not_fit_comes_at_once() -> None:
+    small = Shape(n_positions=16, vocab_size=100)
+    with pytest.raises(UserError) as caught:
+        plan(10, shape=small, block_size=32)
+    found = caught.value.problems
+    assert len(found) == 3
+    assert found[0].startswith("--block-size 32: the model has 16 positions")
+    assert "10 tokens" in found[1]
+    assert "take --block-size 9 or less" in found[1]
+    assert found[2].startswith("--model gpt2: its vocabulary has 100 tokens, the store's 50257")
+    with pytest.raises(UserError, match="--config-overrides vocab_size=100"):
+        plan(1000, shape=small, from_scratch=True, config_overrides="vocab_size=100")
+    with pytest.raises(UserError, match="--warmup-steps 30: must be less than the run's 30 steps"):
+        plan(32 * 1024 * 10 + 1, Placement(1, 8, 4), warmup_steps=30.0)
+
+
+# --- shapes ------------------------------------------------------------------------------------------------------
+
+PARAMETERS = {
+    "distilgpt2": 81_912_576,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+}
+
+
+def test_parameters_of_the_released_models() -> None:
+    assert set(PARAMETERS) == set(RELEASED)
+    for name, count in PARAMETERS.items():
+        for spelled in (name, ("distilbert/" if name == "distilgpt2" else "openai-community/") + name):
+            shape = shape_of(spelled)
+            assert shape is not None
+            assert shape.parameters == count
+
+
+@pytest.mark.parametrize("shape", [*map(shape_of, RELEASED), Shape(3, 2, 10, 7, 31), Shape(2, 2, 8, 4, 9, n_inner=5)])
+def test_parameters_are_those_of_the_model(shape: Shape) -> None:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(**dataclasses.asdict(shape)))
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_flops_per_token_are_palms() -> None:
+    gpt2 = Shape()
+    assert gpt2.flops_per_token(1024) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 1024 * 768
+
+
+def test_a_model_folder(tmp_path: Path) -> None:
+    def folder(content: str) -> str:
+        (tmp_path / "config.json").write_text(content)
+        return str(tmp_path)
+
+    kept = {"n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 16, "vocab_size": 99, "n_inner": None}
+    assert shape_of(folder(json.dumps({"model_type": "gpt2", "resid_pdrop": 0.1, **kept}))) == Shape(**kept)
+    for content, expected in (
+        ("{", "config.json cannot be read"),
+        ("[]", "model_type None"),
+        ('{"model_type": "bert"}', "model_type 'bert'; wikift trains gpt2 models only"),
+        ('{"model_type": "gpt2", "n_layer": "two"}', "n_layer 'two', which must be a whole number"),
+        ('{"model_type": "gpt2", "n_embd": 0}', "n_embd 0, which must be"),
+        ('{"model_type": "gpt2", "n_head": null}', "n_head None, which must be"),
+    ):
+        with pytest.raises(UserError, match=re.escape(expected)):
+            shape_of(folder(content))
+
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+
+def test_near_names_are_suggested() -> None:
+    (problem,) = problems(model="gpt2-extra")
+    assert problem.startswith("--model gpt2-extra: no such folder")
+    assert "did you mean gpt2" in problem
+    assert problems(model="openai-community/gpt2-large") == []
+    assert problems(model="someone/their-gpt2") == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ("n_layer", ["n_layer: must be NAME=VALUE"]),
+        ("n_layr=2", ["(did you mean n_layer?)"]),
+        ("n_layer=2.5,n_head=0", ["n_layer must be a whole number of 1", "n_head must be a whole number of 1"]),
+        ("n_head=2,n_head=4", ["n_head is given twice"]),
+        ("attn_pdrop=1", ["at least 0 and below 1"]),
+        ("layer_norm_epsilon=nan", ["must be a number above 0"]),
+        ("initializer_range=inf", ["must be a number above 0"]),
+        ("activation_function=rely", ["activation_function must be one of gelu_new"]),
+        ("n_head=5", ["n_head=5: must divide n_embd=768; try n_head=1"]),
+        ("n_positions=16", ["--block-size 32: the model has 16 positions"]),
+    ],
+)
+def test_overrides(overrides: str, expected: list[str]) -> None:
+    found = problems(from_scratch=True, config_overrides=overrides, block_size=32)
+    assert len(found) == len(expected)
+    assert all(words in problem for words, problem in zip(expected, found, strict=True))
+    assert problems(from_scratch=True, config_overrides=" n_layer=2, n_embd=96 ,activation_function=relu,") == []
+
+
+def test_every_activation_that_is_allowed_exists() -> None:
+    from transformers.activations import ACT2FN
+
+    from wikift.base.shape import ACTIVATIONS
+
+    assert all(ACT2FN[name] is not None for name in ACTIVATIONS)
+
+
+def test_settings_that_cannot_act_beside_a_store() -> None:
+    found = problems(data="x", dataset="demo", tokenizer="gpt2", append_eos=False, text_column="body", workers=2)
+    names = [problem.partition(":")[0] for problem in found]
+    assert names == ["--dataset demo", "--text-column body", "--tokenizer gpt2", "--no-append-eos", "--workers 2"]
+
+
+# --- dry run -----------------------------------------------------------------------------------------------------
+
+LINES: list[list[str]] = [
+    [],
+    ["--model", "gpt2-xl", "--max-steps", "100", "--warmup-steps", "0.07", "--learning-rate", "3e-5"],
+    ["--dataset", "demo", "--tokenizer", "train:512", "--from-scratch", "--config-overrides", "n_layer=2,n_embd=96"],
+    ["--num-train-epochs", "0.3", "--dropout", "0", "--no-append-eos", "--global-batch-size", "7", "--quiet"],
+    ["--output-dir", 'a "b" \\n c\t\u00fc \U0001f600 \x7f', "--resume", "never", "--adam-epsilon", "1e-12"],
+]
+
+
+@pytest.mark.parametrize("words", LINES)
+def test_a_dry_run_given_back_is_the_same_run_and_nothing_is_written(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert main([*words, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    file = tmp_path / "run.toml"
+    file.write_text(text, encoding="utf-8")
+    assert main(["--config", str(file), "--dry-run"]) == 0
+    again = capsys.readouterr().out
+    assert again == "\n".join(line for line in text.split("\n") if not line.startswith("# one process"))
+    resolved = resolve(parsed(words), 1)
+    assert dataclasses.replace(resolve(parsed(["--config", str(file)]), 1), config=None) == resolved
+    assert list(folder.iterdir()) == []
+
+
+@settings(max_examples=50, deadline=None)
+@given(name=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip))
+def test_any_text_survives_the_dry_run(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.getbasetemp() / "any.toml"
+    text = derive_dry_run(TrainSettings(output_dir=name, text_column=name))
+    file.write_text(text, encoding="utf-8", newline="")
+    found = parsed(["--config", str(file)])
+    assert (found.output_dir, found.text_column) == (name, name)
+
+
+def derive_dry_run(chosen: TrainSettings) -> str:
+    from wikift.commands.train import dry_run
+
+    return dry_run(resolve(chosen, 1), placement(chosen, 1))
+
+
+def test_a_dry_run_shows_the_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = tiny_store(tmp_path / "store")  # 51 blocks of 8
+    shape = "n_layer=2,n_head=2,n_embd=32,n_positions=16"
+    words = ["--data", str(store), "--from-scratch", "--config-overrides", shape, "--block-size", "8"]
+    assert (
+        main([*words, "--global-batch-size", "8", "--num-train-epochs", "2", "--warmup-steps", "0.1", "--dry-run"]) == 0
+    )
+    derived = capsys.readouterr().out.split("# derived\n")[1]
+    count = Shape(2, 2, 32, 16, VOCABULARY).parameters
+    assert derived.splitlines() == [
+        "# batch: 8 blocks a step = 1 process x 8 blocks x 1 accumulated",
+        f"# parameters: {count:,}",
+        "# tokens per step: 64",
+        "# train blocks: 51 blocks of 8 tokens",
+        "# steps: 13 steps, 2.04 epochs",
+        "# warm-up steps: 2",
+        "# starts: anew",
+    ]
+    assert main(["--max-steps", "100", "--warmup-steps", "0.07", "--dry-run"]) == 0
+    derived = capsys.readouterr().out.split("# derived\n")[1]
+    assert "# batch: 32 blocks a step = 1 process x 8 blocks x 4 accumulated" in derived
+    assert "# parameters: 124,439,808 " in derived
+    assert "# tokens per step: 32,768" in derived
+    assert "# warm-up steps: 7" in derived
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
+
+
+@pytest.mark.parametrize("words", [["--dry-run"], ["--dry-run", "--data", "store", "--block-size", "8"]])
+def test_a_dry_run_needs_no_torch(words: list[str], tmp_path: Path) -> None:
+    tiny_store(tmp_path / "store")
+    code = (
+        "import sys\n"
+        "from wikift.commands.train import main\n"
+        f"assert main({words!r}) == 0\n"
+        "assert not {'torch', 'transformers', 'datasets', 'tokenizers', 'rich', 'wandb'} & set(sys.modules)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "learning_rate = 5e-05" in done.stdout

@@ -1,0 +1,310 @@
+"""More than one machine: two network namespaces are two hosts, with addresses, local ranks and a network of their own.
+
+    pytest tests/training/test_clusters.py -rs
+
+Needs root and `ip` (Debian: apt install iproute2); skips itself where it may not make namespaces.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.ranks import run_ranks
+from tests.tiny import arguments, curve, metrics, tiny_store
+from wikift.checkpoint.reader import list_checkpoints
+from wikift.settings import options as cli
+from wikift.settings.fields import TrainSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = str(ROOT / "launch" / "train.py")
+SECONDS = 240  # for anything that takes some ten on two idle cores
+STEPS = 300
+
+
+@dataclass(frozen=True)
+class Host:
+    number: int
+    namespace: str
+    address: str
+    interface: str
+
+    def start(self, command: list[str], output: Path, **environment: str) -> subprocess.Popen[bytes]:
+        """Run `command` on this host, as root's shell there would."""
+        words = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        words |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.interface, **environment}
+        with output.open("wb") as file:
+            return subprocess.Popen(
+                ["ip", "netns", "exec", self.namespace, *command], env=words, stdout=file, stderr=file, cwd=ROOT
+            )
+
+    def kill(self) -> None:
+        """The power goes: SIGKILL to everything that runs here."""
+        deadline = time.monotonic() + 20
+        while (pids := ip("netns", "pids", self.namespace).stdout.split()) and time.monotonic() < deadline:
+            for pid in map(int, pids):
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            time.sleep(0.05)
+        assert not pids
+
+
+def ip(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["ip", *words], capture_output=True, text=True, timeout=20)
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[Host]]:
+    """Two hosts joined by a cable. What still runs there at the end is killed, and nothing of them stays."""
+    if shutil.which("ip") is None:
+        pytest.skip("no network namespaces: there is no `ip` (Debian: apt install iproute2)")
+    both = [Host(n, f"wikift-{os.getpid()}-{n}", f"10.77.0.{n + 1}", f"cable{n}") for n in range(2)]
+    made = []
+    try:
+        for host in both:
+            if (done := ip("netns", "add", host.namespace)).returncode:
+                pytest.skip(f"network namespaces may not be made here: {done.stderr.strip()}")
+            made.append(host)
+        a, b = both
+        ends = ["name", a.interface, "netns", a.namespace, "type", "veth", "peer", "name", b.interface]
+        if (done := ip("link", "add", *ends, "netns", b.namespace)).returncode:
+            pytest.skip(f"network interfaces may not be made here: {done.stderr.strip()}")
+        for host in both:
+            for words in (
+                ["addr", "add", f"{host.address}/24", "dev", host.interface],
+                ["link", "set", "lo", "up"],
+                ["link", "set", host.interface, "up"],
+            ):
+                done = ip("-n", host.namespace, *words)
+                assert done.returncode == 0, done.stderr
+        yield both
+    finally:
+        for host in made:
+            try:
+                host.kill()
+            finally:
+                ip("netns", "delete", host.namespace)
+
+
+def torchrun(host: Host, line: list[str]) -> list[str]:
+    where = ["--rdzv-backend=c10d", "--rdzv-id=run", "--rdzv-endpoint=10.77.0.1:29400"]
+    # no host name leads to the address here, so that torchrun cannot find out which host it names
+    who = [f"--rdzv-conf=is_host={int(host.number == 0)}", f"--local-addr={host.address}"]
+    words = ["--nnodes=2", "--nproc-per-node=1", *where, *who, TRAIN, *line]
+    return [sys.executable, "-m", "torch.distributed.run", *words]
+
+
+def deepspeed(host: Host, line: list[str]) -> list[str]:
+    """DeepSpeed's launcher with a hostfile; started on each host, since there is no ssh between them."""
+    hostfile = Path(line[line.index("--data") + 1]).with_name("hostfile")
+    hostfile.write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
+    who = ["--no_ssh", f"--node_rank={host.number}", "--master_addr=10.77.0.1", "--master_port=29400"]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile}", *who, TRAIN, *line]
+
+
+Launcher = Callable[[Host, list[str]], list[str]]
+
+
+def start_on(hosts: list[Host], launcher: Launcher, line: list[str], logs: Path) -> list[subprocess.Popen[bytes]]:
+    return [host.start(launcher(host, line), logs / f"host-{host.number}.log") for host in hosts]
+
+
+def shown(logs: Path) -> str:
+    return "".join(path.read_text(errors="replace") for path in sorted(logs.glob("host-*.log")))
+
+
+def wait_for_a_checkpoint(run: Path, processes: list[subprocess.Popen[bytes]], logs: Path) -> None:
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline and all(process.poll() is None for process in processes):
+        if list_checkpoints(run):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no checkpoint came:\n{shown(logs)}")
+
+
+def on_one_host(line: list[str]) -> None:
+    from wikift.commands.train import main
+
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # one thread for each of two ranks, as on the hosts
+    assert main(line) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "killed", "launcher", "launcher_again"),
+    [
+        ({"engine": "ddp"}, 1, torchrun, torchrun),
+        ({"deepspeed": ROOT / "ds_configs" / "zero2.json"}, 0, torchrun, deepspeed),
+    ],
+    ids=["ddp", "zero2"],
+)
+def test_a_host_dies_and_the_run_goes_on(
+    hosts: list[Host],
+    tmp_path: Path,
+    options: dict[str, object],
+    killed: int,
+    launcher: Launcher,
+    launcher_again: Launcher,
+) -> None:
+    """On a shared folder: every step's loss and gradient norm is that of a run on one host that nobody stopped."""
+    store, run, whole = tiny_store(tmp_path / "store"), tmp_path / "shared" / "run", tmp_path / "whole"
+    words = {"max_steps": STEPS, "save_steps": 50, "eval_steps": 100, "quiet": False, **options}
+    line = arguments(store, run, **words)
+    processes = start_on(hosts, launcher, line, tmp_path)
+    wait_for_a_checkpoint(run, processes, tmp_path)
+    hosts[killed].kill()
+    assert processes[killed].wait(SECONDS) == -signal.SIGKILL
+    assert processes[1 - killed].wait(SECONDS) != 0
+    assert "lost another process" in shown(tmp_path)
+    done = metrics(run)[-1]["step"]
+    assert 50 <= done < STEPS, "it was to be killed in the middle"
+
+    processes = start_on(hosts, launcher_again, line, tmp_path)
+    assert [process.wait(SECONDS) for process in processes] == [0, 0], shown(tmp_path)
+    assert "going on from" in shown(tmp_path)
+    run_ranks(on_one_host, 2, arguments(store, whole, **{**words, "quiet": True}))
+    assert len(curve(run)) == STEPS
+    assert curve(run) == curve(whole)
+
+
+def test_a_host_without_the_store_ends_all(hosts: list[Host], tmp_path: Path) -> None:
+    """It says what it lacks; the others, which wait for it, end soon after instead of in half an hour."""
+    store = tiny_store(tmp_path / "store")
+    line = [sys.executable, TRAIN, *arguments(store, tmp_path / "run")]
+    lacking = ["sh", "-c", f'mount -t tmpfs none "{store}" && exec "$@"', "sh"]  # a mount of this host alone
+    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    place |= {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29400"}
+    processes = [
+        host.start([*(lacking if n else []), *line], tmp_path / f"host-{n}.log", RANK=str(n), **place)
+        for n, host in enumerate(hosts)
+    ]
+    assert [process.wait(60) for process in processes] == [1, 2], shown(tmp_path)
+    assert (tmp_path / "host-1.log").read_text().startswith(f"wikift: one problem\n  --data {store}: ")
+    assert "wikift: rank 0 stops, rank 1 failed" in (tmp_path / "host-0.log").read_text()
+    assert not (tmp_path / "run").exists()
+
+
+def document() -> str:
+    return (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", document(), re.MULTILINE | re.DOTALL)
+    return [command for block in blocks for command in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_of_the_document_parses(command: str) -> None:
+    check_command(shlex.split(command))
+
+
+def check_command(words: list[str]) -> None:
+    """The launcher and launch/train.py know every option."""
+    launcher, *words = words
+    if launcher == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        parsed = get_args_parser().parse_args(words)
+        script, rest = parsed.training_script, parsed.training_script_args
+    elif launcher == "deepspeed":
+        from deepspeed.launcher.runner import parse_args
+
+        parsed = parse_args(words)
+        script, rest = parsed.user_script, parsed.user_args
+    else:
+        assert launcher == "sbatch"
+        script, rest = "launch/train.py", words[1:]
+        assert (ROOT / words[0]).is_file()
+    assert script == "launch/train.py"
+    settings = cli.parse(TrainSettings, rest, prog=script, description="")
+    assert (ROOT / (settings.deepspeed or "README.md")).is_file()
+
+
+def test_the_job_for_kubernetes_is_whole() -> None:
+    job = yaml.safe_load((ROOT / "docs" / "pytorchjob.yaml").read_text(encoding="utf-8"))
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert set(replicas) == {"Master", "Worker"}
+    for replica in replicas.values():
+        pod = replica["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["name"] == "pytorch", "the operator looks for this name"
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        words = dict(word.partition("=")[::2] for word in container["command"])
+        assert int(words["--nnodes"]) == sum(one["replicas"] for one in replicas.values())
+        gpus = container["resources"]["limits"]["nvidia.com/gpu"]
+        assert words["--nproc_per_node"] == job["spec"]["nprocPerNode"] == str(gpus)
+        assert words["--output-dir"].startswith("/shared/")
+        (seconds,) = (int(word["value"]) for word in container["env"])
+        assert seconds < pod["terminationGracePeriodSeconds"]
+        check_command([re.sub(r"\$\(\w+\)", "0", word) for word in container["command"]])
+
+
+SLURM = {
+    "scontrol": 'echo "scontrol $*" >> "$CALLS"; if [ "$1" = show ]; then printf "localhost\\nother\\n"; fi',
+    "scancel": 'echo "scancel $*" >> "$CALLS"; kill "${1/--signal=/-}" "$(cat "$CALLS.step")"',
+    "srun": 'echo $$ > "$CALLS.step"; shift; exec "$@"',
+}
+
+
+def test_the_sbatch_file_requeues_what_is_not_done_and_goes_on(tmp_path: Path) -> None:
+    """Real bash, real torchrun with two processes; Slurm's three commands are stand-ins. Slurm itself is not here."""
+    script, run, calls = ROOT / "docs" / "slurm.sbatch", tmp_path / "run", tmp_path / "calls"
+    subprocess.run(["bash", "-n", script], check=True, timeout=20)
+    (tmp_path / "bin").mkdir()
+    for name, text in {**SLURM, "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"'}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    port = socket.create_server(("localhost", 0))
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(calls)}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "1"}
+    environment |= {"SLURM_GPUS_ON_NODE": "2", "OMP_NUM_THREADS": "1"}
+    # one job at a time can have the file's port on this host
+    copy = tmp_path / "slurm.sbatch"
+    copy.write_text(script.read_text().replace(":29400", f":{port.getsockname()[1]}"))
+    port.close()
+
+    def submit(steps: int) -> subprocess.Popen[bytes]:
+        words = {"max_steps": steps, "save_steps": 10**6, "eval_steps": 10**6, "lr_scheduler_type": "constant"}
+        line = arguments(tmp_path / "store", run, quiet=False, **words)
+        with (tmp_path / "host-0.log").open("ab") as log:
+            return subprocess.Popen(["bash", copy, *line], env=environment, stdout=log, stderr=log, cwd=ROOT)
+
+    tiny_store(tmp_path / "store")
+    job = submit(10**6)
+    try:
+        deadline = time.monotonic() + SECONDS
+        while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 5:
+            assert job.poll() is None, shown(tmp_path)
+            assert time.monotonic() < deadline, shown(tmp_path)
+            time.sleep(0.05)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(SECONDS) != 0
+        told = calls.read_text().splitlines()
+        assert told == ["scontrol show hostnames n[1-2]", "scancel --signal=TERM 7", "scontrol requeue 7"]
+        done = metrics(run)[-1]["step"]
+        assert [path.name for path in list_checkpoints(run)] == [f"step-{done:08d}"]
+
+        job = submit(done + 3)
+        assert job.wait(SECONDS) == 0, shown(tmp_path)
+    finally:
+        if job.poll() is None:
+            job.terminate()
+            job.wait(SECONDS)
+    assert "going on from" in shown(tmp_path)
+    assert [values["step"] for values in metrics(run)] == list(range(1, done + 4))
+    assert calls.read_text().count("requeue") == 1, "what is done is not queued again"

@@ -1,0 +1,297 @@
+"""A run that was stopped, killed or damaged goes on as if nothing had happened, to the last bit.
+
+pytest tests/training/test_resume.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import _CONTEXT, run_ranks
+from tests.tiny import arguments, curve, metrics, tiny_store
+from wikift.base.errors import UserError
+from wikift.checkpoint.reader import list_checkpoints, open_checkpoint, step_folder
+from wikift.engines.base import STATES
+
+
+def train(command_line: list[str]) -> int:
+    from wikift.commands.train import main
+
+    return main(command_line)
+
+
+def failing_train(command_line: list[str]) -> list[str]:
+    """The problems of a command line that must be refused."""
+    try:
+        train(command_line)
+    except UserError as error:
+        return list(error.problems)
+    return []
+
+
+def state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
+    """Every weight and moment of the newest checkpoint."""
+    found = open_checkpoint(list_checkpoints(run)[-1], verify=True)
+    return {
+        (name, kind): found.read(name, kind, 0, torch.Size(shape).numel())
+        for name, shape in found.shapes.items()
+        for kind in STATES
+    }
+
+
+def assert_same_run(run: Path, reference: Path) -> None:
+    assert curve(run) == curve(reference)
+    expected = state(reference)
+    for key, tensor in state(run).items():
+        assert torch.equal(tensor, expected[key]), key
+
+
+def forget_after(run: Path, step: int) -> None:
+    for path in list_checkpoints(run):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize(("ranks", "every"), [(1, 1), (2, 1), (3, 4)])
+def test_resume_from_every_step_is_bit_for_bit(tmp_path: Path, ranks: int, every: int) -> None:
+    """12 steps over two epochs (51 blocks, 6 or 12 a step), dropout on. Three ranks: DDP's bucket order matters."""
+    store = tiny_store(tmp_path / "store")
+    batch = 8 if ranks < 3 else 6
+    words = {"global_batch_size": batch, "save_steps": 1, "save_total_limit": 12, "gradient_accumulation_steps": 2}
+    whole = tmp_path / "whole"
+    if ranks == 2:
+        words["per_device_train_batch_size"] = 2
+    assert run_ranks(train, ranks, arguments(store, whole, **words)) == [0] * ranks
+    assert len(list_checkpoints(whole)) == 12
+    for step in range(1, 12, every):
+        run = tmp_path / f"from{step}"
+        shutil.copytree(whole, run)
+        forget_after(run, step)
+        assert run_ranks(train, ranks, arguments(store, run, **words)) == [0] * ranks
+        assert_same_run(run, whole)
+        shutil.rmtree(run)
+
+
+def test_resume_on_other_ranks_goes_on_within_rounding(tmp_path: Path) -> None:
+    store = tiny_store(tmp_path / "store")
+    words: dict[str, Any] = {"dropout": 0, "learning_rate": 1e-3, "save_total_limit": 12}
+    assert run_ranks(train, 1, arguments(store, tmp_path / "alone", **words)) == [0]
+    for first, second in ((1, 2), (2, 4), (4, 1)):
+        run = tmp_path / f"{first}to{second}"
+        run_ranks(train, first, arguments(store, run, **words))
+        forget_after(run, 4)
+        run_ranks(train, second, arguments(store, run, **words))
+        for got, expected in zip(curve(run), curve(tmp_path / "alone"), strict=True):
+            assert got[1] == pytest.approx(expected[1], abs=1e-5)
+            assert got[2] == pytest.approx(expected[2], rel=1e-5)
+
+
+def test_sigkill_at_random_moments(tmp_path: Path) -> None:
+    """Every rank is killed, again and again, until the run gets through; then it is the run that was never killed."""
+    store = tiny_store(tmp_path / "store")
+    words = {"save_steps": 2, "max_steps": 40, "save_total_limit": 2}
+    assert run_ranks(train, 2, arguments(store, tmp_path / "whole", **words)) == [0, 0]
+    number = int.from_bytes(os.urandom(4), "little")
+    moments, run, kills = random.Random(number), tmp_path / "killed", 0
+    while True:
+        meeting = tmp_path / f"meeting{kills}"
+        children = [
+            _CONTEXT.Process(target=_meet_and_train, args=(rank, str(meeting), arguments(store, run, **words)))
+            for rank in range(2)
+        ]
+        for child in children:
+            child.start()
+        # at first early, then later and later: every run gets through in the end
+        deadline = time.monotonic() + moments.uniform(0.2, 0.6) + 0.15 * kills
+        while time.monotonic() < deadline and any(child.is_alive() for child in children):
+            time.sleep(0.01)
+        killed = [child for child in children if child.is_alive()]
+        for child in killed:
+            child.kill()
+        for child in children:
+            child.join(20)
+        if not killed:
+            break
+        kills += 1
+        assert kills < 40, f"seed {number}"
+    assert all(child.exitcode == 0 for child in children), f"seed {number}"
+    assert kills >= 1, f"seed {number}: nothing was killed"
+    assert_same_run(run, tmp_path / "whole")
+
+
+def _meet_and_train(rank: int, meeting: str, command_line: list[str]) -> None:
+    import torch.distributed as dist
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    os._exit(train(command_line))
+
+
+def stopped_by(number: int, command_line: list[str]) -> tuple[int, float]:
+    """Train in this process and send it a signal after the third step is logged."""
+    import threading
+
+    run = Path(command_line[command_line.index("--output_dir") + 1])
+
+    def watch() -> None:
+        while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 3:
+            time.sleep(0.005)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=watch, daemon=True).start()
+    start = time.monotonic()
+    return train(command_line), time.monotonic() - start
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: int) -> None:
+    store = tiny_store(tmp_path / "store")
+    words = {"max_steps": 300, "save_steps": 300, "eval_steps": 300}
+    line = arguments(store, tmp_path / "run", **words)
+    ((code, _),) = run_ranks(stopped_by, 1, number, line)
+    assert code == 75
+    (saved,) = list_checkpoints(tmp_path / "run")
+    step = open_checkpoint(saved).step
+    assert 3 <= step < 300
+    assert run_ranks(train, 1, line) == [0]
+    assert run_ranks(train, 1, arguments(store, tmp_path / "whole", **words)) == [0]
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "no manifest", "torn manifest", "half a folder"])
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tiny_store(tmp_path / "store")
+    assert run_ranks(train, 2, arguments(store, tmp_path / "whole", save_total_limit=9)) == [0, 0]
+    run = tmp_path / "run"
+    shutil.copytree(tmp_path / "whole", run)
+    forget_after(run, 8)
+    newest = step_folder(run, 8)
+    file = newest / "rank-00001.safetensors"
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "one bit":
+        content = bytearray(file.read_bytes())
+        content[-50] ^= 4
+        file.write_bytes(content)
+    elif damage == "no manifest":
+        (newest / "manifest.json").unlink()
+    elif damage == "torn manifest":
+        (newest / "manifest.json").write_text((newest / "manifest.json").read_text()[:200])
+    else:
+        shutil.rmtree(newest)
+        (newest.with_name("." + newest.name + ".partial")).mkdir()
+    with open(run / "metrics.jsonl", "a") as torn:
+        torn.write('{"step": 13, "lo')
+    capsys.readouterr()
+    assert run_ranks(train, 2, arguments(store, run)) == [0, 0]
+    if damage in ("truncated", "one bit", "torn manifest"):
+        assert "passing over a damaged checkpoint" in capsys.readouterr().out
+    assert_same_run(run, tmp_path / "whole")
+
+
+def test_no_sound_checkpoint_is_an_error_with_a_way_out(tmp_path: Path) -> None:
+    store = tiny_store(tmp_path / "store")
+    line = arguments(store, tmp_path / "run", max_steps=4)
+    assert run_ranks(train, 1, line) == [0]
+    file = step_folder(tmp_path / "run", 4) / "rank-00000.safetensors"
+    file.write_bytes(b"")
+    ((problem,),) = run_ranks(failing_train, 1, line)
+    assert "--resume never" in problem
+    assert run_ranks(train, 1, [*line, "--resume", "never"]) == [0]
+    assert (tmp_path / "run" / "before-1" / "checkpoints" / "step-00000004").is_dir()
+
+
+def test_what_would_break_the_run_is_refused_and_the_rest_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, other = tiny_store(tmp_path / "store"), tiny_store(tmp_path / "other", seed=1)
+    run = tmp_path / "run"
+    assert run_ranks(train, 1, arguments(store, run, max_steps=4)) == [0]
+    before = sorted(run.rglob("*"))
+    wrong = {"seed": 7, "global_batch_size": 4, "block_size": 4, "data_fraction": 0.5, "dropout": 0.0}
+    (problems,) = run_ranks(failing_train, 1, arguments(store, run, max_steps=8, **wrong))
+    for name in wrong:
+        assert any(p.startswith("--" + name.replace("_", "-")) and "--resume never" in p for p in problems), name
+    ((problem,),) = run_ranks(failing_train, 1, arguments(other, run, max_steps=8))
+    assert problem.startswith(f"--data {other}")
+    assert sorted(run.rglob("*")) == before
+    capsys.readouterr()
+    assert run_ranks(train, 1, arguments(store, run, max_steps=8, weight_decay=0.5, quiet=False)) == [0]
+    said = capsys.readouterr().out
+    assert "weight_decay 0.0 -> 0.5" in said
+    assert "max_steps 4 -> 8" in said
+    assert [values["step"] for values in metrics(run)] == list(range(1, 9))
+
+
+def test_a_finished_run_says_so_and_resume_never_keeps_the_old_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tiny_store(tmp_path / "store")
+    line = arguments(store, tmp_path / "run", quiet=False)
+    assert run_ranks(train, 1, line) == [0]
+    first = curve(tmp_path / "run")
+    capsys.readouterr()
+    assert run_ranks(train, 1, line) == [0]
+    assert "is finished" in capsys.readouterr().out
+    assert run_ranks(train, 1, [*line, "--resume", "never"]) == [0]
+    assert curve(tmp_path / "run") == first
+    assert curve(tmp_path / "run" / "before-1") == first
+
+
+def test_a_dry_run_says_where_the_run_would_start_and_refuses_what_it_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, run = tiny_store(tmp_path / "store"), tmp_path / "run"
+    line = arguments(store, run, max_steps=8, save_steps=4)
+
+    def start(*words: str) -> list[str]:
+        capsys.readouterr()
+        assert train([*line, *words, "--dry-run"]) == 0
+        return [text for text in capsys.readouterr().out.splitlines() if "starts" in text or "changed" in text]
+
+    assert start() == ["# starts: anew"]
+    assert run_ranks(train, 1, line) == [0]
+    before = sorted(run.rglob("*"))
+    assert start() == ["# starts: finished, step 8; a longer --max-steps or --num-train-epochs goes on"]
+    (started, changed) = start("--max-steps", "12", "--weight-decay", "0.5")
+    assert started == f"# starts: after step 8 of {step_folder(run, 8)}, if that is sound"
+    assert "weight_decay 0.0 -> 0.5" in changed
+    assert start("--resume", "never") == ["# starts: anew; what is in the output folder is kept aside"]
+    assert start("--resume", str(step_folder(run, 4)))[0].startswith("# starts: after step 4 of ")
+    (problem,) = failing_train([*line, "--seed", "7", "--dry-run"])
+    assert problem.startswith("--seed 7: this run was started with 42")
+    (problem,) = failing_train([*line, "--resume", str(run), "--dry-run"])
+    assert problem.startswith(f"--resume {run}: must be")
+    code = f"import sys, wikift.commands.train as t; t.main({[*line, '--dry-run']!r}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    file = step_folder(run, 8) / "rank-00000.safetensors"
+    file.write_bytes(b"")
+    assert start()[0].startswith("# starts: after step 4 of ")  # as the run would
+    assert sorted(run.rglob("*")) == before
+
+
+def test_resume_from_a_named_checkpoint_sets_the_later_ones_aside(tmp_path: Path) -> None:
+    store = tiny_store(tmp_path / "store")
+    run = tmp_path / "run"
+    line = arguments(store, run, save_total_limit=9)
+    assert run_ranks(train, 1, line) == [0]
+    shutil.copytree(run, tmp_path / "whole")
+    assert run_ranks(train, 1, [*line, "--resume", str(step_folder(run, 4))]) == [0]
+    assert_same_run(run, tmp_path / "whole")
+    aside = run / "before-1"
+    assert [p.name for p in list_checkpoints(aside)] == ["step-00000008", "step-00000012"]
+    assert json.loads((aside / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 12

@@ -1,0 +1,175 @@
+"""A checkpoint: one safetensors file of fragments per rank, and a manifest that makes it complete.
+
+    RUN/checkpoints/step-00000500/rank-00000.safetensors   1-D ranges, keyed NAME|STATE|START
+    RUN/checkpoints/step-00000500/manifest.json            written last: step, settings, every file's size and sha256
+
+A reader takes ranges of the files, whoever wrote them, so any number of ranks and any engine can go on from it. How
+checkpoints are written: saving.py.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wikift.base.errors import EnvironmentFault, UserError
+from wikift.base.files import read_range, sha256_of
+from wikift.checkpoint import tensorfile
+
+if TYPE_CHECKING:  # consolidation moves bytes; it does not wait a second and a half for torch
+    from torch import Tensor
+
+    from wikift.base.world import World
+
+FORMAT = "wikift-checkpoint-1"
+
+
+@dataclass(frozen=True)
+class _Place:
+    start: int
+    stop: int
+    file: Path
+    offset: int  # bytes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint: a FragmentReader. `manifest`: step, tokens, eval_loss, model_config, parameters ..."""
+
+    path: Path
+    manifest: dict[str, Any]
+    _places: dict[tuple[str, str], list[_Place]] = field(repr=False)
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter's shape, by Hugging Face name, in the model's order."""
+        return {name: tuple(shape) for name, shape in self.manifest["parameters"].items()}
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a flattened tensor, 1-D fp32 on the CPU; reads these bytes only."""
+        import torch
+
+        values = torch.empty(stop - start, dtype=torch.float32)
+        self.read_into(name, state, start, memoryview(values.view(torch.uint8).numpy().data))
+        return values
+
+    def read_into(self, name: str, state: str, start: int, into: memoryview) -> None:
+        """Fill `into` (bytes) with the fp32 elements from `start` on, as `read` does; needs no torch."""
+        stop = start + len(into) // 4
+        filled = 0
+        for place in self._places[name, state]:
+            low, high = max(start, place.start), min(stop, place.stop)
+            if low >= high:
+                continue
+            target = into[4 * (low - start) : 4 * (high - start)]
+            try:
+                read_range(place.file, place.offset + 4 * (low - place.start), target)
+            except OSError as error:
+                raise EnvironmentFault(f"{error}; the checkpoint {self.path} is damaged") from None
+            filled += high - low
+        assert filled == stop - start, (name, state, start, stop, filled)
+
+    def verify(self, file: str) -> None:
+        """Read every byte of one of the manifest's files. Raises UserError where it is not as it was written."""
+        if sha256_of(self.path / file) != self.manifest["files"][file]["sha256"]:
+            raise UserError(f"{self.path / file}: its content has changed since it was written (sha256 differs)")
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(path.parent for path in (run / "checkpoints").glob("step-*/manifest.json"))
+
+
+def open_checkpoint(path: Path, *, verify: bool = False) -> Checkpoint:
+    """Open a complete checkpoint; sizes are checked, with `verify` every byte.
+
+    Raises UserError naming what is missing or damaged.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: is not a checkpoint (no manifest.json); name OUTPUT_DIR/checkpoints/step-..."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: manifest.json cannot be read ({error}); take an older checkpoint") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path}: is not a checkpoint of this version of wikift (format {FORMAT})")
+    places: dict[tuple[str, str], list[_Place]] = {}
+    for name, facts in manifest["files"].items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != facts["bytes"]:
+            raise UserError(
+                f"{file}: {'is missing' if size is None else f'has {size} bytes'}, the manifest says {facts['bytes']}"
+            )
+        try:
+            header, _ = tensorfile.read_header(file)
+        except ValueError as error:
+            raise UserError(f"{file}: its content has changed since it was written ({error})") from None
+        for key, (_, shape, offset) in header.items():
+            parameter, state, start = key.split("|")
+            places.setdefault((parameter, state), []).append(_Place(int(start), int(start) + shape[0], file, offset))
+    checkpoint = Checkpoint(path, manifest, places)
+    if verify:
+        for name in manifest["files"]:
+            checkpoint.verify(name)
+    return checkpoint
+
+
+def newest_sound(run: Path, world: World) -> Checkpoint | None:
+    """The newest checkpoint whose every byte is as written; collective (the ranks share the checking).
+
+    A damaged one is named and passed over; raises UserError where there are some and none is sound.
+    """
+    import torch
+
+    found = list_checkpoints(run)
+    for number in range(world.agreed(len(found)) - 1, -1, -1):
+        fault = 0
+        try:
+            checkpoint = open_checkpoint(found[number])
+            for name in sorted(checkpoint.manifest["files"])[world.rank :: world.size]:
+                checkpoint.verify(name)
+        except (UserError, OSError) as error:
+            print(f"wikift: passing over a damaged checkpoint: {error}", file=sys.stderr)
+            fault = 1
+        if not int(world.total(torch.tensor(fault))):
+            return checkpoint
+    if found:
+        raise UserError(
+            f"{run / 'checkpoints'}: no checkpoint there is sound; --resume never starts anew and keeps them aside"
+        )
+    return None
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the one with the lowest validation loss."""
+    found = list_checkpoints(run)
+    best = best_checkpoint(run)
+    for path in found[:-keep]:
+        if path != best:
+            (path / "manifest.json").unlink()  # first: a reader must not see it half deleted
+            shutil.rmtree(path)
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """The complete checkpoint with the lowest validation loss, None where none was validated."""
+    scored = []
+    for path in list_checkpoints(run):
+        loss = json.loads((path / "manifest.json").read_text(encoding="utf-8")).get("eval_loss")
+        if loss is not None:
+            scored.append((loss, path))
+    return min(scored)[1] if scored else None

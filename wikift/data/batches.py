@@ -1,0 +1,130 @@
+"""Token store -> the blocks of step s for rank r, as a pure function of (seed, step, rank).
+
+The blocks of a split lie end to end in the tokens. An endless stream runs through all of them once an epoch, in an
+order drawn anew from (seed, epoch); step s takes positions [s * G, (s + 1) * G) of the stream, G the global batch, and
+the ranks take them in turn. Nothing is remembered between steps, so a resume starts at any position at once: the cost
+is one permutation, whatever came before. A step that crosses an epoch's end goes on in the next, so no block is
+dropped or seen twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+
+from wikift.base.world import seed
+
+
+def count_blocks(tokens: int, block_size: int) -> int:
+    """Whole blocks in a split: each predicts `block_size` tokens, and the token before the first is its context."""
+    return max(0, (tokens - 1) // block_size)
+
+
+def sample_blocks(blocks: int, fraction: float, run_seed: int) -> np.ndarray:
+    """The numbers of the blocks to train on: a seeded random sample of at least one, in ascending order; int64."""
+    if fraction >= 1:
+        return np.arange(blocks)
+    kept = max(1, round(blocks * fraction))
+    return np.sort(_permutation(blocks, seed(run_seed, "data fraction"))[:kept])
+
+
+class ResumableSampler(DistributedSampler[int]):
+    """torch's DistributedSampler made endless, and able to start at any position of the stream.
+
+    Rank r of R yields the items at positions start + r, start + r + R, ... Unlike its parent it pads nothing: an epoch
+    is every one of `items` exactly once over all ranks, and the next epoch follows at once.
+    """
+
+    def __init__(self, items: np.ndarray, *, rank: int, ranks: int, run_seed: int, start: int = 0) -> None:
+        super().__init__(items, num_replicas=ranks, rank=rank, shuffle=True, drop_last=False)  # type: ignore[arg-type]
+        assert len(items) > 0
+        self.items = items
+        self.run_seed = run_seed
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        position, drawn, order = self.start + self.rank, -1, self.items
+        while True:
+            epoch, place = divmod(position, len(self.items))
+            if epoch != drawn:
+                drawn, order = epoch, self.items[_permutation(len(self.items), seed(self.run_seed, "order", epoch))]
+            yield int(order[place])
+            position += self.num_replicas
+
+
+def micro_batches(
+    tokens: np.ndarray,
+    items: np.ndarray,
+    *,
+    block_size: int,
+    micro_batch: int,
+    accumulation: int,
+    rank: int,
+    ranks: int,
+    run_seed: int,
+    first_step: int,
+) -> Iterator[list[Tensor]]:
+    """This rank's micro-batches, each (micro_batch, block_size + 1) int64, of every step from `first_step` on."""
+    share = micro_batch * accumulation
+    sampler = ResumableSampler(items, rank=rank, ranks=ranks, run_seed=run_seed, start=first_step * share * ranks)
+    stream, windows = iter(sampler), block_windows(tokens, block_size)
+    while True:
+        blocks = read_blocks(windows, np.fromiter(islice(stream, share), np.int64, share))
+        yield list(blocks.split(micro_batch))
+
+
+def ahead(stream: Iterator[list[Tensor]], device: torch.device, *, steps: int = 2) -> Iterator[list[Tensor]]:
+    """The same micro-batches on `device`, the next `steps` of them prepared by a thread while the device works.
+
+    On CUDA they lie in pinned memory and are copied without waiting. What is raised in `stream` is raised here, in its
+    turn. The thread ends when this iterator is closed or dropped.
+    """
+    ready: queue.Queue[list[Tensor] | BaseException | None] = queue.Queue(steps)
+    stopped = threading.Event()
+
+    def prepare() -> None:
+        try:
+            for blocks in stream:
+                if device.type == "cuda":
+                    blocks = [block.pin_memory() for block in blocks]
+                ready.put(blocks)
+                if stopped.is_set():
+                    return
+            ready.put(None)
+        except BaseException as error:
+            ready.put(error)
+
+    thread = threading.Thread(target=prepare, name="batches", daemon=True)
+    thread.start()
+    try:
+        while (found := ready.get()) is not None:
+            if isinstance(found, BaseException):
+                raise found
+            yield [block.to(device, non_blocking=True) for block in found]
+    finally:
+        stopped.set()
+        while thread.is_alive():
+            with contextlib.suppress(queue.Empty):  # it may wait for a place
+                ready.get(timeout=0.01)
+
+
+def block_windows(tokens: np.ndarray, block_size: int) -> np.ndarray:
+    """A view of all blocks, (count_blocks, block_size + 1), each with the token before its first prediction."""
+    return np.lib.stride_tricks.sliding_window_view(np.asarray(tokens), block_size + 1)[::block_size]
+
+
+def read_blocks(windows: np.ndarray, numbers: np.ndarray) -> Tensor:
+    """Rows `numbers` of `block_windows`, int64. Making the view takes as long as reading 50 blocks, so it is kept."""
+    return torch.from_numpy(windows[numbers].astype(np.int64))
+
+
+def _permutation(count: int, number: int) -> np.ndarray:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(number)).numpy()

@@ -1,0 +1,80 @@
+"""One global batch on the ranks: micro-batch and accumulation follow from it, they never change it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from wikift.base.errors import UserError
+from wikift.settings.fields import TrainSettings
+from wikift.settings.options import flag
+
+DEFAULT_GLOBAL_BATCH = 32  # run_clm.py's 8 per device on the 4 devices of the usual torchrun command
+MICRO_BATCH_CEILING = 8
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How one global batch lies on the ranks: `global_batch = ranks * micro_batch * accumulation` blocks."""
+
+    ranks: int
+    micro_batch: int
+    accumulation: int
+
+    @property
+    def global_batch(self) -> int:
+        return self.ranks * self.micro_batch * self.accumulation
+
+    @property
+    def words(self) -> str:
+        return (
+            f"{self.global_batch} blocks a step = {_processes(self.ranks)} x {self.micro_batch} blocks x "
+            f"{self.accumulation} accumulated"
+        )
+
+
+def placement(settings: TrainSettings, ranks: int) -> Placement:
+    """Fit the global batch on `ranks`. Raises UserError with the arithmetic where it cannot be.
+
+    The global batch is `--global-batch-size`, else the product where both of its parts are given, else 32.
+    """
+    micro, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    whole, said = settings.global_batch_size, f"--global-batch-size {settings.global_batch_size}"
+    if whole is None:
+        whole = ranks * micro * accumulation if micro and accumulation else DEFAULT_GLOBAL_BATCH
+        said = f"--global-batch-size {whole}, the default"
+    if whole % ranks:
+        fits = f"{whole // ranks * ranks or ranks} or {(whole // ranks + 1) * ranks}"
+        raise UserError(
+            f"{said}: must be a multiple of the {ranks} processes; "
+            f"take {fits}, or a number of processes that divides {whole}"
+        )
+    share = whole // ranks
+    if micro and accumulation and micro * accumulation != share:
+        raise UserError(
+            f"{said}: is not {_processes(ranks)} x {micro} (--per-device-train-batch-size) x {accumulation} "
+            f"(--gradient-accumulation-steps) = {ranks * micro * accumulation}; leave one of the three out"
+        )
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        value = getattr(settings, name)
+        if value and share % value:
+            raise UserError(
+                f"{flag(name)} {value}: must divide the {share} blocks a step of each process ({said}; "
+                f"{_processes(ranks)}); take {_nearest_divisors(share, value)}, or another --global-batch-size"
+            )
+    if micro is None and accumulation is None:
+        micro = max(m for m in range(1, min(share, MICRO_BATCH_CEILING) + 1) if share % m == 0)
+    micro = micro or share // (accumulation or 1)
+    return Placement(ranks, micro, share // micro)
+
+
+def _processes(ranks: int) -> str:
+    return f"{ranks} process{'es' if ranks > 1 else ''}"
+
+
+def _nearest_divisors(number: int, near: int) -> str:
+    """The divisors of `number` on both sides of `near`, which is none: `4 or 8`."""
+    small = [d for d in range(1, min(math.isqrt(number), 10**6) + 1) if number % d == 0]
+    divisors = sorted({*small, *(number // d for d in small)})
+    around = [max(d for d in divisors if d < near), *[d for d in divisors if d > near][:1]]
+    return " or ".join(map(str, around))

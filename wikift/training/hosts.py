@@ -1,0 +1,58 @@
+"""What must be the same on all hosts of a run: a wrong setting there would show at the first checkpoint, or never."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from wikift.base.errors import UserError
+from wikift.base.world import World, seed
+from wikift.data.store import TokenStore
+
+
+def check_hosts(run: Path, store: TokenStore, world: World) -> None:
+    """Whether every host sees rank 0's `run` folder, and its text; collective.
+
+    Raises UserError on every rank where one does not. The stores may be copies, made on each host or not.
+    """
+    if world.local_size == world.size:
+        return
+    number = world.agreed(int.from_bytes(os.urandom(6), "little"))
+    meeting = run / f".meeting-{number:012x}"  # a name that no file system can have in a cache
+    if world.rank == 0:
+        try:
+            meeting.mkdir()
+        except OSError as error:
+            raise UserError(f"--output-dir {run}: cannot be written ({error.strerror}); name another folder") from None
+    world.barrier()
+    other_folder = _ranks(world, not meeting.is_dir())
+    if world.rank == 0:
+        meeting.rmdir()
+    text = seed(0, store.fingerprint)
+    other_text = _ranks(world, text != world.agreed(text))
+    problems = []
+    if other_folder:
+        problems.append(
+            f"--output-dir {run}: is another folder for rank {_words(other_folder)} than for rank 0; name a folder on "
+            "a disk that all hosts share (docs/clusters.md)"
+        )
+    if other_text:
+        problems.append(
+            f"--data {store.path}: holds other tokens for rank {_words(other_text)} than for rank 0; copy rank 0's "
+            "there, or prepare it from the same text with the same tokenizer"
+        )
+    if problems:
+        raise UserError(*problems)
+
+
+def _ranks(world: World, wrong: bool) -> list[int]:
+    """The ranks on which something is `wrong`; collective."""
+    said = torch.zeros(world.size)
+    said[world.rank] = float(wrong)
+    return [rank for rank, value in enumerate(world.total(said).tolist()) if value]
+
+
+def _words(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks))
