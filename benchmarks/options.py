@@ -14,7 +14,7 @@ import re
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from benchmarks import small
 from benchmarks.harness import Figures, machine, write
@@ -36,10 +36,8 @@ OPTIONS: dict[str, list[str]] = {
     "--learning-rate 1e-3": ["--learning-rate", "1e-3"],
     "--learning-rate 6e-3": ["--learning-rate", "6e-3"],
     "--weight-decay 0.1": ["--weight-decay", "0.1"],
-    "--optimizer schedulefree --warmup-steps 0.05": ["--optimizer", "schedulefree", "--warmup-steps", "0.05"],
 }
 SHORT_FIRST = "half of the steps in blocks of 64, constant, then of 128"
-AVERAGED = {"defaults, --average-last 4": [], "constant, --average-last 4": ["--lr-scheduler-type", "constant"]}
 
 
 def main() -> None:
@@ -50,7 +48,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "wikift-options")
     given = parser.parse_args()
     prepare(given.folder)
-    every = [*OPTIONS, *AVERAGED, SHORT_FIRST, *PLAIN]
+    every = [*OPTIONS, SHORT_FIRST, *PLAIN]
     names = [name for name in every if not given.only or any(part in name for part in (*given.only, DEFAULTS))]
     jobs = [Job(given.folder, given.steps, name, seed) for seed in given.seeds for name in names]
     figures: Figures = {name: {"loss": []} for name in names}
@@ -91,9 +89,6 @@ def tuned(job: Job) -> float:
     """Fine-tune; gives the validation loss at the end."""
     if job.name in PLAIN:
         return plain_loss(job, PLAIN[job.name])
-    if job.name in AVERAGED:
-        saving = ["--save-steps", str(max(1, job.steps // 10)), "--save-total-limit", "4"]
-        return consolidated(wikift_run(job, "", [*AVERAGED[job.name], *saving])[0], 4)
     if job.name == SHORT_FIRST:
         half = ["--max-steps", str(job.steps // 2)]
         short = [*half, "--block-size", str(BLOCK // 2), "--global-batch-size", str(2 * BATCH)]
@@ -103,9 +98,9 @@ def tuned(job: Job) -> float:
     return wikift_run(job, "", OPTIONS[job.name])[1]
 
 
-def wikift_run(job: Job, mark: str, words: list[str], *, length: list[str] | None = None) -> tuple[Path, float]:
-    """Fine-tune with wikift; gives the run and its last validation loss. `length` stands for the job's steps."""
-    words = [*(["--max-steps", str(job.steps)] if length is None else length), *words]
+def wikift_run(job: Job, mark: str, words: list[str]) -> tuple[Path, float]:
+    """Fine-tune with wikift; gives the run and its last validation loss."""
+    words = ["--max-steps", str(job.steps), *words]
     asked = {
         "--data": str(job.folder / "articles"), "--model": str(job.folder / "pretrained" / "hf"),
         "--block-size": str(BLOCK), "--global-batch-size": str(BATCH),
@@ -116,13 +111,9 @@ def wikift_run(job: Job, mark: str, words: list[str], *, length: list[str] | Non
     return run, curve[max(curve)]
 
 
-def consolidated(run: Path, average_last: int | None = None) -> float:
-    """Make RUN/hf; gives the mean's validation loss where one was asked for."""
-    said: list[str] = []
-    words: dict[str, Any] = {"step": None, "best": False, "dtype": "float32", "max_shard_size": "5GB"}
-    export(run, None, **words, average_last=average_last, say=said.append)
-    found = re.search(r"the mean's loss is ([\d.]+) ", said[0])
-    return float(found[1]) if found is not None else float("nan")
+def consolidated(run: Path) -> None:
+    """Make RUN/hf."""
+    export(run, None, step=None, best=False, dtype="float32", max_shard_size="5GB", say=lambda line: None)
 
 
 def plain_loss(job: Job, kind: str) -> float:

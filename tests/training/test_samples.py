@@ -17,6 +17,7 @@ from tests.real import ROOT
 from tests.tiny import arguments, curve
 from tests.trained import text_store
 from wikift.data.store import TokenStore
+from wikift.export import export
 from wikift.watch.log import read_metrics
 
 PROMPTS = ("The Renaissance", "Theodor W. Hänsch shared", "東京")
@@ -68,6 +69,18 @@ def test_samples_leave_no_trace_in_the_run(
     assert [(row["step"], row["prompt"]) for row in written] == [(step, p) for step in (3, 6, 8) for p in PROMPTS]
     assert all(row["text"] for row in written)
     assert written == alone
+
+
+def test_samples_are_those_of_the_consolidated_model(store: TokenStore, tmp_path: Path) -> None:
+    """One step at a learning rate of almost 0 from the consolidated weights writes what the last step wrote."""
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0] + "\n")
+    asked = {"sample_prompts": tmp_path / "prompts.txt"}
+    assert run_ranks(train_all, 1, [line("single", store, tmp_path / "run", sample_steps=8, **asked)]) == [[0]]
+    assert export.main([str(tmp_path / "run"), "--quiet"]) == 0
+    changes = {"from_scratch": None, "config_overrides": None, "model": tmp_path / "run" / "hf", "learning_rate": 1e-30}
+    words = line("single", store, tmp_path / "again", sample_steps=1, max_steps=2, **asked, **changes)
+    assert run_ranks(train_all, 1, [words]) == [[0]]
+    assert samples(tmp_path / "again")[0]["text"] == samples(tmp_path / "run")[-1]["text"]
 
 
 def test_a_resumed_run_has_no_sample_twice(store: TokenStore, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from wikift.base.world import World
 from wikift.checkpoint import tensorfile
 from wikift.checkpoint.reader import FORMAT, list_checkpoints, prune, step_folder
 from wikift.checkpoint.tensorfile import Entry
-from wikift.engines.base import OPTIMIZER, SCHEDULE_FREE_STATES, STATES, Fragment
+from wikift.engines.base import OPTIMIZER, STATES, Fragment
 
 _LOOK_AGAIN_SECONDS = 0.05
 
@@ -198,10 +198,9 @@ def _assert_complete(fragments: list[list[Any]], parameters: dict[str, list[int]
         if name != OPTIMIZER:
             assert start == covered.get((name, state), 0), f"{name} {state}: gap or overlap at {start}"
             covered[name, state] = stop
-    states = SCHEDULE_FREE_STATES if any(state == "z" for _, state in covered) else STATES
     for name, shape in parameters.items():
         count = int(torch.Size(shape).numel())
-        assert all(covered.get((name, state)) == count for state in states), f"{name} is not whole"
+        assert all(covered.get((name, state)) == count for state in STATES), f"{name} is not whole"
 
 
 def _words(error: OSError) -> str:

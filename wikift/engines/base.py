@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 # The states of a parameter. Adam's step count and the loss scale are numbers of the whole optimizer: see SCALARS.
-STATES = ("weight", "exp_avg", "exp_avg_sq")
-SCHEDULE_FREE_STATES = ("weight", "z", "exp_avg_sq")  # the weight is y: see schedulefree.py
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STATES = ("weight", *MOMENTS)
 # Numbers that an engine saves beside its parameters, each a fragment of one element under the name OPTIMIZER.
 OPTIMIZER = "optimizer"
 SCALARS = ("updates", "loss_scale", "steps_since_overflow", "overflows")
-SCHEDULE_FREE_SCALARS = ("highest_lr", "averaged_steps")  # beside SCALARS
 
 
 class Fragment(NamedTuple):
     """A contiguous range of one flattened parameter or moment that this rank owns."""
 
     name: str  # the parameter's Hugging Face name, or OPTIMIZER
-    state: str  # one of STATES, or of SCALARS, or schedule-free AdamW's
+    state: str  # one of STATES, or of SCALARS
     start: int  # first element, in the flattened whole
     shape: tuple[int, ...]  # of the whole
     data: Tensor  # 1-D, fp32, on any device
@@ -67,13 +65,6 @@ class Engine(Protocol):
 
         `inputs`, `mask`, `places` (rows, length) int64: ids padded on the left, 0 where padded, and positions. All
         ranks give the same rows.
-        """
-        ...
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """While it lasts, `nll` and `next_logits` compute with the weights to be evaluated; then all is as it was.
-
-        These are the trained ones, but with schedule-free AdamW. No step and no save within it.
         """
         ...
 

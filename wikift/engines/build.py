@@ -142,7 +142,6 @@ def _engine(
 ) -> Engine:
     adam = AdamSettings(
         settings.weight_decay, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon, settings.max_grad_norm,
-        schedule_free=settings.optimizer == "schedulefree",
     )  # fmt: skip
     accumulation = plan.place.accumulation
     if name == "fsdp":

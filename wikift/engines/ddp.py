@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -68,9 +67,6 @@ class DDPEngine:
 
     def next_logits(self, inputs: Tensor, mask: Tensor, places: Tensor) -> Tensor:
         return self.local.next_logits(inputs, mask, places)
-
-    def averaged(self) -> AbstractContextManager[None]:
-        return self.local.averaged()
 
     def fragments(self) -> Iterator[Fragment]:
         return whole_fragments(self.local, self.world.rank, self.world.size)

@@ -7,7 +7,6 @@ A block's weights are gathered when it is needed, in the precision of the produc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,11 +16,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import GPT2LMHeadModel
 
 from wikift.base.world import World, join_group
-from wikift.engines.base import Fragment, FragmentReader
+from wikift.engines.base import MOMENTS, Fragment, FragmentReader
 from wikift.engines.optim import AdamSettings, LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
-from wikift.engines.single import copied, in_eval, moments_of, restore_scalars, scalar_fragments
+from wikift.engines.single import in_eval, restore_scalars, scalar_fragments
 from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, keep_residual_in_fp32, materialize
-from wikift.schedulefree import at_average
 
 
 class FSDPEngine:
@@ -74,9 +72,9 @@ class FSDPEngine:
         return loss.detach()
 
     def step(self, lr: float) -> Tensor:
-        self._follow_shards()
         for name, parameter in self.model.named_parameters():
             if name in self.local:
+                self.local[name].data = _shard(parameter)  # FSDP2 may have moved it
                 gradient = parameter.grad
                 assert isinstance(gradient, DTensor)
                 self.local[name].grad = gradient.to_local()
@@ -86,12 +84,6 @@ class FSDPEngine:
         self.optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)
         return norm
-
-    def _follow_shards(self) -> None:
-        """FSDP2 may have moved them."""
-        for name, parameter in self.model.named_parameters():
-            if name in self.local:
-                self.local[name].data = _shard(parameter)
 
     def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return self._in_eval(inputs, targets)
@@ -109,10 +101,6 @@ class FSDPEngine:
                 module.reshard()  # without a backward nothing else frees the weights, nor gathers new ones
         return found
 
-    def averaged(self) -> AbstractContextManager[None]:
-        self._follow_shards()
-        return at_average(self.optimizer)  # a forward gathers what the shards hold
-
     def fragments(self) -> Iterator[Fragment]:
         for name, parameter in self.model.named_parameters():
             if name not in self.local:
@@ -120,25 +108,22 @@ class FSDPEngine:
             shape, start = tuple(parameter.shape), _start(parameter)
             state = self.optimizer.state[self.local[name]]
             yield Fragment(name, "weight", start, shape, _shard(parameter).reshape(-1))
-            for kind in moments_of(self.optimizer):
+            for kind in MOMENTS:
                 yield Fragment(name, kind, start, shape, state[kind].reshape(-1))
         if self.world.rank == 0:
             yield from scalar_fragments(self.optimizer, self.loss_scale)
 
     def restore(self, reader: FragmentReader) -> None:
         check_tied(self.model)
-        numbers = restore_scalars(reader, self.optimizer, self.loss_scale)
+        updates = restore_scalars(reader, self.loss_scale)
         for name, parameter in self.model.named_parameters():
             if name not in self.local:
                 continue
             shard, start = _shard(parameter), _start(parameter)
             stop = start + shard.numel()
             shard.copy_(reader.read(name, "weight", start, stop).view_as(shard))
-            moments = {
-                kind: reader.read(name, kind, start, stop).view_as(shard).to(shard.device)
-                for kind in moments_of(self.optimizer)
-            }
-            self.optimizer.state[self.local[name]] = {**copied(numbers, shard.device), **moments}
+            moments = {kind: reader.read(name, kind, start, stop).view_as(shard).to(shard.device) for kind in MOMENTS}
+            self.optimizer.state[self.local[name]] = {"step": updates.clone().to(shard.device), **moments}
 
 
 def _shard(parameter: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""AdamW in two groups, or schedule-free, the learning rate as a pure function of the step, one fused clip-and-update.
+"""AdamW in two groups, the learning rate as a pure function of the step, one fused clip-and-update.
 
 Clipping, unscaling and the skipping of a step whose gradient is not finite are all inputs of torch's fused AdamW
-(`grad_scale`, `found_inf`, as torch.amp.GradScaler sets them) and of ours, schedulefree.py: no pass over the gradients
-of our own, no wait for the device.
+(`grad_scale`, `found_inf`, as torch.amp.GradScaler sets them): no pass over the gradients of our own, no wait for the
+device.
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from wikift.schedulefree import ScheduleFreeAdamW
 
 _NORM_ROW = 512  # elements
 
@@ -29,7 +26,6 @@ class AdamSettings:
     beta2: float
     epsilon: float
     max_grad_norm: float
-    schedule_free: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,10 +69,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: AdamSettings) 
         {"params": [p for p in trained if is_matrix(p)], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if not is_matrix(p)], "weight_decay": 0.0},
     ]
-    words: dict[str, Any] = {"lr": 0.0, "betas": (settings.beta1, settings.beta2), "eps": settings.epsilon}
-    if settings.schedule_free:
-        return ScheduleFreeAdamW(groups, **words, weight_decay=0.0)
-    return torch.optim.AdamW(groups, **words, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.epsilon, fused=True)
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from wikift.engines.base import (
-    OPTIMIZER,
-    SCALARS,
-    SCHEDULE_FREE_SCALARS,
-    SCHEDULE_FREE_STATES,
-    STATES,
-    Fragment,
-    FragmentReader,
-)
+from wikift.engines.base import MOMENTS, OPTIMIZER, SCALARS, Fragment, FragmentReader
 from wikift.engines.optim import AdamSettings, LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
 from wikift.model.gpt2 import NextTokenLoss, materialize
-from wikift.schedulefree import ScheduleFreeAdamW, at_average
 
 
 class SingleEngine:
@@ -78,24 +68,18 @@ class SingleEngine:
         inputs, mask, places = (tensor.to(self.device) for tensor in (inputs, mask, places))
         return in_eval(self.model, self.losses, inputs, None, mask, places)
 
-    def averaged(self) -> AbstractContextManager[None]:
-        return at_average(self.optimizer)
-
     def fragments(self) -> Iterator[Fragment]:
         return whole_fragments(self, rank=0, ranks=1)
 
     def restore(self, reader: FragmentReader) -> None:
         """Copy into the live tensors: their memory, and so the rounding of the kernels, stays as it was."""
-        numbers = restore_scalars(reader, self.optimizer, self.loss_scale)
+        updates = restore_scalars(reader, self.loss_scale)
         for name, parameter in self.model.named_parameters():
             count = parameter.numel()
             with torch.no_grad():
                 parameter.copy_(reader.read(name, "weight", 0, count).view_as(parameter))
-            moments = {
-                kind: reader.read(name, kind, 0, count).view_as(parameter).to(self.device)
-                for kind in moments_of(self.optimizer)
-            }
-            self.optimizer.state[parameter] = {**copied(numbers, self.device), **moments}
+            moments = {kind: reader.read(name, kind, 0, count).view_as(parameter).to(self.device) for kind in MOMENTS}
+            self.optimizer.state[parameter] = {"step": updates.clone().to(self.device), **moments}
 
 
 @torch.no_grad()
@@ -125,39 +109,21 @@ def whole_fragments(engine: SingleEngine, rank: int, ranks: int) -> Iterator[Fra
         shape = tuple(parameter.shape)
         state = engine.optimizer.state[parameter]
         yield Fragment(name, "weight", 0, shape, parameter.detach().reshape(-1))
-        for kind in moments_of(engine.optimizer):
+        for kind in MOMENTS:
             yield Fragment(name, kind, 0, shape, state[kind].detach().reshape(-1))
     if rank == 0:
         yield from scalar_fragments(engine.optimizer, engine.loss_scale)
 
 
-def moments_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """What `optimizer` keeps of each parameter, in its size."""
-    return (SCHEDULE_FREE_STATES if isinstance(optimizer, ScheduleFreeAdamW) else STATES)[1:]
-
-
-def copied(numbers: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The numbers that an optimizer keeps of each parameter: torch's AdamW changes its own in place."""
-    return {name: number.clone().to(device) for name, number in numbers.items()}
-
-
 def scalar_fragments(optimizer: torch.optim.Optimizer, loss_scale: LossScale) -> Iterator[Fragment]:
     """The numbers of the whole optimizer, for one rank to write."""
     state = next(iter(optimizer.state.values()))
-    numbers = dict(zip(SCALARS, (state["step"], *loss_scale.numbers()), strict=True))
-    numbers |= {name: state[name] for name in _own_scalars(optimizer)}
-    for kind, number in numbers.items():
+    for kind, number in zip(SCALARS, (state["step"], *loss_scale.numbers()), strict=True):
         yield Fragment(OPTIMIZER, kind, 0, (1,), number.detach().float().reshape(1))
 
 
-def restore_scalars(
-    reader: FragmentReader, optimizer: torch.optim.Optimizer, loss_scale: LossScale
-) -> dict[str, Tensor]:
-    """Put the saved loss scale in place; gives the numbers of each parameter's state: the updates made ("step"), ..."""
+def restore_scalars(reader: FragmentReader, loss_scale: LossScale) -> Tensor:
+    """Put the saved loss scale in place; returns the updates made, of which AdamW changes each parameter's copy."""
     updates, scale, good_steps, overflows = (reader.read(OPTIMIZER, name, 0, 1)[0] for name in SCALARS)
     loss_scale.restore(scale, good_steps, overflows)
-    return {"step": updates, **{name: reader.read(OPTIMIZER, name, 0, 1)[0] for name in _own_scalars(optimizer)}}
-
-
-def _own_scalars(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    return SCHEDULE_FREE_SCALARS if isinstance(optimizer, ScheduleFreeAdamW) else ()
+    return updates

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from wikift.base.world import World, join_group
-from wikift.engines.base import Fragment, FragmentReader
+from wikift.engines.base import MOMENTS, Fragment, FragmentReader
 from wikift.engines.optim import AdamSettings, LossScale, ScaleRule, build_optimizer
-from wikift.engines.single import copied, in_eval, moments_of, restore_scalars, scalar_fragments
+from wikift.engines.single import in_eval, restore_scalars, scalar_fragments
 from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, keep_residual_in_fp32, materialize, parameter_shapes
-from wikift.schedulefree import at_average
 
 
 class ZeroEngine:
@@ -103,9 +102,6 @@ class ZeroEngine:
             self.engine, self.engine, *(None if tensor is None else tensor.to(device) for tensor in arguments)
         )
 
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
-        return at_average(self.adamw, self._refresh_low_precision)
-
     def fragments(self) -> Iterator[Fragment]:
         for name, parameter in self.model.named_parameters():
             for state, start, data in self._owned(parameter):
@@ -115,9 +111,9 @@ class ZeroEngine:
 
     def restore(self, reader: FragmentReader) -> None:
         check_tied(self.model)
-        numbers = restore_scalars(reader, self.adamw, self.loss_scale)
+        updates = restore_scalars(reader, self.loss_scale)
         for flat, state in self.adamw.state.items():
-            state |= copied(numbers, flat.device)
+            state["step"] = updates.clone().to(flat.device)
         for name, parameter in self.model.named_parameters():
             for state_name, start, data in self._owned(parameter):
                 data.copy_(reader.read(name, state_name, start, start + data.numel()))
@@ -131,7 +127,7 @@ class ZeroEngine:
                 return
             start = mapping.lp_fragment_address.start
             yield "weight", start, mapping.hp_fragment.detach()
-            for state in moments_of(self.adamw):
+            for state in MOMENTS:
                 yield state, start, mapping.optim_fragment[state]
             return
         group, offset, padded = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
@@ -141,7 +137,7 @@ class ZeroEngine:
             return
         flat = self.optimizer.fp32_partitioned_groups_flat[group]
         yield "weight", start, flat.detach().narrow(0, offset, count)
-        for state in moments_of(self.adamw):
+        for state in MOMENTS:
             yield state, start, self.adamw.state[flat][state].narrow(0, offset, count)
 
     def _begin_states(self) -> None:
@@ -152,7 +148,7 @@ class ZeroEngine:
             else self.optimizer.fp32_partitioned_groups_flat
         )
         for flat in flats:
-            self.adamw.state[flat] = {state: torch.zeros_like(flat) for state in moments_of(self.adamw)}
+            self.adamw.state[flat] = {state: torch.zeros_like(flat) for state in MOMENTS}
         if self.stage < 3:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 

@@ -34,18 +34,8 @@ _WITHOUT_EFFECT = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Mean:
-    """Of which steps the weights are the mean, and a sentence that says whether that was better."""
-
-    steps: list[int]
-    verdict: str
-
-
-def model_card(
-    run: Path, config: dict[str, Any], manifest: dict[str, Any], dtype: str, mean: Mean | None = None
-) -> str:
-    """The card of the checkpoint that `manifest` describes, or of a mean up to it; `config` is the run's."""
+def model_card(run: Path, config: dict[str, Any], manifest: dict[str, Any], dtype: str) -> str:
+    """The card of the checkpoint that `manifest` describes; `config` is the run's."""
     settings, store = config["settings"], config.get("store") or {}
     name = run.absolute().name
     curve = [values for values in _metrics(run) if values["step"] <= manifest["step"]]
@@ -56,16 +46,11 @@ def model_card(
     )
     derived = config.get("derived") or {}
     train = command_of(settings, (derived.get("place") or {}).get("ranks", 1))
-    which = f"--step {manifest['step']}" if mean is None else f"--average-last {len(mean.steps)}"
-    again = f"python launch/consolidate.py {settings['output_dir']} {which} --dtype {dtype}"
-    scores = _scores(curve, manifest)
-    if mean is not None:
-        summary += f" The weights are the mean of those of steps {', '.join(map(str, mean.steps))}."
-        scores = f"{mean.verdict}\n\nThe checkpoints: {scores[0].lower()}{scores[1:]}"
+    again = f"python launch/consolidate.py {settings['output_dir']} --step {manifest['step']} --dtype {dtype}"
     parts = [
         _front_matter(settings, store),
         f"# {name}\n\n{summary}",
-        "## Scores\n\n" + scores,
+        "## Scores\n\n" + _scores(curve, manifest),
         "## Use\n\n"
         + _USE.replace("{new_tokens}", str(min(64, manifest["model_config"].get("n_positions", 1024) // 2))),
         "## Data\n\n" + _data(store),

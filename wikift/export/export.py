@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from wikift import __version__, peer
-from wikift.average import last_checkpoints, mean_weights, verdict
 from wikift.base import folders, hub
 from wikift.base.errors import UserError
 from wikift.base.publish import stopping_by_exception
 from wikift.base.sizes import parse_size, show_bytes
 from wikift.checkpoint.reader import Checkpoint, best_checkpoint, open_checkpoint
 from wikift.commands.main import EXIT_DONE
-from wikift.export.card import Mean, model_card
+from wikift.export.card import model_card
 from wikift.export.folder import FORMAT, check_target, published, write_json
 from wikift.export.weights import checkpoint_weights, write_weights
 from wikift.settings.fields import ConsolidateSettings
@@ -42,7 +41,6 @@ def main(argv: Sequence[str]) -> int:
         "one that DeepSpeed (ZeRO 1 to 3) or torch.distributed.checkpoint wrote.",
         epilog="examples:\n  python launch/consolidate.py runs/gpt2-wikitext-2-v1\n"
         "  python launch/consolidate.py runs/gpt2-wikitext-2-v1 --best --dtype bfloat16 --out models/small\n"
-        "  python launch/consolidate.py runs/gpt2-wikitext-2-v1 --average-last 4\n"
         "  python launch/consolidate.py their-run/global_step500 --model gpt2 --out models/theirs",
     )
     if settings.run is None:
@@ -53,15 +51,12 @@ def main(argv: Sequence[str]) -> int:
     source, target = Path(settings.run), Path(settings.out) if settings.out else None
     words: dict[str, Any] = {"step": settings.step, "best": settings.best, "dtype": settings.dtype, "say": say}
     words["max_shard_size"] = settings.max_shard_size
-    average = settings.average_last
     if not folders.is_run(source) and not folders.is_checkpoint(source) and peer.is_peer(source):
-        if average is not None:
-            raise UserError(f"--average-last {average}: cannot act, {source} is one checkpoint; leave it out")
         out = peer.export_peer(source, target, model=settings.model, **words)
     elif settings.model is not None:
         raise UserError(f"--model {settings.model}: cannot act, a run of wikift knows its model; leave it out")
     else:
-        out = export(source, target, average_last=average, **words)
+        out = export(source, target, **words)
     run = source.absolute().parent.parent if folders.is_checkpoint(source) else source
     known = folders.run_of(str(out)) is not None
     data = "" if known else f" --data {folders.read_json(run / 'config.json').get('store_path', 'STORE')}"
@@ -78,9 +73,8 @@ def export(
     dtype: str,
     max_shard_size: str,
     say: Callable[[str], None],
-    average_last: int | None = None,
 ) -> Path:
-    """Export one checkpoint, or the mean of the last ones, to `out` (RUN/hf where None) and return that folder.
+    """Export one checkpoint to `out` (RUN/hf where None) and return that folder.
 
     Raises UserError for what was asked for wrongly or is damaged, EnvironmentFault where the disk is full or cannot be
     written; in both cases an earlier export at `out` still stands.
@@ -95,13 +89,8 @@ def export(
         problems += error.problems
     if step is not None and best:
         problems.append(f"--step {step}: cannot act beside --best; leave one of the two out")
-    if average_last is not None and average_last < 2:
-        problems.append(f"--average-last {average_last}: must be 2 or more; leave it out for the last checkpoint")
-    if average_last is not None and (step is not None or best):
-        other = "--best" if best else f"--step {step}"
-        problems.append(f"--average-last {average_last}: cannot act beside {other}; leave one of the two out")
-    if from_checkpoint and (step is not None or best or average_last is not None):
-        asked = "--best" if best else "--step" if step is not None else f"--average-last {average_last}"
+    if from_checkpoint and (step is not None or best):
+        asked = "--best" if best else "--step"
         problems.append(f"{asked}: cannot act, {run_or_checkpoint} is one checkpoint; name the run")
     if not from_checkpoint and not run.is_dir():
         problems.append(f"{run}: no such folder; name a run, runs/NAME, or one checkpoint of it")
@@ -109,33 +98,24 @@ def export(
         raise UserError(*problems)
     config = folders.run_config(run)
     path = run_or_checkpoint if from_checkpoint else _choose(run, step, best, say)
-    averaged = last_checkpoints(run, config, average_last) if average_last is not None else []
     target = run / "hf" if out is None else out
     record: dict[str, Any] = {"format": FORMAT, "run": _identity(run, config), "wikift": __version__}
     check_target(target, record["run"], own=target.absolute() == (run / "hf").absolute())
 
     checkpoint = _opened(path, run)
-    read = averaged or [checkpoint]
     tied = checkpoint.manifest["model_config"].get("tie_word_embeddings", True)
     record |= {"step": checkpoint.step, "tokens": checkpoint.manifest.get("tokens"), "dtype": dtype}
     with stopping_by_exception(), published(target) as partial, ThreadPoolExecutor(os.cpu_count()) as pool:
-        checks = [pool.submit(each.verify, name) for each in read for name in each.manifest["files"]]
+        checks = [pool.submit(checkpoint.verify, name) for name in checkpoint.manifest["files"]]
         _write_model_files(run, partial, dtype)
-        source = mean_weights(averaged) if averaged else checkpoint_weights(checkpoint)
-        weights = write_weights(source, partial, dtype, shard_bytes, tied=tied)
+        weights = write_weights(checkpoint_weights(checkpoint), partial, dtype, shard_bytes, tied=tied)
         for check in checks:  # what was written is published only if what was read is as it was saved
             with _other_checkpoints(path, run):
                 check.result()
-        mean = None
-        if averaged:
-            record["averaged"] = [each.step for each in averaged]
-            mean = Mean(record["averaged"], verdict(partial, run, config, checkpoint))
-            say(mean.verdict)
-        card = model_card(run, config, checkpoint.manifest, dtype, mean)
+        card = model_card(run, config, checkpoint.manifest, dtype)
         (partial / "README.md").write_text(card, encoding="utf-8")
         write_json(partial / folders.EXPORT_RECORD, record)
-    what = f"the mean of steps {', '.join(map(str, record['averaged']))}" if averaged else f"step {checkpoint.step:,}"
-    say(f"{target}: {what} as {dtype}, {show_bytes(weights)} of weights")
+    say(f"{target}: step {checkpoint.step:,} as {dtype}, {show_bytes(weights)} of weights")
     return target
 
 

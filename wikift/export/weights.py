@@ -33,32 +33,17 @@ class Weights:
 
 
 def checkpoint_weights(checkpoint: Checkpoint) -> Weights:
-    """The weights of a checkpoint of wikift's; holds two pieces in memory."""
-    buffer, spare = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    """The weights of a checkpoint of wikift's; holds one piece in memory."""
+    buffer = np.empty(PIECE, np.float32)
 
     def pieces(name: str) -> Iterator[Piece]:
         count = math.prod(checkpoint.shapes[name])
         for start in range(0, count, PIECE):
             piece = buffer[: min(PIECE, count - start)]
-            read_weights(checkpoint, name, start, piece, spare)
+            checkpoint.read_into(name, "weight", start, memoryview(piece.view(np.uint8).data))
             yield piece
 
     return Weights(checkpoint.shapes, pieces)
-
-
-def read_weights(checkpoint: Checkpoint, name: str, start: int, piece: Piece, spare: Piece) -> None:
-    """Fill `piece` with a weight's elements from `start` on, as they are to be evaluated; `spare` is as long or longer.
-
-    Of schedule-free AdamW that is x, to the bit what the training evaluated (schedulefree.at_average).
-    """
-    checkpoint.read_into(name, "weight", start, memoryview(piece.view(np.uint8).data))
-    settings = checkpoint.manifest.get("settings", {})
-    if settings.get("optimizer") == "schedulefree":
-        z = spare[: len(piece)]
-        checkpoint.read_into(name, "z", start, memoryview(z.view(np.uint8).data))
-        z -= piece
-        z *= np.float32(1 - 1 / settings["adam_beta1"])
-        piece += z
 
 
 def write_weights(weights: Weights, folder: Path, dtype: str, shard_bytes: int, *, tied: bool) -> int:

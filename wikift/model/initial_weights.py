@@ -22,7 +22,6 @@ from wikift.base.files import read_range
 from wikift.base.folders import read_json
 from wikift.base.world import seed
 from wikift.checkpoint.tensorfile import ITEM_BYTES, read_header, torch_dtype
-from wikift.engines.base import OPTIMIZER
 from wikift.model.gpt2 import explained
 
 _DRAWN_TOGETHER = 1 << 20  # elements of one random stream
@@ -37,11 +36,8 @@ class FreshStart:
     weight: ReadWeight  # (name, start, stop) -> elements of the flattened whole, fp32
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop): weights, and zeros for all else (a loss scale of 0 is one not set yet).
-
-        Schedule-free AdamW's z begins where the weight does.
-        """
-        if name != OPTIMIZER and state in ("weight", "z"):
+        """Elements [start, stop): weights, and zeros for all else (a loss scale of 0 is one not set yet)."""
+        if state == "weight":
             return self.weight(name, start, stop)
         return torch.zeros(stop - start)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from wikift.base.errors import UserError
-from wikift.settings.deepspeed_checks import Config, file_problems, is_adam, is_kind, is_pair, schedule_of, show, stage
+from wikift.settings.deepspeed_checks import Config, file_problems, is_kind, is_pair, schedule_of, show, stage
 from wikift.settings.deepspeed_keys import PASSED, RENAMED, SECTIONS, SETTINGS, UNUSED
 from wikift.settings.fields import TrainSettings
 from wikift.settings.options import flag
@@ -97,10 +97,6 @@ def merge(settings: TrainSettings, said: Mapping[str, str]) -> Merged:
     except UserError as error:
         return Merged(settings, problems=(*problems, *error.problems))
     problems += file_problems(config, path)
-    kind = config.get("optimizer.type")
-    if settings.optimizer != "adamw" and is_adam(kind):
-        asked = said.get("optimizer", f"--optimizer {settings.optimizer}")
-        problems.append(f"{asked}: clashes with optimizer.type {show(kind)} in {path}; leave one of the two out")
     if settings.compile and stage(config) == 3:
         problems.append(
             f"--compile: cannot act, stage 3 in {path} gathers weights in hooks that torch.compile does not follow; "

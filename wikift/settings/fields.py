@@ -124,23 +124,16 @@ class TrainSettings(DataSettings):
     num_train_epochs: float | None = option(None, "passes over the data", group="length", metavar="EPOCHS", shown="3")
     max_steps: int | None = option(None, "optimizer steps, in place of epochs", group="length", metavar="STEPS")
 
-    optimizer: str = option(
-        "adamw",
-        "adamw, or schedulefree: AdamW at a constant rate, evaluated at a running mean of its weights; takes a warm-up",
-        group="optimizer",
-        choices=("adamw", "schedulefree"),
-    )
     learning_rate: float | None = option(
         None, "the highest, after the warm-up", group="optimizer", metavar="RATE", shown="5e-05; 6e-04 from scratch"
     )
-    lr_scheduler_type: str | None = option(
-        None,
+    lr_scheduler_type: str = option(
+        "linear",
         "of the rate after the warm-up: linear or cosine to 0, constant, or warmup_stable_decay: constant, then to 0 "
         "over --decay-steps",
         group="optimizer",
         metavar="COURSE",
         choices=("linear", "cosine", "constant", "warmup_stable_decay"),
-        shown="linear; constant with --optimizer schedulefree",
     )
     warmup_steps: float = option(
         0.0,
@@ -257,9 +250,6 @@ class ConsolidateSettings:
     out: str | None = option(None, "the directory to make", metavar="DIR", shown="RUN/hf")
     step: int | None = option(None, "the checkpoint of this step", metavar="STEP", shown="the newest")
     best: bool = option(False, "the checkpoint with the lowest validation loss")
-    average_last: int | None = option(
-        None, "the mean of the last K checkpoints' weights, compared with the last on the validation text", metavar="K"
-    )
     dtype: str = option("float32", "number format of the weights written", choices=("float32", "bfloat16", "float16"))
     max_shard_size: str = option("5GB", "largest file of weights", metavar="SIZE")
     model: str | None = option(

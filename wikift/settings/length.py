@@ -38,19 +38,6 @@ def validations(steps: int, eval_steps: int, save_steps: int) -> int:
     return due + (steps % eval_steps != 0 and steps % save_steps != 0)
 
 
-def schedule_free_problems(settings: TrainSettings) -> list[str]:
-    """What does not go with --optimizer schedulefree."""
-    problems = []
-    if settings.optimizer == "schedulefree" and settings.lr_scheduler_type not in (None, "constant"):
-        problems.append(
-            f"--lr-scheduler-type {settings.lr_scheduler_type}: cannot act with --optimizer schedulefree, which "
-            "averages weights and lowers no rate; take constant, or leave it out"
-        )
-    if settings.optimizer == "schedulefree" and settings.adam_beta1 == 0:
-        problems.append("--adam-beta1 0: must be above 0 with --optimizer schedulefree; try 0.9")
-    return problems
-
-
 def length_problems(settings: TrainSettings, steps: int) -> list[str]:
     """What cannot be in a run of `steps` steps."""
     problems = []

@@ -19,7 +19,7 @@ from wikift.base.shape import RELEASED, Shape, parse_overrides, released_name, s
 from wikift.generation.prompts import read_prompts
 from wikift.settings.batch_layout import Placement, placement
 from wikift.settings.fields import WIKITEXT, DataSettings, TrainSettings, slug
-from wikift.settings.length import decay_steps, epoch_steps, length_problems, schedule_free_problems, warmup_steps
+from wikift.settings.length import decay_steps, epoch_steps, length_problems, warmup_steps
 from wikift.settings.options import flag, nearest
 
 
@@ -39,7 +39,7 @@ def fallback_dataset(ranks: int) -> str:
 
 
 def resolve(settings: TrainSettings, ranks: int) -> TrainSettings:
-    """Fill what follows from other settings alone: dataset, tokenizer, rate and its course, length, output folder."""
+    """Fill what follows from other settings alone: dataset, tokenizer, learning rate, length, output folder."""
     changes: dict[str, Any] = {}
     if settings.data is None and settings.dataset is None:
         changes["dataset"] = fallback_dataset(ranks)
@@ -49,8 +49,6 @@ def resolve(settings: TrainSettings, ranks: int) -> TrainSettings:
         )
     if settings.learning_rate is None:
         changes["learning_rate"] = 6e-4 if settings.from_scratch else 5e-5  # nanoGPT's for 124M; run_clm.py's
-    if settings.lr_scheduler_type is None:
-        changes["lr_scheduler_type"] = "constant" if settings.optimizer == "schedulefree" else "linear"
     if settings.num_train_epochs is None and settings.max_steps is None:
         changes["num_train_epochs"] = 3.0
     if settings.output_dir is None:
@@ -287,7 +285,6 @@ def _check_ranges(settings: TrainSettings) -> list[str]:
             )
     for name in ("adam_beta1", "adam_beta2"):
         rule(name, 0 <= getattr(settings, name) < 1, "at least 0 and below 1")
-    problems += schedule_free_problems(settings)
     rule("adam_epsilon", settings.adam_epsilon > 0, "above 0")
     rule("dropout", settings.dropout is None or 0 <= settings.dropout < 1, "at least 0 and below 1")
     if settings.max_steps is not None and settings.warmup_steps >= max(1, settings.max_steps):

@@ -70,18 +70,17 @@ class Parts:
         if not self.validates:
             return None
         settings, plan = self.run.settings, self.run.plan
-        with self.built.engine.averaged():
-            try:
-                return score_split(
-                    self.built.engine.nll, self.run.store, "validation", context=plan.block_size,
-                    stride=plan.block_size, batch=settings.per_device_eval_batch_size, world=self.run.world,
-                    progress=self._progress,
-                )  # fmt: skip
-            except _CutShort:
-                self.log.say("the validation is cut short")
-                return None
-            finally:
-                self.log.tick(now=None)
+        try:
+            return score_split(
+                self.built.engine.nll, self.run.store, "validation", context=plan.block_size,
+                stride=plan.block_size, batch=settings.per_device_eval_batch_size, world=self.run.world,
+                progress=self._progress,
+            )  # fmt: skip
+        except _CutShort:
+            self.log.say("the validation is cut short")
+            return None
+        finally:
+            self.log.tick(now=None)
 
     def _progress(self, done: int, of: int) -> None:
         self.log.tick(now=f"validating {done:,}/{of:,}")
@@ -91,12 +90,11 @@ class Parts:
     def sample(self, step: int) -> None:
         self.log.tick(now="writing samples")
         tokenizer = AutoTokenizer.from_pretrained(self.run.store.path / "tokenizer")
-        with self.built.engine.averaged():
-            texts = sample_live(
-                self.built.engine.next_logits, tokenizer, self.prompts, sampling=Sampling(0.8, 50, 0.95, 1.1),
-                max_new_tokens=_SAMPLE_TOKENS, seed=self.run.settings.seed,
-                positions=self.run.plan.shape.n_positions,
-            )  # fmt: skip
+        texts = sample_live(
+            self.built.engine.next_logits, tokenizer, self.prompts, sampling=Sampling(0.8, 50, 0.95, 1.1),
+            max_new_tokens=_SAMPLE_TOKENS, seed=self.run.settings.seed,
+            positions=self.run.plan.shape.n_positions,
+        )  # fmt: skip
         self.log.samples(step, self.prompts, texts)
         self.log.tick(now=None)
 
@@ -154,7 +152,7 @@ def make_job(
     return Job(
         batches=lambda first_step: _batches(run, first_step),
         schedule=Schedule(
-            settings.lr_scheduler_type or "linear",
+            settings.lr_scheduler_type,
             settings.learning_rate or 0.0,
             plan.warmup_steps,
             plan.steps,

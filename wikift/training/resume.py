@@ -89,9 +89,6 @@ def experiment(settings: TrainSettings, plan: Plan, store: TokenStore) -> dict[s
         "--model": started,
         "--config-overrides": settings.config_overrides,
         "--dropout": settings.dropout,
-        "--optimizer": settings.optimizer,
-        # x is made of y and z by it
-        **({"--adam-beta1": settings.adam_beta1} if settings.optimizer == "schedulefree" else {}),
     }
 
 
@@ -99,7 +96,6 @@ def check_same_experiment(settings: TrainSettings, plan: Plan, store: TokenStore
     """Say what changed since `start` was written. Raises UserError where going on would break the run."""
     old = {f.name: f.default for f in dataclasses.fields(settings)} | start.manifest["settings"]
     before, now = start.manifest["experiment"], experiment(settings, plan, store)
-    before = {"--optimizer": old["optimizer"], "--adam-beta1": old["adam_beta1"], **before}  # older ones have neither
     problems = []
     for name, value in now.items():
         if before.get(name) == value:
