@@ -57,7 +57,6 @@ IMPORT_BREACHES: set[str] = {
     "base.world imports commands.main",
     "base.world imports itself in a circle",
     "checkpoint.writer imports engines.base",
-    "commands.evaluate imports textquality",
     "commands.main imports itself in a circle",
     "data.recipe imports settings.fields",
     "data.sources imports settings.fields",

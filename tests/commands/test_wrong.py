@@ -121,14 +121,13 @@ TRAIN: list[tuple[str, list[str]]] = [
     ("--learning-rate 0", ["--learning-rate 0: must be above 0"]),
     ("--deepspeed none.json", ["--deepspeed none.json: cannot be read"]),
     ("--deepspeed not-json.json", ["--deepspeed not-json.json: not valid JSON"]),
-    ("--deepspeed zero0.json --engine single", ["zero_optimization.stage 0 in zero0.json: is no", "--engine single: "]),
+    ("--deepspeed zero0.json --engine single", ["zero_optimization.stage 0 in zero0.json: must", "--engine single: "]),
     ("--deepspeed batch.json", ["--gradient-accumulation-steps 3: must divide the 8 blocks"]),
     (
         "--deepspeed no-zero.json --max-grad-norm 1 --learning-rate 0",
         [
-            "zero_optimization.stage in no-zero.json: is missing",
+            "zero_optimization.stage null in no-zero.json: must be 1, 2 or 3",
             'optimizer.type "Lamb" in no-zero.json: not honoured',
-            "zero_optimisation in no-zero.json: no such setting",
             "--max-grad-norm 1: clashes with gradient_clipping 0.5 in no-zero.json",
             "--learning-rate 0: must be above 0",
         ],

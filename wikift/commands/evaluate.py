@@ -19,7 +19,6 @@ from wikift.evaluation.measure import Setup, loaded_scorer, measure
 from wikift.evaluation.protocols import CONTEXT, PROTOCOLS, Protocol
 from wikift.evaluation.report import Result, as_csv, as_json, table
 from wikift.evaluation.text import Text, check_text, open_text
-from wikift.export.export import model_source
 from wikift.settings.fields import EvaluateSettings
 from wikift.settings.options import flag, parse
 
@@ -53,9 +52,6 @@ def main(argv: Sequence[str]) -> int:
         epilog=EPILOG,
     )
     _check(settings)
-    if settings.generation:
-        _report_generation(settings)
-        return EXIT_DONE
 
     from wikift.base.world import started_world
 
@@ -71,16 +67,6 @@ def main(argv: Sequence[str]) -> int:
             if world.rank == 0 and found and not settings.json:
                 print(as_csv(found) if settings.csv else table(found, text.notes), flush=True)
     return EXIT_DONE
-
-
-def _report_generation(settings: EvaluateSettings) -> None:
-    from wikift import textquality
-
-    text = open_text(settings)
-    assert text.store is not None  # see _check
-    split = text.chosen_splits(settings)[0]
-    sources = [(name, model_source(name, lambda line: None), text.store) for name in settings.models]
-    textquality.report(sources, split, device=settings.device, as_json=settings.json)
 
 
 def results(settings: EvaluateSettings, text: Text, world: World) -> Iterator[Result]:
@@ -127,12 +113,6 @@ def _check(settings: EvaluateSettings) -> None:
         )
     if settings.protocol == "lm-eval" and settings.stride is not None:
         problems.append(f"--stride {settings.stride}: cannot act, the windows of lm-eval are disjoint; leave it out")
-    if settings.generation:
-        for name in ("protocol", "context", "stride", "csv", "dataset"):
-            if getattr(settings, name):
-                problems.append(
-                    f"{flag(name)}: cannot act beside --generation, which writes from a store; leave it out"
-                )
     if settings.json and settings.csv:
         problems.append("--csv: --json is given too; leave one of the two out")
     if repeated := sorted({name for name in settings.models if settings.models.count(name) > 1}):

@@ -15,11 +15,22 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from wikift.base.errors import UserError
-from wikift.settings.deepspeed_checks import Config, file_problems, is_kind, is_pair, schedule_of, show, stage
-from wikift.settings.deepspeed_keys import PASSED, RENAMED, SECTIONS, SETTINGS, UNUSED
+from wikift.settings.deepspeed_checks import (
+    PASSED,
+    RENAMED,
+    SECTIONS,
+    SETTINGS,
+    Config,
+    file_problems,
+    is_kind,
+    schedule_of,
+    show,
+    stage,
+    unused,
+)  # fmt: skip
 from wikift.settings.fields import TrainSettings
 from wikift.settings.options import flag
 
@@ -36,8 +47,7 @@ class Merged:
     taken: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Wish:
+class _Wish(NamedTuple):
     """One value of the file that is a setting of wikift's."""
 
     key: str
@@ -48,26 +58,24 @@ class _Wish:
 
 def read(path: str | Path) -> Config:
     """The file, flat, older spellings brought to today's. Raises UserError where it is not a readable JSON object."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UserError(f"--deepspeed {path}: cannot be read ({reason}); name a DeepSpeed config file") from None
-    twice: list[str] = []
+    problems: list[str] = []
 
     def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
-        twice.extend(sorted({name for name in names if names.count(name) > 1}))
+        twice = sorted({name for name in names if names.count(name) > 1})
+        problems.extend(f"{name} in {path}: is there twice; leave one out" for name in twice)
         return dict(pairs)
 
     try:
-        content = json.loads(text, object_pairs_hook=table)
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=table)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UserError(f"--deepspeed {path}: cannot be read ({reason}); name a DeepSpeed config file") from None
     except ValueError as error:
-        raise UserError(f"--deepspeed {path}: not valid JSON ({error}); mend the file or name another") from None
+        raise UserError(f"--deepspeed {path}: not valid JSON ({error}); fix the file or name another") from None
     if not isinstance(content, dict):
         raise UserError(f"--deepspeed {path}: holds a {type(content).__name__}, not an object of settings")
     config: Config = {}
-    problems = [f"{name} in {path}: is there twice; leave one out" for name in twice]
     for key, value in _flat(content):
         if key in config:
             problems.append(f"{key} in {path}: is there twice, in an older spelling too; leave one out")
@@ -103,18 +111,15 @@ def merge(settings: TrainSettings, said: Mapping[str, str]) -> Merged:
             "leave it out, or take stage 2 or --engine fsdp"
         )
     given = {name: getattr(settings, name) for name in said if getattr(settings, name) != "auto"}
-    wishes = [*_number_wishes(config), *_scheduler_wish(config), *_precision_wish(config, given)]
     taken: dict[str, _Wish] = {}
-    for wish in wishes:
+    for wish in _wishes(config, given):
         name, text = wish.setting, f"{wish.key} {wish.shown} in {path}"
         if name in given:
             if given[name] != wish.value:
                 problems.append(f'{said[name]}: clashes with {text}; leave one of the two out, or write "auto" there')
         elif name == "max_steps" and "num_train_epochs" in given:
             problems.append(f'{said["num_train_epochs"]}: the length is given twice, {text} too; write "auto" there')
-        elif name not in taken:
-            taken[name] = wish
-        elif taken[name].value != wish.value:
+        elif taken.setdefault(name, wish).value != wish.value:
             problems.append(f"{text}: clashes with {taken[name].key} {taken[name].shown} there; take the same number")
     merged = dataclasses.replace(settings, **{name: wish.value for name, wish in taken.items()})
     notes = tuple(f"{Path(path).name}: {note}" for note in _notes(config, merged, list(taken.values())))
@@ -131,65 +136,50 @@ def with_places(problems: Iterable[str], merged: Merged) -> list[str]:
 
 
 def engine_config(
-    config: Config,
-    *,
-    micro_batch: int,
-    accumulation: int,
-    ranks: int,
-    precision: str,
-    max_grad_norm: float,
-    hidden_size: int,
-    reduce_dtype: str = "fp32",
-) -> dict[str, Any]:
-    """What deepspeed.initialize is given: complete, without "auto", optimizer and scheduler.
+    config: Config, *, micro_batch: int, accumulation: int, ranks: int, precision: str, max_grad_norm: float,
+    hidden_size: int, reduce_dtype: str = "fp32",
+) -> dict[str, Any]:  # fmt: skip
+    """What deepspeed.initialize takes: complete, without "auto", optimizer and scheduler.
 
-    `config` is what `read` gave and `merge` had no problem with, `precision` the resolved one (bf16, fp16, fp32),
+    `config` is what `read` returned and `merge` had no problem with, `precision` the resolved one (bf16, fp16, fp32),
     `reduce_dtype` what the ranks add up their gradients in.
     """
     sizes = {"reduce_bucket_size": hidden_size * hidden_size}  # as transformers fills them
     if stage(config) == 3:
         sizes["stage3_prefetch_bucket_size"] = int(0.9 * hidden_size * hidden_size)
         sizes["stage3_param_persistence_threshold"] = 10 * hidden_size
-    exact: Config = {}
-    # micro-batches are added up as under the other engines; in bf16 at stage 1 DeepSpeed would take quite another
-    # optimizer for it
-    if precision != "fp32" and not (precision == "bf16" and stage(config) == 1):
-        exact["data_types.grad_accum_dtype"] = "fp32"
     flat: Config = {
-        **exact,
         "communication_data_type": reduce_dtype,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offloading keeps the optimizer that it is given: torch's AdamW
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
         "timers.throughput.enabled": False,  # it would wait for the GPU twice in each micro-batch
-        "fp16.enabled": precision == "fp16",
         # torch.amp.GradScaler's rule, see optim.LossScale
-        "fp16.loss_scale": 0,
-        "fp16.initial_scale_power": 16,
-        "fp16.loss_scale_window": 2000,
-        "fp16.hysteresis": 1,
-        "fp16.min_loss_scale": 1,
+        "fp16": {
+            "enabled": precision == "fp16", "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 2000,
+            "hysteresis": 1, "min_loss_scale": 1,
+        },
         "bf16.enabled": precision == "bf16",
         _ZERO + "stage": stage(config),
         **{_ZERO + name: size for name, size in sizes.items() if config.get(_ZERO + name) == "auto"},
-        # an "auto" that is left is DeepSpeed's own default, as it is under the Trainer
-        **{key: _cast(value, PASSED[key]) for key, value in config.items() if key in PASSED and value != "auto"},
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro_batch * accumulation * ranks,
-        "gradient_clipping": max_grad_norm,
-    }
-    whole: dict[str, Any] = {}
+    }  # fmt: skip
+    # micro-batches are added up as under the other engines; in bf16 at stage 1 DeepSpeed would take quite another
+    # optimizer for it
+    if precision != "fp32" and not (precision == "bf16" and stage(config) == 1):
+        flat["data_types.grad_accum_dtype"] = "fp32"
+    # an "auto" that is left is DeepSpeed's own default, as it is under the Trainer
+    flat |= {k: _cast(v, PASSED[k]) for k, v in config.items() if k in PASSED and v not in ("auto", None)}
+    flat["train_micro_batch_size_per_gpu"], flat["gradient_accumulation_steps"] = micro_batch, accumulation
+    flat["train_batch_size"], flat["gradient_clipping"] = micro_batch * accumulation * ranks, max_grad_norm
+    nested: dict[str, Any] = {}
     for key, value in flat.items():
-        if value is None:
-            continue
         *sections, name = key.split(".")
-        table = whole
+        table = nested
         for section in sections:
             table = table.setdefault(section, {})
         table[name] = value
-    return whole
+    return nested
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -204,53 +194,43 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield key, value
 
 
-def _number_wishes(config: Config) -> Iterator[_Wish]:
+def _wishes(config: Config, given: Mapping[str, Any]) -> Iterator[_Wish]:
     for key, (setting, kind) in SETTINGS.items():
-        value = config.get(key)
-        if is_kind(value, kind):
+        if is_kind(value := config.get(key), kind):
             yield _Wish(key, show(value), setting, _cast(value, kind))
-    betas = config.get("optimizer.params.betas", "auto")
-    if is_pair(betas):
+    betas: Any = config.get("optimizer.params.betas")
+    if is_kind(betas, list):
         for setting, beta in zip(("adam_beta1", "adam_beta2"), betas, strict=True):
             yield _Wish("optimizer.params.betas", show(betas), setting, float(beta))
-
-
-def _scheduler_wish(config: Config) -> Iterator[_Wish]:
-    kind = schedule_of(config)
-    if kind is not None:
-        yield _Wish("scheduler.type", f"{show(config['scheduler.type'])} ({kind})", "lr_scheduler_type", kind)
-
-
-def _precision_wish(config: Config, given: Mapping[str, Any]) -> Iterator[_Wish]:
-    """What `fp16.enabled` and `bf16.enabled` say together: fp32 where bf16 is off, or fp16 off and bf16 not there."""
-    said = {name: config.get(name + ".enabled") for name in ("bf16", "fp16")}
-    on = [name for name, value in said.items() if value is True]
-    off = [name for name, value in said.items() if value is False]
+    if schedule := schedule_of(config):
+        yield _Wish("scheduler.type", f"{show(config['scheduler.type'])} ({schedule})", "lr_scheduler_type", schedule)
+    # the two switches together: fp32 where bf16 is off, or fp16 off and bf16 not there
+    switches = {name: config.get(name + ".enabled") for name in ("bf16", "fp16")}
+    on = [name for name, value in switches.items() if value is True]
+    off = [name for name, value in switches.items() if value is False]
     if on:
         yield _Wish(on[0] + ".enabled", "true", "precision", on[0])
-    elif given.get("precision") in off or ("precision" not in given and off and said["bf16"] != "auto"):
-        key = given["precision"] if "precision" in given else off[0]
-        yield _Wish(f"{key}.enabled", "false", "precision", "fp32")
+    elif given.get("precision") in off or ("precision" not in given and off and switches["bf16"] != "auto"):
+        yield _Wish(f"{given.get('precision', off[0])}.enabled", "false", "precision", "fp32")
 
 
 def _notes(config: Config, merged: TrainSettings, wishes: Sequence[_Wish]) -> Iterator[str]:
-    """What is said aloud: whatever the file decides, and whatever wikift does in its own way."""
+    """What is printed: whatever the file decides, whatever wikift does in its own way, and what it does not use."""
     if wishes:
         yield "sets " + ", ".join(f"{flag(w.setting)} {getattr(merged, w.setting)} ({w.key})" for w in wishes)
     if "optimizer.type" in config:
         yield f"optimizer {config['optimizer.type']} is wikift's AdamW, without decay of biases and LayerNorm"
     if "scheduler.type" in config:
-        shape = f"--lr-scheduler-type {merged.lr_scheduler_type} with a linear warm-up"
         linear = config.get("scheduler.params.warmup_type") == "linear"
+        shape = f"--lr-scheduler-type {merged.lr_scheduler_type} with a linear warm-up"
         other = "" if linear else " (DeepSpeed's own would be logarithmic)"
         yield f"scheduler {config['scheduler.type']} is wikift's {shape}{other}"
-    if merged.precision == "fp16":
-        own = [f"{key} {show(config[key])}" for key in PASSED if key.startswith("fp16.") and key in config]
-        if own:
-            yield f"the loss scale goes by {', '.join(own)}"
-    if unused := [key for key in UNUSED if key in config]:
-        yield f"not used, wikift does it by itself: {', '.join(unused)}"
+    own = [f"{key} {show(config[key])}" for key in PASSED if key.startswith("fp16.") and key in config]
+    if own and merged.precision == "fp16":
+        yield f"the loss scale goes by {', '.join(own)}"
+    if names := unused(config):
+        yield f"not used by wikift: {', '.join(names)}"
 
 
 def _cast(value: Any, kind: type) -> Any:
-    return int(value) if kind is int and value is not None else value
+    return int(value) if kind is int else value

@@ -1,4 +1,7 @@
-"""What cannot be in a DeepSpeed config file: keys nobody knows, values of another kind, features not honoured."""
+"""The keys of a DeepSpeed config file (DeepSpeed 0.19): which are honoured, which refused, and what cannot be in them.
+
+A key is written with dots, "zero_optimization.stage". One that is neither honoured nor refused is reported as not used.
+"""
 
 from __future__ import annotations
 
@@ -8,44 +11,132 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wikift.settings.deepspeed_keys import (
-    ABOVE_ZERO,
-    CHOICES,
-    HARMLESS,
-    KNOWN,
-    OWN,
-    PASSED,
-    REFUSED,
-    SCHEDULERS,
-    SECTIONS,
-    SETTINGS,
-    UNUSED,
-)
 from wikift.settings.options import nearest
 
 Config = dict[str, Any]  # flat: {"zero_optimization.stage": 2, ...}
 
-_NOTHING: tuple[Any, ...] = (False, None, 0, "none", "auto", "", [])  # values that ask for nothing
-_KINDS = {bool: "true or false", int: "a whole number, 0 or more", float: "a number", str: "text"}
+# Passed on to DeepSpeed as they are: section and type of the value, names.
+_PASSED: dict[tuple[str, type], str] = {
+    ("", bool): "prescale_gradients disable_python_gc zero_allow_untested_optimizer bf16.immediate_grad_update "
+    "fp16.consecutive_hysteresis aio.single_submit aio.overlap_events aio.use_gds",
+    ("", float): "gradient_predivide_factor fp16.loss_scale",
+    ("", str): "data_types.grad_accum_dtype",
+    ("fp16.", int): "initial_scale_power loss_scale_window hysteresis min_loss_scale",
+    ("aio.", int): "block_size queue_depth intra_op_parallelism",
+    ("zero_optimization.", bool): "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce overlap_comm "
+    "allgather_partitions stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential ignore_unused_parameters "
+    "round_robin_gradients parameter_alignment memory_efficient_linear override_module_apply log_trace_cache_warnings "
+    "enable_sanity_checks",
+    ("zero_optimization.", int): "reduce_bucket_size allgather_bucket_size sub_group_size stage3_prefetch_bucket_size "
+    "stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters "
+    "stage3_max_reuse_distance stage3_module_granularity_threshold",
+    ("zero_optimization.offload_optimizer.", bool): "pin_memory pipeline_read pipeline_write fast_init",
+    ("zero_optimization.offload_optimizer.", int): "buffer_count",
+    ("zero_optimization.offload_optimizer.", str): "device nvme_path",
+    ("zero_optimization.offload_param.", bool): "pin_memory",
+    ("zero_optimization.offload_param.", int): "buffer_count buffer_size max_in_cpu",
+    ("zero_optimization.offload_param.", str): "device nvme_path",
+}
+PASSED = {section + name: kind for (section, kind), names in _PASSED.items() for name in names.split()}
+
+# Read as settings of wikift, with the type of their value.
+SETTINGS: dict[str, tuple[str, type]] = {
+    "train_batch_size": ("global_batch_size", int),
+    "train_micro_batch_size_per_gpu": ("per_device_train_batch_size", int),
+    "gradient_accumulation_steps": ("gradient_accumulation_steps", int),
+    "gradient_clipping": ("max_grad_norm", float),
+    "optimizer.params.lr": ("learning_rate", float),
+    "optimizer.params.eps": ("adam_epsilon", float),
+    "optimizer.params.weight_decay": ("weight_decay", float),
+    "scheduler.params.warmup_max_lr": ("learning_rate", float),
+    "scheduler.params.warmup_num_steps": ("warmup_steps", float),  # float: below 1 is a part of the run
+    "scheduler.params.total_num_steps": ("max_steps", int),
+    "communication_data_type": ("reduce_dtype", str),
+}
+SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear"}  # by name, their --lr-scheduler-type
+
+KINDS = {**PASSED, **{key: kind for key, (_, kind) in SETTINGS.items()}}
+KINDS |= {"fp16.enabled": bool, "bf16.enabled": bool, "optimizer.params.betas": list}
+HONOURED = {*KINDS, "zero_optimization.stage", "optimizer.type", "scheduler.type"}
+SECTIONS = {key.rsplit(".", depth)[0] for key in HONOURED for depth in range(1, key.count(".") + 1)}
+CHOICES = {
+    **dict.fromkeys(("communication_data_type", "data_types.grad_accum_dtype"), ("fp32", "fp16", "bf16")),
+    "zero_optimization.offload_optimizer.device": ("none", "cpu", "nvme"),
+    "zero_optimization.offload_param.device": ("none", "cpu", "nvme"),
+}
+ABOVE_ZERO = ("zero_optimization.reduce_bucket_size", "fp16.loss_scale_window", "fp16.min_loss_scale")
+
+# Other keys, and whole sections, that change what is learned: refused where they ask for something, by the way out.
+_REFUSED = {
+    "use --precision": "amp torch_autocast data_types",
+    "the seed, --data-fraction and --global-batch-size decide what is learned; leave it out": "data_efficiency "
+    "curriculum_learning elasticity",
+    "wikift trains the whole model as it is; leave it out": "progressive_layer_drop compression_training "
+    "quantize_training weight_quantization eigenvalue sparse_attention",
+    "the loss is a mean over the global batch; leave it out": "gradient_allreduce_op",
+    "wikift keeps weights and moments in fp32 beside bf16 and fp16; leave it out": "fp16.fp16_master_weights_and_grads "
+    "bf16.bf16_master_weights_and_grads bf16.bf16_optimizer_states",
+    "it updates weights a step late; leave it out": "zero_optimization.zenflow",
+    "it rounds what the ranks exchange; leave it out": "zero_optimization.zero_quantized_weights "
+    "zero_optimization.zero_quantized_gradients zero_optimization.zeropp_loco_param",
+    "wikift's optimizer is AdamW, of lr, betas, eps and weight_decay; leave it out": "optimizer.params",
+    'write "gradient_clipping" or use --max-grad-norm': "optimizer.params.max_grad_norm",
+    "wikift's schedule has no such number; leave it out": "scheduler.params",
+    'the learning rate rises from 0; write 0 or "auto"': "scheduler.params.warmup_min_lr",
+    'the warm-up is a straight line; write "linear" or leave it out': "scheduler.params.warmup_type",
+}
+REFUSED = {key: way_out for way_out, keys in _REFUSED.items() for key in keys.split()}
+# Refused keys with the values that ask for nothing; for all others these are false, 0, "none" and {"enabled": false}.
+HARMLESS = (
+    ("gradient_allreduce_op", "mean"), ("scheduler.params.warmup_type", "linear"),
+    ("scheduler.params.last_batch_iteration", -1), ("optimizer.params.adam_w_mode", True),
+    ("optimizer.params.bias_correction", True), ("optimizer.params.torch_adam", True),
+    ("optimizer.params.torch_adam", False),
+)  # fmt: skip
+
+# Older spellings: key as written -> key of today. `cpu_offload...: true` become {"device": "cpu"}.
+RENAMED = {
+    "bfloat16": "bf16",
+    "zero_optimization.aio": "aio",
+    "aio.thread_count": "aio.intra_op_parallelism",
+    "zero_optimization.cpu_offload": "zero_optimization.offload_optimizer",
+    "zero_optimization.cpu_offload_param": "zero_optimization.offload_param",
+    "zero_optimization.cpu_offload_params": "zero_optimization.offload_param",
+}
+
+_NAMES = {
+    bool: "true or false", int: "a whole number, 0 or more", float: "a number", str: "text",
+    list: "two numbers in brackets",
+}  # fmt: skip
 
 
 def file_problems(config: Config, path: str) -> list[str]:
     """Every problem of the file at `path` that does not depend on the command line."""
     where = f" in {path}"
-    problems = [
-        *_stage_problems(config, where),
-        *_offload_problems(config, where),
-        *_type_problems(config, where),
-        *_precision_problems(config, where),
-    ]
+    problems = list(_zero_problems(config, where))
+    if config.get("bf16.enabled") is True and config.get("fp16.enabled") is True:
+        problems.append(f"bf16.enabled and fp16.enabled{where}: are both true; leave one on")
+    unknown = {}  # section -> way out
+    if not is_adam(config.get("optimizer.type")):
+        unknown["optimizer"] = "wikift's is AdamW; write AdamW, or leave the section out"
+    if not schedule_of(config):
+        kind = "cosine" if config.get("scheduler.type") == "WarmupCosineLR" else "linear, cosine or constant"
+        unknown["scheduler"] = (
+            f"wikift knows {' and '.join(SCHEDULERS)}; leave the section out and use --lr-scheduler-type {kind}"
+        )
+    for section, way_out in unknown.items():
+        if any(key.startswith(section + ".") and value is not None for key, value in config.items()):
+            problems.append(f"{section}.type {show(config.get(section + '.type'))}{where}: not honoured, {way_out}")
     for key, value in config.items():
-        section = key.rpartition(".")[0]
-        if section == "optimizer.params" and not is_adam(config.get("optimizer.type")):
-            continue  # the type is complained of
-        if section == "scheduler.params" and schedule_of(config) is None:
-            continue
-        problems += _value_problems(key, value, where)
+        skipped = ".params." in key and key.partition(".")[0] in unknown  # the type is reported
+        if not skipped and (problem := _value_problem(key, value)):
+            problems.append(f"{key} {show(value)}{where}: {problem}")
     return problems
+
+
+def unused(config: Config) -> list[str]:
+    """The keys that ask for something and have no effect under wikift."""
+    return [key for key, value in config.items() if not (key in HONOURED or _way_out(key) or _asks_nothing(value))]
 
 
 def stage(config: Config) -> int:
@@ -55,17 +146,14 @@ def stage(config: Config) -> int:
 
 
 def is_kind(value: Any, kind: type) -> bool:
-    """Whether a value of JSON is of `kind`: 5e8 is a whole number, true is none."""
+    """Whether a value of JSON is of `kind`: 5e8 is a whole number, true is none; a list is of two numbers."""
     if kind in (bool, str):
         return isinstance(value, kind)
+    if kind is list:
+        return isinstance(value, list) and len(value) == 2 and all(is_kind(part, float) for part in value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return False
     return kind is float or (value == int(value) and value >= 0)
-
-
-def is_pair(value: Any) -> bool:
-    """Whether it is a list of two numbers."""
-    return isinstance(value, list) and len(value) == 2 and all(is_kind(part, float) for part in value)
 
 
 def is_adam(name: Any) -> bool:
@@ -85,39 +173,29 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _value_problems(key: str, value: Any, where: str) -> Iterator[str]:
-    """A key that nobody knows, that asks for something not honoured, or whose value is of another kind."""
-    place = f"{key} {show(value)}{where}"
-    if key in REFUSED:
-        if not (value in (HARMLESS[key], None, "auto") if key in HARMLESS else _asks_nothing(value)):
-            yield f"{place}: not honoured; {REFUSED[key]}"
-    elif key in PASSED or key in SETTINGS:
-        kind = PASSED[key] if key in PASSED else SETTINGS[key][1]
-        if value == "auto" or value is None:
-            return
-        if not is_kind(value, kind):
-            yield f'{place}: must be {_KINDS[kind]}, or "auto"'
-        elif key in CHOICES and value not in CHOICES[key]:
-            yield f"{place}: must be one of {', '.join(CHOICES[key])}{nearest(value, CHOICES[key])}"
-        elif key in ABOVE_ZERO and not value:
-            yield f'{place}: must be above 0; write "auto" or leave it out'
-    elif key not in OWN and key not in UNUSED:
-        section, _, name = key.rpartition(".")
-        siblings = [k.rpartition(".")[2] for k in (*KNOWN, *SECTIONS) if k.rpartition(".")[0] == section]
-        yield f"{key}{where}: no such setting of DeepSpeed's{nearest(name, siblings)}"
+def _way_out(key: str) -> str | None:
+    """What to do instead, of a key that is refused, by itself or with its section."""
+    return None if key in HONOURED else REFUSED.get(key, REFUSED.get(key.rpartition(".")[0]))
 
 
-def _stage_problems(config: Config, where: str) -> Iterator[str]:
-    value = config.get("zero_optimization.stage")
-    if value is None:
-        yield f"zero_optimization.stage{where}: is missing; write 1, 2 or 3, or leave --deepspeed out (that is DDP)"
-    elif value == 0 and value is not False:
-        yield f"zero_optimization.stage 0{where}: is no ZeRO; write 1, 2 or 3, or leave --deepspeed out (that is DDP)"
-    elif stage(config) not in (1, 2, 3):
-        yield f"zero_optimization.stage {show(value)}{where}: must be 1, 2 or 3"
+def _value_problem(key: str, value: Any) -> str | None:
+    if value == "auto" or value is None:
+        return None
+    if key in KINDS and not is_kind(value, KINDS[key]):
+        return f'must be {_NAMES[KINDS[key]]}, or "auto"'
+    if key in CHOICES and value not in CHOICES[key]:
+        return f"must be one of {', '.join(CHOICES[key])}{nearest(value, CHOICES[key])}"
+    if key in ABOVE_ZERO and not value:
+        return 'must be above 0; write "auto" or leave it out'
+    if (way_out := _way_out(key)) and not _harmless(key, value):
+        return f"not honoured; {way_out}"
+    return None
 
 
-def _offload_problems(config: Config, where: str) -> Iterator[str]:
+def _zero_problems(config: Config, where: str) -> Iterator[str]:
+    if stage(config) not in (1, 2, 3):
+        place = f"zero_optimization.stage {show(config.get('zero_optimization.stage'))}{where}"
+        yield f"{place}: must be 1, 2 or 3; write one of them, or leave --deepspeed out (that is DDP)"
     for section in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):
         device, path = config.get(section + ".device"), config.get(section + ".nvme_path")
         place = f"{section}.device {show(device)}{where}"
@@ -129,36 +207,13 @@ def _offload_problems(config: Config, where: str) -> Iterator[str]:
             yield f"{section}.nvme_path {show(path)}{where}: no such folder; name one on an NVMe disk"
 
 
-def _type_problems(config: Config, where: str) -> Iterator[str]:
-    """Optimizers and schedulers that wikift has no counterpart of."""
-    sections = {key.partition(".")[0] for key, value in config.items() if value is not None}
-    optimizer, scheduler = config.get("optimizer.type"), config.get("scheduler.type")
-    if "optimizer" in sections and not is_adam(optimizer):
-        yield (
-            f"optimizer.type {show(optimizer)}{where}: not honoured, wikift's is AdamW; write AdamW, "
-            "or leave the section out"
-        )
-    if "scheduler" in sections and schedule_of(config) is None:
-        instead = "cosine" if scheduler == "WarmupCosineLR" else "linear, cosine or constant"
-        yield (
-            f"scheduler.type {show(scheduler)}{where}: not honoured, wikift knows {' and '.join(SCHEDULERS)}; "
-            f"leave the section out and use --lr-scheduler-type {instead}"
-        )
-    betas = config.get("optimizer.params.betas", "auto")
-    if betas != "auto" and is_adam(optimizer) and not is_pair(betas):
-        yield f'optimizer.params.betas {show(betas)}{where}: must be two numbers in brackets, or "auto"'
-
-
-def _precision_problems(config: Config, where: str) -> Iterator[str]:
-    values = {f"{name}.enabled": config.get(f"{name}.enabled") for name in ("bf16", "fp16")}
-    for key, value in values.items():
-        if not isinstance(value, bool) and value not in ("auto", None):
-            yield f'{key} {show(value)}{where}: must be true or false, or "auto"'
-    if all(value is True for value in values.values()):
-        yield f"{' and '.join(values)}{where}: are both true; leave one on"
+def _harmless(key: str, value: Any) -> bool:
+    """Whether the value of a refused key is the one that changes nothing."""
+    values = [harmless for name, harmless in HARMLESS if name == key]
+    return value in values if values else _asks_nothing(value)
 
 
 def _asks_nothing(value: Any) -> bool:
     if isinstance(value, dict):
         return value.get("enabled") is False or all(_asks_nothing(part) for part in value.values())
-    return value in _NOTHING
+    return value in (False, None, 0, "none", "auto", "", [])

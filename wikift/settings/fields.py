@@ -299,7 +299,6 @@ class EvaluateSettings:
         "auto", "number format of the products; auto: as in training", choices=("auto", "bf16", "fp16", "fp32")
     )
     device: str = option("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
-    generation: bool = option(False, "repetition and variety of 64 texts the model writes, beside the split's own")
     json: bool = option(False, "print JSON, one object a model, split and protocol")
     csv: bool = option(False, "print CSV, one line a model, split, protocol and normaliser")
     quiet: bool = option(False, "no progress")
