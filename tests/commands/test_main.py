@@ -74,7 +74,7 @@ def test_one_process_exits_with_75(tmp_path: Path, number: int) -> None:
     process.send_signal(number)
     output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 75, output
-    assert "saved; the same command goes on" in output
+    assert "saved; the same command resumes" in output
     assert "Traceback" not in output
 
 

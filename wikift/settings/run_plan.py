@@ -14,7 +14,7 @@ from typing import Any
 from wikift.base.errors import UserError
 from wikift.base.files import read_lines
 from wikift.base.shape import Shape, parse_overrides, released_name, shape_of, with_overrides
-from wikift.settings import deepspeed
+from wikift.settings import deepspeed, deepspeed_checks
 from wikift.settings.batch_layout import BatchLayout
 from wikift.settings.fields import DataSettings, TrainSettings, slug
 from wikift.settings.options import flag, names_by_role
@@ -123,7 +123,12 @@ class RunPlan:
 
     def zero_config(self, precision: str) -> dict[str, Any]:
         """What deepspeed.initialize is given; `precision` is the resolved one. Empty for other engines."""
-        return deepspeed.engine_config(self, precision) if self.engine.deepspeed else {}
+        if not self.engine.deepspeed:
+            return {}
+        return deepspeed.engine_config(
+            self.engine.deepspeed, self.layout, precision, max_grad_norm=self.adam.max_grad_norm,
+            hidden_size=self.model.shape.n_embd, reduce_dtype=self.engine.reduce_dtype,
+        )  # fmt: skip
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -160,8 +165,6 @@ def resolve(settings: TrainSettings, ranks: int) -> TrainSettings:
         )
     if settings.learning_rate is None:
         changes["learning_rate"] = 6e-4 if settings.from_scratch else 5e-5  # nanoGPT's for 124M; run_clm.py's
-    if settings.lr_scheduler_type is None:
-        changes["lr_scheduler_type"] = "linear"
     if settings.num_train_epochs is None and settings.max_steps is None:
         changes["num_train_epochs"] = 3.0
     if settings.output_dir is None:
@@ -231,7 +234,7 @@ def _engine_plan(settings: TrainSettings) -> EnginePlan:
     config = deepspeed.read(settings.deepspeed) if settings.deepspeed else {}
     engine, reason = settings.engine, "asked for"
     if config:
-        stage = deepspeed.stage(config)
+        stage = deepspeed_checks.stage(config)
         engine, reason = f"zero{stage}", f"stage {stage} in {settings.deepspeed}"
     return EnginePlan(
         engine=engine,
@@ -269,7 +272,7 @@ def _fit_problems(settings: TrainSettings, shape: Shape, block_size: int, tokens
     if shape.vocab_size < vocab_size:
         problems.append(
             f"--config-overrides vocab_size={shape.vocab_size}: the store's tokenizer has {vocab_size} tokens; "
-            "omit vocab_size, it follows from the store"
+            "leave vocab_size out, it follows from the store"
             if settings.from_scratch
             else f"--model {settings.model}: its vocabulary has {shape.vocab_size} tokens, the store's {vocab_size}; "
             "prepare the text with the model's tokenizer, or train --from-scratch"

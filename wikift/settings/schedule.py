@@ -73,7 +73,7 @@ def schedule_of(settings: TrainSettings, steps: int) -> Schedule:
 
     A part of the run is rounded up; a warm-up given as a part leaves one update at the full learning rate.
     """
-    kind, peak = settings.lr_scheduler_type or "linear", settings.learning_rate or 0.0
+    kind, peak = settings.lr_scheduler_type, settings.learning_rate or 0.0
     warmup = _of_run(settings.warmup_steps, steps)
     if settings.warmup_steps < 1:
         warmup = min(warmup, steps - 1)
@@ -118,7 +118,7 @@ def length_problems(settings: TrainSettings, steps: int) -> list[str]:
     if patience is not None and patience > count - 2:
         fewer = f"take {count - 2} or less, or " if count > 2 else ""
         problems.append(
-            f"--early-stopping-patience {patience}: has no effect, the run has {count} validation{'s' * (count != 1)}; "
+            f"--early-stopping-patience {patience}: cannot act, the run has {count} validation{'s' * (count != 1)}; "
             f"{fewer}validate more often with --eval-steps"
         )
     return problems
