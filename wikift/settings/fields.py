@@ -204,7 +204,7 @@ class ConsolidateSettings:
 
     run: str | None = option(
         None,
-        "a run's folder or one checkpoint of it; a checkpoint of DeepSpeed or torch DCP",
+        "a run's folder or one checkpoint of it",
         positional=True,
         metavar="RUN_OR_CHECKPOINT",
     )
@@ -213,12 +213,6 @@ class ConsolidateSettings:
     best: bool = option(False, "the checkpoint with the lowest validation loss")
     dtype: str = option("float32", "number format of the weights written", choices=("float32", "bfloat16", "float16"))
     max_shard_size: str = option("5GB", "largest file of weights", metavar="SIZE")
-    model: str | None = option(
-        None,
-        "the model that a DeepSpeed or DCP checkpoint is of: whose heads and tokenizer",
-        metavar="NAME|PATH",
-        shown="the folder's config.json",
-    )
     quiet: bool = option(False, "print errors only")
 
 
