@@ -64,6 +64,7 @@ IMPORT_BREACHES: set[str] = {
     "evaluation.measure imports export.export",
     "evaluation.measure imports settings.fields",
     "evaluation.protocols imports tokenizers",
+    "evaluation.text imports settings.checks",
     "evaluation.text imports settings.fields",
     "export.card imports settings.fields",
     "export.card imports settings.options",
