@@ -20,6 +20,7 @@ from wikift.base.errors import UserError
 from wikift.base.shape import parse_overrides
 from wikift.base.sizes import show_bytes
 from wikift.base.world import World
+from wikift.checkpoint.fragment import FreshStart
 from wikift.checkpoint.reader import Checkpoint
 from wikift.engines import memory
 from wikift.engines.base import Engine
@@ -27,7 +28,7 @@ from wikift.engines.ddp import DDPEngine
 from wikift.engines.optim import AdamSettings
 from wikift.engines.single import SingleEngine
 from wikift.model.gpt2 import Precision, load_config, load_generation_config, make_model, model_config, parameter_shapes
-from wikift.model.initial_weights import FreshStart, random_weights, trained_weights
+from wikift.model.initial_weights import random_weights, trained_weights
 from wikift.settings import deepspeed as dsconfig
 from wikift.settings import deepspeed_checks as dscheck
 from wikift.settings.fields import TrainSettings

@@ -13,11 +13,11 @@ import torch
 from transformers import AutoTokenizer
 
 from wikift.base.world import World
+from wikift.checkpoint.fragment import OPTIMIZER
 from wikift.checkpoint.reader import Checkpoint
 from wikift.checkpoint.writer import Saver
 from wikift.data.batches import ahead, count_blocks, micro_batches, sample_blocks
 from wikift.data.store import TokenStore
-from wikift.engines.base import OPTIMIZER
 from wikift.engines.build import Built
 from wikift.engines.optim import Schedule
 from wikift.evaluation.score import Score, score_split
