@@ -89,9 +89,9 @@ def read(path: str | Path) -> Config:
 
 
 def merge(settings: TrainSettings, typed: Mapping[str, str]) -> Merged:
-    """Read `--deepspeed FILE` into the settings.
+    """Read `--deepspeed FILE` into the settings. `typed`: setting -> how it was set, see options.parse.
 
-    `typed`: setting -> how it was set ("--max-steps 5"), see options.parse. Raises nothing: every problem of the file is in the result, to be reported with the others.
+    Raises nothing: every problem of the file is in the result, to be reported with the others.
     """
     path = settings.deepspeed
     if path is None:
