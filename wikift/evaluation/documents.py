@@ -31,19 +31,18 @@ class Row(NamedTuple):
 
 @dataclass
 class Counts:
-    """What has been read, by document: words and UTF-8 bytes, as the protocol counts them; and all bytes read."""
+    """By document: words and UTF-8 bytes as the protocol counts them, and tokens; and all bytes read."""
 
     words: list[int] = field(default_factory=list)
     bytes: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     bytes_read: int = 0
 
-    def add(self, document: int, words: int, size: int) -> None:
-        """Add to `document`, the last one or the next."""
-        if document == len(self.words):
-            self.words.append(0)
-            self.bytes.append(0)
-        self.words[document] += words
-        self.bytes[document] += size
+    def add(self, document: int, words: int = 0, size: int = 0, tokens: int = 0) -> None:
+        """Add to `document`; those before it are there, if only with zeros."""
+        for counts, number in ((self.words, words), (self.bytes, size), (self.tokens, tokens)):
+            counts.extend([0] * (document + 1 - len(counts)))
+            counts[document] += number
 
 
 def is_title(line: str) -> bool:
