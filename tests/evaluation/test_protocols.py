@@ -21,7 +21,7 @@ from wikift.commands.evaluate import main
 from wikift.data.sources import open_corpus
 from wikift.evaluation import detokenize
 from wikift.evaluation.detokenize import detokenized, detokenized_parts, safe_place
-from wikift.evaluation.documents import Counts, joined_rows, page_texts, pages, row_texts
+from wikift.evaluation.documents import Counts, joined_rows, numbered_rows, page_texts, pages, row_texts
 from wikift.evaluation.text import encoded
 from wikift.settings.fields import DataSettings
 
@@ -67,7 +67,7 @@ def corpus_of(path: Path) -> Any:
 
 def test_pages_are_lm_evals(text: Path) -> None:
     text.write_text(TEXT)
-    first, second = (page for page, _, _ in _whole(pages(corpus_of(text), "train")))
+    first, second = (page for page, _, _ in _whole(pages(corpus_of(text), numbered_rows(corpus_of(text), "train"))))
     lines = TEXT.split("\n")
     assert first == "\n".join(lines[1:7])
     assert second == "\n".join(lines[7:])  # the last one has the file's end

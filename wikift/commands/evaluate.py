@@ -18,11 +18,10 @@ from wikift.base.console import Progress
 from wikift.base.errors import UserError
 from wikift.base.shape import shape_of
 from wikift.commands.main import EXIT_DONE
-from wikift.data.sources import corpus_problems
 from wikift.data.store import TokenStore, check_tokenizer, open_store
 from wikift.evaluation.protocols import PROTOCOLS, Protocol, loaded_scorer, measure, setups
 from wikift.evaluation.report import Result, as_csv, as_json, table
-from wikift.evaluation.text import Source, Text, text_of_dataset, text_of_store
+from wikift.evaluation.text import Source, Text, source_problems, text_of_dataset, text_of_store
 from wikift.export.export import model_source
 from wikift.settings.checks import check_data
 from wikift.settings.fields import DataSettings, EvaluateSettings
@@ -177,12 +176,12 @@ def _check(settings: EvaluateSettings) -> TokenStore | None:
 
 def _store(settings: EvaluateSettings) -> TokenStore | None:
     """The store that the settings lead to. Raises UserError for every problem with it, or with `--dataset`."""
-    data, config, column = settings.dataset, settings.dataset_config, settings.text_column
-    if data is not None:
-        asked = DataSettings(dataset=data, dataset_config=config, text_column=column)
-        problems = check_data(asked) + corpus_problems(asked)
+    if settings.dataset is not None:
+        names = ("dataset", "dataset_config", "text_column")
+        asked = DataSettings(**{name: getattr(settings, name) for name in names})
+        problems = check_data(asked) + source_problems(_source(settings))
         if settings.data is not None:
-            problems.append(f"--data {settings.data}: has no effect, --dataset {data} is given; omit one")
+            problems.append(f"--data {settings.data}: has no effect, --dataset {settings.dataset} is given; omit one")
         if problems:
             raise UserError(*problems)
         return None
@@ -211,10 +210,12 @@ def _store(settings: EvaluateSettings) -> TokenStore | None:
     return store
 
 
+def _source(settings: EvaluateSettings) -> Source:
+    return Source(str(settings.dataset), settings.dataset_config, settings.text_column)
+
+
 def _text(settings: EvaluateSettings, store: TokenStore | None) -> Text:
-    if store is not None:
-        return text_of_store(store)
-    return text_of_dataset(Source(str(settings.dataset), settings.dataset_config, settings.text_column))
+    return text_of_store(store) if store is not None else text_of_dataset(_source(settings))
 
 
 def _check_model(name: str, settings: EvaluateSettings, store: TokenStore | None) -> None:

@@ -22,7 +22,6 @@ from wikift.evaluation.documents import is_title
 from wikift.evaluation.score import Piece
 
 ALL = "all"  # the split of a single file
-_SEED = 42  # prepare's default, for the cut of a dataset that has no validation split
 _WITH_UNK = ("wikitext-2-v1", "wikitext-103-v1")
 _ENCODED_TOGETHER = 1 << 16  # characters
 _TITLE_TOKENS = 400
@@ -45,22 +44,10 @@ class Text:
         return list(self.corpus.splits) if self.corpus is not None else []
 
 
-@dataclass(frozen=True)
-class Source:
-    """What opens a text again, by the names that `data` reads."""
-
-    dataset: str
-    dataset_config: str | None = None
-    text_column: str = "text"
-    validation_fraction: float | None = None
-    tokenizer: str | None = None
-    append_eos: bool | None = None
-
-
 def text_of_dataset(source: Source) -> Text:
     """A text without a store: as prepare's, save that a single file is one split, all of it."""
     file = Path(source.dataset).is_file()
-    corpus = open_corpus(cast(Any, source), _SEED, cut=not file)
+    corpus = open_source(source, cut=not file)
     if file:
         corpus = dataclasses.replace(corpus, splits={ALL: corpus.splits["train"]}, sizes={ALL: corpus.sizes["train"]})
     name = f"{corpus.name} {corpus.config}" if corpus.config else corpus.name
@@ -69,15 +56,15 @@ def text_of_dataset(source: Source) -> Text:
 
 def text_of_store(store: TokenStore) -> Text:
     """A store's text, with the rows that it was made of where they can be had."""
+    name = str(store.path)
     try:
-        corpus = _rows_of(store)
+        corpus = open_again(store)
     except (UserError, EnvironmentFault, OSError, KeyError) as error:
-        reason = one_line(error)
-        note = f"hf-doc, paper and lm-eval need the text, which {store.path} does not lead to: name it with --dataset "
-        return Text(
-            str(store.path), store, None, reason, [f"{note}({reason})", *_notes(store.record.get("dataset_config"))]
-        )
-    return Text(str(store.path), store, corpus, "", _notes(corpus.config))
+        missing = one_line(error)
+        need = "hf-doc, paper and lm-eval need the text, which"
+        note = f"{need} {name} does not lead to: name it with --dataset ({missing})"
+        return Text(name, store, None, missing, [note, *_notes(store.record.get("dataset_config"))])
+    return Text(name, store, corpus, "", _notes(corpus.config))
 
 
 def _notes(config: str | None) -> list[str]:
@@ -87,7 +74,32 @@ def _notes(config: str | None) -> list[str]:
     return [f"{config} has <unk> for rare words; published GPT-2 numbers are of {raw} mostly"]
 
 
-def _rows_of(store: TokenStore) -> Corpus:
+# --- an adapter, until data has Source, open_source, source_problems and open_again ------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """What opens a text again; the second half is a recipe's."""
+
+    dataset: str
+    config: str | None = None
+    text_column: str = "text"
+    validation_fraction: float | None = None
+    seed: int = 42
+    tokenizer: str | None = None
+    append_eos: bool | None = None
+    dataset_config = property(lambda self: self.config)
+
+
+def open_source(source: Source, *, cut: bool = True) -> Corpus:
+    return open_corpus(cast(Any, source), source.seed, cut=cut)
+
+
+def source_problems(source: Source) -> list[str]:
+    return corpus_problems(cast(Any, source))
+
+
+def open_again(store: TokenStore) -> Corpus:
     """The rows that `store` was made of. Raises UserError where they are gone or not the same."""
     record = store.record
     dataset = record.get("dataset_path") or record["dataset"]
@@ -96,17 +108,17 @@ def _rows_of(store: TokenStore) -> Corpus:
     named = dataset == "demo" or dataset.startswith("wikitext-") or Path(dataset).is_file()
     source = Source(
         dataset=dataset,
-        dataset_config=None if named else record.get("dataset_config"),
+        config=None if named else record.get("dataset_config"),
         text_column=record.get("text_column") or "text",
         validation_fraction=record.get("validation_fraction"),
+        seed=42 if record.get("seed") is None else int(record["seed"]),
         tokenizer=str(store.path / "tokenizer"),
         append_eos=record.get("append_eos"),
     )
-    if problems := corpus_problems(cast(Any, source)):
+    if problems := source_problems(source):
         raise UserError(*problems)
-    seed = _SEED if record.get("seed") is None else int(record["seed"])
-    check_recipe(store, cast(Any, source), seed)
-    corpus = open_corpus(cast(Any, source), seed)
+    check_recipe(store, cast(Any, source), source.seed)
+    corpus = open_source(source)
     if "files" not in record and corpus.revision != record.get("revision"):
         raise UserError(f"{dataset} is of revision {corpus.revision} now, the store of {record.get('revision')}")
     return corpus
