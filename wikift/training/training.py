@@ -90,8 +90,8 @@ class Training:
             return None
         try:
             return score_split(
-                self.engine.nll, self.store, "validation", context=self.plan.block_size, stride=self.plan.block_size,
-                batch=self.plan.eval_batch, world=self.world, progress=self._progress,
+                self.engine.nll, self.store, "validation", context=self.plan.block_size, batch=self.plan.eval_batch,
+                world=self.world, progress=self._progress,
             )  # fmt: skip
         except _Interrupted:
             self.log.say("the validation is interrupted")
