@@ -20,7 +20,8 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.tiny import arguments, curve, tiny_store
-from wikift.checkpoint.reader import open_checkpoint, step_folder
+from wikift.base.folders import step_folder
+from wikift.checkpoint.reader import open_checkpoint
 from wikift.engines.base import SCHEDULE_FREE_STATES, STATES
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,7 +22,8 @@ from tests.trained import text_store, trained_run
 from wikift import average
 from wikift.average import mean_weights
 from wikift.base.errors import UserError
-from wikift.checkpoint.reader import list_checkpoints, open_checkpoint, step_folder
+from wikift.base.folders import list_checkpoints, step_folder
+from wikift.checkpoint.reader import open_checkpoint
 from wikift.data.store import open_store
 from wikift.export.export import main
 

@@ -25,7 +25,8 @@ from tests.tiny import VOCABULARY, arguments, curve, metrics, tiny_store
 from tests.tiny_engines import ADAM, BLOCK, ENGINES, make_engine, random_start, tiny_config
 from tests.trained import text_store, trained_run
 from wikift.base.errors import UserError
-from wikift.checkpoint.reader import Checkpoint, open_checkpoint, step_folder
+from wikift.base.folders import step_folder
+from wikift.checkpoint.reader import Checkpoint, open_checkpoint
 from wikift.commands import train
 from wikift.engines.base import SCHEDULE_FREE_SCALARS, SCHEDULE_FREE_STATES
 from wikift.engines.optim import LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm

@@ -33,7 +33,7 @@ def last_checkpoints(run: Path, config: dict[str, Any], count: int) -> list[Chec
             f"--average-last {count}: {run} kept its last {keep} checkpoints at most (--save-total-limit), and has "
             f"{listed}; train with {cure}, or average fewer"
         )
-    return [open_checkpoint(folders.checkpoint_path(run, step)) for step in steps[-count:]]
+    return [open_checkpoint(folders.step_folder(run, step)) for step in steps[-count:]]
 
 
 def mean_weights(checkpoints: Sequence[Checkpoint]) -> Weights:

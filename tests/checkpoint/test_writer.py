@@ -22,9 +22,10 @@ from tests.real import ROOT
 from tests.tiny import arguments, metrics, tiny_store
 from tests.tiny_engines import ENGINES, make_engine, random_start, tiny_config
 from wikift.base.errors import EnvironmentFault
+from wikift.base.folders import list_checkpoints
 from wikift.base.world import World
 from wikift.checkpoint import writer as saving
-from wikift.checkpoint.reader import list_checkpoints, open_checkpoint
+from wikift.checkpoint.reader import open_checkpoint
 from wikift.checkpoint.writer import Saver
 from wikift.engines.base import STATES, Fragment
 

@@ -20,10 +20,11 @@ from transformers.utils import logging as transformers_logging
 
 from tests.trained import SENTENCES, text_store, trained_run
 from wikift.base.errors import EnvironmentFault, UserError
+from wikift.base.folders import step_folder
 from wikift.base.sizes import parse_size
 from wikift.base.world import World
 from wikift.checkpoint import tensorfile
-from wikift.checkpoint.reader import open_checkpoint, step_folder
+from wikift.checkpoint.reader import open_checkpoint
 from wikift.checkpoint.writer import Saver
 from wikift.engines.base import OPTIMIZER, SCALARS, STATES, Fragment
 from wikift.export.card import command_of

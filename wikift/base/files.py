@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 _BLOCK_BYTES = 1 << 20
 
@@ -29,14 +31,19 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write a JSON file aside and rename it into place."""
+def replace_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it into place."""
     aside = path.with_name(path.name + ".partial")
     with open(aside, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+
+
+def replace_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write a JSON file aside and rename it into place."""
+    replace_text(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def read_range(path: Path, offset: int, into: memoryview) -> None:
@@ -48,3 +55,15 @@ def read_range(path: Path, offset: int, into: memoryview) -> None:
             if not count:
                 raise OSError(f"{path} ends early")
             into = into[count:]
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one on each line, none where it is missing; a line torn by a kill is omitted."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # U+2028 in a text ends no line
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    rows.append(row)
+    return rows

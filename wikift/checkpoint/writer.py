@@ -26,9 +26,10 @@ from torch import Tensor
 
 from wikift.base.errors import EnvironmentFault
 from wikift.base.files import replace_json, sync_folder
+from wikift.base.folders import list_checkpoints, step_folder
 from wikift.base.world import World
 from wikift.checkpoint import tensorfile
-from wikift.checkpoint.reader import FORMAT, list_checkpoints, prune, step_folder
+from wikift.checkpoint.reader import FORMAT, prune
 from wikift.checkpoint.tensorfile import Entry
 from wikift.engines.base import OPTIMIZER, SCHEDULE_FREE_STATES, STATES, Fragment
 

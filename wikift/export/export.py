@@ -173,9 +173,9 @@ def _choose(run: Path, step: int | None, best: bool, say: Callable[[str], None])
             raise UserError(
                 f"--step {step}: is not among the checkpoints of {run}: {', '.join(map(str, steps))}; take one of these"
             )
-        return folders.checkpoint_path(run, step)
+        return folders.step_folder(run, step)
     if not best:
-        return folders.checkpoint_path(run, steps[-1])
+        return folders.step_folder(run, steps[-1])
     found = best_checkpoint(run)
     if found is None:
         listed = ", ".join(map(str, steps))
@@ -208,9 +208,7 @@ def _other_checkpoints(path: Path, run: Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        others = [
-            step for step in folders.checkpoint_steps(run) if path.name != folders.checkpoint_path(run, step).name
-        ]
+        others = [step for step in folders.checkpoint_steps(run) if path.name != folders.step_folder(run, step).name]
         way_out = f"; another: --step {others[-1]}" if others else "; the run has no other checkpoint"
         raise UserError(*(problem + way_out for problem in error.problems)) from None
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from wikift.base.folders import step_of
 from wikift.base.world import World
 from wikift.checkpoint.reader import Checkpoint
 from wikift.checkpoint.writer import Saver
@@ -126,7 +127,7 @@ class Parts:
         if found is None:
             return {}
         self.log.tick(saved=found.path.name)
-        step = int(found.path.name.removeprefix("step-"))
+        step = step_of(found.path)
         return {"saved_step": step, "save_stall_seconds": found.stall_seconds, "save_seconds": found.seconds}
 
     def agree(self, numbers: Sequence[float]) -> tuple[int, list[float]]:

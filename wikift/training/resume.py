@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.files import replace_json
+from wikift.base.folders import METRICS, RUN_FILES, WANDB_ID, list_checkpoints, step_folder, step_of
 from wikift.checkpoint import reader as checkpoint
 from wikift.checkpoint.reader import Checkpoint
 from wikift.settings.fields import TrainSettings
@@ -60,7 +61,7 @@ def planned_start(settings: TrainSettings, plan: Plan, store: TokenStore, say: S
     Raises UserError where the run would, and says what changed, as `check_same_experiment` does.
     """
     run = Path(settings.output_dir or "")
-    found = checkpoint.list_checkpoints(run)
+    found = list_checkpoints(run)
     if settings.resume == "never" or (settings.resume == "auto" and not found):
         return "anew; what is in the output folder is kept aside" if found else "anew"
     candidates = found[::-1] if settings.resume == "auto" else [Path(settings.resume)]
@@ -144,7 +145,7 @@ def owed_line(settings: TrainSettings, due: Due, run: Path, start: Checkpoint | 
 
 def amend(start: Checkpoint | None, run: Path, world: World, facts: dict[str, Any]) -> None:
     """Write `facts` into the manifest of the run's own checkpoint `start`, by one rename."""
-    own = start is not None and start.path.absolute() == checkpoint.step_folder(run, start.step).absolute()
+    own = start is not None and start.path.absolute() == step_folder(run, start.step).absolute()
     if start is not None and own and world.rank == 0:
         replace_json(start.path / "manifest.json", {**start.manifest, **facts})
 
@@ -152,15 +153,14 @@ def amend(start: Checkpoint | None, run: Path, world: World, facts: dict[str, An
 def set_aside(run: Path, start: Checkpoint | None) -> None:
     """Move what an earlier run left, or what it wrote after `start`, into before-N: nothing of the user's is lost."""
     if start is None:
-        stale = [
-            p
-            for p in run.iterdir()
-            if p.name in ("config.json", "model", "metrics.jsonl", "samples.jsonl", "checkpoints", "hf")
-        ]
-        if not checkpoint.list_checkpoints(run):
-            stale = [p for p in stale if p.name == "hf"]  # killed before its first checkpoint: nothing worth keeping
+        stale = [run / name for name in RUN_FILES if (run / name).exists()]
+        if not list_checkpoints(run):  # killed before its first checkpoint: nothing worth keeping
+            stale = [path for path in stale if path.name == "hf"]
+            (run / WANDB_ID).unlink(missing_ok=True)
     else:
-        stale = [p for p in checkpoint.list_checkpoints(run) if int(p.name.removeprefix("step-")) > start.step]
+        stale = [path for path in list_checkpoints(run) if step_of(path) > start.step]
+        if stale and (run / WANDB_ID).exists():
+            stale.append(run / WANDB_ID)  # Weights & Biases drops steps that its run has already
     if stale:
         number = next(n for n in range(1, 10**6) if not (run / f"before-{n}").exists())
         aside = run / f"before-{number}"
@@ -168,8 +168,8 @@ def set_aside(run: Path, start: Checkpoint | None) -> None:
             target = aside / path.relative_to(run)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.rename(path, target)
-        if start is not None and (run / "metrics.jsonl").exists():
-            shutil.copyfile(run / "metrics.jsonl", aside / "metrics.jsonl")
+        if start is not None and (run / METRICS).exists():
+            shutil.copyfile(run / METRICS, aside / METRICS)
 
 
 @contextlib.contextmanager

@@ -22,9 +22,10 @@ from transformers.utils import logging as transformers_logging
 from wikift import __version__
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.files import replace_json
+from wikift.base.folders import list_checkpoints
 from wikift.base.signals import stop_requests
 from wikift.base.world import be_deterministic, started_world
-from wikift.checkpoint.reader import Checkpoint, best_checkpoint, list_checkpoints
+from wikift.checkpoint.reader import Checkpoint, best_checkpoint
 from wikift.checkpoint.writer import Saver
 from wikift.data.store import TokenStore
 from wikift.engines.build import Built, build
