@@ -17,8 +17,8 @@ import numpy as np
 from wikift import __version__
 from wikift.base import folders
 from wikift.base.errors import UserError
+from wikift.base.files import parse_size, show_bytes
 from wikift.base.publish import stopping_by_exception
-from wikift.base.sizes import parse_size, show_bytes
 from wikift.dcpfolder import is_dcp_folder, open_dcp
 from wikift.export.card import peer_card
 from wikift.export.folder import FORMAT, check_target, published, write_json

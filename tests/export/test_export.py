@@ -20,8 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from tests.trained import SENTENCES, text_store, trained_run
 from wikift.base.errors import EnvironmentFault, UserError
+from wikift.base.files import parse_size
 from wikift.base.folders import step_folder
-from wikift.base.sizes import parse_size
 from wikift.base.world import World
 from wikift.checkpoint import tensorfile
 from wikift.checkpoint.reader import open_checkpoint
@@ -298,7 +298,7 @@ _MEASURE = """
 import re, sys
 from pathlib import Path
 import torch
-import wikift.checkpoint.reader, wikift.export.card, wikift.watch.log, wikift.export.weights
+import wikift.checkpoint.reader, wikift.export.card, wikift.export.weights
 from wikift.export.export import export
 def peak_kb():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

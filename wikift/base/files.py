@@ -1,4 +1,4 @@
-"""What is on the disk: checksums, names and JSON that survive a power cut."""
+"""Files: checksums, ranges, sizes, and text and JSON that survive a power cut."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from wikift.base.errors import UserError
+
 _BLOCK_BYTES = 1 << 20
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def sha256_of(path: Path) -> str:
@@ -67,3 +71,17 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
                 if isinstance(row, dict):
                     rows.append(row)
     return rows
+
+
+def parse_size(text: str) -> int:
+    """`5GB`, `500 MB`, `1GiB` or a number of bytes -> bytes. Raises UserError otherwise."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]I?B)?", text.strip().upper())
+    size = int(float(match[1]) * _UNITS.get(match[2] or "", 0)) if match else 0
+    if size < 1:
+        raise UserError(f"--max-shard-size {text}: must be a number and KB, MB, GB, TB, KiB, MiB or GiB; try 5GB")
+    return size
+
+
+def show_bytes(count: int) -> str:
+    """5.00 GB, 12.3 MB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wikift.base.errors import EnvironmentFault
+from wikift.base.errors import EnvironmentFault, one_line
 from wikift.base.files import replace_json, sync_folder
 from wikift.base.folders import list_checkpoints, step_folder
 from wikift.base.world import World
@@ -75,7 +75,7 @@ class Saver:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
             except OSError as error:
-                self.fault = _words(error)
+                self.fault = one_line(error)
         self._agree()
         held = {f"{f.name}|{f.state}|{f.start}": f.data for f in fragments if f.data.numel()}
         manifest = {"format": FORMAT, "step": step, **about, "parameters": parameters}
@@ -133,7 +133,7 @@ class Saver:
         except OSError as error:
             there = partial.is_dir()
             self.fault = (
-                _words(error) if there else f"{partial} is not there: --output-dir must be on a disk of all hosts"
+                one_line(error) if there else f"{partial} is not there: --output-dir must be on a disk of all hosts"
             )
         except Exception as error:  # an invariant: told by the main thread, with the others
             self.fault = f"{type(error).__name__}: {error}"
@@ -203,7 +203,3 @@ def _assert_complete(fragments: list[list[Any]], parameters: dict[str, list[int]
     for name, shape in parameters.items():
         count = int(torch.Size(shape).numel())
         assert all(covered.get((name, state)) == count for state in states), f"{name} is not whole"
-
-
-def _words(error: OSError) -> str:
-    return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")

@@ -17,8 +17,8 @@ import torch._dynamo
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from wikift.base.errors import UserError
+from wikift.base.files import show_bytes
 from wikift.base.shape import parse_overrides
-from wikift.base.sizes import show_bytes
 from wikift.base.world import World
 from wikift.checkpoint.reader import Checkpoint
 from wikift.engines import memory

@@ -15,6 +15,7 @@ import numpy as np
 
 from wikift.base.console import Progress
 from wikift.base.errors import UserError
+from wikift.base.hub import quiet_libraries
 from wikift.evaluation.documents import Counts
 from wikift.evaluation.protocols import Piece, Protocol, encoded, protocol_windows, stored
 from wikift.evaluation.score import Measured, score_windows
@@ -53,13 +54,11 @@ class Scorer:
 def loaded_scorer(name: str, settings: EvaluateSettings, text: Text, world: World) -> Iterator[Scorer]:
     """Load one model, and its tokenizer into a folder that goes at the end; collective."""
     import torch
-    from transformers.utils import logging as transformers_logging
 
     from wikift.data import tokenizer
     from wikift.model.gpt2 import NextTokenLoss, load_model, resolve_precision
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
 
     def say(line: str) -> None:
         if world.rank == 0 and not settings.quiet:

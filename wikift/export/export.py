@@ -20,8 +20,8 @@ from wikift import __version__, peer
 from wikift.average import last_checkpoints, mean_weights, verdict
 from wikift.base import folders, hub
 from wikift.base.errors import UserError
+from wikift.base.files import parse_size, read_jsonl, show_bytes
 from wikift.base.publish import stopping_by_exception
-from wikift.base.sizes import parse_size, show_bytes
 from wikift.checkpoint.reader import Checkpoint, best_checkpoint, open_checkpoint
 from wikift.commands.main import EXIT_DONE
 from wikift.export.card import Mean, model_card
@@ -185,9 +185,8 @@ def _choose(run: Path, step: int | None, best: bool, say: Callable[[str], None])
 
 
 def _say_what_was_better(run: Path, saved: float, say: Callable[[str], None]) -> None:
-    from wikift.watch.log import read_metrics
-
-    losses = {values["step"]: values.get("eval_loss") for values in read_metrics(run / "metrics.jsonl")}
+    lines = read_jsonl(run / folders.METRICS)
+    losses = {values["step"]: values.get("eval_loss") for values in lines if "step" in values}
     better = {step: loss for step, loss in losses.items() if loss is not None and loss < saved}
     if better:
         step = min(better, key=lambda step: better[step])

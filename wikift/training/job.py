@@ -33,7 +33,7 @@ from wikift.training.loop import Due, Job
 from wikift.training.meter import Meter, peak_flops
 from wikift.training.patience import Patience, patience_of
 from wikift.training.resume import experiment
-from wikift.watch.log import Log
+from wikift.watch.metrics import Log
 
 _SAMPLE_TOKENS = 64
 _SAVE_FAILED = 1 << 16  # above every signal's number

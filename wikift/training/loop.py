@@ -17,7 +17,7 @@ from wikift.engines.optim import Schedule
 from wikift.evaluation.score import Score
 from wikift.training.meter import Meter
 from wikift.training.patience import Patience
-from wikift.watch.log import Log
+from wikift.watch.metrics import Log
 
 
 @dataclass(frozen=True)

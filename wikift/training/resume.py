@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.base.files import replace_json
+from wikift.base.files import read_jsonl, replace_json
 from wikift.base.folders import METRICS, RUN_FILES, WANDB_ID, list_checkpoints, step_folder, step_of
 from wikift.checkpoint import reader as checkpoint
 from wikift.checkpoint.reader import Checkpoint
@@ -137,10 +137,8 @@ def owed_line(settings: TrainSettings, due: Due, run: Path, start: Checkpoint | 
         return None
     if not due.evaluate(start.step):
         return None
-    from wikift.watch.log import read_metrics
-
-    lines = read_metrics(run / "metrics.jsonl")
-    return next((values for values in lines if values["step"] == start.step), {"step": start.step})
+    lines = read_jsonl(run / METRICS)
+    return next((values for values in lines if values.get("step") == start.step), {"step": start.step})
 
 
 def amend(start: Checkpoint | None, run: Path, world: World, facts: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 OUTPUT_DIR/config.json      settings, derived numbers and the store's record, of the newest start
 OUTPUT_DIR/model/           the model's config and the tokenizer, for consolidation
-OUTPUT_DIR/metrics.jsonl    see log.py
+OUTPUT_DIR/metrics.jsonl    see watch/metrics.py
 OUTPUT_DIR/checkpoints/     see checkpoint.py
 OUTPUT_DIR/before-1/ ...    what an earlier run left here, kept when another starts anew
 """
@@ -17,12 +17,11 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers.utils import logging as transformers_logging
-
 from wikift import __version__
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.files import replace_json
 from wikift.base.folders import list_checkpoints
+from wikift.base.hub import quiet_libraries
 from wikift.base.signals import stop_requests
 from wikift.base.world import be_deterministic, started_world
 from wikift.checkpoint.reader import Checkpoint, best_checkpoint
@@ -39,13 +38,12 @@ from wikift.training.hosts import check_hosts
 from wikift.training.job import Run, due, make_job
 from wikift.training.loop import run_steps
 from wikift.training.resume import Say, check_same_experiment, checkpoint_to_resume, locked, set_aside
-from wikift.watch.log import Log, open_log
+from wikift.watch.metrics import Log, open_log
 
 
 def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) -> int:
     """Train to the end or to a stop; collective. Gives the signal that stopped it, else 0."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     folder = Path(settings.output_dir or "")
     validates = store.has_validation
     if not validates:
