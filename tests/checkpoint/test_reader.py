@@ -17,6 +17,7 @@ from safetensors import safe_open
 from tests.ranks import run_ranks
 from tests.tiny import arguments, tiny_store
 from wikift.base.errors import EnvironmentFault, UserError
+from wikift.base.folders import list_checkpoints, step_folder
 from wikift.base.tensorfile import Entry, read_header, write_tensors
 from wikift.checkpoint import reader as checkpoint
 from wikift.checkpoint.fragment import STATES
@@ -46,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_rank_writes_and_stock_safetensors_reads(run: Path) -> None:
-    newest = checkpoint.list_checkpoints(run)[-1]
+    newest = list_checkpoints(run)[-1]
     manifest = json.loads((newest / "manifest.json").read_text())
     files = sorted(manifest["files"])
     assert files == [f"rank-{rank:05d}.safetensors" for rank in range(3)]
@@ -67,7 +68,7 @@ def test_every_rank_writes_and_stock_safetensors_reads(run: Path) -> None:
 
 
 def test_a_range_is_the_part_of_the_whole(run: Path) -> None:
-    opened = checkpoint.open_checkpoint(checkpoint.list_checkpoints(run)[-1])
+    opened = checkpoint.open_checkpoint(list_checkpoints(run)[-1])
     name = "transformer.wte.weight"
     count = torch.Size(opened.shapes[name]).numel()
     whole = opened.read(name, "weight", 0, count)
@@ -80,18 +81,18 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     assert run_ranks(train, 1, line) == [0]
     lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     best = min(lines, key=lambda values: values["eval_loss"])["step"]
-    kept = [checkpoint.open_checkpoint(path).step for path in checkpoint.list_checkpoints(tmp_path / "run")]
+    kept = [checkpoint.open_checkpoint(path).step for path in list_checkpoints(tmp_path / "run")]
     assert kept == sorted({best, 5, 6})
-    assert checkpoint.best_checkpoint(tmp_path / "run") == checkpoint.step_folder(tmp_path / "run", best)
+    assert checkpoint.best_checkpoint(tmp_path / "run") == step_folder(tmp_path / "run", best)
 
 
 def test_an_older_best_outlives_newer_ones(run: Path, tmp_path: Path) -> None:
     for step, loss in ((4, 1.0), (8, 3.0), (12, 2.0), (16, 2.5)):
-        folder = checkpoint.step_folder(tmp_path, step)
+        folder = step_folder(tmp_path, step)
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text(json.dumps({"eval_loss": loss}))
     checkpoint.prune(tmp_path, keep=1)
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000004", "step-00000016"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004", "step-00000016"]
 
 
 def test_what_is_no_checkpoint_is_said(run: Path, tmp_path: Path) -> None:
@@ -142,10 +143,10 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     faults = run_ranks(fault_of_training, ranks, arguments(store, run, save_total_limit=9))
     assert all("step-00000004" in fault and "Make room" in fault for fault in faults), faults
     assert "No space left on device" in capsys.readouterr().out
-    (kept,) = checkpoint.list_checkpoints(run)
+    (kept,) = list_checkpoints(run)
     assert checkpoint.open_checkpoint(kept, verify=True).step == 4
     assert [p.name for p in kept.parent.iterdir()] == ["step-00000004"], "nothing half there"
     # room is made: the same command goes on
     subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)
     assert run_ranks(train, ranks, arguments(store, run, save_total_limit=9)) == [0] * ranks
-    assert [p.name for p in checkpoint.list_checkpoints(run)] == ["step-00000004", "step-00000008", "step-00000012"]
+    assert [p.name for p in list_checkpoints(run)] == ["step-00000004", "step-00000008", "step-00000012"]

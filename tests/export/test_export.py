@@ -21,10 +21,11 @@ from transformers.utils import logging as transformers_logging
 from tests.trained import SENTENCES, text_store, trained_run
 from wikift.base import tensorfile
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.base.sizes import parse_size
+from wikift.base.files import parse_size
+from wikift.base.folders import step_folder
 from wikift.base.world import World
 from wikift.checkpoint.fragment import OPTIMIZER, SCALARS, STATES, Fragment
-from wikift.checkpoint.reader import open_checkpoint, step_folder
+from wikift.checkpoint.reader import open_checkpoint
 from wikift.checkpoint.writer import Saver
 from wikift.export.card import command_of
 from wikift.export.export import export, main
@@ -297,7 +298,7 @@ _MEASURE = """
 import re, sys
 from pathlib import Path
 import torch
-import wikift.checkpoint.reader, wikift.export.card, wikift.watch.log, wikift.export.weights
+import wikift.checkpoint.reader, wikift.export.card, wikift.export.weights
 from wikift.export.export import export
 def peak_kb():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

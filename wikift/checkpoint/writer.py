@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from wikift.base import tensorfile
-from wikift.base.errors import EnvironmentFault
+from wikift.base.errors import EnvironmentFault, one_line
 from wikift.base.files import replace_json, sync_folder
+from wikift.base.folders import list_checkpoints, step_folder
 from wikift.base.tensorfile import Entry
 from wikift.base.world import World
 from wikift.checkpoint.fragment import OPTIMIZER, STATES, Fragment
-from wikift.checkpoint.reader import FORMAT, list_checkpoints, prune, step_folder
+from wikift.checkpoint.reader import FORMAT, prune
 
 _LOOK_AGAIN_SECONDS = 0.05
 
@@ -74,7 +75,7 @@ class Saver:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
             except OSError as error:
-                self.fault = _words(error)
+                self.fault = one_line(error)
         self._agree()
         held = {f"{f.name}|{f.state}|{f.start}": f.data for f in fragments if f.data.numel()}
         manifest = {"format": FORMAT, "step": step, **about, "parameters": parameters}
@@ -132,7 +133,7 @@ class Saver:
         except OSError as error:
             there = partial.is_dir()
             self.fault = (
-                _words(error) if there else f"{partial} is not there: --output-dir must be on a disk of all hosts"
+                one_line(error) if there else f"{partial} is not there: --output-dir must be on a disk of all hosts"
             )
         except Exception as error:  # an invariant: told by the main thread, with the others
             self.fault = f"{type(error).__name__}: {error}"

@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from wikift.base.files import read_jsonl
 from wikift.base.shape import released_name
 from wikift.settings.fields import WIKITEXT, TrainSettings
 from wikift.settings.options import flag
@@ -38,7 +39,8 @@ def model_card(run: Path, config: dict[str, Any], manifest: dict[str, Any], dtyp
     """The card of the checkpoint that `manifest` describes; `config` is the run's."""
     settings, store = config["settings"], config.get("store") or {}
     name = run.absolute().name
-    curve = [values for values in _metrics(run) if values["step"] <= manifest["step"]]
+    lines = read_jsonl(run / "metrics.jsonl")
+    curve = [values for values in lines if "step" in values and values["step"] <= manifest["step"]]
     origin = "trained from scratch" if settings["from_scratch"] else f"{settings['model']} fine-tuned"
     summary = (
         f"{origin[0].upper() + origin[1:]} on {_dataset(settings, store)} with wikift {config['wikift']}; "
@@ -151,12 +153,6 @@ def _scored(values: dict[str, Any]) -> tuple[str, str, str]:
     perplexities = (_number(values.get(key)) for key in ("eval_perplexity", "eval_word_perplexity"))
     first, second = ("" if value is None else f"{value:,.2f}" for value in perplexities)
     return f"{float(values['eval_loss']):.4f}", first, second
-
-
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    from wikift.watch.log import read_metrics
-
-    return read_metrics(run / "metrics.jsonl")
 
 
 def _number(value: Any) -> float | None:

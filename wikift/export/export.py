@@ -19,8 +19,8 @@ from typing import Any
 from wikift import __version__
 from wikift.base import folders, hub
 from wikift.base.errors import UserError
+from wikift.base.files import parse_size, read_jsonl, show_bytes
 from wikift.base.publish import stopping_by_exception
-from wikift.base.sizes import parse_size, show_bytes
 from wikift.checkpoint.reader import Checkpoint, best_checkpoint, open_checkpoint
 from wikift.commands.main import EXIT_DONE
 from wikift.export.card import model_card
@@ -170,9 +170,9 @@ def _choose(run: Path, step: int | None, best: bool, say: Callable[[str], None])
             raise UserError(
                 f"--step {step}: is not among the checkpoints of {run}: {', '.join(map(str, steps))}; take one of these"
             )
-        return folders.checkpoint_path(run, step)
+        return folders.step_folder(run, step)
     if not best:
-        return folders.checkpoint_path(run, steps[-1])
+        return folders.step_folder(run, steps[-1])
     found = best_checkpoint(run)
     if found is None:
         listed = ", ".join(map(str, steps))
@@ -182,9 +182,8 @@ def _choose(run: Path, step: int | None, best: bool, say: Callable[[str], None])
 
 
 def _say_what_was_better(run: Path, saved: float, say: Callable[[str], None]) -> None:
-    from wikift.watch.log import read_metrics
-
-    losses = {values["step"]: values.get("eval_loss") for values in read_metrics(run / "metrics.jsonl")}
+    lines = read_jsonl(run / folders.METRICS)
+    losses = {values["step"]: values.get("eval_loss") for values in lines if "step" in values}
     better = {step: loss for step, loss in losses.items() if loss is not None and loss < saved}
     if better:
         step = min(better, key=lambda step: better[step])
@@ -205,9 +204,7 @@ def _other_checkpoints(path: Path, run: Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        others = [
-            step for step in folders.checkpoint_steps(run) if path.name != folders.checkpoint_path(run, step).name
-        ]
+        others = [step for step in folders.checkpoint_steps(run) if path.name != folders.step_folder(run, step).name]
         way_out = f"; another: --step {others[-1]}" if others else "; the run has no other checkpoint"
         raise UserError(*(problem + way_out for problem in error.problems)) from None
 

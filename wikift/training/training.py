@@ -24,7 +24,7 @@ from wikift.settings.run_plan import RunPlan
 from wikift.training import resume
 from wikift.training.meter import Meter
 from wikift.training.patience import Patience
-from wikift.watch.log import Log
+from wikift.watch.metrics import Log
 
 _SAMPLE_TOKENS = 64
 _SAVE_FAILED = 1 << 16  # above every signal's number
