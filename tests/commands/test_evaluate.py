@@ -145,7 +145,7 @@ def test_one_sum_gives_all_the_measures() -> None:
 
 def exported(run: Path) -> Path:
     if not (run / "hf").exists():
-        from wikift.export.export import main as consolidate
+        from wikift.commands.consolidate import main as consolidate
 
         assert consolidate([str(run), "--quiet"]) == 0
     return run / "hf"

@@ -25,11 +25,8 @@ from wikift.base.world import World
 from wikift.checkpoint import tensorfile
 from wikift.checkpoint.reader import open_checkpoint, step_folder
 from wikift.checkpoint.writer import Saver
+from wikift.commands.consolidate import main
 from wikift.engines.base import OPTIMIZER, SCALARS, STATES, Fragment
-from wikift.export.card import command_of
-from wikift.export.export import export, main
-from wikift.settings.fields import TrainSettings
-from wikift.settings.options import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -297,12 +294,12 @@ _MEASURE = """
 import re, sys
 from pathlib import Path
 import torch
-import wikift.checkpoint.reader, wikift.export.card, wikift.watch.log, wikift.export.weights
-from wikift.export.export import export
+from wikift.commands import consolidate
+from wikift.settings.fields import ConsolidateSettings
 def peak_kb():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 before = peak_kb()
-export(Path(sys.argv[1]), None, step=None, best=False, dtype="float32", max_shard_size="5GB", say=print)
+consolidate.run(ConsolidateSettings(run=sys.argv[1]))
 print(peak_kb() - before, "transformers" in sys.modules)
 """
 
@@ -385,25 +382,6 @@ def test_the_cards_curve_ends_at_its_step(run: Path) -> None:
     assert "step 4, 512 tokens seen" in body
 
 
-def test_the_cards_command_is_the_runs(run: Path) -> None:
-    recorded = json.loads((run / "config.json").read_text())["settings"]
-    odd = {
-        "output_dir": "runs/it's here",
-        "num_train_epochs": 2.5,
-        "warmup_steps": 0.06,
-        "append_eos": False,
-        "max_steps": None,
-    }
-    for settings in (recorded, {**recorded, **odd, "learning_rate": 3e-05, "adam_epsilon": 1e-09, "seed": 7}):
-        import shlex
-
-        words = shlex.split(command_of(settings, 4).replace("\\\n", " "))
-        assert words[:3] == ["torchrun", "--nproc_per_node=4", "launch/train.py"]
-        read = parse(TrainSettings, words[3:], prog="train", description="")
-        hidden = {"quiet": False, "device": "auto", "logging_steps": 10, "save_total_limit": 2}
-        assert read == TrainSettings(**{**settings, **hidden})
-
-
 def test_sizes() -> None:
     sizes = {
         "5GB": 5 * 10**9,
@@ -430,7 +408,7 @@ def test_export_is_refused_on_several_processes(run: Path, monkeypatch: pytest.M
 def test_a_folder_that_cannot_be_made(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentFault, match="cannot be made"):
-        export(run, tmp_path / "file" / "out", step=None, best=False, dtype="float32", max_shard_size="5GB", say=print)
+        main([str(run), "--out", str(tmp_path / "file" / "out")])
 
 
 THIRD_PARTY = [  # the files, what is named, the command

@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wikift.base.errors import EnvironmentFault
+from wikift.base.files import read_jsonl
 
 SAMPLES = "samples.jsonl"
 
@@ -125,14 +126,7 @@ def open_log(
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics.jsonl; the last one may be torn by a kill and is left out then."""
-    found = []
-    if path.exists():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                values = json.loads(text)
-                if isinstance(values, dict) and isinstance(values.get("step"), int):
-                    found.append(values)
-    return found
+    return [row for row in read_jsonl(path) if isinstance(row.get("step"), int)]
 
 
 def keep_until(path: Path, step: int) -> None:
