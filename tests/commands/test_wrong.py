@@ -295,6 +295,7 @@ def test_prepare_verifies_every_byte(refused: Any) -> None:
 
 
 CONSOLIDATE: list[tuple[str, list[str]]] = [
+    ("--max-shard-size 0", ["RUN_OR_CHECKPOINT: is missing", "--max-shard-size 0: must be a number"]),
     ("none", ["none: no such folder"]),
     ("store", ["store: is not a run's folder"]),
     ("bert", ["bert: is not a run's folder"]),
