@@ -75,8 +75,9 @@ def make_engine(
 
 def random_start(config: Any, seed: int = 7) -> Any:
     """A FragmentReader of random weights and an optimizer that has made no step."""
+    from wikift.checkpoint.fragment import FreshStart
     from wikift.model.gpt2 import make_model, parameter_shapes
-    from wikift.model.initial_weights import FreshStart, random_weights
+    from wikift.model.initial_weights import random_weights
 
     with torch.device("meta"):
         shapes = parameter_shapes(make_model(config))

@@ -21,15 +21,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 from tests.trained import SENTENCES
+from wikift.base import tensorfile
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.sizes import parse_size
 from wikift.base.world import World
-from wikift.checkpoint import tensorfile
+from wikift.checkpoint.fragment import OPTIMIZER, SCALARS, STATES, Fragment
 from wikift.checkpoint.reader import open_checkpoint, step_folder
 from wikift.checkpoint.writer import Saver
 from wikift.commands import consolidate
 from wikift.commands.consolidate import main
-from wikift.engines.base import OPTIMIZER, SCALARS, STATES, Fragment
 from wikift.settings.fields import ConsolidateSettings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,8 +22,8 @@ import torch
 from tests.ranks import _CONTEXT, run_ranks
 from tests.tiny import arguments, curve, metrics, tiny_store
 from wikift.base.errors import UserError
+from wikift.checkpoint.fragment import STATES
 from wikift.checkpoint.reader import list_checkpoints, open_checkpoint, step_folder
-from wikift.engines.base import STATES
 
 
 def train(command_line: list[str]) -> int:

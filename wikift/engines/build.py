@@ -19,8 +19,9 @@ from wikift.base.errors import UserError
 from wikift.base.shape import Shape
 from wikift.base.sizes import show_bytes
 from wikift.base.world import World
+from wikift.checkpoint.fragment import FragmentReader
 from wikift.engines import memory
-from wikift.engines.base import Engine, FragmentReader
+from wikift.engines.base import Engine
 from wikift.engines.ddp import DDPEngine
 from wikift.engines.optim import AdamSettings
 from wikift.engines.single import SingleEngine

@@ -25,15 +25,15 @@ from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.files import replace_json
 from wikift.base.signals import stop_requests
 from wikift.base.world import World, be_deterministic, started_world
+from wikift.checkpoint.fragment import FragmentReader, FreshStart
 from wikift.checkpoint.reader import Checkpoint, best_checkpoint, list_checkpoints
 from wikift.checkpoint.writer import Saver
 from wikift.data.store import TokenStore
-from wikift.engines.base import FragmentReader
 from wikift.engines.build import Built, Choice, Work, build_engine
 from wikift.engines.memory import explained, keep_freed_memory
 from wikift.engines.optim import AdamSettings
 from wikift.model.gpt2 import Precision, load_config, load_generation_config, model_config, resolve_precision, shapes_of
-from wikift.model.initial_weights import FreshStart, random_weights, trained_weights
+from wikift.model.initial_weights import random_weights, trained_weights
 from wikift.settings.run_plan import RunPlan
 from wikift.training import resume
 from wikift.training.hosts import check_hosts

@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config
 
 from wikift.base.world import World
+from wikift.checkpoint.fragment import OPTIMIZER
 from wikift.checkpoint.reader import Checkpoint
 from wikift.checkpoint.writer import Saver
 from wikift.data.batches import ahead, count_blocks, micro_batches, sample_blocks
 from wikift.data.store import TokenStore
-from wikift.engines.base import OPTIMIZER, Engine
+from wikift.engines.base import Engine
 from wikift.evaluation.score import Score, score_split
 from wikift.generation.live import SAMPLING, sample_live
 from wikift.model.gpt2 import Precision
