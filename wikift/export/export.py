@@ -68,8 +68,7 @@ def _naming_other_checkpoints(path: Path) -> Iterator[None]:
 
 def _identity(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     """What tells this run's exports from another's: its name, seed, model and text."""
-    settings = config["settings"]
-    splits = config.get("store", {}).get("splits", {})
+    settings, splits = config["settings"], config.get("store", {}).get("splits", {})
     return {
         "name": run.absolute().name,
         "seed": settings["seed"],

@@ -33,10 +33,8 @@ def check_target(target: Path, identity: dict[str, Any], *, own: bool) -> None:
             f"--out {target}: holds something that wikift did not export; name another folder or move it away"
         )
     if record["run"] != identity and not own:
-        raise UserError(
-            f"--out {target}: holds the model of another run ({record['run'].get('name')}); name another folder or "
-            "move it away"
-        )
+        name = record["run"].get("name")
+        raise UserError(f"--out {target}: holds the model of another run ({name}); name another folder or move it away")
 
 
 @contextlib.contextmanager
@@ -49,12 +47,13 @@ def published(target: Path) -> Iterator[Path]:
         lock = os.open(partial, os.O_RDONLY)
     except OSError as error:
         raise EnvironmentFault(
-            f"{target}: cannot be made ({error.strerror}), nothing was changed; make the model elsewhere, by "
-            "launch/consolidate.py with another --out"
+            f"{target}: cannot be made ({error.strerror}), nothing was changed; name another --out"
         ) from None
     try:
         if not _locked(lock, partial):
-            raise EnvironmentFault(f"{target}: another process is making it at this moment; try again after it")
+            raise EnvironmentFault(
+                f"{target}: another process is making it at this moment; run the command again after it"
+            )
         try:
             if old.exists() and not target.exists():  # a process was killed between its two renames
                 os.rename(old, target)
@@ -90,7 +89,7 @@ def _locked(lock: int, partial: Path) -> bool:
 def _swap(partial: Path, target: Path, old: Path) -> None:
     for path in (*partial.iterdir(), partial):
         sync_folder(path)
-    replaces = target.exists() and any(target.iterdir())
+    replaces = target.exists()
     if replaces:
         os.rename(target, old)
     try:
