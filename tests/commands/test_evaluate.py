@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenStore, Path]:
 
 def exported(run: Path) -> Path:
     if not (run / "hf").exists():
-        from wikift.export.export import main as consolidate
+        from wikift.commands.consolidate import main as consolidate
 
         assert consolidate([str(run), "--quiet"]) == 0
     return run / "hf"

@@ -295,19 +295,23 @@ def test_prepare_verifies_every_byte(refused: Any) -> None:
 
 
 CONSOLIDATE: list[tuple[str, list[str]]] = [
+    ("--max-shard-size 0", ["RUN_OR_CHECKPOINT: is missing", "--max-shard-size 0: must be a number"]),
     ("none", ["none: no such folder"]),
     ("store", ["store: is not a run's folder"]),
     ("bert", ["bert: is not a run's folder"]),
     ("run --step 5", ["--step 5: is not among the checkpoints of run: 4, 8, 12"]),
-    ("run --step 4 --best", ["--step 4: cannot act beside --best"]),
-    ("run/checkpoints/step-00000004 --best --out new", ["--best: cannot act"]),
+    ("run --step 4 --best", ["--step 4: has no effect with --best"]),
+    ("run/checkpoints/step-00000004 --best --out new", ["--best: has no effect"]),
     ("run --dtype float8", ["--dtype float8: must be one of float32, bfloat16, float16"]),
     ("run --max-shard-size 5apples", ["--max-shard-size 5apples: must be a number and KB"]),
     ("run --out a-file", ["--out a-file: is a file; name a folder"]),
     ("run --out no-store", ["--out no-store: holds something that wikift did not export"]),
     ("run other", ["other: belongs to no setting"]),
     ("run --stp 4", ["--stp: no such setting of launch/consolidate.py (did you mean --step?)"]),
-    ("none --step 4 --best --max-shard-size x", ["none: no such", "--step 4: cannot act", "--max-shard-size x: must"]),
+    (
+        "none --step 4 --best --max-shard-size x",
+        ["none: no such", "--step 4: has no effect", "--max-shard-size x: must"],
+    ),
 ]
 
 

@@ -201,7 +201,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     capsys.readouterr()
     assert run_ranks(train, 2, arguments(store, run)) == [0, 0]
     if damage in ("truncated", "one bit", "torn manifest"):
-        assert "passing over a damaged checkpoint" in capsys.readouterr().out
+        assert "skipping a damaged checkpoint" in capsys.readouterr().out
     assert_same_run(run, tmp_path / "whole")
 
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from wikift.base import folders
 from wikift.base.errors import UserError
 from wikift.base.files import read_lines
+from wikift.commands.consolidate import model_source
 from wikift.commands.main import EXIT_DONE
-from wikift.export.export import model_source
 from wikift.generation import prompts
 from wikift.generation.answers import check_sampling, print_answer, print_answers, speed
 from wikift.settings.fields import GenerateSettings
