@@ -362,6 +362,8 @@ GENERATE: list[tuple[str, list[str]]] = [
     ("no-config --prompt a", ["no-config: holds neither a model nor a run"]),
     ("run/checkpoints/step-00000004 --prompt a", ["run/checkpoints/step-00000004: is a checkpoint"]),
     ("run --no-train --prompt a -- --max-steps 5", ["--no-train: what follows -- is for a training"]),
+    ("runs/new --prompt a", ["runs/new: no such folder, and no name of the Hub; train it first"]),
+    ("rum --prompt a", ["rum: no such folder, and no name of the Hub"]),
     ("run --promt a", ["--promt: no such setting of launch/generate.py (did you mean --prompt?)"]),
     (
         "run --prompt a --examples --seed -1 --top-p 2",
@@ -373,17 +375,6 @@ GENERATE: list[tuple[str, list[str]]] = [
 @pytest.mark.parametrize(("line", "expected"), GENERATE, ids=[line for line, _ in GENERATE])
 def test_generate(refused: Any, line: str, expected: list[str]) -> None:
     refused("generate", line, *expected)
-
-
-def test_generate_without_a_model_and_without_training(refused: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        exits.run(COMMANDS["generate"][0], ["runs/new", "--no-train", "--prompt", "a"])
-    assert left.value.code == 2
-    head, first, *commands = capsys.readouterr().err.splitlines()
-    assert head == "wikift: one problem"
-    assert first.startswith("  runs/new has no model yet")
-    assert [line.split()[1] for line in commands] == ["launch/train.py", "launch/generate.py"]
-    assert not Path("runs").exists()
 
 
 def test_another_experiment_in_a_runs_folder(refused: Any) -> None:

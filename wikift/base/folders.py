@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from wikift.base.errors import UserError
-from wikift.base.shape import released_name
+from wikift.base.shape import RELEASED, released_name
+from wikift.settings.options import nearest
 
 METRICS, SAMPLES, WANDB_ID = "metrics.jsonl", "samples.jsonl", "wandb-id.txt"
 # In the order in which they are set aside: interrupted half-way, what is left is still a run's folder
@@ -105,6 +106,20 @@ def has_model(name: str) -> bool:
         kind = "holds neither a model nor a run" if path.is_dir() else "is a file"
         raise UserError(f"{name}: {kind}; name a Hugging Face directory, a run (runs/NAME) or a Hub name")
     return not path.exists() and is_hub_name(name)
+
+
+def check_model(name: str) -> None:
+    """Raises UserError where `name` leads to no trained weights: with the command that makes them, or what is near."""
+    if has_model(name):
+        return
+    path = Path(name)
+    if path.name == "hf" and checkpoint_steps(path.parent):
+        raise UserError(f"{name}: is not there yet; make it: python launch/consolidate.py {path.parent}")
+    train = f"train it first: python launch/train.py --output-dir {name}"
+    if is_run(path):
+        raise UserError(f"{name}: has no checkpoint yet; {train}")
+    near = nearest(name, [*RELEASED, *(str(run) for run in Path("runs").glob("*") if run.is_dir())])
+    raise UserError(f"{name}: no such folder, and no name of the Hub{near or '; ' + train}")
 
 
 def run_of(name: str) -> Path | None:

@@ -64,9 +64,7 @@ def model_source(name: str, say: Say) -> str:
     Raises UserError where there are no trained weights.
     """
     path = Path(name)
-    if not folders.has_model(name):
-        problem = "has no checkpoint yet" if folders.is_run(path) else "no such folder, and no name of the Hub"
-        raise UserError(f"{name}: {problem}; train it first: python launch/train.py --output-dir {shlex.quote(name)}")
+    folders.check_model(name)
     if not path.exists():
         hub.offline_if_unreachable()  # else the libraries try for half a minute, even where all is cached
         return name

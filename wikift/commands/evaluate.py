@@ -219,8 +219,7 @@ def _text(settings: EvaluateSettings, store: TokenStore | None) -> Text:
 
 
 def _check_model(name: str, settings: EvaluateSettings, store: TokenStore | None) -> None:
-    if not folders.has_model(name):
-        raise UserError(f"{name}: has no trained model; train it first: python launch/train.py --output-dir {name}")
+    folders.check_model(name)
     folder = Path(name) / "model" if folders.is_run(Path(name)) else Path(name)
     shape = shape_of(str(folder) if folder.is_dir() else name)
     if shape is not None and (problems := _window_problems(name, settings, shape.n_positions)):
