@@ -404,9 +404,9 @@ def test_user_errors_come_before_torch(tmp_path: Path) -> None:
         "try: run(main, sys.argv[1:])\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
     )
     for module, words in (
-        ("generate", ["runs/none", "--temperature", "-1"]),
-        ("export", ["runs/none"]),
-        ("evaluate", ["runs/none"]),
+        ("commands.generate", ["runs/none", "--temperature", "-1"]),
+        ("commands.consolidate", ["runs/none"]),
+        ("commands.evaluate", ["runs/none"]),
     ):
         command = [sys.executable, "-c", code.format(module), *words]
         done = subprocess.run(
