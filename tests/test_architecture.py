@@ -41,11 +41,11 @@ LIBRARY_HOMES = {
     "datasets": {"data"},
     "pyarrow": {"data"},
     "tokenizers": {"data"},
-    "argparse": {"settings.options"},
+    "argparse": {"settings.arguments"},
 }
 # No torch behind these, whatever they import, unless a function asks for it.
 WITHOUT_TORCH = ("commands", "settings", "base", "data.store", "checkpoint.reader", "export")
-HAS_TORCH = ("base.world",)
+HAS_TORCH = ("base.world", "base.failure")
 
 MOST_LINES = {"package": 10_000, "core": 2_000, "file": 280, "function": 60, "parameters": 7}
 CORE = ("training/run", "training/loop", "engines/base", "engines/single", "engines/optim", "model/gpt2", "data/store",
@@ -53,11 +53,7 @@ CORE = ("training/run", "training/loop", "engines/base", "engines/single", "engi
 
 # Today's breaches: these lists only shrink.
 IMPORT_BREACHES: set[str] = {
-    "base.shape imports settings.options",
-    "base.world imports commands.main",
-    "base.world imports itself in a circle",
     "checkpoint.writer imports engines.base",
-    "commands.main imports itself in a circle",
     "data.recipe imports settings.fields",
     "data.sources imports settings.fields",
     "data.user_files imports settings.fields",
@@ -74,7 +70,6 @@ IMPORT_BREACHES: set[str] = {
     "export.card imports settings.fields",
     "export.card imports settings.options",
     "export.card imports watch.log",
-    "export.export imports commands.main",
     "export.export imports settings.fields",
     "export.export imports settings.options",
     "export.export imports settings.run_plan",
@@ -92,7 +87,6 @@ IMPORT_BREACHES: set[str] = {
     "training.run imports settings.fields",
 }
 BUDGET_BREACHES: set[str] = {
-    "base/world: too long",
     "data/batches: micro_batches has too many parameters",
     "data/encode: too long",
     "data/sources: too long",
@@ -103,8 +97,6 @@ BUDGET_BREACHES: set[str] = {
     "package: too long",
     "settings/deepspeed: engine_config has too many parameters",
     "settings/fields: too long",
-    "settings/options: option has too many parameters",
-    "settings/options: too long",
     "settings/run_plan: too long",
     "training/job: make_job has too many parameters",
 }

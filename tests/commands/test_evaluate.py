@@ -1,4 +1,4 @@
-"""Windows, scores and launch/evaluate.py. Run: pytest tests/commands/test_evaluate.py"""
+"""Windows, scores and wikift evaluate. Run: pytest tests/commands/test_evaluate.py"""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def test_what_is_wrong_is_said_all_at_once(made: tuple[TokenStore, Path], tmp_pa
         ([str(run), "--data", str(other.path)], ["tokenizer", str(other.path)]),
         (["gpt2"], ["--data: is missing", "gpt2"]),
         (["no/such/model", "--data", str(store.path)], ["no/such/model"]),
-        ([str(empty)], [str(empty), "launch/train.py"]),
+        ([str(empty)], [str(empty), "wikift train"]),
         ([str(store.path)], [str(store.path), "neither a model nor a run"]),
         ([str(run / "config.json")], ["is a file"]),
         ([str(run / "checkpoints" / "step-00000012")], ["is a checkpoint", "consolidate"]),

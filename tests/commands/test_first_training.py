@@ -60,7 +60,7 @@ def test_training_comes_first_where_there_is_no_model(
     found = json.loads(out)  # the training's own words went to standard error
     assert found["model"] == "runs/new/hf"
     assert "runs/new has no model yet" in err
-    assert "python launch/train.py --output-dir runs/new --data" in err
+    assert "wikift train --output-dir runs/new --data" in err
     assert "step 12/12" in err
     assert folders.checkpoint_steps(Path("runs/new"))[-1] == 12
     # again: it is there
@@ -102,6 +102,6 @@ def test_on_a_terminal_it_asks_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
     terminal = Terminal([*GENERATE, "runs/new", "--prompt", "a"])
     terminal.wait_for(r"train it now\? \[Y/n\] ")
     terminal.send("n\n")
-    terminal.wait_for(r"python launch/generate.py runs/new")
+    terminal.wait_for(r"launch/generate\.py runs/new")
     assert terminal.exit_code() == 2
     assert list(tmp_path.iterdir()) == []

@@ -134,8 +134,8 @@ def test_step_and_best_and_one_checkpoint_choose(run: Path, tmp_path: Path, caps
         said = capsys.readouterr().out
         assert f"step {step}" in said
         store = json.loads((run / "config.json").read_text())["store_path"]
-        assert f"launch/evaluate.py {out} --data {store}\n" in said  # away from its run a model knows no text
-        assert f"launch/generate.py {out}" in said
+        assert f"wikift evaluate {out} --data {store}\n" in said  # away from its run a model knows no text
+        assert f"wikift generate {out}" in said
         model = AutoModelForCausalLM.from_pretrained(out)
         expected = weights_of(run, step)
         assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
@@ -179,7 +179,7 @@ def test_wrong_command_lines_change_nothing(run: Path, tmp_path: Path) -> None:
         ([], ["RUN_OR_CHECKPOINT: is missing"]),
         ([str(tmp_path / "none")], ["none", "no such folder"]),
         ([str(tmp_path / "bare")], ["is not a run's folder"]),
-        ([str(early)], ["has no checkpoint yet", "launch/train.py"]),
+        ([str(early)], ["has no checkpoint yet", "wikift train"]),
         ([str(run), "--step", "5"], ["--step 5", "4, 8, 12"]),
         ([str(run), "--step", "4", "--best"], ["--step 4", "--best"]),
         ([str(unscored), "--best"], ["--best", "validated"]),
@@ -398,8 +398,8 @@ def test_the_cards_command_is_the_runs(run: Path) -> None:
         import shlex
 
         words = shlex.split(command_of(settings, 4).replace("\\\n", " "))
-        assert words[:3] == ["torchrun", "--nproc_per_node=4", "launch/train.py"]
-        read = parse(TrainSettings, words[3:], prog="train", description="")
+        assert words[:5] == ["torchrun", "--nproc_per_node=4", "-m", "wikift", "train"]
+        read = parse(TrainSettings, words[5:], prog="train", description="")
         hidden = {"quiet": False, "device": "auto", "logging_steps": 10, "save_total_limit": 2}
         assert read == TrainSettings(**{**settings, **hidden})
 

@@ -208,7 +208,7 @@ CANARIES = {"SECRET_CANARY": "canary-71c0ffee", "WANDB_API_KEY": "f00d" * 10, "H
 
 @pytest.fixture(scope="module")
 def wandb_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run of launch/train.py with --wandb in a process of its own, stopped once and gone on with; what it printed."""
+    """A run of wikift train with --wandb in a process of its own, stopped once and gone on with; what it printed."""
     folder = tmp_path_factory.mktemp("wandb")
     store = tiny_store(folder / "store")
     env = {**os.environ, **CANARIES, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from wikift.base.command import command_line
 from wikift.base.errors import UserError
 from wikift.base.shape import released_name
 
@@ -55,7 +56,9 @@ def run_config(run: Path) -> dict[str, Any]:
     """A run's `config.json`. Raises UserError where `run` is not a run's folder."""
     config = read_json(run / "config.json")
     if "wikift" not in config:
-        raise UserError(f"{run}: is not a run's folder (no config.json of launch/train.py in it); name one, runs/NAME")
+        raise UserError(
+            f"{run}: is not a run's folder (no config.json of {command_line('train')} in it); name one, runs/NAME"
+        )
     return config
 
 
@@ -86,7 +89,7 @@ def has_model(name: str) -> bool:
         return is_model(path) or is_model(path / "hf") or bool(checkpoint_steps(path))
     if is_checkpoint(path):
         raise UserError(
-            f"{name}: is a checkpoint; make a model of it first: python launch/consolidate.py {name} --out DIR"
+            f"{name}: is a checkpoint; make a model of it first: {command_line('consolidate')} {name} --out DIR"
         )
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         kind = "holds neither a model nor a run" if path.is_dir() else "is a file"

@@ -1,4 +1,4 @@
-"""launch/evaluate.py: models scored by the field's protocols on one text, as a table, JSON or CSV.
+"""The evaluate command: models scored by the field's protocols on one text, as a table, JSON or CSV.
 
 The protocols are in protocols.py, the sums in scoring.py, measure.py puts them together.
 """
@@ -11,26 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wikift.base import folders
-from wikift.base.errors import UserError
+from wikift.base.command import command_line
+from wikift.base.errors import EXIT_DONE, UserError
 from wikift.base.shape import shape_of
-from wikift.commands.main import EXIT_DONE
 from wikift.data.store import check_tokenizer
 from wikift.evaluation.measure import Setup, loaded_scorer, measure
 from wikift.evaluation.protocols import CONTEXT, PROTOCOLS, Protocol
 from wikift.evaluation.report import Result, as_csv, as_json, table
 from wikift.evaluation.text import Text, check_text, open_text
 from wikift.settings.fields import EvaluateSettings
-from wikift.settings.options import flag, parse
+from wikift.settings.options import flag, parse_all
 
 if TYPE_CHECKING:
     from wikift.base.world import World
 
 
 EPILOG = """examples:
-  python launch/evaluate.py runs/gpt2-wikitext-2-v1
-  python launch/evaluate.py gpt2 runs/mine/hf --dataset wikitext-103-raw-v1 --split test
-  python launch/evaluate.py gpt2 --dataset wikitext-2-raw-v1 --protocol lm-eval --split test
-  torchrun --nproc_per_node=4 launch/evaluate.py gpt2-xl --data data/wikitext-103-raw-v1-gpt2 --context 1024 --stride 64
+  wikift evaluate runs/gpt2-wikitext-2-v1
+  wikift evaluate gpt2 runs/mine/hf --dataset wikitext-103-raw-v1 --split test
+  wikift evaluate gpt2 --dataset wikitext-2-raw-v1 --protocol lm-eval --split test
+  torchrun --nproc_per_node=4 -m wikift evaluate gpt2-xl --data data/wikitext-103-raw-v1-gpt2 --context 1024 --stride 64
 
 protocols:
   hf-doc   transformers' page on perplexity: rows joined by blank lines, strides 1024 and 512, per token
@@ -42,18 +42,19 @@ protocols:
 
 
 def main(argv: Sequence[str]) -> int:
-    """launch/evaluate.py, on one process or under torchrun."""
-    settings = parse(
+    """The command, on one process or under torchrun."""
+    parsed = parse_all(
         EvaluateSettings,
         argv,
-        prog="launch/evaluate.py",
+        prog="wikift evaluate",
         description="Perplexity of models by the field's protocols, side by side: without --protocol, all that the "
         "text allows.",
         epilog=EPILOG,
     )
-    _check(settings)
+    parsed.checked(_check)
+    settings = parsed.settings
 
-    from wikift.base.world import started_world
+    from wikift.base.failure import started_world
 
     with started_world(settings.device) as world:
         text = open_text(settings)
@@ -130,7 +131,7 @@ def _check(settings: EvaluateSettings) -> None:
 
 def _check_model(name: str, settings: EvaluateSettings) -> None:
     if not folders.has_model(name):
-        raise UserError(f"{name}: has no trained model; train it first: python launch/train.py --output-dir {name}")
+        raise UserError(f"{name}: has no trained model; train it first: {command_line('train')} --output-dir {name}")
     folder = Path(name) / "model" if folders.is_run(Path(name)) else Path(name)
     shape = shape_of(str(folder) if folder.is_dir() else name)
     if shape is not None and (problems := _window_problems(name, settings, shape.n_positions)):

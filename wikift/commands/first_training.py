@@ -1,6 +1,6 @@
 """No trained model yet: say so, train one in a process of its own, and tell what it left.
 
-The training is `launch/train.py` with this terminal, so it looks and stops (Ctrl-C saves) as always, and the memory it
+The training is `wikift train` with this terminal, so it looks and stops (Ctrl-C saves) as always, and the memory it
 took is free again before the first answer.
 """
 
@@ -16,15 +16,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from wikift.base import folders
-from wikift.base.errors import EnvironmentFault, UserError
-from wikift.commands.main import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER
+from wikift.base.command import command_line, program_of
+from wikift.base.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER, EnvironmentFault, UserError
 from wikift.settings import run_plan as derive
 from wikift.settings.fields import EXCLUSIVE, TrainSettings
 from wikift.settings.options import parse
-
-_SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "train.py"
-# installed without launch/
-_MAIN = "from wikift.commands.main import run; from wikift.commands.train import main; run(main)"
 
 
 def train_first(run: str | None, arguments: Sequence[str], *, allowed: bool, quiet: bool) -> tuple[int, str]:
@@ -33,14 +29,14 @@ def train_first(run: str | None, arguments: Sequence[str], *, allowed: bool, qui
     Asks first on a terminal. Raises UserError where training is not `allowed` or not wanted, or its settings are wrong.
     """
     words = [*(["--output-dir", run] if run is not None else []), *arguments]
-    given = parse(TrainSettings, words, prog="launch/train.py", description="", exclusive=EXCLUSIVE)
+    given = parse(TrainSettings, words, prog="wikift train", description="", exclusive=EXCLUSIVE)
     settings = derive.resolve(given, 1)
     if run is not None and given.output_dir != run:
         raise UserError(f"--output-dir {given.output_dir}: the run to answer from is {run}; leave one of the two out")
     if problems := derive.check_train(settings, 1, launched=False):
         raise UserError(*problems)
     target = str(settings.output_dir)
-    train, generate = f"python launch/train.py {shlex.join(words)}".rstrip(), f"python launch/generate.py {target}"
+    train, generate = f"{command_line('train')} {shlex.join(words)}".rstrip(), f"{command_line('generate')} {target}"
     what = f"{run} has no model yet" if run is not None else "no trained model yet"
     if not allowed:
         raise UserError(f"{what}; make one and try again:\n    {train}\n    {generate}")
@@ -48,7 +44,7 @@ def train_first(run: str | None, arguments: Sequence[str], *, allowed: bool, qui
     print(f"wikift: {what}; {'to make one' if asks else 'training one first'}:\n  {train}", file=sys.stderr, flush=True)
     if asks and not _agreed():
         raise UserError(f"{what}; when it suits you:\n    {train}\n    {generate}")
-    code = _run([*_program(), *words, *(["--quiet"] if quiet and not given.quiet else [])])
+    code = _run([*program_of("train"), *words, *(["--quiet"] if quiet and not given.quiet else [])])
     if code == EXIT_INTERRUPTED:
         print(f"wikift: the training is saved; the same command goes on with it\n  {generate}", file=sys.stderr)
     elif code == EXIT_USER:
@@ -62,10 +58,6 @@ def train_first(run: str | None, arguments: Sequence[str], *, allowed: bool, qui
     elif not folders.is_run(Path(target)) or not folders.has_model(target):
         raise UserError(f"{target}: the training left no checkpoint there (a --dry-run?); nothing to answer from")
     return code, target
-
-
-def _program() -> list[str]:
-    return [sys.executable, str(_SCRIPT)] if _SCRIPT.is_file() else [sys.executable, "-c", _MAIN]
 
 
 def _agreed() -> bool:

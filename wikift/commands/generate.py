@@ -1,4 +1,4 @@
-"""launch/generate.py: prompts to text, streamed as it is made.
+"""The generate command: prompts to text, streamed as it is made.
 
 Where prompts come from is `prompts`, the interactive loop is `session`, one answer is `sampling`; a run without a model
 is trained first (`first_training`). All that can be wrong with a command line is said before torch loads.
@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wikift.base import folders
-from wikift.base.errors import UserError
-from wikift.commands.main import EXIT_DONE
+from wikift.base.errors import EXIT_DONE, UserError
 from wikift.export.export import model_source
 from wikift.generation import prompts
 from wikift.generation.answers import check_sampling, print_answer, print_answers, speed
 from wikift.settings.fields import GenerateSettings
-from wikift.settings.options import parse
+from wikift.settings.options import parse_all
 from wikift.settings.run_plan import ranks_started
 
 if TYPE_CHECKING:
@@ -29,20 +28,20 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Let a trained model go on from a prompt. Without a prompt it is interactive."
 EPILOG = """examples:
-  python launch/generate.py                              the newest run, interactive
-  python launch/generate.py runs/NAME --prompt "The Renaissance was"
-  python launch/generate.py runs/NAME --examples --json --seed 7
-  python launch/generate.py runs/NAME --prompts-file FILE --batch-size 32 --stop "\\n" --json
-  python launch/generate.py runs/NAME -- --dataset demo --from-scratch
-                     where runs/NAME has no model yet: what follows -- goes to launch/train.py"""
+  wikift generate                              the newest run, interactive
+  wikift generate runs/NAME --prompt "The Renaissance was"
+  wikift generate runs/NAME --examples --json --seed 7
+  wikift generate runs/NAME --prompts-file FILE --batch-size 32 --stop "\\n" --json
+  wikift generate runs/NAME -- --dataset demo --from-scratch
+                     where runs/NAME has no model yet: what follows -- goes to wikift train"""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; gives its exit code."""
     words, training = _split(argv)
-    settings = parse(GenerateSettings, words, prog="launch/generate.py", description=DESCRIPTION, epilog=EPILOG)
-    settings = dataclasses.replace(settings, stop=tuple(map(prompts.escapes, settings.stop)))
-    asked = _check(settings, training)
+    parsed = parse_all(GenerateSettings, words, prog="wikift generate", description=DESCRIPTION, epilog=EPILOG)
+    asked = parsed.checked(lambda settings: _check(settings, training))
+    settings = dataclasses.replace(parsed.settings, stop=tuple(map(prompts.escapes, parsed.settings.stop)))
     for stream in (sys.stdin, sys.stdout):
         if isinstance(
             stream, io.TextIOWrapper

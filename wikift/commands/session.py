@@ -1,4 +1,4 @@
-"""The interactive session of launch/generate.py: a prompt, commands that begin with `/`, history, Ctrl-C and Ctrl-D.
+"""The interactive session of `wikift generate`: a prompt, commands that begin with `/`, history, Ctrl-C and Ctrl-D.
 
 On a terminal lines are edited and remembered by `readline`; in a pipe each line that is not blank is a prompt.
 """
@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wikift.base.errors import UserError
-from wikift.commands.main import EXIT_DONE
+from wikift.base.errors import EXIT_DONE, UserError
 from wikift.generation import prompts
 from wikift.generation.answers import SAMPLING, as_json, check_sampling, print_answer, speed
 from wikift.settings import options as cli

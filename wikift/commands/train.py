@@ -1,4 +1,4 @@
-"""launch/train.py: settings -> store -> plan -> run. What can be said without torch is said before torch loads."""
+"""The train command: settings -> store -> plan -> run. What can be said without torch is said before torch loads."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wikift.base.errors import UserError
+from wikift.base.command import command_line
+from wikift.base.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 from wikift.base.shape import Shape
-from wikift.commands.main import EXIT_DONE, EXIT_INTERRUPTED
 from wikift.settings import deepspeed as dsconfig
 from wikift.settings import fields as config
 from wikift.settings import run_plan as derive
 from wikift.settings.batch_layout import Placement, placement
 from wikift.settings.fields import TrainSettings
 from wikift.settings.length import warmup_steps
-from wikift.settings.options import flag, parse
+from wikift.settings.options import Parsed, flag, parse_all
 from wikift.settings.run_plan import Plan
 from wikift.training.resume import planned_start
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Fine-tune GPT-2, or train it from scratch. The same command goes on where it stopped."
 EPILOG = """examples:
-  torchrun --nproc_per_node=4 launch/train.py
+  torchrun --nproc_per_node=4 -m wikift train
                  four processes: gpt2 on wikitext-103-v1
-  python launch/train.py
+  wikift train
                  one process: gpt2 on wikitext-2-v1
-  python launch/train.py --dataset my.txt --model distilgpt2 --max-steps 500
+  wikift train --dataset my.txt --model distilgpt2 --max-steps 500
                  your own text
 
 exit codes:
@@ -43,48 +43,59 @@ exit codes:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; gives its exit code."""
-    said: dict[str, str] = {}
-    given = parse(
-        TrainSettings,
-        _without_local_rank(argv),
-        prog="launch/train.py",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        exclusive=config.EXCLUSIVE,
-        said=said,
+    words, launcher = _without_local_rank(argv)
+    parsed = parse_all(
+        TrainSettings, words, prog="wikift train", description=DESCRIPTION, epilog=EPILOG, exclusive=config.EXCLUSIVE
     )
-    ranks = derive.ranks_started()
-    merged = dsconfig.merge(given, said)
-    settings = derive.resolve(merged.settings, ranks)
-    problems = derive.check_train(settings, ranks, launched="RANK" in os.environ) + _data_problems(settings, given)
-    problems = [*merged.problems, *dsconfig.with_places(problems, merged)]
-    if problems:
-        raise UserError(*dict.fromkeys(problems))
-    place = placement(settings, ranks)
-    speaks = os.environ.get("RANK", "0") == "0" and (settings.dry_run or not settings.quiet)
+    if parsed.settings.dry_run:
+        text = plan(parsed, launcher)
+        if os.environ.get("RANK", "0") == "0":
+            print(text, flush=True)
+        return EXIT_DONE
+    return EXIT_INTERRUPTED if train(parsed, launcher)[1] else EXIT_DONE
+
+
+def plan(parsed: Parsed[TrainSettings], problems: Sequence[str] = ()) -> str:
+    """What a run of these settings would be: a config file, with what follows from it as comments. Writes nothing."""
+    settings, notes = _resolved(parsed, problems)
+    return "\n".join([*(f"# {note}" for note in notes), dry_run(settings, placement(settings, derive.ranks_started()))])
+
+
+def train(parsed: Parsed[TrainSettings], problems: Sequence[str] = ()) -> tuple[Path, int]:
+    """Train to the end or to a stop; returns the run's folder and the signal that stopped it, else 0."""
+    settings, notes = _resolved(parsed, problems)
+    speaks = os.environ.get("RANK", "0") == "0" and not settings.quiet
 
     def say(text: str) -> None:
         if speaks:
             print(text, flush=True)
 
-    comment = "# " if settings.dry_run else ""  # a dry run prints a config file
-    for note in merged.notes:
-        say(comment + note)
-    if given.data is None and given.dataset is None and ranks == 1:
-        say(f"{comment}one process: falling back to wikitext-2-v1 (torchrun starts several, and wikitext-103-v1)")
-    if settings.dry_run:
-        say(dry_run(settings, place))
-        return EXIT_DONE
+    for note in notes:
+        say(note)
     store = _store(settings, speaks, say)
-    plan = _plan(settings, place, store)
+    plan = _plan(settings, placement(settings, derive.ranks_started()), store)
 
     from wikift.training.run import train_run
 
-    return EXIT_INTERRUPTED if train_run(settings, plan, store, say) else EXIT_DONE
+    return Path(str(settings.output_dir)), train_run(settings, plan, store, say)
 
 
-def _without_local_rank(argv: Sequence[str]) -> list[str]:
-    """`argv` less the --local_rank=N that DeepSpeed's launcher appends. Raises UserError where LOCAL_RANK differs."""
+def _resolved(parsed: Parsed[TrainSettings], problems: Sequence[str]) -> tuple[TrainSettings, list[str]]:
+    """The settings with what follows from them, and what to tell of it. Raises UserError with all that is wrong."""
+    given = parsed.settings
+    ranks = derive.ranks_started()
+    merged = dsconfig.merge(given, parsed.typed)
+    settings = derive.resolve(merged.settings, ranks)
+    found = derive.check_train(settings, ranks, launched="RANK" in os.environ) + _data_problems(settings, given)
+    parsed.refuse([*problems, *merged.problems, *dsconfig.with_places(found, merged)])
+    notes = list(merged.notes)
+    if given.data is None and given.dataset is None and ranks == 1:
+        notes.append("one process: falling back to wikitext-2-v1 (torchrun starts several, and wikitext-103-v1)")
+    return settings, notes
+
+
+def _without_local_rank(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`argv` less the --local_rank=N that DeepSpeed's launcher appends, and what is wrong where LOCAL_RANK differs."""
     words, ranks = list(argv), []
     for place in reversed(range(len(words))):
         name, equals, value = words[place].partition("=")
@@ -93,9 +104,9 @@ def _without_local_rank(argv: Sequence[str]) -> list[str]:
             ranks.append(value)
             del words[place : place + (1 if equals else 2)]
     own = os.environ.get("LOCAL_RANK")
-    if wrong := [rank for rank in ranks if rank != (own or rank) or not rank.isdecimal()]:
-        raise UserError(f"--local-rank {wrong[0]}: is the launcher's to set, LOCAL_RANK is {own}; leave it out")
-    return words
+    wrong = [rank for rank in ranks if rank != (own or rank) or not rank.isdecimal()]
+    problems = [f"--local-rank {rank}: is the launcher's to set, LOCAL_RANK is {own}; omit it" for rank in wrong[:1]]
+    return words, problems
 
 
 def dry_run(settings: TrainSettings, place: Placement) -> str:
@@ -120,7 +131,9 @@ def dry_run(settings: TrainSettings, place: Placement) -> str:
         for text in (f"starts: {starts}", *notes):  # a comment in TOML has no control characters, a path may
             lines.append("# " + "".join(sign if sign.isprintable() else "?" for sign in text))
     else:
-        lines.append(f"# steps of an epoch: known when {path} is prepared (by launch/prepare.py, or by the run itself)")
+        lines.append(
+            f"# steps of an epoch: known when {path} is prepared (by {command_line('prepare')}, or by the run itself)"
+        )
         if shape is not None:
             lines.append(f"# parameters: {shape.parameters:,} with a vocabulary of {shape.vocab_size:,}")
             lines.append(f"# tokens per step: {place.global_batch * (settings.block_size or shape.n_positions):,}")

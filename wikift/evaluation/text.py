@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wikift.base import folders
+from wikift.base.command import command_line
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.hub import one_line
 from wikift.data.recipe import check_recipe
@@ -68,7 +69,7 @@ def check_text(settings: EvaluateSettings) -> TokenStore | None:
     if not stores and settings.models:
         raise UserError(
             f"--data: is missing, {settings.models[0]} is no run that would know its store; name one of "
-            "launch/prepare.py, or a text with --dataset"
+            f"{command_line('prepare')}, or a text with --dataset"
         )
     if len({store.fingerprint for store in stores}) > 1:
         raise UserError("--data: is missing, the runs were trained on different stores; name one for all of them")

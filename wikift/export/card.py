@@ -46,7 +46,7 @@ def model_card(run: Path, config: dict[str, Any], manifest: dict[str, Any], dtyp
     )
     derived = config.get("derived") or {}
     train = command_of(settings, (derived.get("place") or {}).get("ranks", 1))
-    again = f"python launch/consolidate.py {settings['output_dir']} --step {manifest['step']} --dtype {dtype}"
+    again = f"wikift consolidate {settings['output_dir']} --step {manifest['step']} --dtype {dtype}"
     parts = [
         _front_matter(settings, store),
         f"# {name}\n\n{summary}",
@@ -63,7 +63,7 @@ def model_card(run: Path, config: dict[str, Any], manifest: dict[str, Any], dtyp
 
 def command_of(settings: dict[str, Any], ranks: int) -> str:
     """The train command with these (recorded) settings, defaults left out."""
-    words = [f"torchrun --nproc_per_node={ranks} launch/train.py" if ranks > 1 else "python launch/train.py"]
+    words = [f"torchrun --nproc_per_node={ranks} -m wikift train" if ranks > 1 else "wikift train"]
     for field in dataclasses.fields(TrainSettings):
         value = settings.get(field.name, field.default)
         if value == field.default or field.name in _WITHOUT_EFFECT or value is None:

@@ -18,35 +18,37 @@ from typing import Any
 
 from wikift import __version__
 from wikift.base import folders, hub
-from wikift.base.errors import UserError
+from wikift.base.command import command_line
+from wikift.base.errors import EXIT_DONE, UserError
 from wikift.base.publish import stopping_by_exception
 from wikift.base.sizes import parse_size, show_bytes
 from wikift.checkpoint.reader import Checkpoint, best_checkpoint, open_checkpoint
-from wikift.commands.main import EXIT_DONE
 from wikift.export.card import model_card
 from wikift.export.folder import FORMAT, check_target, published, write_json
 from wikift.export.weights import checkpoint_weights, write_weights
 from wikift.settings.fields import ConsolidateSettings
-from wikift.settings.options import parse
+from wikift.settings.options import parse_all
 from wikift.settings.run_plan import ranks_started
 
 
 def main(argv: Sequence[str]) -> int:
-    """launch/consolidate.py."""
-    settings = parse(
+    """The consolidate command."""
+    parsed = parse_all(
         ConsolidateSettings,
         argv,
-        prog="launch/consolidate.py",
+        prog="wikift consolidate",
         description="Make a standard Hugging Face directory of a run's newest (or best, or a given) checkpoint.",
-        epilog="examples:\n  python launch/consolidate.py runs/gpt2-wikitext-2-v1\n"
-        "  python launch/consolidate.py runs/gpt2-wikitext-2-v1 --best --dtype bfloat16 --out models/small",
+        epilog="examples:\n  wikift consolidate runs/gpt2-wikitext-2-v1\n"
+        "  wikift consolidate runs/gpt2-wikitext-2-v1 --best --dtype bfloat16 --out models/small",
     )
+    settings, problems = parsed.settings, list[str]()
     if settings.run is None:
-        raise UserError("RUN_OR_CHECKPOINT: is missing; name a run, runs/NAME, or one checkpoint of it")
+        problems.append("RUN_OR_CHECKPOINT: is missing; name a run, runs/NAME, or one checkpoint of it")
     if ranks_started() > 1:
-        raise UserError(f"torchrun: started {ranks_started()} processes, this is work for one; start it with python")
+        problems.append(f"torchrun: started {ranks_started()} processes, this is work for one; start it with python")
+    parsed.refuse(problems)
     say = (lambda text: None) if settings.quiet else print
-    source, target = Path(settings.run), Path(settings.out) if settings.out else None
+    source, target = Path(str(settings.run)), Path(settings.out) if settings.out else None
     _refuse_third_party(source)
     out = export(
         source,
@@ -60,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     run = source.absolute().parent.parent if folders.is_checkpoint(source) else source
     known = folders.run_of(str(out)) is not None
     data = "" if known else f" --data {folders.read_json(run / 'config.json').get('store_path', 'STORE')}"
-    say(f"next:  python launch/evaluate.py {out}{data}\n       python launch/generate.py {out}")
+    say(f"next:  {command_line('evaluate')} {out}{data}\n       {command_line('generate')} {out}")
     return EXIT_DONE
 
 
@@ -144,7 +146,7 @@ def model_source(name: str, say: Callable[[str], None]) -> str:
     run = Path(name)
     if not folders.has_model(name):
         what = "has no checkpoint yet" if folders.is_run(run) else "no such folder, and no name of the Hub"
-        raise UserError(f"{name}: {what}; train it first: python launch/train.py --output-dir {name}")
+        raise UserError(f"{name}: {what}; train it first: {command_line('train')} --output-dir {name}")
     if not run.exists():
         hub.offline_if_unreachable()  # else the libraries try for half a minute, even where all is cached
         return name
@@ -156,7 +158,7 @@ def model_source(name: str, say: Callable[[str], None]) -> str:
     else:
         step = folders.read_json(target / folders.EXPORT_RECORD).get("step")
         if steps and isinstance(step, int) and step < steps[-1]:
-            say(f"{target} is of step {step}, the run has come to {steps[-1]}: python launch/consolidate.py {run}")
+            say(f"{target} is of step {step}, the run has come to {steps[-1]}: {command_line('consolidate')} {run}")
     return str(target)
 
 
@@ -164,7 +166,7 @@ def _choose(run: Path, step: int | None, best: bool, say: Callable[[str], None])
     """The checkpoint asked for. Raises UserError listing what there is."""
     steps = folders.checkpoint_steps(run)
     if not steps:
-        raise UserError(f"{run}: has no checkpoint yet; train on: python launch/train.py --output-dir {run}")
+        raise UserError(f"{run}: has no checkpoint yet; train on: {command_line('train')} --output-dir {run}")
     if step is not None:
         if step not in steps:
             raise UserError(

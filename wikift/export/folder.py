@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from wikift.base import folders
+from wikift.base.command import command_line
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.files import sync_folder
 from wikift.base.sizes import show_bytes
@@ -54,7 +55,7 @@ def published(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise EnvironmentFault(
             f"{target}: cannot be made ({error.strerror}), nothing was changed; make the model elsewhere, by "
-            "launch/consolidate.py with another --out"
+            f"{command_line('consolidate')} with another --out"
         ) from None
     try:
         if not _is_ours(lock, partial):

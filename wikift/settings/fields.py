@@ -64,7 +64,7 @@ EXCLUSIVE = {
 
 @dataclass(frozen=True)
 class PrepareSettings(DataSettings):
-    """`launch/prepare.py`: text to a token store."""
+    """`wikift prepare`: text to a token store."""
 
     out: str | None = option(None, "the store to make", group="store", metavar="DIR", shown="data/DATASET-TOKENIZER")
     verify: bool = option(False, "check every byte of a store that is there already", group="store")
@@ -80,7 +80,7 @@ class PrepareSettings(DataSettings):
 
 @dataclass(frozen=True)
 class TrainSettings(DataSettings):
-    """`launch/train.py`: a token store to a fine-tuned model."""
+    """`wikift train`: a token store to a fine-tuned model."""
 
     model: str = option(
         "gpt2", f"{', '.join(RELEASED)}, another GPT-2 of the Hub, or a folder", group="model", metavar="NAME|PATH"
@@ -97,7 +97,7 @@ class TrainSettings(DataSettings):
         shown="the model's, 0.1",
     )
 
-    data: str | None = option(None, "a store that launch/prepare.py made", group="data", metavar="DIR")
+    data: str | None = option(None, "a store that wikift prepare made", group="data", metavar="DIR")
     data_fraction: float = option(1.0, "train on a seeded random sample of the blocks", group="data", metavar="0..1")
     block_size: int | None = option(
         None, "tokens predicted in one block", group="data", metavar="TOKENS", shown="the model's context, 1024"
@@ -239,12 +239,12 @@ class TrainSettings(DataSettings):
 
 @dataclass(frozen=True)
 class ConsolidateSettings:
-    """`launch/consolidate.py`: a checkpoint to a Hugging Face directory."""
+    """`wikift consolidate`: a checkpoint to a Hugging Face directory."""
 
     run: str | None = option(
         None,
         "a run's folder or one checkpoint of it",
-        positional=True,
+        group="arguments",
         metavar="RUN_OR_CHECKPOINT",
     )
     out: str | None = option(None, "the directory to make", metavar="DIR", shown="RUN/hf")
@@ -257,9 +257,9 @@ class ConsolidateSettings:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """`launch/evaluate.py`: perplexity of Hugging Face directories by the field's protocols."""
+    """`wikift evaluate`: perplexity of Hugging Face directories by the field's protocols."""
 
-    models: tuple[str, ...] = option((), "Hugging Face directories, runs or names", positional=True, metavar="MODEL")
+    models: tuple[str, ...] = option((), "Hugging Face directories, runs or names", group="arguments", metavar="MODEL")
     protocol: str | None = option(
         None,
         "whose number: see below",
@@ -267,11 +267,11 @@ class EvaluateSettings:
         shown="all that the text allows, in one table; free with --context or --stride",
     )
     data: str | None = option(
-        None, "a store that launch/prepare.py made", group="text", metavar="DIR", shown="the store a run was trained on"
+        None, "a store that wikift prepare made", group="text", metavar="DIR", shown="the store a run was trained on"
     )
     dataset: str | None = option(
         None,
-        "instead of a store, a text as launch/prepare.py takes it; of a single file all is evaluated",
+        "instead of a store, a text as wikift prepare takes it; of a single file all is evaluated",
         group="text",
         metavar="NAME|PATH",
     )
@@ -300,12 +300,16 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """`launch/generate.py`: prompts to text."""
+    """`wikift generate`: prompts to text."""
 
     model: str | None = option(
-        None, "a Hugging Face directory, a run or a name", positional=True, metavar="MODEL", shown="the newest of runs/"
+        None,
+        "a Hugging Face directory, a run or a name",
+        group="arguments",
+        metavar="MODEL",
+        shown="the newest of runs/",
     )
-    prompt: str | None = option(None, "answer this and leave", group="prompts", metavar="TEXT", prose=True)
+    prompt: str | None = option(None, "answer this and leave", group="prompts", metavar="TEXT")
     prompts_file: str | None = option(None, "answer each line of a file and leave", group="prompts", metavar="FILE")
     examples: bool = option(False, "answer five built-in prompts and leave", group="prompts")
     max_new_tokens: int = option(128, "tokens of an answer, at most", group="sampling", metavar="TOKENS")
@@ -316,7 +320,6 @@ class GenerateSettings:
     seed: int = option(42, "same seed, same text", group="sampling", metavar="N")
     stop: tuple[str, ...] = option(
         (), "end before this text; may be given several times, \\n is a new line", group="sampling", metavar="TEXT",
-        prose=True,
     )  # fmt: skip
     num_return_sequences: int = option(1, "answers to each prompt", group="sampling", metavar="N")
     num_beams: int = option(1, "beam search of this width, with --temperature 0", group="sampling", metavar="N")

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wikift.base.errors import UserError
+from wikift.base.command import as_typed
+from wikift.base.errors import UserError, nearest
 from wikift.base.folders import foreign_in, is_hub_name
 from wikift.base.shape import RELEASED, Shape, parse_overrides, released_name, shape_of, with_overrides
 from wikift.generation.prompts import read_prompts
 from wikift.settings.batch_layout import Placement, placement
 from wikift.settings.fields import WIKITEXT, DataSettings, TrainSettings, slug
 from wikift.settings.length import decay_steps, epoch_steps, length_problems, warmup_steps
-from wikift.settings.options import flag, nearest
+from wikift.settings.options import flag
 
 
 def ranks_started() -> int:
@@ -159,7 +160,9 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
     if settings.engine == "single" and ranks > 1:
         problems.append(f"--engine single: is one process, the launcher started {ranks}; use --engine ddp or auto")
     if settings.engine == "ddp" and not launched:
-        problems.append("--engine ddp: needs a launcher; start with torchrun --nproc_per_node=N launch/train.py ...")
+        problems.append(
+            "--engine ddp: needs a launcher; start with " + as_typed("torchrun --nproc_per_node=N -m wikift train ...")
+        )
     if not settings.fsdp_reshard and (settings.engine not in ("auto", "fsdp") or settings.deepspeed):
         other = "--deepspeed" if settings.deepspeed else f"--engine {settings.engine}"
         problems.append(f"--no-fsdp-reshard: cannot act under {other}; leave it out, or use --engine fsdp")

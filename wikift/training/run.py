@@ -20,10 +20,12 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from wikift import __version__
+from wikift.base.command import command_line
 from wikift.base.errors import EnvironmentFault, UserError
+from wikift.base.failure import started_world
 from wikift.base.files import replace_json
 from wikift.base.signals import stop_requests
-from wikift.base.world import be_deterministic, started_world
+from wikift.base.world import be_deterministic
 from wikift.checkpoint.reader import Checkpoint, best_checkpoint, list_checkpoints
 from wikift.checkpoint.writer import Saver
 from wikift.data.store import TokenStore
@@ -81,7 +83,7 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
     if not stopped:
         best, newest = best_checkpoint(folder), list_checkpoints(folder)[-1]
         choice = "" if best in (None, newest) else " --best"
-        say(f"done: {folder}\n  python launch/consolidate.py {folder}{choice}\n  python launch/generate.py {folder}")
+        say(f"done: {folder}\n  {command_line('consolidate')} {folder}{choice}\n  {command_line('generate')} {folder}")
     return stopped
 
 
