@@ -322,7 +322,6 @@ CONSOLIDATE: list[tuple[str, list[str]]] = [
     ("run --out a-file", ["--out a-file: is a file; name a folder"]),
     ("run --out no-store", ["--out no-store: holds something that wikift did not export"]),
     ("run other", ["other: belongs to no setting"]),
-    ("none --stp 4 --max-shard-size x", ["--stp: no such setting", "none: no such folder", "--max-shard-size x"]),
     ("run --stp 4", ["--stp: no such setting of wikift consolidate (did you mean --step?)"]),
     ("none --step 4 --best --max-shard-size x", ["none: no such", "--step 4: cannot act", "--max-shard-size x: must"]),
 ]

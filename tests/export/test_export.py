@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 from tests.trained import SENTENCES, text_store, trained_run
+from wikift.base import tensorfile
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.sizes import parse_size
 from wikift.base.world import World
-from wikift.checkpoint import tensorfile
+from wikift.checkpoint.fragment import OPTIMIZER, SCALARS, STATES, Fragment
 from wikift.checkpoint.reader import open_checkpoint, step_folder
 from wikift.checkpoint.writer import Saver
-from wikift.engines.base import OPTIMIZER, SCALARS, STATES, Fragment
 from wikift.export.card import command_of
 from wikift.export.export import export, main
 from wikift.settings.fields import TrainSettings

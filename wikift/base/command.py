@@ -21,11 +21,13 @@ def command_line(name: str) -> str:
 
 def program_of(name: str) -> list[str]:
     """The words that start the command `name` in a process of its own, which speaks in the same form."""
-    words = shlex.split(command_line(name))
-    if words[0] == "python":
-        return [sys.executable, *words[1:]]
-    installed = Path(sys.argv[0]).stem == "wikift"
-    return [sys.argv[0], name] if installed else [sys.executable, "-m", *words]
+    program, *arguments = shlex.split(command_line(name))
+    if program == "python":
+        return [sys.executable, *arguments]
+    if Path(sys.argv[0]).stem == "wikift":
+        return [sys.argv[0], name]
+    script = _LAUNCH / f"{name}.py"  # called from Python: by all means the same wikift
+    return [sys.executable, str(script)] if script.exists() else [sys.executable, "-m", "wikift", name]
 
 
 def as_typed(text: str) -> str:
@@ -34,11 +36,11 @@ def as_typed(text: str) -> str:
     in_checkout = program.resolve().parent == _LAUNCH
     as_module = program.name == "__main__.py" and program.resolve().parent.name == "wikift"
 
-    def typed(found: re.Match[str]) -> str:
-        launcher, name = found.groups()
+    def typed(match: re.Match[str]) -> str:
+        launcher, name = match.groups()
         if in_checkout and (_LAUNCH / f"{name}.py").exists():
             script = shlex.quote(str(program.with_name(f"{name}.py")))
             return script if launcher else f"python {script}"
-        return f"python -m wikift {name}" if (in_checkout or as_module) and not launcher else found[0]
+        return f"python -m wikift {name}" if (in_checkout or as_module) and not launcher else match[0]
 
     return _COMMAND.sub(typed, text)

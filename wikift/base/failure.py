@@ -38,7 +38,7 @@ def started_world(device: str = "auto") -> Iterator[World]:
         return
     rank = int(os.environ["RANK"])
     with _meeting(rank):  # a client of its own: the process group's may be busy in a blocking call
-        store = _words_store(COLLECTIVE_TIMEOUT)
+        store = _failure_store(COLLECTIVE_TIMEOUT)
     _start_watching(store, rank)  # before the others are waited for: one may have failed already
     try:
         with _meeting(rank):
@@ -64,17 +64,17 @@ def tell_other_hosts() -> None:
 
     Says nothing and gives up after 20 seconds where nobody listens: they have failed too.
     """
-    where = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
+    address = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
     deadline = time.monotonic() + _TELL.total_seconds()
     while time.monotonic() < deadline:
-        with contextlib.suppress(Exception), socket.create_connection(where, timeout=1.0):
-            _first_failure(_words_store(_TELL), int(os.environ["RANK"]), wait=False)
+        with contextlib.suppress(Exception), socket.create_connection(address, timeout=1.0):
+            _first_failure(_failure_store(_TELL), int(os.environ["RANK"]), wait=False)
             return
         time.sleep(0.5)
 
 
-def _words_store(timeout: datetime.timedelta) -> Any:
-    """Where the ranks leave word of a failure."""
+def _failure_store(timeout: datetime.timedelta) -> Any:
+    """Where the ranks tell each other of a failure."""
     return torch.distributed.distributed_c10d.PrefixStore(
         "wikift", next(iter(rendezvous("env://", timeout=timeout)))[0]
     )
@@ -105,14 +105,15 @@ def _failed_rank(store: Any) -> int | None:
 
 def _fail(error: Exception, store: Any, rank: int) -> NoReturn:
     """Say why, tell the others, leave at once: destructors of a broken process group may wait for ever."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher that notices too must not end it before it has spoken
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher that notices must not end it before it has spoken
     # A lost peer has a cause elsewhere, and a wrong setting is wrong on every rank: let the one speak that knows.
     secondary = _is_lost_peer(error) or (isinstance(error, (UserError, EnvironmentFault)) and rank != 0)
     first = _first_failure(store, rank, wait=secondary)
     if _is_lost_peer(error) and first is None:
         print(
             f"wikift: rank {rank} lost another process, which left no word (killed, or out of memory?); "
-            "run the same command again to go on from the newest checkpoint",
+            "run the same command again to resume from the newest checkpoint",
             file=sys.stderr,
         )
     elif first not in (None, rank):

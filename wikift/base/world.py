@@ -50,16 +50,16 @@ class World:
             dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value)
 
-    def agree(self, word: int, numbers: Sequence[float] = ()) -> tuple[int, list[float]]:
-        """The highest of the ranks' words and the sums of their numbers, in one all-reduce on the host; collective."""
+    def agree(self, code: int, numbers: Sequence[float] = ()) -> tuple[int, list[float]]:
+        """The highest of the ranks' codes and the sums of their numbers, in one all-reduce on the host; collective."""
         if self.size == 1:
-            return word, list(numbers)
-        words = [0.0] * self.size
-        words[self.rank] = float(word)  # each has a place of its own, so that one sum does for both
-        given = torch.tensor([*numbers, *words], dtype=torch.float64)
-        dist.all_reduce(given)
-        found = given.tolist()
-        return int(max(found[len(numbers) :])), found[: len(numbers)]
+            return code, list(numbers)
+        codes = [0.0] * self.size
+        codes[self.rank] = float(code)  # each has an index of its own, so that one sum does for both
+        total = torch.tensor([*numbers, *codes], dtype=torch.float64)
+        dist.all_reduce(total)
+        sums = total.tolist()
+        return int(max(sums[len(numbers) :])), sums[: len(numbers)]
 
     def barrier(self) -> None:
         """Wait for all ranks, on the host."""
@@ -92,27 +92,27 @@ def start_world(device: str = "auto") -> World:
 
     `device` is auto, cpu or cuda. Raises UserError where CUDA is asked for and absent, or has fewer devices than ranks.
     """
-    local_rank, local_size = _local_place()
-    place = _device(device, local_rank, local_size)
+    local_rank, local_size = _local_rank()
+    chosen = _device(device, local_rank, local_size)
     if local_size > 1:
         # torchrun gives every rank one thread, DeepSpeed's launcher all cores; share them out instead, beside a GPU
         # too, for an optimizer that is offloaded
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if dist.is_initialized():
-        return World(dist.get_rank(), dist.get_world_size(), local_rank, place, local_size)
+        return World(dist.get_rank(), dist.get_world_size(), local_rank, chosen, local_size)
     if "RANK" not in os.environ:
-        return World(device=place)
+        return World(device=chosen)
     store, rank, size = next(iter(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
     dist.init_process_group(
-        _backend(place),
+        _backend(chosen),
         store=torch.distributed.distributed_c10d.PrefixStore("wikift/group", store),
         rank=rank,
         world_size=size,
         timeout=COLLECTIVE_TIMEOUT,
         # for one rank it makes NCCL fail in later groups (deepspeedai/DeepSpeed#8248)
-        device_id=place if place.type == "cuda" and size > 1 else None,
+        device_id=chosen if chosen.type == "cuda" and size > 1 else None,
     )
-    return World(rank, size, local_rank, place, local_size)
+    return World(rank, size, local_rank, chosen, local_size)
 
 
 def join_group(world: World) -> None:
@@ -137,7 +137,7 @@ def stop_world() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
-def _local_place() -> tuple[int, int]:
+def _local_rank() -> tuple[int, int]:
     """(rank, number of ranks) on this host."""
     size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")
     return int(os.environ.get("LOCAL_RANK", "0")), int(size)

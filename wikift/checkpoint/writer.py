@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wikift.base import tensorfile
 from wikift.base.errors import EnvironmentFault
 from wikift.base.files import replace_json, sync_folder
+from wikift.base.tensorfile import Entry
 from wikift.base.world import World
-from wikift.checkpoint import tensorfile
+from wikift.checkpoint.fragment import OPTIMIZER, STATES, Fragment
 from wikift.checkpoint.reader import FORMAT, list_checkpoints, prune, step_folder
-from wikift.checkpoint.tensorfile import Entry
-from wikift.engines.base import OPTIMIZER, STATES, Fragment
 
 _LOOK_AGAIN_SECONDS = 0.05
 

@@ -34,7 +34,7 @@ COMMANDS = {  # name: its module, what it does
 
 def main(argv: Sequence[str]) -> int:
     """`wikift COMMAND ...`; returns the exit code."""
-    name, words = (argv[0], list(argv[1:])) if argv else ("--help", [])
+    name, options = (argv[0], list(argv[1:])) if argv else ("--help", [])
     if name in ("-h", "--help"):
         print(_help())
         return EXIT_DONE
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"{name}: no such command{nearest(name, list(COMMANDS))}; one of {', '.join(COMMANDS)}")
     command = importlib.import_module(COMMANDS[name][0]).main
-    return int(command([*words, "--dry-run"] if name == "plan" else words))
+    return int(command([*options, "--dry-run"] if name == "plan" else options))
 
 
 def _help() -> str:

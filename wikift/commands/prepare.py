@@ -1,7 +1,6 @@
 """Text to a token store: `wikift prepare`, and what training calls where a store is missing.
 
-A store that is there by the same recipe is taken at once; one by another recipe is left alone, and the user told.
-With gigatoken 100 MB/s and more on two cores, else 2 MB/s on each core with `tokenizers`.
+A store of the same recipe is used at once; one of another recipe is an error.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from wikift.base.command import command_line
 from wikift.base.console import Progress
 from wikift.base.errors import UserError
+from wikift.settings.checks import check_data
 from wikift.settings.fields import DataSettings, PrepareSettings, store_path
 from wikift.settings.options import parse_all
-from wikift.settings.run_plan import check_data, fallback_dataset, ranks_started
+from wikift.settings.run_plan import fallback_dataset, ranks_started
 
 if TYPE_CHECKING:
     from wikift.data.sources import Corpus

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from wikift.base.world import World
-from wikift.engines.base import Fragment, FragmentReader
+from wikift.checkpoint.fragment import Fragment, FragmentReader
 from wikift.engines.single import SingleEngine, whole_fragments
 from wikift.model.gpt2 import DTYPES
 

@@ -34,33 +34,33 @@ class Wrong(NamedTuple):
 
 def read_words(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, Any], list[str], list[Wrong]]:
     """(values by setting, unknown words, problems). A flag that argparse refuses is removed, the rest parsed again."""
-    words, problems = _words(argv), list[Wrong]()
+    line, problems = _split(argv), list[Wrong]()
     while True:
         try:
-            namespace, unknown = parser.parse_known_args(words)
+            namespace, unknown = parser.parse_known_args(line)
             return {name: value for name, value in vars(namespace).items() if value != []}, unknown, problems
         except argparse.ArgumentError as error:
             names = (error.argument_name or "").split("/")
             rule = "takes no value" if "explicit" in str(error.message) else "needs a value"
             problems.append(Wrong(f"{names[0]}: {rule}; see {parser.prog} --help", name_of(names[0])))
-            rest = [word for word in words if word.partition("=")[0] not in names]
-            if len(rest) == len(words):
+            rest = [word for word in line if word.partition("=")[0] not in names]
+            if len(rest) == len(line):
                 raise UserError(*(wrong.text for wrong in problems)) from None
-            words = rest
+            line = rest
 
 
-def _words(argv: Sequence[str]) -> list[str]:
+def _split(argv: Sequence[str]) -> list[str]:
     """`--max_steps` -> `--max-steps`; `--dropout -1e-5` joined by `=`, as argparse takes the number for an option."""
-    words: list[str] = []
+    line: list[str] = []
     for word in argv:
-        if words and words[-1].startswith("--") and "=" not in words[-1] and re.match(r"-(\.?\d|inf|nan)", word):
-            words[-1] += "=" + word
+        if line and line[-1].startswith("--") and "=" not in line[-1] and re.match(r"-(\.?\d|inf|nan)", word):
+            line[-1] += "=" + word
         elif word.startswith("--"):
             name, equals, value = word.partition("=")
-            words.append(name.replace("_", "-") + equals + value)
+            line.append(name.replace("_", "-") + equals + value)
         else:
-            words.append(word)
-    return words
+            line.append(word)
+    return line
 
 
 def make_parser(

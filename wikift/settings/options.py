@@ -20,7 +20,7 @@ from wikift.base.errors import UserError, nearest
 from wikift.settings.arguments import Fields, Wrong, flag, make_parser, name_of, read_words
 from wikift.settings.values import convert, kind_of, read_config_file, show
 
-__all__ = ["Parsed", "flag", "option", "parse", "parse_all"]
+__all__ = ["ROLES", "Parsed", "flag", "names_by_role", "option", "parse", "parse_all"]
 
 Settings = TypeVar("Settings")
 Result = TypeVar("Result")
@@ -36,8 +36,18 @@ HABITS = {
 # Settings that are checked against each other by rules that do not name both.
 _TOGETHER = (
     {"global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"}, {"engine", "reduce_dtype"},
-    {"model", "block_size", "config_overrides"}, {"dataset", "dataset_config", "text_column", "validation_fraction"},
+    {"model", "from_scratch", "block_size", "config_overrides"},
+    {"dataset", "dataset_config", "text_column", "validation_fraction"},
 )  # fmt: skip
+
+
+# What a change of a setting means to a run that is resumed: another experiment is refused; another schedule or
+# placement is allowed and told; a view shows or stores the run and changes nothing in it.
+ROLES = ("experiment", "schedule", "placement", "view")
+_ROLE_OF_GROUP = {
+    "model": "experiment", "data": "experiment", "length": "schedule", "optimizer": "schedule", "batch": "placement",
+    "speed": "placement",
+}  # fmt: skip
 
 
 def option(
@@ -48,8 +58,11 @@ def option(
     choices: Sequence[str] = (),
     metavar: str | None = None,
     shown: str | None = None,
+    role: str | None = None,
 ) -> Any:
     """One setting. `shown` is what `--help` says of a default that is derived (`None` in the class).
+
+    `role` says what a change of it means to a run, see ROLES; its group's role where not given.
 
     The group "arguments" has no flags: its settings are given by their position. A TEXT may be anything: empty, or not
     UTF-8, which a name or a path may not.
@@ -64,8 +77,14 @@ def option(
             "positional": group == "arguments",
             "shown": shown,
             "prose": metavar == "TEXT",
+            "role": role or _ROLE_OF_GROUP.get(group, "view"),
         },
     )
+
+
+def names_by_role(settings_class: type[Any], role: str) -> list[str]:
+    """The settings that have `role`, in the order of their definition."""
+    return [field.name for field in dataclasses.fields(settings_class) if field.metadata["role"] == role]
 
 
 @dataclass(frozen=True)
@@ -103,8 +122,10 @@ class Parsed(Generic[Settings]):
             raise UserError(*dict.fromkeys(problems))
 
 
-def _names(text: str, settings: Iterable[str]) -> bool:
-    return any(re.search(flag(name) + r"(?![\w-])", text) for name in settings)
+def _names(problem: str, settings: Iterable[str]) -> bool:
+    """Whether a problem rests on one of these; a flag behind the semicolon is only a way to fix it."""
+    rule = problem if ": is missing" in problem else problem.partition(";")[0]
+    return any(re.search(flag(name) + r"(?![\w-])", rule) for name in settings)
 
 
 def parse(settings_class: type[Settings], argv: Sequence[str], **about: Any) -> Settings:
