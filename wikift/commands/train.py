@@ -88,7 +88,7 @@ def _resolved(parsed: Parsed[TrainSettings], problems: Sequence[str]) -> tuple[T
     merged = deepspeed.merge(given, parsed.typed)
     settings = resolve(merged.settings, ranks)
     checks = check_train(settings, ranks, launched="RANK" in os.environ) + _data_problems(settings, given)
-    parsed.refuse([*problems, *merged.problems, *deepspeed.with_places(checks, merged)])
+    parsed.refuse([*problems, *merged.problems, *deepspeed.with_keys(checks, merged)])
     notes = list(merged.notes)
     if given.data is None and given.dataset is None and ranks == 1:
         notes.append("one process: falling back to wikitext-2-v1 (torchrun starts several, and wikitext-103-v1)")
@@ -127,7 +127,7 @@ def dry_run(settings: TrainSettings, layout: BatchLayout) -> str:
     if settings.data is not None or (path / "store.json").exists():
         store = open_store(path)
         plan = _plan(settings, layout, store)
-        lines += [f"# {name}: {text}" for name, text in plan.words.items()]
+        lines += [f"# {name}: {text}" for name, text in plan.summary.items()]
         notes: list[str] = []
         starts = planned_start(plan, store, notes.append)
         for text in (f"starts: {starts}", *notes):  # a comment in TOML has no control characters, a path may
