@@ -10,7 +10,7 @@ import dataclasses
 import io
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from wikift.export.export import model_source
 from wikift.generation import prompts
 from wikift.generation.answers import check_sampling, print_answer, print_answers, speed
 from wikift.settings.fields import GenerateSettings
-from wikift.settings.options import parse_all
+from wikift.settings.options import Parsed, parse_all
 from wikift.settings.run_plan import ranks_started
 
 if TYPE_CHECKING:
@@ -122,26 +122,44 @@ def _answer_all(settings: GenerateSettings, name: str, asked: list[str] | None) 
     return EXIT_DONE
 
 
+def texts(parsed: Parsed[GenerateSettings], asked: Sequence[str]) -> Iterator[list[Answer]]:
+    """For Python: the answers to each of the prompts `asked`, in order; nothing is printed."""
+    parsed.checked(lambda settings: _check(settings, None))
+    settings = dataclasses.replace(parsed.settings, stop=tuple(map(prompts.escapes, parsed.settings.stop)))
+    source = model_source(str(settings.model), lambda text: None)
+    from wikift.generation.writer import load_writer
+
+    writer = load_writer(source, settings.device, settings.precision, settings.compile)
+    yield from _in_order(writer, asked, settings, lambda text: None)
+
+
 def _answer_batches(
     writer: Writer, asked: list[str], settings: GenerateSettings, source: str, say: Callable[[str], None]
 ) -> None:
-    """Batches of prompts of like length, the shortest first; an answer is printed when all before it are."""
-    started = time.perf_counter()
+    started, tokens = time.perf_counter(), 0
+    for number, answers in enumerate(_in_order(writer, asked, settings, say)):
+        tokens += sum(answer.new_tokens for answer in answers)
+        print_answers(answers, settings, source, echo=not settings.quiet, first=number == 0)
+    seconds = time.perf_counter() - started
+    say(f"{len(asked):,} prompts, {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.1f} tokens/s")
+
+
+def _in_order(
+    writer: Writer, asked: Sequence[str], settings: GenerateSettings, say: Callable[[str], None]
+) -> Iterator[list[Answer]]:
+    """Batches of prompts of like length, the shortest first; answers are passed on when all before them are."""
     # characters tell the length well enough, and an order made of tokens would encode every prompt twice
     order = sorted(range(len(asked)), key=lambda number: len(asked[number]))
     together = max(1, settings.batch_size // settings.num_return_sequences)
     ready: dict[int, list[Answer]] = {}
-    printed = tokens = 0
+    passed = 0
     for batch in (order[place : place + together] for place in range(0, len(order), together)):
         notes: list[str] = []
-        found = writer.answers([(number, asked[number]) for number in batch], settings, note=notes.append)
+        answers = writer.answers([(number, asked[number]) for number in batch], settings, note=notes.append)
         for text in dict.fromkeys(notes):
             say(text)
         several = settings.num_return_sequences
-        ready.update({number: found[k * several : (k + 1) * several] for k, number in enumerate(batch)})
-        tokens += sum(answer.new_tokens for answer in found)
-        while printed in ready:
-            print_answers(ready.pop(printed), settings, source, echo=not settings.quiet, first=printed == 0)
-            printed += 1
-    seconds = time.perf_counter() - started
-    say(f"{len(asked):,} prompts, {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.1f} tokens/s")
+        ready.update({number: answers[k * several : (k + 1) * several] for k, number in enumerate(batch)})
+        while passed in ready:
+            yield ready.pop(passed)
+            passed += 1

@@ -21,7 +21,7 @@ from wikift.base.console import Progress
 from wikift.base.errors import UserError
 from wikift.settings.checks import check_data
 from wikift.settings.fields import DataSettings, PrepareSettings, store_path
-from wikift.settings.options import parse_all
+from wikift.settings.options import Parsed, parse_all
 from wikift.settings.run_plan import fallback_dataset, ranks_started
 
 if TYPE_CHECKING:
@@ -41,14 +41,19 @@ Say = Callable[[str], None]
 
 
 def main(argv: Sequence[str]) -> int:
-    """`wikift prepare`."""
-    started = time.perf_counter()
+    """Run the command; returns its exit code."""
     parsed = parse_all(PrepareSettings, argv, prog="wikift prepare", description=DESCRIPTION)
-    settings = parsed.settings
+    out = make(parsed)
+    return _report(_open(out, verify=parsed.settings.verify), parsed.settings)
+
+
+def make(parsed: Parsed[PrepareSettings]) -> Path:
+    """The store that the settings ask for, made where it does not exist yet; returns its folder."""
+    started, settings = time.perf_counter(), parsed.settings
     say: Say = (lambda text: None) if settings.quiet else (lambda text: print(text, file=sys.stderr, flush=True))
     if settings.verify and settings.dataset is None and settings.out is not None:
         parsed.refuse(())
-        return _report(_open(Path(settings.out), verify=True), settings)
+        return Path(settings.out)
     if settings.dataset is None:
         settings = dataclasses.replace(settings, dataset=fallback_dataset(ranks_started()))
         say(f"--dataset is not given: taking {settings.dataset}")
@@ -62,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     ensure_store(settings, seed=settings.seed, quiet=settings.quiet, out=out, say=say, setting="--out", started=started)
     if there:
         say(f"{out} is there already, made by the same recipe")
-    return _report(_open(out, verify=settings.verify), settings)
+    return out
 
 
 def source_problems(settings: DataSettings) -> list[str]:

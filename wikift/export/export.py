@@ -27,7 +27,7 @@ from wikift.export.card import model_card
 from wikift.export.folder import FORMAT, check_target, published, write_json
 from wikift.export.weights import checkpoint_weights, write_weights
 from wikift.settings.fields import ConsolidateSettings
-from wikift.settings.options import parse_all
+from wikift.settings.options import Parsed, parse_all
 from wikift.settings.run_plan import ranks_started
 
 
@@ -41,6 +41,18 @@ def main(argv: Sequence[str]) -> int:
         epilog="examples:\n  wikift consolidate runs/gpt2-wikitext-2-v1\n"
         "  wikift consolidate runs/gpt2-wikitext-2-v1 --best --dtype bfloat16 --out models/small",
     )
+    out, settings = run_export(parsed), parsed.settings
+    source = Path(str(settings.run))
+    run = source.absolute().parent.parent if folders.is_checkpoint(source) else source
+    known = folders.run_of(str(out)) is not None
+    data = "" if known else f" --data {folders.read_json(run / 'config.json').get('store_path', 'STORE')}"
+    if not settings.quiet:
+        print(f"next:  {command_line('evaluate')} {out}{data}\n       {command_line('generate')} {out}")
+    return EXIT_DONE
+
+
+def run_export(parsed: Parsed[ConsolidateSettings]) -> Path:
+    """Make the directory and return it. Raises UserError and EnvironmentFault as `export` does."""
     settings, problems = parsed.settings, list[str]()
     if settings.run is None:
         problems.append("RUN_OR_CHECKPOINT: is missing; name a run, runs/NAME, or one checkpoint of it")
@@ -50,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     say = (lambda text: None) if settings.quiet else print
     source, target = Path(str(settings.run)), Path(settings.out) if settings.out else None
     _refuse_third_party(source)
-    out = export(
+    return export(
         source,
         target,
         step=settings.step,
@@ -59,11 +71,6 @@ def main(argv: Sequence[str]) -> int:
         max_shard_size=settings.max_shard_size,
         say=say,
     )
-    run = source.absolute().parent.parent if folders.is_checkpoint(source) else source
-    known = folders.run_of(str(out)) is not None
-    data = "" if known else f" --data {folders.read_json(run / 'config.json').get('store_path', 'STORE')}"
-    say(f"next:  {command_line('evaluate')} {out}{data}\n       {command_line('generate')} {out}")
-    return EXIT_DONE
 
 
 def export(

@@ -165,7 +165,10 @@ class TrainSettings(DataSettings):
         "bits", group="speed", choices=("fp32", "bf16", "fp16"),
     )  # fmt: skip
     deepspeed: str | None = option(
-        None, "ZeRO by a DeepSpeed config file, ds_configs/zero2.json or your own", group="speed", metavar="FILE"
+        None,
+        "ZeRO by a DeepSpeed config file: zero1, zero2, zero2_offload, zero3, zero3_offload, or your own",
+        group="speed",
+        metavar="FILE",
     )
     device: str = option("auto", "auto: cuda where there is one", group="speed", choices=("auto", "cpu", "cuda"))
 

@@ -158,7 +158,7 @@ def parse_all(
         typed, rest, problems = read_words(parser, argv)
         problems += _place_rest(rest, typed, fields, kinds, parser.prog)
     else:
-        source, typed = "call", {name: value for name, value in keywords.items() if name in fields}
+        source, typed = "call", {k: value for k, value in keywords.items() if k in fields and value is not None}
         problems = [_unknown(name, list(fields), prog) for name in keywords if name not in fields]
     filed: dict[str, Any] = {}
     if "config" in fields and typed.get("config"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import types
 import typing
@@ -51,7 +52,10 @@ def convert(value: Any, kind: type, meta: Mapping[str, Any], source: str) -> Any
 
     Raises ValueError with the rule that is broken.
     """
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if kind is tuple:
+        value = [value] if isinstance(value, str) else value
         return tuple(convert(part, str, meta, source) for part in value)
     if kind is bool:
         if isinstance(value, bool):
