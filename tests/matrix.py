@@ -2,7 +2,7 @@
 
     python -m tests.matrix          all pairs (about ten minutes on two cores), and the table of docs/checkpoints.md
 
-A pair is two real runs of launch/train.py: the writer's 8 steps with a checkpoint after the 4th, in the middle of an
+A pair is two real runs of wikift train: the writer's 8 steps with a checkpoint after the 4th, in the middle of an
 epoch, and the reader's, which is given that checkpoint alone. Steps 5 to 8 and all weights and moments after step 8
 are compared with the writer's where nothing changed (to the last bit), else with a single process'.
 """
@@ -48,7 +48,7 @@ PLACES = (
 
 
 def line(place: Place, store: Path, run: Path, **settings: Any) -> list[str]:
-    """A command line of launch/train.py at `place`: 12 blocks a step, dropout off."""
+    """A command line of wikift train at `place`: 12 blocks a step, dropout off."""
     words: dict[str, Any] = {
         "global_batch_size": 12, "per_device_train_batch_size": 1, "max_steps": LAST, "save_steps": SAVED,
         "eval_steps": SAVED, "dropout": 0, "learning_rate": 1e-3, "adam_epsilon": 1e-6, "weight_decay": 0.1,

@@ -53,25 +53,18 @@ CORE = ("training/run", "training/loop", "engines/base", "engines/single", "engi
 
 # Today's breaches: these lists only shrink.
 IMPORT_BREACHES: set[str] = {
-    "base.shape imports settings.options",
-    "base.world imports commands.main",
-    "base.world imports itself in a circle",
-    "commands.main imports itself in a circle",
     "data.recipe imports settings.fields",
     "data.sources imports settings.fields",
     "data.user_files imports settings.fields",
     "generation.writer imports engines.build",
 }
 BUDGET_BREACHES: set[str] = {
-    "base/world: too long",
     "data/batches: micro_batches has too many parameters",
     "data/encode: too long",
     "data/sources: too long",
     "engines/fsdp: __init__ has too many parameters",
     "package: too long",
     "settings/fields: too long",
-    "settings/options: option has too many parameters",
-    "settings/options: too long",
 }
 
 

@@ -1,4 +1,4 @@
-"""launch/evaluate.py, from the command line to its output. Run: pytest tests/commands/test_evaluate.py"""
+"""wikift evaluate, from the command line to its output. Run: pytest tests/commands/test_evaluate.py"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # python -m pytest tests/commands/test_prepare.py
-"""launch/prepare.py as its users meet it: stores, odd files, wrong settings, signals, a second process, a full disk."""
+"""wikift prepare as its users meet it: stores, odd files, wrong settings, signals, a second process, a full disk."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_mirror_has_its_known_counts(tmp_path: Path, capsys: pytest.CaptureF
     table = [line.split() for line in printed.out.splitlines()]
     assert table[0] == ["split", "rows", "tokens", "words", "bytes"]
     assert table[2] == ["validation", "3,760", "256,061", "217,646", "1,119,083"]
-    assert printed.out.endswith(f"{out}: ready. Next:\n  python launch/train.py --data {out}\n")
+    assert printed.out.endswith(f"{out}: ready. Next:\n  wikift train --data {out}\n")
     store = open_store(out, verify=True)
     assert list(store.splits) == ["train", "validation", "test"]
     assert (store.dtype, store.vocab_size, store.eos_token_id) == ("uint16", 50257, 50256)
@@ -103,7 +103,7 @@ def test_the_mirror_has_its_known_counts(tmp_path: Path, capsys: pytest.CaptureF
     assert f"{out}: every byte is as it was written" in printed.out
     assert run(*words, "--append-eos") == (2, [
         f"{out}: is a store made otherwise (append_eos False there, True asked); remove that folder, "
-        "or make another store with launch/prepare.py --out DIR"
+        "or make another store with wikift prepare --out DIR"
     ])  # fmt: skip
 
 
@@ -300,7 +300,7 @@ def test_another_recipe_is_refused(recipe: tuple[Path, list[Any]], more: list[st
     code, (problem,) = run(*recipe[1], *more)
     assert code == 2
     assert f"out: is a store made otherwise ({difference}" in problem
-    assert problem.endswith("remove that folder, or make another store with launch/prepare.py --out DIR")
+    assert problem.endswith("remove that folder, or make another store with wikift prepare --out DIR")
 
 
 def test_the_same_recipe_is_known_by_content(recipe: tuple[Path, list[Any]], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from wikift.settings.batch_layout import BatchLayout
 from wikift.settings.deepspeed import Merged, engine_config, merge, read
 from wikift.settings.deepspeed_checks import PASSED
 from wikift.settings.fields import EXCLUSIVE, TrainSettings
-from wikift.settings.options import parse
+from wikift.settings.options import parse_all
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = {path.name: json.loads(path.read_text()) for path in sorted((ROOT / "ds_configs").glob("*.json"))}
@@ -119,10 +119,10 @@ def written(config: Any, folder: Path) -> str:
 
 
 def merged(config: Any, folder: Path, line: str = "") -> Merged:
-    said: dict[str, str] = {}
     words = [*line.split(), "--deepspeed", written(config, folder)]
-    settings = parse(TrainSettings, words, prog="train.py", description="", exclusive=EXCLUSIVE, said=said)
-    return merge(settings, said)
+    parsed = parse_all(TrainSettings, words, prog="train.py", exclusive=EXCLUSIVE)
+    parsed.refuse(())
+    return merge(parsed.settings, parsed.typed)
 
 
 def with_key(key: str, value: Any, base: dict[str, Any] | None = None) -> dict[str, Any]:

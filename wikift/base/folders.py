@@ -9,12 +9,13 @@ RUN/wandb-id.txt     the Weights & Biases run      RUN/before-1/ ...  an earlier
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
-from wikift.base.errors import UserError
+from wikift.base.command import command_line
+from wikift.base.errors import UserError, nearest
 from wikift.base.shape import RELEASED, released_name
-from wikift.settings.options import nearest
 
 METRICS, SAMPLES, WANDB_ID = "metrics.jsonl", "samples.jsonl", "wandb-id.txt"
 # In the order in which they are set aside: interrupted half-way, what is left is still a run's folder
@@ -69,7 +70,9 @@ def run_config(run: Path) -> dict[str, Any]:
     """A run's `config.json`. Raises UserError where `run` is not a run's folder."""
     config = read_json(run / "config.json")
     if "wikift" not in config:
-        raise UserError(f"{run}: is not a run's folder (no config.json of launch/train.py in it); name one, runs/NAME")
+        raise UserError(
+            f"{run}: is not a run's folder (no config.json of {command_line('train')} in it); name one, runs/NAME"
+        )
     return config
 
 
@@ -100,7 +103,7 @@ def has_model(name: str) -> bool:
         return is_model(path) or is_model(path / "hf") or bool(list_checkpoints(path))
     if is_checkpoint(path):
         raise UserError(
-            f"{name}: is a checkpoint; make a model of it first: python launch/consolidate.py {name} --out DIR"
+            f"{name}: is a checkpoint; make a model of it first: {command_line('consolidate')} {name} --out DIR"
         )
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         kind = "holds neither a model nor a run" if path.is_dir() else "is a file"
@@ -114,8 +117,10 @@ def check_model(name: str) -> None:
         return
     path = Path(name)
     if path.name == "hf" and checkpoint_steps(path.parent):
-        raise UserError(f"{name}: is not there yet; make it: python launch/consolidate.py {path.parent}")
-    train = f"train it first: python launch/train.py --output-dir {name}"
+        raise UserError(
+            f"{name}: is not there yet; make it: {command_line('consolidate')} {shlex.quote(str(path.parent))}"
+        )
+    train = f"train it first: {command_line('train')} --output-dir {shlex.quote(name)}"
     if is_run(path):
         raise UserError(f"{name}: has no checkpoint yet; {train}")
     near = nearest(name, [*RELEASED, *(str(run) for run in Path("runs").glob("*") if run.is_dir())])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -26,7 +27,8 @@ def stop_requests() -> Iterator[Callable[[], int]]:
             os.write(2, b"\nwikift: stopped at once; the newest complete checkpoint stands\n")
             os._exit(128 + number)
 
-    before = {number: signal.signal(number, receive) for number in STOPPING}
+    in_main = threading.current_thread() is threading.main_thread()  # which alone may set handlers
+    before = {number: signal.signal(number, receive) for number in STOPPING if in_main}
     try:
         yield lambda: first
     finally:

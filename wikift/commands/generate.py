@@ -1,4 +1,4 @@
-"""launch/generate.py: prompts to text, streamed as it is made.
+"""The generate command: prompts to text, streamed as it is made.
 
 The interactive loop is `session`, one answer is `writer`. A user's mistake is reported before torch is imported.
 """
@@ -13,37 +13,38 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wikift.base import folders
-from wikift.base.errors import UserError
+from wikift.base.command import command_line, program_of
+from wikift.base.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 from wikift.base.files import read_lines
 from wikift.commands.consolidate import model_source
-from wikift.commands.main import EXIT_DONE, EXIT_INTERRUPTED
 from wikift.generation import prompts
 from wikift.settings.checks import check_train, problems_of
 from wikift.settings.fields import EXCLUSIVE, GenerateSettings, TrainSettings
 from wikift.settings.generate_checks import SAMPLING, check_sampling, with_defaults
-from wikift.settings.options import parse
+from wikift.settings.options import Parsed, parse_all
 from wikift.settings.run_plan import ranks_started, resolve
 
 if TYPE_CHECKING:
     from wikift.generation.sampler import Sampling
     from wikift.generation.writer import Answer, Writer
 
+Say = Callable[[str], None]
+
 DESCRIPTION = "Let a trained model continue a prompt. Without a prompt it is interactive."
 EPILOG = """examples:
-  python launch/generate.py                              the newest run, interactive
-  python launch/generate.py runs/NAME --prompt "The Renaissance was"
-  python launch/generate.py runs/NAME --examples --json --seed 7
-  python launch/generate.py runs/NAME --prompts-file FILE --batch-size 32 --stop "\\n" --json
-  python launch/generate.py -- --dataset demo --from-scratch
-                     where runs/ has no model yet: what follows -- goes to launch/train.py"""
+  wikift generate                              the newest run, interactive
+  wikift generate runs/NAME --prompt "The Renaissance was"
+  wikift generate runs/NAME --examples --json --seed 7
+  wikift generate runs/NAME --prompts-file FILE --batch-size 32 --stop "\\n" --json
+  wikift generate -- --dataset demo --from-scratch
+                     where runs/ has no model yet: what follows -- goes to wikift train"""
 # C0 without tab and newline, delete, C1: a model may make them, and a terminal obeys them
 _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,11 +52,11 @@ def main(argv: Sequence[str]) -> int:
     arguments = list(argv)
     end = arguments.index("--") if "--" in arguments else len(arguments)
     training = arguments[end + 1 :] if end < len(arguments) else None
-    settings = parse(
-        GenerateSettings, arguments[:end], prog="launch/generate.py", description=DESCRIPTION, epilog=EPILOG
+    parsed = parse_all(
+        GenerateSettings, arguments[:end], prog="wikift generate", description=DESCRIPTION, epilog=EPILOG
     )
-    settings = dataclasses.replace(settings, stop=tuple(map(prompts.escapes, settings.stop)))
-    texts = _check(settings, training)
+    texts = parsed.checked(lambda settings: _check(settings, training))
+    settings = dataclasses.replace(parsed.settings, stop=tuple(map(prompts.escapes, parsed.settings.stop)))
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show, or a pipe cannot mean, does not end us
             stream.reconfigure(errors="replace")
@@ -117,12 +118,12 @@ def _train_first(arguments: list[str], settings: GenerateSettings) -> tuple[int,
 
     Asks first on a terminal. Raises UserError where training is not allowed or not wanted, or left no model.
     """
-    parsed = parse(TrainSettings, arguments, prog="launch/train.py", description="", exclusive=EXCLUSIVE)
-    resolved = resolve(parsed, 1)
-    if problems := check_train(resolved, 1, launched=False):
-        raise UserError(*problems)
+    parsed = parse_all(TrainSettings, arguments, prog="wikift train", exclusive=EXCLUSIVE)
+    resolved = resolve(parsed.settings, 1)
+    parsed.refuse(check_train(resolved, 1, launched=False))
     run = str(resolved.output_dir)
-    train, generate = f"python launch/train.py {shlex.join(arguments)}".rstrip(), f"python launch/generate.py {run}"
+    train = f"{command_line('train')} {shlex.join(arguments)}".rstrip()
+    generate = f"{command_line('generate')} {shlex.quote(run)}"
     asks = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
     if settings.train:
         print(f"wikift: no trained model yet; training one first:\n  {train}", file=sys.stderr, flush=True)
@@ -130,9 +131,7 @@ def _train_first(arguments: list[str], settings: GenerateSettings) -> tuple[int,
         print("train it now? [Y/n] ", end="", file=sys.stderr, flush=True)
     if not settings.train or (asks and sys.stdin.readline().strip().lower() not in ("", "y", "yes")):
         raise UserError(f"no trained model yet; make one and try again:\n    {train}\n    {generate}")
-    code = f"import sys; sys.path.insert(0, {str(_ROOT)!r})\n"
-    code += "from wikift.commands.main import run; from wikift.commands.train import main; run(main)"
-    quiet = ["--quiet"] if settings.quiet and not parsed.quiet else []
+    quiet = ["--quiet"] if settings.quiet and not parsed.settings.quiet else []
     child: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: object) -> None:
@@ -142,9 +141,7 @@ def _train_first(arguments: list[str], settings: GenerateSettings) -> tuple[int,
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     # a pipe's lines are prompts and its output is for answers, so the training gets neither
     output = None if sys.stdout.isatty() else sys.stderr.fileno()
-    child += [
-        subprocess.Popen([sys.executable, "-c", code, *arguments, *quiet], stdin=subprocess.DEVNULL, stdout=output)
-    ]
+    child += [subprocess.Popen([*program_of("train"), *arguments, *quiet], stdin=subprocess.DEVNULL, stdout=output)]
     exit_code = child[0].wait()
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -175,17 +172,34 @@ def _answer_all(settings: GenerateSettings, name: str, texts: list[str] | None) 
     return EXIT_DONE
 
 
-def _answer_batches(
-    writer: Writer, texts: list[str], settings: GenerateSettings, source: str, say: Callable[[str], None]
-) -> None:
-    """Batches of prompts of like length, the shortest first; an answer is printed when all before it are."""
-    started = time.perf_counter()
+def texts(parsed: Parsed[GenerateSettings], prompts_asked: Sequence[str]) -> Iterator[list[Answer]]:
+    """For Python: the answers to each of the prompts, in order; nothing is printed."""
+    parsed.checked(lambda settings: _check(settings, None))
+    settings = dataclasses.replace(parsed.settings, stop=tuple(map(prompts.escapes, parsed.settings.stop)))
+    source = model_source(str(settings.model), lambda text: None)
+    from wikift.generation.writer import load_writer
+
+    writer = load_writer(source, settings.device, settings.precision, settings.compile)
+    yield from _in_order(writer, prompts_asked, settings, lambda text: None)
+
+
+def _answer_batches(writer: Writer, texts: list[str], settings: GenerateSettings, source: str, say: Say) -> None:
+    started, tokens = time.perf_counter(), 0
+    for number, answers in enumerate(_in_order(writer, texts, settings, say)):
+        tokens += sum(answer.new_tokens for answer in answers)
+        _print_answers(answers, settings, source, echo=not settings.quiet, first=number == 0)
+    seconds = time.perf_counter() - started
+    say(f"{len(texts):,} prompts, {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.1f} tokens/s")
+
+
+def _in_order(writer: Writer, texts: Sequence[str], settings: GenerateSettings, say: Say) -> Iterator[list[Answer]]:
+    """Batches of prompts of like length, the shortest first; answers are passed on when all before them are."""
     # characters tell the length well enough, and an order made of tokens would encode every prompt twice
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
     several = settings.num_return_sequences
     together = max(1, settings.batch_size // several)
     ready: dict[int, list[Answer]] = {}
-    printed = tokens = 0
+    passed = 0
     for batch in (order[first : first + together] for first in range(0, len(order), together)):
         notes: list[str] = []
         numbered = [(number, texts[number]) for number in batch]
@@ -193,12 +207,9 @@ def _answer_batches(
         for text in dict.fromkeys(notes):
             say(text)
         ready.update({number: answers[k * several : (k + 1) * several] for k, number in enumerate(batch)})
-        tokens += sum(answer.new_tokens for answer in answers)
-        while printed in ready:
-            _print_answers(ready.pop(printed), settings, source, echo=not settings.quiet, first=printed == 0)
-            printed += 1
-    seconds = time.perf_counter() - started
-    say(f"{len(texts):,} prompts, {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.1f} tokens/s")
+        while passed in ready:
+            yield ready.pop(passed)
+            passed += 1
 
 
 def print_answer(

@@ -1,8 +1,6 @@
-"""Text to a token store: `launch/prepare.py`, and what training calls where a store is missing.
+"""Text to a token store: `wikift prepare`, and what training calls where a store is missing.
 
-A store that is there by the same recipe is taken at once; one by another recipe is left alone, and the user told.
-Speed is 100 MB/s and more on two cores with gigatoken (`fastencode`), else that of `tokenizers`, 2 MB/s on each core
-(`encode`).
+A store of the same recipe is used at once; one of another recipe is an error.
 """
 
 from __future__ import annotations
@@ -18,11 +16,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wikift.base.command import command_line
 from wikift.base.console import Progress
 from wikift.base.errors import UserError
 from wikift.settings.checks import check_data
 from wikift.settings.fields import DataSettings, PrepareSettings, store_path
-from wikift.settings.options import parse
+from wikift.settings.options import Parsed, parse_all
 from wikift.settings.run_plan import fallback_dataset, ranks_started
 
 if TYPE_CHECKING:
@@ -33,8 +32,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Make a token store out of text: one flat file of ids per split, store.json, and the tokenizer.
 
-  python launch/prepare.py --dataset wikitext-103-v1
-  python launch/prepare.py --dataset my.txt --tokenizer train:8192 --out data/mine"""
+  wikift prepare --dataset wikitext-103-v1
+  wikift prepare --dataset my.txt --tokenizer train:8192 --out data/mine"""
 DEFAULT_TOKENIZER = "gpt2"
 _SLOW_BYTES = 10_000_000  # less is done before anybody wonders
 
@@ -42,12 +41,19 @@ Say = Callable[[str], None]
 
 
 def main(argv: Sequence[str]) -> int:
-    """`launch/prepare.py`."""
-    started = time.perf_counter()
-    settings = parse(PrepareSettings, argv, prog="prepare.py", description=DESCRIPTION)
+    """Run the command; returns its exit code."""
+    parsed = parse_all(PrepareSettings, argv, prog="wikift prepare", description=DESCRIPTION)
+    out = make(parsed)
+    return _report(_open(out, verify=parsed.settings.verify), parsed.settings)
+
+
+def make(parsed: Parsed[PrepareSettings]) -> Path:
+    """The store that the settings ask for, made where it does not exist yet; returns its folder."""
+    started, settings = time.perf_counter(), parsed.settings
     say: Say = (lambda text: None) if settings.quiet else (lambda text: print(text, file=sys.stderr, flush=True))
     if settings.verify and settings.dataset is None and settings.out is not None:
-        return _report(_open(Path(settings.out), verify=True), settings)
+        parsed.refuse(())
+        return Path(settings.out)
     if settings.dataset is None:
         settings = dataclasses.replace(settings, dataset=fallback_dataset(ranks_started()))
         say(f"--dataset is not given: taking {settings.dataset}")
@@ -56,13 +62,12 @@ def main(argv: Sequence[str]) -> int:
     problems = source_problems(settings) + out_problems(out)
     if settings.seed < 0:
         problems.append(f"--seed {settings.seed}: must be 0 or more")
-    if problems:
-        raise UserError(*problems)
+    parsed.refuse(problems)
     there = out.is_dir() and any(out.iterdir())
     ensure_store(settings, seed=settings.seed, quiet=settings.quiet, out=out, say=say, setting="--out", started=started)
     if there:
         say(f"{out} is there already, made by the same recipe")
-    return _report(_open(out, verify=settings.verify), settings)
+    return out
 
 
 def source_problems(settings: DataSettings) -> list[str]:
@@ -276,5 +281,5 @@ def _report(store: TokenStore, settings: PrepareSettings) -> int:
         cells = (f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
         show("  ".join((f"{row[0]:<{widths[0]}}", *cells)))
     show(f"{store.path}: {'every byte is as it was written' if settings.verify else 'ready'}. Next:")
-    show(f"  python launch/train.py --data {store.path}")
+    show(f"  {command_line('train')} --data {store.path}")
     return 0

@@ -1,4 +1,4 @@
-"""The interactive session of launch/generate.py: a prompt a line, commands that begin with `/`.
+"""The interactive session of `wikift generate`: a prompt a line, commands that begin with `/`.
 
 On a terminal lines are edited and remembered by `readline`; in a pipe each line that is not blank is a prompt.
 """
@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from wikift.base.errors import UserError
+from wikift.base.errors import EXIT_DONE, UserError
 from wikift.commands.generate import as_json, print_answer, speed
-from wikift.commands.main import EXIT_DONE
 from wikift.generation import prompts
 from wikift.settings import options as cli
 from wikift.settings.fields import GenerateSettings

@@ -11,6 +11,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from wikift.base.command import command_line
 from wikift.base.errors import UserError
 from wikift.base.files import sha256_of
 from wikift.data.sources import DEFAULT_VALIDATION_FRACTION, Corpus, idle_fraction
@@ -99,7 +100,7 @@ def check_recipe(store: TokenStore, settings: DataSettings, seed: int) -> None:
     if different:
         raise UserError(
             f"{store.path}: is a store made otherwise ({'; '.join(different)}); remove that folder, "
-            "or make another store with launch/prepare.py --out DIR"
+            f"or make another store with {command_line('prepare')} --out DIR"
         )
 
 

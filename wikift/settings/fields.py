@@ -67,7 +67,7 @@ EXCLUSIVE = {
 
 @dataclass(frozen=True)
 class PrepareSettings(DataSettings):
-    """`launch/prepare.py`: text to a token store."""
+    """The prepare command: text to a token store."""
 
     out: str | None = option(None, "the store to make", group="store", metavar="DIR", shown="data/DATASET-TOKENIZER")
     verify: bool = option(False, "check every byte of a store that is there already", group="store")
@@ -165,7 +165,10 @@ class TrainSettings(DataSettings):
         "bits", group="speed", choices=("fp32", "bf16", "fp16"),
     )  # fmt: skip
     deepspeed: str | None = option(
-        None, "ZeRO by a DeepSpeed config file, ds_configs/zero2.json or your own", group="speed", metavar="FILE"
+        None,
+        "ZeRO by a DeepSpeed config file: zero1, zero2, zero2_offload, zero3, zero3_offload, or your own",
+        group="speed",
+        metavar="FILE",
     )
     device: str = option("auto", "auto: cuda where there is one", group="speed", choices=("auto", "cpu", "cuda"))
 
@@ -200,12 +203,12 @@ class TrainSettings(DataSettings):
 
 @dataclass(frozen=True)
 class ConsolidateSettings:
-    """`launch/consolidate.py`: a checkpoint to a Hugging Face directory."""
+    """The consolidate command: a checkpoint to a Hugging Face directory."""
 
     run: str | None = option(
         None,
         "a run's folder or one checkpoint of it",
-        positional=True,
+        group="arguments",
         metavar="RUN_OR_CHECKPOINT",
     )
     out: str | None = option(None, "the directory to make", metavar="DIR", shown="RUN/hf")
@@ -218,9 +221,9 @@ class ConsolidateSettings:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """`launch/evaluate.py`: perplexity of Hugging Face directories by the field's protocols."""
+    """The evaluate command: perplexity of Hugging Face directories by the field's protocols."""
 
-    models: tuple[str, ...] = option((), "Hugging Face directories, runs or names", positional=True, metavar="MODEL")
+    models: tuple[str, ...] = option((), "Hugging Face directories, runs or names", group="arguments", metavar="MODEL")
     protocol: str | None = option(
         None,
         "whose number: see below",
@@ -228,11 +231,11 @@ class EvaluateSettings:
         shown="all that the text allows, in one table; free with --context or --stride",
     )
     data: str | None = option(
-        None, "a store that launch/prepare.py made", group="text", metavar="DIR", shown="the store a run was trained on"
+        None, "a store that wikift prepare made", group="text", metavar="DIR", shown="the store a run was trained on"
     )
     dataset: str | None = option(
         None,
-        "instead of a store, a text as launch/prepare.py takes it; of a single file all is evaluated",
+        "instead of a store, a text as wikift prepare takes it; of a single file all is evaluated",
         group="text",
         metavar="NAME|PATH",
     )
@@ -263,12 +266,16 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """`launch/generate.py`: prompts to text. None stands for the default that follows from `temperature`."""
+    """The generate command: prompts to text. None stands for the default that follows from `temperature`."""
 
     model: str | None = option(
-        None, "a Hugging Face directory, a run or a name", positional=True, metavar="MODEL", shown="the newest of runs/"
+        None,
+        "a Hugging Face directory, a run or a name",
+        group="arguments",
+        metavar="MODEL",
+        shown="the newest of runs/",
     )
-    prompt: str | None = option(None, "answer this and leave", group="prompts", metavar="TEXT", prose=True)
+    prompt: str | None = option(None, "answer this and leave", group="prompts", metavar="TEXT")
     prompts_file: str | None = option(None, "answer each line of a file and leave", group="prompts", metavar="FILE")
     examples: bool = option(False, "answer five built-in prompts and leave", group="prompts")
     max_new_tokens: int = option(128, "tokens of an answer, at most", group="sampling", metavar="TOKENS")
@@ -286,7 +293,6 @@ class GenerateSettings:
     seed: int | None = option(None, "same seed, same text", group="sampling", metavar="N", shown="42")
     stop: tuple[str, ...] = option(
         (), "end before this text; may be given several times, \\n is a new line", group="sampling", metavar="TEXT",
-        prose=True,
     )  # fmt: skip
     num_return_sequences: int = option(1, "answers to each prompt", group="sampling", metavar="N")
     num_beams: int = option(1, "beam search of this width, with --temperature 0", group="sampling", metavar="N")

@@ -1,4 +1,4 @@
-"""What can be wrong with the settings of launch/generate.py, and the defaults that follow from others."""
+"""What can be wrong with the settings of the generate command, and the defaults that follow from others."""
 
 from __future__ import annotations
 
