@@ -199,7 +199,7 @@ def test_a_host_without_the_store_ends_all(hosts: list[Host], tmp_path: Path) ->
 
 
 def document() -> str:
-    return (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
+    return (ROOT / "docs/how-to/several-machines.md").read_text(encoding="utf-8")
 
 
 def commands() -> list[str]:
@@ -235,7 +235,7 @@ def check_command(words: list[str]) -> None:
 
 
 def test_the_job_for_kubernetes_is_whole() -> None:
-    job = yaml.safe_load((ROOT / "docs" / "pytorchjob.yaml").read_text(encoding="utf-8"))
+    job = yaml.safe_load((ROOT / "docs/how-to/pytorchjob.yaml").read_text(encoding="utf-8"))
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     replicas = job["spec"]["pytorchReplicaSpecs"]
     assert set(replicas) == {"Master", "Worker"}
@@ -263,7 +263,7 @@ SLURM = {
 
 def test_the_sbatch_file_requeues_what_is_not_done_and_goes_on(tmp_path: Path) -> None:
     """Real bash, real torchrun with two processes; Slurm's three commands are stand-ins. Slurm itself is not here."""
-    script, run, calls = ROOT / "docs" / "slurm.sbatch", tmp_path / "run", tmp_path / "calls"
+    script, run, calls = ROOT / "docs/how-to/slurm.sbatch", tmp_path / "run", tmp_path / "calls"
     subprocess.run(["bash", "-n", script], check=True, timeout=20)
     (tmp_path / "bin").mkdir()
     for name, text in {**SLURM, "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"'}.items():

@@ -178,7 +178,8 @@ def _meeting(rank: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise EnvironmentFault(
-            f"rank {rank} could not meet the others ({error}); docs/clusters.md tells what to set for the network"
+            f"rank {rank} could not meet the others ({error}); for the network's settings see "
+            "docs/how-to/several-machines.md"
         ) from None
 
 
