@@ -99,7 +99,7 @@ def efficiency(
 ) -> float:
     """Share of the time of a step on `gpus` that is not waiting for the others; `step`: seconds of one GPU's work.
 
-    A backward pass takes two thirds of a micro-batch. What can be exchanged beside the work is.
+    A backward pass takes two thirds of a micro-batch. What can be exchanged meanwhile is hidden.
     """
     volumes = exchanged(engine, model, accumulation, weight, gradient)
     micro = step / accumulation
