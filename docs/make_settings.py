@@ -30,7 +30,8 @@ INTRODUCTION = """\
 
 Every setting is a command-line option; `-` and `_` are the same in its name. `wikift prepare` and `wikift train` also
 take settings from a TOML or JSON file, `--config FILE`. The command line overrides the file, and `--no-NAME` turns off
-a switch that the file turns on. `wikift train --dry-run` prints every setting with its value as such a file.
+take settings from a TOML or JSON file, `--config FILE`. The command line overrides the file; `--no-NAME` turns off
+as such a file, and what follows from it.
 
 A setting that would have no effect is an error, and all errors of a command line are reported at once.
 """
@@ -61,7 +62,8 @@ def table(title: str, options: list[dataclasses.Field[typing.Any]]) -> str:
         if not value and type(field.default) in (int, float):
             value = "N"
         name = value if meta["positional"] else flag(field.name) + (f" {value}" if value else "")
-        lines.append(f"| `{escaped(name)}` | {escaped(meta['help'])} | {escaped(default(field))} |")
+        # the HTML of a code span: Markdown's readers disagree on a | in one
+        lines.append(f"| <code>{escaped(name)}</code> | {escaped(meta['help'])} | {escaped(default(field))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -76,7 +78,7 @@ def default(field: dataclasses.Field[typing.Any]) -> str:
 
 def escaped(text: str) -> str:
     """`text` in a cell of a Markdown table."""
-    return text.replace("|", "\\|").replace("train.*, validation.*, test.*", "`train.*`, `validation.*`, `test.*`")
+    return text.replace("|", "&#124;").replace("train.*, validation.*, test.*", "`train.*`, `validation.*`, `test.*`")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ PAGES = [ROOT / "README.md", ROOT / "ds_configs" / "README.md", *sorted((ROOT / 
 SETTINGS: dict[str, type[Any]] = {
     "prepare": fields.PrepareSettings,
     "train": fields.TrainSettings,
+    "plan": fields.TrainSettings,
     "consolidate": fields.ConsolidateSettings,
     "evaluate": fields.EvaluateSettings,
     "generate": fields.GenerateSettings,
@@ -113,6 +114,14 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     named = set(re.findall(r"[\w/-]+\.md", navigation))
     assert named == {str(page.relative_to(ROOT / "docs")) for page in PAGES if ROOT / "docs" in page.parents}
+
+
+def test_the_messages_quoted_are_in_the_code() -> None:
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "wikift").rglob("*.py"))
+    page = (ROOT / "docs" / "how-to" / "hub-errors.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `([^-`][^`]*)`", page, re.MULTILINE)
+    assert len(quoted) == 5
+    assert [message for message in quoted if message not in code] == []
 
 
 def test_the_settings_page_is_up_to_date() -> None:
