@@ -30,8 +30,8 @@ INTRODUCTION = """\
 
 Every setting is a command-line option; `-` and `_` are the same in its name. `wikift prepare` and `wikift train` also
 take settings from a TOML or JSON file, `--config FILE`. The command line overrides the file, and `--no-NAME` turns off
-take settings from a TOML or JSON file, `--config FILE`. The command line overrides the file; `--no-NAME` turns off
-as such a file, and what follows from it.
+a switch that the file turns on. `wikift plan` (or `wikift train --dry-run`) prints every setting with its value as
+such a file, and what follows from it.
 
 A setting that would have no effect is an error, and all errors of a command line are reported at once.
 """
