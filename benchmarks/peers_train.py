@@ -274,9 +274,9 @@ def wikift(setting: Setting, *, kind: str, compile: bool = False, deterministic:
     """An engine of wikift's, on as many processes as torchrun started."""
     from tests.tiny_engines import make_engine
     from wikift.base.world import be_deterministic, join_group, start_world
+    from wikift.checkpoint.fragment import FreshStart
     from wikift.engines.memory import keep_freed_memory
     from wikift.engines.optim import AdamSettings
-    from wikift.model.initial_weights import FreshStart
 
     if deterministic:
         be_deterministic()

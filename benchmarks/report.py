@@ -1,6 +1,6 @@
-"""docs/performance.md out of the stored results: what was reached against which aim, and every table with its machine.
+"""docs/explanation/performance.md out of the stored results: what was reached against which aim, and every table.
 
-    python -m benchmarks.report [--results benchmarks/results] [--out docs/performance.md]
+    python -m benchmarks.report [--results benchmarks/results] [--out docs/explanation/performance.md]
 
 What stands in that file between `<!-- by hand: NAME -->` and `<!-- end by hand -->` is kept as it is; all else is made
 anew. One such place follows each table: for profiles, for where the rest of the time goes.
@@ -31,8 +31,7 @@ became worse.
 """
 BY_HAND = re.compile(r"<!-- by hand: (\S+) -->\n(.*?)<!-- end by hand -->", re.DOTALL)
 NOT_YET = "Where the rest of the time goes: not profiled yet.\n"
-# what results/ holds, in the order of the page; other names that begin so come behind them
-PAGES = ("train", "data", "checkpoint", "startup", "generate", "consolidate", "scaling", "scaling_paper")
+PAGES = ("train", "train-fp32")  # whose tables are on the page; of other results it has the name
 
 OTHERS = ("fp32", "avx2")  # the same on a processor without bf16 products
 COMPILED_PEERS = ("Trainer, compiled", "plain loop, compiled", "nanoGPT's method", "LitGPT's method")
@@ -110,19 +109,26 @@ def page(results: Path, before: str) -> str:
     """The whole file; `before` is the one there, whose parts by hand go on."""
     kept = dict(BY_HAND.findall(before))
     stored = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in results.glob("*.json")}
-    names = [name for first in PAGES for name in sorted(stored) if re.fullmatch(f"{first}(-.*)?", name)]
     machines: list[str] = []
     parts = [HEAD, "## Aims\n", *aims(stored), "", _by_hand("aims", kept)]
-    for name in names:
+    others = ["| results | | machine | date |", "|---|---|---|---|"]
+    for name in (*(name for name in PAGES if name in stored), *sorted(set(stored) - set(PAGES))):
         machine = ", ".join(f"{key} {value}" for key, value in _machine(stored[name]).items())
         machines += [machine] if machine and machine not in machines else []
+        letter = chr(ord("A") + machines.index(machine)) if machine else ""
         text = (results / f"{name}.md").read_text(encoding="utf-8")
         lines = [line for line in text.splitlines() if not line.startswith("Machine: ")]
-        title = lines[0].removeprefix("# ") + (f" ({name})" if name not in PAGES else "")
-        body = re.sub(r"\n{3,}", "\n\n", "\n".join(lines[1:]).strip().replace("\n## ", "\n### "))
-        body = re.sub(r"^## ", "### ", body)
-        where = f"\nMachine {chr(ord('A') + machines.index(machine))}.\n" if machine else ""
-        parts += [f"## {title}\n", body, where, _by_hand(name, kept)]
+        title = lines[0].removeprefix("# ")
+        if name in PAGES:
+            parts += [
+                f"## {title} ({name})\n",
+                "\n".join(lines[1:]).strip(),
+                f"\nMachine {letter}.\n",
+                _by_hand(name, kept),
+            ]
+        else:
+            others.append(f"| `{name}.md` | {title} | {letter} | {stored[name].get('date', '')} |")
+    parts += ["## Other results, in benchmarks/results/\n", *others, ""] if len(others) > 2 else []
     parts.append("## Machines\n")
     parts += [f"- {chr(ord('A') + number)}: {machine}" for number, machine in enumerate(machines)]
     parts += [f"\n{_block(name, text)}" for name, text in kept.items()]  # of tables that are no more
@@ -148,7 +154,7 @@ def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "explanation" / "performance.md")
     given = parser.parse_args()
     before = given.out.read_text(encoding="utf-8") if given.out.exists() else ""
     given.out.write_text(page(given.results, before), encoding="utf-8")

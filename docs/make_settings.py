@@ -16,6 +16,7 @@ from wikift.settings import fields
 from wikift.settings.options import flag
 
 PAGE = Path(__file__).resolve().parent / "reference" / "settings.md"
+ON_RESUME = {"experiment": "fixed", "schedule": "may change", "placement": "may change", "view": ""}
 COMMANDS = {
     "prepare": fields.PrepareSettings,
     "train": fields.TrainSettings,
@@ -36,26 +37,34 @@ such a file, and what follows from it.
 A setting that would have no effect is an error, and all errors of a command line are reported at once.
 """
 
+RESUME = """\
+*Resume*: when a run is resumed, a setting that is *fixed* must have its old value (data is compared by content); one
+that *may change* is printed if it did; all others may change silently.
+"""
+
 
 def page() -> str:
     """The whole page."""
     parts = [INTRODUCTION]
     for command, settings in COMMANDS.items():
         parts.append(f"## wikift {command}\n")
+        if command == "train":
+            parts.append(RESUME)
         options = [field for field in dataclasses.fields(settings) if field.init]
         positional = [field for field in options if field.metadata["positional"]]
         groups = dict.fromkeys(field.metadata["group"] for field in options if not field.metadata["positional"])
         if positional:
-            parts.append(table("Argument", positional))
+            parts.append(table("Argument", positional, command))
         for group in groups:
             rows = [f for f in options if f.metadata["group"] == group and not f.metadata["positional"]]
-            parts.append(table(group.capitalize() if len(groups) > 1 else "Option", rows))
+            parts.append(table(group.capitalize() if len(groups) > 1 else "Option", rows, command))
     return "\n".join(parts)
 
 
-def table(title: str, options: list[dataclasses.Field[typing.Any]]) -> str:
+def table(title: str, options: list[dataclasses.Field[typing.Any]], command: str) -> str:
     """One group of settings; the title is the heading of its first column."""
-    lines = [f"| {title} | Meaning | Default |", "|---|---|---|"]
+    resumes = command == "train"
+    lines = [f"| {title} | Meaning | Default |" + " Resume |" * resumes, "|---|---|---|" + "---|" * resumes]
     for field in options:
         meta = field.metadata
         value = meta["metavar"] or "|".join(meta["choices"])
@@ -63,7 +72,9 @@ def table(title: str, options: list[dataclasses.Field[typing.Any]]) -> str:
             value = "N"
         name = value if meta["positional"] else flag(field.name) + (f" {value}" if value else "")
         # the HTML of a code span: Markdown's readers disagree on a | in one
-        lines.append(f"| <code>{escaped(name)}</code> | {escaped(meta['help'])} | {escaped(default(field))} |")
+        cells = [f"<code>{escaped(name)}</code>", escaped(meta["help"]), escaped(default(field))]
+        cells += [ON_RESUME[meta["role"]]] * resumes
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -73,7 +84,7 @@ def default(field: dataclasses.Field[typing.Any]) -> str:
         return str(field.metadata["shown"])
     if field.default is True:
         return f"on; `{flag('no_' + field.name)}` turns it off"
-    return "" if field.default in (None, False, "", ()) else f"{field.default}"
+    return "" if field.default in (None, "", ()) or field.default is False else f"{field.default}"
 
 
 def escaped(text: str) -> str:

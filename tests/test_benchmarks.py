@@ -90,3 +90,6 @@ def test_the_stored_results_make_a_page() -> None:
     assert stored
     page = report.page(harness.RESULTS, "")
     assert all(f"<!-- by hand: {path.stem} -->" in page for path in stored)
+    others = [path.stem for path in harness.RESULTS.glob("*.json") if path not in stored]
+    assert others
+    assert all(f"| `{name}.md` |" in page for name in others)

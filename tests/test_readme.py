@@ -27,7 +27,6 @@ SETTINGS: dict[str, type[Any]] = {
     "evaluate": fields.EvaluateSettings,
     "generate": fields.GenerateSettings,
 }
-RECORDS = ("performance.md", "experiments.md")  # of measurements at their time: they may name what is removed since
 OTHER_PROGRAMS = ("source", "hf", "kubectl")
 
 
@@ -103,8 +102,7 @@ def test_python_blocks_compile() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_and_page_named_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    names = re.findall(r"`((?:launch|tests|wikift|ds_configs|docs|benchmarks)/[\w./-]+)`", text)
-    for name in names if page.name not in RECORDS else ():
+    for name in re.findall(r"`((?:launch|tests|wikift|ds_configs|docs|benchmarks)/[\w./-]+)`", text):
         assert (ROOT / name).exists(), name
     for link in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", text):
         assert (page.parent / link).is_file(), link

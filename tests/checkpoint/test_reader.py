@@ -17,9 +17,9 @@ from safetensors import safe_open
 from tests.ranks import run_ranks
 from tests.tiny import arguments, tiny_store
 from wikift.base.errors import EnvironmentFault, UserError
+from wikift.base.tensorfile import Entry, read_header, write_tensors
 from wikift.checkpoint import reader as checkpoint
-from wikift.checkpoint.tensorfile import Entry, read_header, write_tensors
-from wikift.engines.base import STATES
+from wikift.checkpoint.fragment import STATES
 
 
 def train(command_line: list[str]) -> int:

@@ -24,9 +24,9 @@ from tests.tiny_engines import ENGINES, make_engine, random_start, tiny_config
 from wikift.base.errors import EnvironmentFault
 from wikift.base.world import World
 from wikift.checkpoint import writer as saving
+from wikift.checkpoint.fragment import STATES, Fragment
 from wikift.checkpoint.reader import list_checkpoints, open_checkpoint
 from wikift.checkpoint.writer import Saver
-from wikift.engines.base import STATES, Fragment
 
 PARAMETERS = {"weight": [6]}
 

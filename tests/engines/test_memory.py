@@ -49,8 +49,9 @@ def give_back_what_is_freed() -> None:
 def train_one_step(kind: str, folder: str, whole: bool) -> tuple[int, int, int]:
     """On one rank: (peak bytes, bytes of its share, bytes read) of an engine made, filled from a file and trained."""
     from wikift.base.world import start_world
+    from wikift.checkpoint.fragment import FreshStart
     from wikift.model.gpt2 import load_model, make_model, model_config, parameter_shapes
-    from wikift.model.initial_weights import FreshStart, trained_weights
+    from wikift.model.initial_weights import trained_weights
     from wikift.settings import deepspeed as dsconfig
 
     world = start_world("cpu")

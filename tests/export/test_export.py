@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 from tests.trained import SENTENCES, text_store, trained_run
+from wikift.base import tensorfile
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.sizes import parse_size
 from wikift.base.world import World
-from wikift.checkpoint import tensorfile
+from wikift.checkpoint.fragment import OPTIMIZER, SCALARS, STATES, Fragment
 from wikift.checkpoint.reader import open_checkpoint, step_folder
 from wikift.checkpoint.writer import Saver
-from wikift.engines.base import OPTIMIZER, SCALARS, STATES, Fragment
 from wikift.export.card import command_of
 from wikift.export.export import export, main
 from wikift.settings.fields import TrainSettings
@@ -431,3 +431,31 @@ def test_a_folder_that_cannot_be_made(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentFault, match="cannot be made"):
         export(run, tmp_path / "file" / "out", step=None, best=False, dtype="float32", max_shard_size="5GB", say=print)
+
+
+THIRD_PARTY = [  # the files, what is named, the command
+    (["zero/global_step2/mp_rank_00_model_states.pt"], "zero", "python zero/zero_to_fp32.py zero OUT,"),
+    (
+        ["zero/global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+        "zero/global_step2",
+        "python zero/zero_to_fp32.py zero OUT -t global_step2,",
+    ),
+    (["dcp/.metadata"], "dcp", "python -m torch.distributed.checkpoint.format_utils dcp_to_torch dcp OUT.pt,"),
+]
+
+
+@pytest.mark.parametrize(("files", "named", "command"), THIRD_PARTY)
+def test_a_third_party_checkpoint_is_refused_with_the_command_that_converts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], named: str, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in files:
+        Path(file).parent.mkdir(parents=True)
+        Path(file).touch()
+    with pytest.raises(UserError) as caught:
+        main([named])
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{named}: is a checkpoint of ")
+    assert command in problem
+    assert "docs/how-to/third-party-checkpoints.md" in problem
+    assert not Path(named, "hf").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,24 @@ from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, default_data_collator
 
-from tests.peer_folders import CONFIG, tiny_model
 from tests.tiny import arguments
 from tests.trained import text_store
 from wikift.checkpoint.reader import list_checkpoints, open_checkpoint
 from wikift.commands.train import main as train
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate (tests/requirements.in)")
+
+
+CONFIG = {
+    "n_layer": 2, "n_head": 2, "n_embd": 30, "vocab_size": 97, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0
+}  # fmt: skip
+
+
+def tiny_model() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    return GPT2LMHeadModel(GPT2Config(**CONFIG))
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):

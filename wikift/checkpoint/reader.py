@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wikift.base import tensorfile
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.files import read_range, sha256_of
-from wikift.checkpoint import tensorfile
 
 if TYPE_CHECKING:  # consolidation moves bytes; it does not wait a second and a half for torch
     from torch import Tensor

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wikift.base import tensorfile
 from wikift.base.errors import EnvironmentFault
 from wikift.base.files import replace_json, sync_folder
+from wikift.base.tensorfile import Entry
 from wikift.base.world import World
-from wikift.checkpoint import tensorfile
+from wikift.checkpoint.fragment import OPTIMIZER, STATES, Fragment
 from wikift.checkpoint.reader import FORMAT, list_checkpoints, prune, step_folder
-from wikift.checkpoint.tensorfile import Entry
-from wikift.engines.base import OPTIMIZER, STATES, Fragment
 
 _LOOK_AGAIN_SECONDS = 0.05
 
@@ -175,26 +175,26 @@ def _write_rank(held: dict[str, Tensor], folder: Path, rank: int) -> None:
 
 def _publish(partial: Path, final: Path, manifest: dict[str, Any], ranks: int) -> None:
     files: dict[str, Any] = {}
-    fragments = []
+    fragments: list[tuple[str, str, int, int]] = []
     for rank in range(ranks):
         facts = partial / f"rank-{rank:05d}.json"
         files |= json.loads(facts.read_text())
         facts.unlink()
     for name in files:
-        for key, (_, shape, offset) in tensorfile.read_header(partial / name)[0].items():
+        for key, (_, shape, _) in tensorfile.read_header(partial / name)[0].items():
             parameter, state, start = key.split("|")
-            fragments.append([parameter, state, int(start), int(start) + shape[0], name, offset])
+            fragments.append((parameter, state, int(start), int(start) + shape[0]))
     _assert_complete(fragments, manifest["parameters"])
-    replace_json(partial / "manifest.json", {**manifest, "files": files, "fragments": fragments})
+    replace_json(partial / "manifest.json", {**manifest, "files": files})
     if final.exists():
         shutil.rmtree(final)
     os.rename(partial, final)
     sync_folder(final.parent)
 
 
-def _assert_complete(fragments: list[list[Any]], parameters: dict[str, list[int]]) -> None:
+def _assert_complete(fragments: list[tuple[str, str, int, int]], parameters: dict[str, list[int]]) -> None:
     covered: dict[tuple[str, str], int] = {}
-    for name, state, start, stop, *_ in sorted(fragments, key=lambda f: f[:3]):
+    for name, state, start, stop in sorted(fragments):
         if name != OPTIMIZER:
             assert start == covered.get((name, state), 0), f"{name} {state}: gap or overlap at {start}"
             covered[name, state] = stop

@@ -1,36 +1,13 @@
-"""The seam: what training needs of an engine, and the form in which every engine's state is saved."""
+"""The seam: what training needs of an engine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
-# The states of a parameter. Adam's step count and the loss scale are numbers of the whole optimizer: see SCALARS.
-MOMENTS = ("exp_avg", "exp_avg_sq")
-STATES = ("weight", *MOMENTS)
-# Numbers that an engine saves beside its parameters, each a fragment of one element under the name OPTIMIZER.
-OPTIMIZER = "optimizer"
-SCALARS = ("updates", "loss_scale", "steps_since_overflow", "overflows")
-
-
-class Fragment(NamedTuple):
-    """A contiguous range of one flattened parameter or moment that this rank owns."""
-
-    name: str  # the parameter's Hugging Face name, or OPTIMIZER
-    state: str  # one of STATES, or of SCALARS
-    start: int  # first element, in the flattened whole
-    shape: tuple[int, ...]  # of the whole
-    data: Tensor  # 1-D, fp32, on any device
-
-
-class FragmentReader(Protocol):
-    """Where an engine takes its state from; a checkpoint is one."""
-
-    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened whole: 1-D, fp32, on the CPU."""
-        ...
+from wikift.checkpoint.fragment import Fragment, FragmentReader
 
 
 class Engine(Protocol):

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from wikift.base.world import World
-from wikift.engines.base import Fragment, FragmentReader
-from wikift.engines.shared import Shared, average, share_memory
+from wikift.checkpoint.fragment import Fragment, FragmentReader
 from wikift.engines.single import SingleEngine, whole_fragments
 from wikift.model.gpt2 import DTYPES
 
@@ -28,12 +27,9 @@ class DDPEngine:
         local.thin_embedding_gradient(False)  # DDP would take the sum with the head's gradient for sparse too
         self.ddp = DistributedDataParallel(self.unwrapped, gradient_as_bucket_view=True)
         local.thin_embedding_gradient()
-        # DDP wants the annotations of a hook to be no strings; a lambda has none
         if reduce_dtype != "fp32":
+            # DDP wants the annotations of a hook to be no strings; a lambda has none
             self.ddp.register_comm_hook(DTYPES[reduce_dtype], lambda dtype, bucket: _mean_in(dtype, bucket))
-        elif shared := share_memory(world, sum(p.numel() for p in local.model.parameters())):
-            waiting: list[Waiting] = []
-            self.ddp.register_comm_hook(shared, lambda shared, bucket: _mean_by_memory(shared, waiting, bucket))
         self._settle_buckets(block_size)
 
     def _settle_buckets(self, block_size: int) -> None:
@@ -80,19 +76,4 @@ def _mean_in(dtype: torch.dtype, bucket: Any) -> torch.futures.Future[Tensor]:
     low = bucket.buffer().to(dtype).div_(dist.get_world_size())
     exchanged = dist.all_reduce(low, async_op=True).get_future()
     mean: torch.futures.Future[Tensor] = exchanged.then(lambda _: bucket.buffer().copy_(low))
-    return mean
-
-
-Waiting = tuple[Tensor, torch.futures.Future[Tensor]]  # a bucket, and who waits for its mean
-
-
-def _mean_by_memory(shared: Shared, waiting: list[Waiting], bucket: Any) -> torch.futures.Future[Tensor]:
-    """A bucket's mean over the ranks, all of a step with its last: what copies on a CPU would keep it from the work."""
-    mean: torch.futures.Future[Tensor] = torch.futures.Future()
-    waiting.append((bucket.buffer(), mean))
-    if bucket.is_last():
-        average([buffer for buffer, _ in waiting], shared)
-        for buffer, future in waiting:
-            future.set_result(buffer)
-        waiting.clear()
     return mean

@@ -16,7 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import GPT2LMHeadModel
 
 from wikift.base.world import World, join_group
-from wikift.engines.base import MOMENTS, Fragment, FragmentReader
+from wikift.checkpoint.fragment import MOMENTS, Fragment, FragmentReader
 from wikift.engines.optim import AdamSettings, LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
 from wikift.engines.single import in_eval, restore_scalars, scalar_fragments
 from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, keep_residual_in_fp32, materialize

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from wikift.engines.base import MOMENTS, OPTIMIZER, SCALARS, Fragment, FragmentReader
+from wikift.checkpoint.fragment import MOMENTS, OPTIMIZER, SCALARS, Fragment, FragmentReader
 from wikift.engines.optim import AdamSettings, LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
 from wikift.model.gpt2 import NextTokenLoss, materialize
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from wikift.base.world import World, join_group
-from wikift.engines.base import MOMENTS, Fragment, FragmentReader
+from wikift.checkpoint.fragment import MOMENTS, Fragment, FragmentReader
 from wikift.engines.optim import AdamSettings, LossScale, ScaleRule, build_optimizer
 from wikift.engines.single import in_eval, restore_scalars, scalar_fragments
 from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, keep_residual_in_fp32, materialize, parameter_shapes

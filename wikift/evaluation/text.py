@@ -12,8 +12,8 @@ from wikift.base.hub import one_line
 from wikift.data.recipe import check_recipe
 from wikift.data.sources import Corpus, corpus_problems, open_corpus
 from wikift.data.store import TokenStore, open_store
+from wikift.settings.checks import check_data
 from wikift.settings.fields import WIKITEXT, DataSettings, EvaluateSettings
-from wikift.settings.run_plan import check_data
 
 SEED = 42  # prepare's default, for the cut of a dataset that has no validation split
 WHOLE = "all"  # the split of a single file

@@ -61,20 +61,6 @@ def model_card(run: Path, config: dict[str, Any], manifest: dict[str, Any], dtyp
     return "\n\n".join(parts) + "\n"
 
 
-def peer_card(name: str, checkpoint: str, kind: str, facts: dict[str, Any], config: dict[str, Any]) -> str:
-    """The card of a model out of a checkpoint of another tool (`kind`), of which `facts` is all that is known."""
-    origin = f"The weights of `{checkpoint}`, a {kind} checkpoint, made a Hugging Face directory by wikift"
-    known = {**facts, **{key: config.get(key) for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")}}
-    rows = [_row(key, _plain(value)) for key, value in {**known, "dtype": config["dtype"]}.items() if value is not None]
-    parts = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [gpt2, wikift]\n---",
-        f"# {name}\n\n{origin}. How they were trained is not recorded there.",
-        "## Use\n\n" + _USE.replace("{new_tokens}", str(min(64, config["n_positions"] // 2))),
-        "## Origin\n\n" + "\n".join([_row("", ""), _row("---", "---:"), *rows]),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
 def command_of(settings: dict[str, Any], ranks: int) -> str:
     """The train command with these (recorded) settings, defaults left out."""
     words = [f"torchrun --nproc_per_node={ranks} launch/train.py" if ranks > 1 else "python launch/train.py"]

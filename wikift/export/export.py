@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from wikift import __version__, peer
+from wikift import __version__
 from wikift.base import folders, hub
 from wikift.base.errors import UserError
 from wikift.base.publish import stopping_by_exception
@@ -37,11 +37,9 @@ def main(argv: Sequence[str]) -> int:
         ConsolidateSettings,
         argv,
         prog="launch/consolidate.py",
-        description="Make a standard Hugging Face directory of a run's newest (or best, or a given) checkpoint, or of "
-        "one that DeepSpeed (ZeRO 1 to 3) or torch.distributed.checkpoint wrote.",
+        description="Make a standard Hugging Face directory of a run's newest (or best, or a given) checkpoint.",
         epilog="examples:\n  python launch/consolidate.py runs/gpt2-wikitext-2-v1\n"
-        "  python launch/consolidate.py runs/gpt2-wikitext-2-v1 --best --dtype bfloat16 --out models/small\n"
-        "  python launch/consolidate.py their-run/global_step500 --model gpt2 --out models/theirs",
+        "  python launch/consolidate.py runs/gpt2-wikitext-2-v1 --best --dtype bfloat16 --out models/small",
     )
     if settings.run is None:
         raise UserError("RUN_OR_CHECKPOINT: is missing; name a run, runs/NAME, or one checkpoint of it")
@@ -49,14 +47,16 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"torchrun: started {ranks_started()} processes, this is work for one; start it with python")
     say = (lambda text: None) if settings.quiet else print
     source, target = Path(settings.run), Path(settings.out) if settings.out else None
-    words: dict[str, Any] = {"step": settings.step, "best": settings.best, "dtype": settings.dtype, "say": say}
-    words["max_shard_size"] = settings.max_shard_size
-    if not folders.is_run(source) and not folders.is_checkpoint(source) and peer.is_peer(source):
-        out = peer.export_peer(source, target, model=settings.model, **words)
-    elif settings.model is not None:
-        raise UserError(f"--model {settings.model}: cannot act, a run of wikift knows its model; leave it out")
-    else:
-        out = export(source, target, **words)
+    _refuse_third_party(source)
+    out = export(
+        source,
+        target,
+        step=settings.step,
+        best=settings.best,
+        dtype=settings.dtype,
+        max_shard_size=settings.max_shard_size,
+        say=say,
+    )
     run = source.absolute().parent.parent if folders.is_checkpoint(source) else source
     known = folders.run_of(str(out)) is not None
     data = "" if known else f" --data {folders.read_json(run / 'config.json').get('store_path', 'STORE')}"
@@ -117,6 +117,23 @@ def export(
         write_json(partial / folders.EXPORT_RECORD, record)
     say(f"{target}: step {checkpoint.step:,} as {dtype}, {show_bytes(weights)} of weights")
     return target
+
+
+def _refuse_third_party(folder: Path) -> None:
+    """Raises UserError with the command that converts `folder` where DeepSpeed or torch DCP wrote it."""
+    above = folder.parent if any(folder.glob("*_states.pt")) else folder
+    if (folder / ".metadata").is_file():
+        kind = "torch.distributed.checkpoint"
+        command = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} OUT.pt"
+    elif any(above.glob("*/*_states.pt")):
+        kind, tag = "DeepSpeed", "" if above == folder else f" -t {folder.name}"
+        command = f"python {above / 'zero_to_fp32.py'} {above} OUT{tag}"
+    else:
+        return
+    raise UserError(
+        f"{folder}: is a checkpoint of {kind}, not of wikift; convert it: {command}, then load the weights into a "
+        "model and call save_pretrained, as docs/how-to/third-party-checkpoints.md shows"
+    )
 
 
 def model_source(name: str, say: Callable[[str], None]) -> str:

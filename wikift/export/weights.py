@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from wikift.base.tensorfile import ITEM_BYTES, Entry, read_header, write_pieces
 from wikift.checkpoint.reader import Checkpoint
-from wikift.checkpoint.tensorfile import ITEM_BYTES, Entry, read_header, write_pieces
 
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 HEAD = "lm_head.weight"

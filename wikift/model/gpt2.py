@@ -185,6 +185,12 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
 
 
+def shapes_of(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """`parameter_shapes` of a model that is not there yet."""
+    with torch.device("meta"):
+        return parameter_shapes(make_model(config))
+
+
 def keep_residual_in_fp32(model: GPT2LMHeadModel) -> None:
     """For weights held in bf16 or fp16: sum the residual and normalise in fp32, as autocast does with fp32 weights.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +19,13 @@ from transformers.utils.hub import cached_file
 from wikift.base.errors import UserError
 from wikift.base.files import read_range
 from wikift.base.folders import read_json
+from wikift.base.tensorfile import ITEM_BYTES, read_header, torch_dtype
 from wikift.base.world import seed
-from wikift.checkpoint.tensorfile import ITEM_BYTES, read_header, torch_dtype
 from wikift.model.gpt2 import explained
 
 _DRAWN_TOGETHER = 1 << 20  # elements of one random stream
 
 ReadWeight = Callable[[str, int, int], Tensor]
-
-
-@dataclass(frozen=True)
-class FreshStart:
-    """A FragmentReader of weights with an optimizer that has not made a step yet."""
-
-    weight: ReadWeight  # (name, start, stop) -> elements of the flattened whole, fp32
-
-    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop): weights, and zeros for all else (a loss scale of 0 is one not set yet)."""
-        if state == "weight":
-            return self.weight(name, start, stop)
-        return torch.zeros(stop - start)
 
 
 def random_weights(config: GPT2Config, shapes: dict[str, tuple[int, ...]], run_seed: int) -> ReadWeight:

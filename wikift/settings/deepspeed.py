@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wikift.base.errors import UserError
+from wikift.settings.batch_layout import BatchLayout
 from wikift.settings.deepspeed_checks import (
     PASSED,
     RENAMED,
@@ -136,9 +137,8 @@ def with_places(problems: Iterable[str], merged: Merged) -> list[str]:
 
 
 def engine_config(
-    config: Config, *, micro_batch: int, accumulation: int, ranks: int, precision: str, max_grad_norm: float,
-    hidden_size: int, reduce_dtype: str = "fp32",
-) -> dict[str, Any]:  # fmt: skip
+    config: Config, layout: BatchLayout, precision: str, *, max_grad_norm: float, hidden_size: int, reduce_dtype: str
+) -> dict[str, Any]:
     """What deepspeed.initialize takes: complete, without "auto", optimizer and scheduler.
 
     `config` is what `read` returned and `merge` had no problem with, `precision` the resolved one (bf16, fp16, fp32),
@@ -170,8 +170,12 @@ def engine_config(
         flat["data_types.grad_accum_dtype"] = "fp32"
     # an "auto" that is left is DeepSpeed's own default, as it is under the Trainer
     flat |= {k: _cast(v, PASSED[k]) for k, v in config.items() if k in PASSED and v not in ("auto", None)}
-    flat["train_micro_batch_size_per_gpu"], flat["gradient_accumulation_steps"] = micro_batch, accumulation
-    flat["train_batch_size"], flat["gradient_clipping"] = micro_batch * accumulation * ranks, max_grad_norm
+    flat |= {
+        "train_micro_batch_size_per_gpu": layout.micro_batch,
+        "gradient_accumulation_steps": layout.accumulation,
+        "train_batch_size": layout.global_batch,
+        "gradient_clipping": max_grad_norm,
+    }
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         *sections, name = key.split(".")
