@@ -140,11 +140,18 @@ def load_generation_config(name: str, config: GPT2Config) -> GenerationConfig:
 
 
 def load_model(name: str, device: torch.device | str = "cpu", setting: str = "--model") -> GPT2LMHeadModel:
-    """A trained GPT-2 in fp32 and eval mode. Raises UserError for a wrong folder, EnvironmentFault without network."""
+    """A trained GPT-2 in fp32 and eval mode; its `config.dtype` is that of the stored weights.
+
+    Raises UserError for a wrong folder, EnvironmentFault without network.
+    """
     loaded = load_config(name, setting)
+    stored = loaded.dtype  # where the configuration does not say, transformers looks at the weights
     with explained(name, setting):
-        model = GPT2LMHeadModel.from_pretrained(name, config=loaded, dtype=torch.float32, attn_implementation="sdpa")
-    return model.to(device).eval()  # type: ignore[no-any-return,arg-type]
+        model = GPT2LMHeadModel.from_pretrained(
+            name, config=loaded, dtype=torch.float32 if stored else "auto", attn_implementation="sdpa"
+        )
+    model.config.dtype = stored or model.dtype
+    return model.to(device, torch.float32).eval()  # type: ignore[no-any-return,arg-type]
 
 
 def model_config(words: dict[str, Any]) -> GPT2Config:

@@ -99,9 +99,9 @@ def check_data(settings: DataSettings) -> list[str]:
         for field in dataclasses.fields(DataSettings):
             value = getattr(settings, field.name)
             if value != field.default:
-                words = f"{flag(field.name)} {value}" if value is not False else flag("no_" + field.name)
+                typed = f"{flag(field.name)} {value}" if value is not False else flag("no_" + field.name)
                 problems.append(
-                    f"{words.removesuffix(' True')}: cannot act, --data {data} is tokenized already; "
+                    f"{typed.removesuffix(' True')}: cannot act, --data {data} is tokenized already; "
                     "leave one of the two out"
                 )
     if settings.dataset_config is not None and settings.dataset in (*WIKITEXT, "demo"):
@@ -132,9 +132,9 @@ def _plain(value: float) -> str:
 def _check_ranges(settings: TrainSettings) -> list[str]:
     problems = []
 
-    def rule(name: str, holds: bool, words: str) -> None:
+    def rule(name: str, holds: bool, requirement: str) -> None:
         if not holds:
-            problems.append(f"{flag(name)} {_plain(getattr(settings, name))}: must be {words}")
+            problems.append(f"{flag(name)} {_plain(getattr(settings, name))}: must be {requirement}")
 
     for name in (
         "block_size", "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps",

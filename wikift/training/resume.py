@@ -41,10 +41,10 @@ def planned_start(plan: RunPlan, store: TokenStore, say: Say) -> str:
 
     Raises UserError where the run would, and says what changed, as `check_same_experiment` does.
     """
-    found = reader.list_checkpoints(plan.output_dir)
-    if plan.resume == "never" or (plan.resume == "auto" and not found):
-        return "at step 1; what is in the output folder is kept aside" if found else "at step 1"
-    candidates = found[::-1] if plan.resume == "auto" else [Path(plan.resume)]
+    saved = reader.list_checkpoints(plan.output_dir)
+    if plan.resume == "never" or (plan.resume == "auto" and not saved):
+        return "at step 1; what is in the output folder is kept aside" if saved else "at step 1"
+    candidates = saved[::-1] if plan.resume == "auto" else [Path(plan.resume)]
     for path in candidates:
         try:
             start = reader.open_checkpoint(path)
