@@ -19,7 +19,8 @@ from typing import NamedTuple
 from benchmarks import small
 from benchmarks.harness import Figures, machine, write
 from benchmarks.small import BLOCK
-from wikift.export.export import export
+from wikift.commands import consolidate
+from wikift.settings.fields import ConsolidateSettings
 
 BATCH, RATE = 8, 3e-3  # blocks a step, learning rate
 PLAIN = {"AdamW, plain loop": "adamw", "Muon (torch.optim)": "muon"}
@@ -113,7 +114,7 @@ def wikift_run(job: Job, mark: str, words: list[str]) -> tuple[Path, float]:
 
 def consolidated(run: Path) -> None:
     """Make RUN/hf."""
-    export(run, None, step=None, best=False, dtype="float32", max_shard_size="5GB", say=lambda line: None)
+    consolidate.run(ConsolidateSettings(run=str(run)))
 
 
 def plain_loss(job: Job, kind: str) -> float:

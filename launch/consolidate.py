@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from wikift.commands.consolidate import main
 from wikift.commands.main import run
-from wikift.export.export import main
 
 if __name__ == "__main__":
     run(main)

@@ -17,12 +17,12 @@ from wikift.base import folders
 from wikift.base.console import Progress
 from wikift.base.errors import UserError
 from wikift.base.shape import shape_of
+from wikift.commands.consolidate import model_source
 from wikift.commands.main import EXIT_DONE
 from wikift.data.store import TokenStore, check_tokenizer, open_store
 from wikift.evaluation.protocols import PROTOCOLS, Protocol, loaded_scorer, measure, setups
 from wikift.evaluation.report import Result, as_csv, as_json, table
 from wikift.evaluation.text import Source, Text, source_problems, text_of_dataset, text_of_store
-from wikift.export.export import model_source
 from wikift.settings.checks import check_data
 from wikift.settings.fields import DataSettings, EvaluateSettings
 from wikift.settings.options import flag, parse
@@ -219,8 +219,7 @@ def _text(settings: EvaluateSettings, store: TokenStore | None) -> Text:
 
 
 def _check_model(name: str, settings: EvaluateSettings, store: TokenStore | None) -> None:
-    if not folders.has_model(name):
-        raise UserError(f"{name}: has no trained model; train it first: python launch/train.py --output-dir {name}")
+    folders.check_model(name)
     folder = Path(name) / "model" if folders.is_run(Path(name)) else Path(name)
     shape = shape_of(str(folder) if folder.is_dir() else name)
     if shape is not None and (problems := _window_problems(name, settings, shape.n_positions)):

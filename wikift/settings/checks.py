@@ -6,6 +6,7 @@ Every check reports all the problems that it can find at once.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,9 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
         problems += problems_of(lambda: read_lines(Path(str(settings.sample_prompts)), "--sample-prompts"))
     elif settings.sample_steps is not None:
         problems.append(f"--sample-steps {settings.sample_steps}: cannot act without --sample-prompts; name a file")
+    # a folder that is called wandb makes a module without origin
+    if settings.wandb and ((wandb := importlib.util.find_spec("wandb")) is None or wandb.origin is None):
+        problems.append('--wandb: Weights & Biases is not installed; pip install "wikift[wandb]", or omit --wandb')
     output = Path(settings.output_dir or ".")
     for path in (output, *output.parents):
         if path.exists() and not path.is_dir():
