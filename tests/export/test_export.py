@@ -335,5 +335,5 @@ def test_a_third_party_checkpoint_is_refused_with_the_command_that_converts_it(
     (problem,) = caught.value.problems
     assert problem.startswith(f"{named}: is a checkpoint of ")
     assert command in problem
-    assert "docs/third-party-checkpoints.md" in problem
+    assert "docs/how-to/third-party-checkpoints.md" in problem
     assert not Path(named, "hf").exists()

@@ -118,7 +118,7 @@ def _source_problems(source: Path, settings: ConsolidateSettings) -> list[str]:
         kind, command = third_party
         return [
             f"{source}: is a checkpoint of {kind}, not of wikift; convert it: {command}, then load the weights into a "
-            "model and call save_pretrained, as docs/third-party-checkpoints.md shows"
+            "model and call save_pretrained, as docs/how-to/third-party-checkpoints.md shows"
         ]
     try:
         folders.run_config(source)
