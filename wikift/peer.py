@@ -17,7 +17,7 @@ import numpy as np
 from wikift import __version__
 from wikift.base import folders
 from wikift.base.errors import UserError
-from wikift.base.publish import stopping_by_exception
+from wikift.base.signals import stopping_by_exception
 from wikift.base.sizes import parse_size, show_bytes
 from wikift.dcpfolder import is_dcp_folder, open_dcp
 from wikift.export.card import peer_card

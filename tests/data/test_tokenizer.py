@@ -98,7 +98,7 @@ def test_an_error_in_the_texts_comes_through(tmp_path: Path) -> None:
 def test_a_folder_is_copied_with_the_same_ids(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    saved = tokenizer.load(str(GPT2_TOKENIZER), tmp_path / "copy")
+    saved = tokenizer.load_tokenizer(str(GPT2_TOKENIZER), tmp_path / "copy")
     assert (saved.vocab_size, saved.eos_token_id, saved.name) == (50257, 50256, "gpt2-tokenizer")
     theirs = AutoTokenizer.from_pretrained(GPT2_TOKENIZER)
     ours = AutoTokenizer.from_pretrained(tmp_path / "copy")
@@ -148,7 +148,7 @@ def test_a_fingerprint_changes_with_what_decides_ids(tmp_path: Path) -> None:
         {"pre_tokenizer": {**original["pre_tokenizer"], "add_prefix_space": True}},
         {"added_tokens": []},
         {"added_tokens": [{**original["added_tokens"][0], "lstrip": True}]},
-        {"added_tokens": [*original["added_tokens"], {"id": 300, "content": "[PAD]"}]},
+        {"added_tokens": [*original["added_tokens"], {**original["added_tokens"][0], "id": 300, "content": "[PAD]"}]},
     ):
         fingerprint = changed(**parts)
         assert fingerprint not in seen, parts
@@ -164,7 +164,7 @@ def test_folders_and_names_that_are_no_tokenizer(tmp_path: Path) -> None:
     for name, message in {
         "empty": r"empty: has no tokenizer.json, nor vocab.json with merges.txt \(there: nothing\); name a folder that",
         "half": r"half: has no tokenizer.json, nor vocab.json with merges.txt \(there: vocab.json\)",
-        "file": "file: is a file; name the folder that it lies in",
+        "file": "file: is a file; name the folder that it is in",
         "none": "none: no such folder; name one, a tokenizer of the Hub such as gpt2, or train:SIZE",
     }.items():
         (problem,) = tokenizer_problems(str(tmp_path / name))
@@ -183,7 +183,7 @@ def test_a_folder_that_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "tokenizer.json").write_text('{"version": "1.0", "model"')
     with pytest.raises(UserError, match=r"^--tokenizer .*bad: cannot be loaded \(.+\)"):
-        tokenizer.load(str(tmp_path / "bad"), tmp_path / "copy")
+        tokenizer.load_tokenizer(str(tmp_path / "bad"), tmp_path / "copy")
     with pytest.raises(UserError, match=r"^--model .*bad: its tokenizer cannot be read \(.+\)"):
         tokenizer_fingerprint(tmp_path / "bad", setting="--model")
 
@@ -193,7 +193,7 @@ def test_a_tokenizer_written_in_python_is_refused(tmp_path: Path) -> None:
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CTRLTokenizer"}')
     with pytest.raises(UserError, match=r"is written in Python only \(CTRLTokenizer\); wikift needs a fast one"):
-        tokenizer.load(str(tmp_path), tmp_path / "copy")
+        tokenizer.load_tokenizer(str(tmp_path), tmp_path / "copy")
 
 
 def test_a_tokenizer_without_end_of_text_is_refused(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_tokenizer_without_end_of_text_is_refused(tmp_path: Path) -> None:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config["model_max_length"]}
     (saved.folder / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"t: has no end-of-text \(eos\) token; GPT-2's is <\|endoftext\|>"):
-        tokenizer.load(str(saved.folder), tmp_path / "copy")
+        tokenizer.load_tokenizer(str(saved.folder), tmp_path / "copy")
 
 
 def test_a_name_out_of_reach_is_the_environments_fault(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_name_out_of_reach_is_the_environments_fault(tmp_path: Path) -> None:
         "--tokenizer no-such/tokenizer: is neither in the Hugging Face cache nor to be had.*Connect to the network"
     )
     with pytest.raises(EnvironmentFault, match=message) as caught:
-        tokenizer.load("no-such/tokenizer", tmp_path / "copy")
+        tokenizer.load_tokenizer("no-such/tokenizer", tmp_path / "copy")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "copy").exists()
 
@@ -225,8 +225,8 @@ def test_a_name_is_taken_from_the_cache(tmp_path: Path) -> None:
     (tmp_path / "hub" / "models--gpt2" / "refs").mkdir()
     (tmp_path / "hub" / "models--gpt2" / "refs" / "main").write_text("0" * 40)
     code = (
-        "import sys; from pathlib import Path; from wikift.data.tokenizer import load;"
-        "saved = load('gpt2', Path(sys.argv[1])); print(saved.name, saved.fingerprint)"
+        "import sys; from pathlib import Path; from wikift.data.tokenizer import load_tokenizer;"
+        "saved = load_tokenizer('gpt2', Path(sys.argv[1])); print(saved.name, saved.fingerprint)"
     )
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", code, str(tmp_path / "copy")]

@@ -9,13 +9,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from tests.data.test_tokenizer import PROBE, TEXTS
 from tests.real import GPT2_TOKENIZER, ROOT, needs_data
+from wikift.base.errors import UserError
 from wikift.data import tokenizer
-from wikift.data.tokenizer_files import CONFIG, EOS, FILE, copy_plain
+from wikift.data.tokenizer import CONFIG, EOS, FILE
 
 
 @pytest.fixture
@@ -81,6 +83,7 @@ PLAIN = {
     "the Hub's gpt2": older_spelling,
     "saved by transformers": resaved,
     "another end of text": other_end,
+    "another decoder": top(decoder={"type": "Fuse"}),
     "settings without effect": config(pad_token=None, errors="replace", model_max_length=77),
 }
 
@@ -88,10 +91,10 @@ PLAIN = {
 def same_as_by_transformers(source: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    assert copy_plain(source, tmp_path / "plain") is not None
     stock = AutoTokenizer.from_pretrained(source)
     stock.save_pretrained(tmp_path / "stock")
-    saved = tokenizer.load(str(source), tmp_path / "copy")
+    with mock.patch.object(tokenizer, "_by_transformers", side_effect=AssertionError("is not needed")):
+        saved = tokenizer.load_tokenizer(str(source), tmp_path / "copy")
     assert saved.fingerprint == tokenizer.tokenizer_fingerprint(tmp_path / "stock")
     assert saved.fingerprint == tokenizer.tokenizer_fingerprint(tmp_path / "copy")
     assert (saved.eos_token_id, saved.vocab_size) == (stock.eos_token_id, len(stock))
@@ -138,7 +141,6 @@ LEFT = {
     "something after": top(
         post_processor={"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {"a": {}}}
     ),
-    "another decoder": top(decoder={"type": "Fuse"}),
     "dropout": bpe(dropout=0.1),
     "another kind": bpe(type="WordLevel"),
     "merges of nothing": bpe(merges=[["zz", "zz"]]),
@@ -150,7 +152,11 @@ LEFT = {
 @pytest.mark.parametrize("kind", LEFT)
 def test_whatever_else_could_act_is_left_to_transformers(kind: str, folder: Path, tmp_path: Path) -> None:
     LEFT[kind](folder)
-    assert copy_plain(folder, tmp_path / "copy") is None
+    with (
+        mock.patch.object(tokenizer, "_by_transformers", side_effect=UserError("by transformers")),
+        pytest.raises(UserError, match="by transformers"),
+    ):
+        tokenizer.load_tokenizer(str(folder), tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
 

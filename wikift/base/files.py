@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+from wikift.base.errors import EnvironmentFault, UserError
+
 _BLOCK_BYTES = 1 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_HERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG)
 
 
 def sha256_of(path: Path) -> str:
@@ -48,3 +54,24 @@ def read_range(path: Path, offset: int, into: memoryview) -> None:
             if not count:
                 raise OSError(f"{path} ends early")
             into = into[count:]
+
+
+@contextmanager
+def faults_of_writing(out: Path) -> Iterator[None]:
+    """OSErrors of writing `out` as messages for the user."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise EnvironmentFault(
+                f"{out}: the disk is full ({error.strerror}); nothing was kept. Free space, or put it on another disk, "
+                "and run the command again"
+            ) from None
+        below = str(error.filename).startswith(str(out.parent))
+        if error.errno in _NOT_HERE or (error.errno == errno.ENOENT and below):  # nothing can be made in /proc
+            raise UserError(f"{out}: cannot be written ({error.strerror}); name another folder") from None
+        if error.errno == errno.EIO:
+            raise EnvironmentFault(
+                f"{out}: the disk fails ({error}); nothing was kept. Put it on another disk"
+            ) from None
+        raise

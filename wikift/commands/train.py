@@ -131,14 +131,14 @@ def dry_run(settings: TrainSettings, place: Placement) -> str:
 
 def _data_problems(settings: TrainSettings, given: TrainSettings) -> list[str]:
     """What is wrong with the store or the text, as far as it shows at once; `given` before derivations."""
-    from wikift.commands.prepare import source_problems
+    from wikift.commands.prepare import data_problems
     from wikift.data.store import open_store
 
     data = settings.data
     if data is not None:
         return derive.problems_of(lambda: open_store(data))
     # a tokenizer that follows from --model is not complained of beside --model
-    return source_problems(dataclasses.replace(settings, tokenizer=given.tokenizer))
+    return data_problems(dataclasses.replace(settings, tokenizer=given.tokenizer or "gpt2"))
 
 
 def _plan(settings: TrainSettings, place: Placement, store: TokenStore) -> Plan:
@@ -178,11 +178,11 @@ def _store(settings: TrainSettings, speaks: bool, say: Callable[[str], None]) ->
     if settings.data is not None:
         path = Path(settings.data)
     else:
-        from wikift.commands.prepare import ensure_store
+        from wikift.base.names import CUT_SEED
+        from wikift.commands.prepare import make_store
 
-        # the cut's own seed: runs that differ in --seed are measured on the same validation text
-        cut_seed, out = config.PrepareSettings().seed, config.store_path(settings)
-        path = ensure_store(settings, seed=cut_seed, quiet=not speaks, out=out, say=say)
+        path = config.store_path(settings)
+        make_store(settings, CUT_SEED, path, quiet=not speaks, say=say)
     store = open_store(path)
     folder = Path(settings.model)
     if not settings.from_scratch and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):

@@ -82,7 +82,7 @@ def loaded_scorer(name: str, settings: EvaluateSettings, text: Text, world: Worl
             return losses.by_token(inputs.to(world.device), targets.to(world.device))
 
     with tempfile.TemporaryDirectory(prefix="wikift-tokenizer-") as folder:
-        saved = tokenizer.load(source, Path(folder))
+        saved = tokenizer.load_tokenizer(source, Path(folder))
         if text.store is not None and saved.fingerprint != text.store.tokenizer_fingerprint:
             raise UserError(
                 f"MODEL {name}: its tokenizer is not the one that made {text.store.path}; name the text with --dataset"

@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wikift.data.encode import Cuts, cut_place, cut_rule, pieces
-from wikift.data.sources import Corpus
+from wikift.data.corpus import Corpus
+from wikift.data.cuts import Cuts, cut_place, cut_rule, pieces
 from wikift.data.store import TokenStore
 from wikift.evaluation.detokenize import Part
 from wikift.evaluation.documents import Counts, is_title, joined_pages, joined_rows, page_texts, row_texts

@@ -9,13 +9,13 @@ from pathlib import Path
 from wikift.base import folders
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.hub import one_line
-from wikift.data.recipe import check_recipe
-from wikift.data.sources import Corpus, corpus_problems, open_corpus
+from wikift.data.corpus import Corpus
+from wikift.data.recipe import open_again
+from wikift.data.sources import Source, open_source, source_problems
 from wikift.data.store import TokenStore, open_store
-from wikift.settings.fields import WIKITEXT, DataSettings, EvaluateSettings
+from wikift.settings.fields import DataSettings, EvaluateSettings
 from wikift.settings.run_plan import check_data
 
-SEED = 42  # prepare's default, for the cut of a dataset that has no validation split
 WHOLE = "all"  # the split of a single file
 _WITH_UNK = ("wikitext-2-v1", "wikitext-103-v1")
 
@@ -49,7 +49,7 @@ def check_text(settings: EvaluateSettings) -> TokenStore | None:
     """The store that the settings lead to, None with `--dataset`. Raises UserError for every problem with either."""
     if settings.dataset is not None:
         data = _data_settings(settings)
-        problems = check_data(data) + corpus_problems(data)
+        problems = check_data(data) + source_problems(_source(settings))
         if settings.data is not None:
             problems.append(f"--data {settings.data}: cannot act, --dataset {settings.dataset} is given; leave one out")
         if problems:
@@ -93,7 +93,7 @@ def open_text(settings: EvaluateSettings) -> Text:
     else:
         name = str(store.path)
         try:
-            corpus = _of_store(store)
+            corpus = open_again(store)
         except (UserError, EnvironmentFault, OSError, KeyError) as error:
             missing = one_line(error)
     notes = []
@@ -115,34 +115,13 @@ def _data_settings(settings: EvaluateSettings) -> DataSettings:
     )
 
 
+def _source(settings: EvaluateSettings) -> Source:
+    return Source(str(settings.dataset), settings.dataset_config, settings.text_column)
+
+
 def _named(settings: EvaluateSettings) -> Corpus:
     """The corpus of `--dataset`: as prepare's, save that a single file is one split, the whole of it."""
     if not Path(str(settings.dataset)).is_file():
-        return open_corpus(_data_settings(settings), SEED)
-    corpus = open_corpus(_data_settings(settings), SEED, cut=False)
+        return open_source(_source(settings))
+    corpus = open_source(_source(settings), cut=False)
     return dataclasses.replace(corpus, splits={WHOLE: corpus.splits["train"]}, sizes={WHOLE: corpus.sizes["train"]})
-
-
-def _of_store(store: TokenStore) -> Corpus:
-    """The rows that `store` was made of. Raises UserError where they are gone or not the same."""
-    record = store.record
-    dataset = record.get("dataset_path") or record["dataset"]
-    config = None if dataset in WIKITEXT else record.get("dataset_config")
-    if "files" in record and "dataset_path" not in record:
-        raise UserError(f"{store.path} was made by an older wikift, which did not write down where its text lay")
-    data = DataSettings(
-        dataset=dataset,
-        dataset_config=config if dataset != "demo" and not Path(dataset).is_file() else None,
-        text_column=record.get("text_column") or "text",
-        validation_fraction=record.get("validation_fraction"),
-        tokenizer=str(store.path / "tokenizer"),
-        append_eos=record.get("append_eos"),
-    )
-    if problems := corpus_problems(data):
-        raise UserError(*problems)
-    seed = SEED if record.get("seed") is None else int(record["seed"])
-    check_recipe(store, data, seed)
-    corpus = open_corpus(data, seed)
-    if "files" not in record and corpus.revision != record.get("revision"):
-        raise UserError(f"{dataset} is of revision {corpus.revision} now, the store of {record.get('revision')}")
-    return corpus

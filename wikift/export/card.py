@@ -9,8 +9,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from wikift.base.names import WIKITEXT
 from wikift.base.shape import released_name
-from wikift.settings.fields import WIKITEXT, TrainSettings
+from wikift.settings.fields import TrainSettings
 from wikift.settings.options import flag
 
 _CURVE_ROWS = 20

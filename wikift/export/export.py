@@ -20,7 +20,7 @@ from wikift import __version__, peer
 from wikift.average import last_checkpoints, mean_weights, verdict
 from wikift.base import folders, hub
 from wikift.base.errors import UserError
-from wikift.base.publish import stopping_by_exception
+from wikift.base.signals import stopping_by_exception
 from wikift.base.sizes import parse_size, show_bytes
 from wikift.checkpoint.reader import Checkpoint, best_checkpoint, open_checkpoint
 from wikift.commands.main import EXIT_DONE

@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from wikift.base.names import CUT_SEED, WIKITEXT
 from wikift.base.shape import RELEASED
 from wikift.settings.options import option
-
-WIKITEXT = ("wikitext-2-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-103-raw-v1")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class DataSettings:
         group="data",
         shown="for .jsonl, .parquet and Hub datasets other than WikiText",
     )
-    workers: int | None = option(None, "processes that tokenize", group="data", metavar="N", shown="all cores")
+    workers: int | None = option(None, "threads that tokenize", group="data", metavar="N", shown="all cores")
 
 
 # What a setting on the command line displaces of the config file: the same question's answer, or what hangs on it.
@@ -68,7 +67,7 @@ class PrepareSettings(DataSettings):
 
     out: str | None = option(None, "the store to make", group="store", metavar="DIR", shown="data/DATASET-TOKENIZER")
     verify: bool = option(False, "check every byte of a store that is there already", group="store")
-    seed: int = option(42, "seed of the validation cut", group="store", metavar="N")
+    seed: int = option(CUT_SEED, "seed of the validation cut", group="store", metavar="N")
     quiet: bool = option(False, "print errors only", group="store")
     config: str | None = option(
         None,

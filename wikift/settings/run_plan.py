@@ -15,10 +15,11 @@ from typing import Any
 
 from wikift.base.errors import UserError
 from wikift.base.folders import foreign_in, is_hub_name
+from wikift.base.names import WIKITEXT
 from wikift.base.shape import RELEASED, Shape, parse_overrides, released_name, shape_of, with_overrides
 from wikift.generation.prompts import read_prompts
 from wikift.settings.batch_layout import Placement, placement
-from wikift.settings.fields import WIKITEXT, DataSettings, TrainSettings, slug
+from wikift.settings.fields import DataSettings, TrainSettings, slug
 from wikift.settings.length import decay_steps, epoch_steps, length_problems, schedule_free_problems, warmup_steps
 from wikift.settings.options import flag, nearest
 
