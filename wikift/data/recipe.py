@@ -19,6 +19,8 @@ from wikift.data.sources import DEFAULT_VALIDATION_FRACTION, Source, open_source
 from wikift.data.store import TokenStore
 from wikift.data.tokenizer import SavedTokenizer, tokenizer_fingerprint
 
+_AS_RECORDED = ("dataset", "dataset_config", "text_column", "append_eos", "validation_fraction", "seed")
+
 FileList = dict[str, list[dict[str, Any]]]
 
 
@@ -82,22 +84,18 @@ def recipe_of(store: TokenStore) -> Recipe:
     record = store.record
     dataset = str(record.get("dataset_path") or record.get("dataset"))
     given = dataset not in (*WIKITEXT, "demo") and not Path(dataset).is_file()
-    fraction, seed = record.get("validation_fraction"), record.get("seed")
+    seed = record.get("seed")
+    kept: dict[str, Any] = {name: record.get(name) for name in _AS_RECORDED}
     return Recipe(
-        dataset=str(record.get("dataset")),
-        dataset_config=record.get("dataset_config"),
-        text_column=record.get("text_column"),
+        **kept,
         files=record.get("revision") if record.get("files") else None,
         tokenizer=str(record["tokenizer"].get("name")),
-        append_eos=record.get("append_eos"),
-        validation_fraction=fraction,
-        seed=seed,
         source=Source(
-            dataset=dataset,
-            config=record.get("dataset_config") if given else None,
-            text_column=record.get("text_column") or "text",
-            validation_fraction=fraction,
-            seed=CUT_SEED if seed is None else int(seed),
+            dataset,
+            record.get("dataset_config") if given else None,
+            record.get("text_column") or "text",
+            record.get("validation_fraction"),
+            CUT_SEED if seed is None else int(seed),
         ),
     )
 
@@ -116,9 +114,7 @@ def recipe_asked(source: Source, tokenizer: str, append_eos: bool | None, store:
         same = tokenizer_fingerprint(tokenizer) == store.tokenizer_fingerprint
         tokenizer = made.tokenizer if same else f"that of {tokenizer}"
     return Recipe(
-        dataset=facts["dataset"],
-        dataset_config=facts["dataset_config"],
-        text_column=facts["text_column"],
+        **{key: facts[key] for key in ("dataset", "dataset_config", "text_column")},
         files=_checksum_now(source, facts["files"], store.record) if "files" in facts else None,
         tokenizer=tokenizer,
         append_eos=store.record.get("rows_are_documents") if append_eos is None else append_eos,
@@ -157,17 +153,14 @@ def check_recipe(asked: Recipe, store: TokenStore) -> None:
     for name in (each.name for each in dataclasses.fields(Recipe) if each.compare):
         there, wanted = getattr(made, name), getattr(asked, name)
         if there != wanted and name != "files":
-            different.append(f"{name} {_show(there)} there, {_show(wanted)} asked")
+            words = ["none" if value is None else value for value in (there, wanted)]
+            different.append(f"{name} {words[0]} there, {words[1]} asked")
         elif there != wanted and made.dataset == asked.dataset:
             different.append("the files' content is another now")
     raise UserError(
         f"{store.path}: is a store made otherwise ({'; '.join(different)}); remove that folder, "
         "or make another store with launch/prepare.py --out DIR"
     )
-
-
-def _show(value: Any) -> str:
-    return "none" if value is None else str(value)
 
 
 def open_again(store: TokenStore) -> Corpus:

@@ -188,7 +188,7 @@ def _read_record(path: Path, where: str) -> dict[str, Any]:
             f"{where}: has no store.json, so it is no token store; name a folder that launch/prepare.py made"
         ) from None
     except OSError as error:
-        raise UserError(f"{where}: store.json cannot be read ({error.strerror}); mend its permissions") from None
+        raise UserError(f"{where}: store.json cannot be read ({error.strerror}); fix its permissions") from None
     except ValueError:
         raise UserError(f"{where}: store.json is not JSON (damaged); remove the folder and prepare it again") from None
     kind = content.get("format") if isinstance(content, dict) else None
@@ -252,7 +252,7 @@ def _split_problems(store: TokenStore, name: str, where: str, verify: bool) -> l
     except FileNotFoundError:
         return [f"{where}: {split.file} is missing; {again}"]
     except OSError as error:
-        return [f"{where}: {split.file} cannot be read ({error.strerror}); mend its permissions or the disk"]
+        return [f"{where}: {split.file} cannot be read ({error.strerror}); fix its permissions or the disk"]
     return []
 
 

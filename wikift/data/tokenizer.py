@@ -58,9 +58,9 @@ def tokenizer_problems(tokenizer: str) -> list[str]:
     if tokenizer.startswith("train:"):
         return []  # its SIZE is checked with the other settings
     folder, where = Path(tokenizer), f"--tokenizer {tokenizer}"
+    if (folder / FILE).is_file() or all((folder / name).is_file() for name in _PAIR):
+        return []
     if folder.is_dir():
-        if (folder / FILE).is_file() or all((folder / name).is_file() for name in _PAIR):
-            return []
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         lacks = f"has no tokenizer.json, nor vocab.json with merges.txt (there: {found})"
         return [f"{where}: {lacks}; name a folder that save_pretrained wrote"]
@@ -79,9 +79,8 @@ def load_tokenizer(name: str, folder: Path) -> SavedTokenizer:
     """
     if problems := tokenizer_problems(name):
         raise UserError(*problems)
-    local = Path(name).is_dir()
-    shown = Path(name).resolve().name if local else name
-    source = Path(name) if local else _snapshot(name)
+    local = Path(name).resolve() if Path(name).is_dir() else None
+    shown, source = (local.name, local) if local is not None else (name, _snapshot(name))
     if source is not None and (plain := _gpt2s(source)) is not None:
         return _save(folder, shown, *plain)
     tokenizer = _by_transformers(name, "--tokenizer")
@@ -151,7 +150,8 @@ def _deciding(content: Content) -> Content:
     """What decides ids, in one spelling: tokens with their ids, merges in order, added tokens, the two steps before."""
     model, added = content["model"], content["added_tokens"]
     vocabulary = model["vocab"]
-    options = {key: value for key, value in model.items() if value and key not in ("type", "vocab", "merges")}
+    options = {key: value for key, value in model.items() if key not in ("type", "vocab", "merges")}
+    options = {key: value for key, value in options.items() if value not in (None, "") and value is not False}
     if isinstance(vocabulary, list):  # Unigram's, with the probability of each
         options["scores"] = [score for _, score in vocabulary]
         vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
