@@ -17,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from tests.data.hostile import HANDPICKED, TEXTS
 from tests.real import GPT2_TOKENIZER, needs_data, validation_rows
 from wikift.base.errors import UserError
 from wikift.data import cuts as cutting
@@ -25,41 +26,6 @@ from wikift.data.cuts import Cuts, cut_rule, pieces, training_texts
 from wikift.data.encode import Chunk, chunks, encode_all
 from wikift.data.store import Encoded
 from wikift.data.texts import Texts
-
-# fmt: off
-HANDPICKED = [
-    "", " ", "\n", "\r\n", "\t \u00a0 ", "don't DON'T we've 'tis '' 's'", "a  b   c    ", " a", "a ",
-    "\u200b\u200d\ufeff", "e\u0301\u0301\u0301", "👩‍👩‍👧‍👦🏳️‍🌈", "\x00\x01\x7f\x85\xa0", "<|endoftext|>",
-    "a<|endoftext|> b", "<|endoftext|", "मनीष नमस्ते", "สวัสดีครับ", "שלום עולם", "العربية ـــ", "漢字かな交じり文。テスト",
-    "\U0001d518\U0001d52b\U0001d526 \U00010380", "½ Ⅷ ٣ \u09ea 1,234.5", "\u2028\u2029\x1c\x1d", "ﷺ" * 5,
-    "A\u030a Å \u212b",
-    "\U0010ffff\ue000\ufdd0", "a\u00adb", "@-@ , . = = = <unk>", "=" * 50, " " * 50 + "x", "😀" * 20,
-]
-FRAGMENTS = st.sampled_from([
-    *"abzAZ019 '.,!-\n\t\r", "  ", "   ", "'s", "'ll", "'re", "n't", "é", "ß", "ǅ", "ʰ", "\u0301", "漢", "。", "か",
-    "한",
-    "\u0627", "\u0640", "м", "😀", "\u200d", "\u00a0", "\u2003", "\u3000", "\x85", "\x1c", "\x0b", "\u2028", "½", "٣",
-    "<|endoftext|>", "<|end", "oftext|>", "|>", "<",
-])
-# fmt: on
-TEXTS = st.lists(FRAGMENTS | st.text(max_size=2), max_size=60).map("".join)
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.SavedTokenizer:
-    """A trained BPE with merges over all that the tests throw at it."""
-    texts = [
-        "the cat's don't we'll  three   spaces a1 b2, (x) the then there\n" * 20,
-        *HANDPICKED * 3,
-        "aaaa" * 9,
-        "=" * 40,
-    ]
-    return tokenizer.train(texts, 420, tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="session")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.SavedTokenizer:
-    return tokenizer.load_tokenizer(str(GPT2_TOKENIZER), tmp_path_factory.mktemp("gpt2"))
 
 
 def whole(saved: tokenizer.SavedTokenizer, text: str) -> list[int]:

@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from tests.data.test_encode import HANDPICKED, TEXTS, batches, ids_of, some_rows
+from tests.data.hostile import HANDPICKED, TEXTS
+from tests.data.test_encode import batches, ids_of, some_rows
 from tests.ranks import run_ranks
-from tests.real import GPT2_TOKENIZER, ROOT, needs_data, validation_rows
+from tests.real import ROOT, needs_data, validation_rows
 from wikift.data import encode, fast_encode, tokenizer
 from wikift.data.cuts import Cuts, cut_rule
 from wikift.data.encode import Chunk, chunks, encode_all
@@ -28,12 +29,6 @@ from wikift.data.texts import Texts, count_words
 needs_gigatoken = pytest.mark.skipif(
     fast_encode.why_not(Cuts(unsplit=())) is not None, reason="gigatoken is not installed"
 )
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.SavedTokenizer:
-    texts = ["the cat's don't we'll  three   spaces a1 b2, (x) the then there\n" * 20, *HANDPICKED * 3]
-    return tokenizer.train(texts, 420, tmp_path_factory.mktemp("tokenizer"))
 
 
 def both(saved: tokenizer.SavedTokenizer, rows: list[tuple[str, bool]], workers: int, eos: int | None) -> None:
@@ -58,8 +53,7 @@ def test_ids_and_counts_are_those_of_tokenizers(small: tokenizer.SavedTokenizer,
 
 @needs_gigatoken
 @needs_data
-def test_real_rows_have_gpt2s_ids(tmp_path: Path) -> None:
-    gpt2 = tokenizer.load_tokenizer(str(GPT2_TOKENIZER), tmp_path)
+def test_real_rows_have_gpt2s_ids(gpt2: tokenizer.SavedTokenizer) -> None:
     both(gpt2, [(row, True) for row in [*validation_rows(), *HANDPICKED]], 2, gpt2.eos_token_id)
 
 
