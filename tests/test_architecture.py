@@ -53,15 +53,10 @@ CORE = ("training/run", "training/loop", "engines/base", "engines/single", "engi
 
 # Today's breaches: these lists only shrink.
 IMPORT_BREACHES: set[str] = {
-    "data.recipe imports settings.fields",
-    "data.sources imports settings.fields",
-    "data.user_files imports settings.fields",
     "generation.writer imports engines.build",
 }
 BUDGET_BREACHES: set[str] = {
     "data/batches: micro_batches has too many parameters",
-    "data/encode: too long",
-    "data/sources: too long",
     "engines/fsdp: __init__ has too many parameters",
     "package: too long",
     "settings/fields: too long",

@@ -18,12 +18,11 @@ from hypothesis import strategies as st
 from tests.ranks import run_ranks
 from tests.trained import SENTENCES
 from wikift.commands.evaluate import main
-from wikift.data.sources import open_corpus
+from wikift.data.sources import Source, open_source
 from wikift.evaluation import detokenize
 from wikift.evaluation.detokenize import detokenized, detokenized_parts, safe_cut
 from wikift.evaluation.documents import Counts, joined_rows, numbered_rows, page_texts, pages, row_texts
 from wikift.evaluation.text import encoded
-from wikift.settings.fields import DataSettings
 
 TEXT = """ ~
  = First = ~
@@ -62,7 +61,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def corpus_of(path: Path) -> Any:
-    return open_corpus(DataSettings(dataset=str(path)), 0, cut=False)
+    return open_source(Source(str(path)), cut=False)
 
 
 def test_pages_are_lm_evals(text: Path) -> None:

@@ -19,10 +19,11 @@ from wikift.base.console import Progress
 from wikift.base.errors import EXIT_DONE, UserError
 from wikift.base.shape import shape_of
 from wikift.commands.consolidate import model_source
+from wikift.data.sources import Source, source_problems
 from wikift.data.store import TokenStore, check_tokenizer, open_store
 from wikift.evaluation.protocols import PROTOCOLS, Protocol, loaded_scorer, measure, setups
 from wikift.evaluation.report import Result, as_csv, as_json, table
-from wikift.evaluation.text import Source, Text, source_problems, text_of_dataset, text_of_store
+from wikift.evaluation.text import Text, text_of_dataset, text_of_store
 from wikift.settings.checks import check_data
 from wikift.settings.fields import DataSettings, EvaluateSettings
 from wikift.settings.options import flag, parse_all

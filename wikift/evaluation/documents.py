@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from wikift.data.sources import Corpus
+from wikift.data.corpus import Corpus
 from wikift.evaluation.detokenize import Part, detokenized_parts
 
 _WHITE = re.compile(r"\s+")

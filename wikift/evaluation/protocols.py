@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wikift.base.errors import UserError
-from wikift.data.sources import Corpus
+from wikift.data.corpus import Corpus
 from wikift.evaluation.detokenize import Part
 from wikift.evaluation.documents import Counts, joined_pages, joined_rows, page_texts, row_texts
 from wikift.evaluation.score import Piece, Score, Window, document_sums, stored, windows
@@ -127,7 +127,7 @@ def loaded_scorer(source: str, precision: str, world: World, say: Callable[[str]
             return losses.by_token(inputs.to(world.device), targets.to(world.device))
 
     with tempfile.TemporaryDirectory(prefix="wikift-tokenizer-") as folder:
-        yield Scorer(by_token, model.config.n_positions, chosen, tokenizer.load(source, Path(folder)))
+        yield Scorer(by_token, model.config.n_positions, chosen, tokenizer.load_tokenizer(source, Path(folder)))
 
 
 def measure(

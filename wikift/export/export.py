@@ -19,7 +19,7 @@ from wikift import __version__
 from wikift.base import folders
 from wikift.base.errors import UserError
 from wikift.base.files import show_bytes
-from wikift.base.publish import stopping_by_exception
+from wikift.base.signals import stopping_by_exception
 from wikift.checkpoint.reader import open_checkpoint
 from wikift.export.card import model_card
 from wikift.export.folder import FORMAT, check_target, published

@@ -15,9 +15,10 @@ from wikift.base.command import as_typed
 from wikift.base.errors import UserError, nearest
 from wikift.base.files import read_lines
 from wikift.base.folders import foreign_in, is_hub_name
+from wikift.base.names import WIKITEXT
 from wikift.base.shape import RELEASED, parse_overrides, shape_of
 from wikift.settings.batch_layout import BatchLayout, batch_layout
-from wikift.settings.fields import WIKITEXT, DataSettings, TrainSettings
+from wikift.settings.fields import DataSettings, TrainSettings
 from wikift.settings.options import flag
 from wikift.settings.run_plan import model_shape
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from wikift.base.names import CUT_SEED, WIKITEXT
 from wikift.base.shape import RELEASED
 from wikift.settings.options import option
 
 CONFIG_HELP = "TOML or JSON file of settings; the command line wins, --no-NAME takes back NAME = true"
-WIKITEXT = ("wikitext-2-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-103-raw-v1")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class DataSettings:
         shown="for .jsonl, .parquet and Hub datasets other than WikiText",
     )
     workers: int | None = option(
-        None, "processes that tokenize", group="data", metavar="N", shown="all cores", role="view"
+        None, "threads that tokenize", group="data", metavar="N", shown="all cores", role="view"
     )
 
 
@@ -71,7 +71,7 @@ class PrepareSettings(DataSettings):
 
     out: str | None = option(None, "the store to make", group="store", metavar="DIR", shown="data/DATASET-TOKENIZER")
     verify: bool = option(False, "check every byte of a store that is there already", group="store")
-    seed: int = option(42, "seed of the validation cut", group="store", metavar="N")
+    seed: int = option(CUT_SEED, "seed of the validation cut", group="store", metavar="N")
     quiet: bool = option(False, "print errors only", group="store")
     config: str | None = option(None, CONFIG_HELP, group="store", metavar="FILE")
 
