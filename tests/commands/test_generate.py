@@ -385,6 +385,7 @@ def test_wrong_command_lines(made: Path, tmp_path: Path, monkeypatch: pytest.Mon
         (["runs/smal"], ["runs/smal: no such folder", "(did you mean runs/small?)"]),
         (["runs/small/hf"], ["runs/small/hf: is not there yet; make it: python launch/consolidate.py runs/small"]),
         (["runs/empty"], ["runs/empty: has no checkpoint yet; train it first: python launch/train.py --output-dir"]),
+        (["zzz/y/hf"], ["zzz/y/hf: no such folder", "python launch/train.py --output-dir zzz/y"]),
         (["zzz/y/x"], ["zzz/y/x: no such folder", "python launch/train.py --output-dir zzz/y/x"]),
         ([run, "--", "--seed", "1"], ["--: what follows is for a training, and there is none for"]),
         ([run, "--no-train", "--", "--seed", "1"], ["--no-train"]),

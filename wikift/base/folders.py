@@ -120,7 +120,8 @@ def check_model(name: str) -> None:
         raise UserError(
             f"{name}: is not there yet; make it: {command_line('consolidate')} {shlex.quote(str(path.parent))}"
         )
-    train = f"train it first: {command_line('train')} --output-dir {shlex.quote(name)}"
+    run = path.parent if path.name == "hf" else path
+    train = f"train it first: {command_line('train')} --output-dir {shlex.quote(str(run))}"
     if is_run(path):
         raise UserError(f"{name}: has no checkpoint yet; {train}")
     near = nearest(name, [*RELEASED, *(str(run) for run in Path("runs").glob("*") if run.is_dir())])

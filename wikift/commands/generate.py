@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,16 +20,16 @@ from wikift.base import folders
 from wikift.base.command import command_line, program_of
 from wikift.base.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 from wikift.base.files import read_lines
+from wikift.commands.answers import print_answer, print_answers, sampling_of, speed
 from wikift.commands.consolidate import model_source
 from wikift.generation import prompts
 from wikift.settings.checks import check_train, problems_of
 from wikift.settings.fields import EXCLUSIVE, GenerateSettings, TrainSettings
-from wikift.settings.generate_checks import SAMPLING, check_sampling, with_defaults
+from wikift.settings.generate_checks import check_sampling
 from wikift.settings.options import Parsed, parse_all
 from wikift.settings.run_plan import ranks_started, resolve
 
 if TYPE_CHECKING:
-    from wikift.generation.sampler import Sampling
     from wikift.generation.writer import Answer, Writer
 
 Say = Callable[[str], None]
@@ -43,8 +42,6 @@ EPILOG = """examples:
   wikift generate runs/NAME --prompts-file FILE --batch-size 32 --stop "\\n" --json
   wikift generate -- --dataset demo --from-scratch
                      where runs/ has no model yet: what follows -- goes to wikift train"""
-# C0 without tab and newline, delete, C1: a model may make them, and a terminal obeys them
-_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -99,14 +96,6 @@ def _check(settings: GenerateSettings, training: list[str] | None) -> list[str] 
     if problems:
         raise UserError(*problems)
     return texts
-
-
-def sampling_of(settings: GenerateSettings) -> Sampling:
-    """The settings that shape a text, as the writer takes them."""
-    from wikift.generation.sampler import Sampling
-
-    values = with_defaults(settings)
-    return Sampling(**{field.name: getattr(values, field.name) for field in dataclasses.fields(Sampling)})
 
 
 def _sayer(settings: GenerateSettings) -> Callable[[str], None]:
@@ -187,7 +176,7 @@ def _answer_batches(writer: Writer, texts: list[str], settings: GenerateSettings
     started, tokens = time.perf_counter(), 0
     for number, answers in enumerate(_in_order(writer, texts, settings, say)):
         tokens += sum(answer.new_tokens for answer in answers)
-        _print_answers(answers, settings, source, echo=not settings.quiet, first=number == 0)
+        print_answers(answers, settings, source, echo=not settings.quiet, first=number == 0)
     seconds = time.perf_counter() - started
     say(f"{len(texts):,} prompts, {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.1f} tokens/s")
 
@@ -210,55 +199,3 @@ def _in_order(writer: Writer, texts: Sequence[str], settings: GenerateSettings, 
         while passed in ready:
             yield ready.pop(passed)
             passed += 1
-
-
-def print_answer(
-    writer: Writer,
-    prompt: tuple[int, str],
-    settings: GenerateSettings,
-    source: str,
-    say: Callable[[str], None],
-    *,
-    echo: bool,
-    stopped: Callable[[], bool] = lambda: False,
-) -> list[Answer]:
-    """Answer one prompt (number, text) on standard output: streamed where it is one text, else when it is ready."""
-    sampling = sampling_of(settings)
-    if settings.json or settings.num_return_sequences > 1 or settings.num_beams > 1:
-        answers = writer.answers([prompt], sampling, note=say, stopped=stopped)
-        _print_answers(answers, settings, source, echo=echo, first=True)
-        return answers
-    _write(prompt[1] if echo else "")
-    answers = writer.answers([prompt], sampling, write=_write, note=say, stopped=stopped)
-    print(flush=True)
-    return answers
-
-
-def _print_answers(
-    answers: Sequence[Answer], settings: GenerateSettings, source: str, *, echo: bool, first: bool
-) -> None:
-    """Finished answers as lines of JSON, or as texts (with `echo` behind their prompt) with an empty line between."""
-    for number, answer in enumerate(answers):
-        if settings.json:
-            print(as_json(answer, settings, source), flush=True)
-        else:
-            _write(("" if first and number == 0 else "\n") + (answer.prompt if echo else "") + answer.text)
-            print(flush=True)
-
-
-def as_json(answer: Answer, settings: GenerateSettings, source: str) -> str:
-    """One answer, with the settings that made it, as one line."""
-    values = with_defaults(settings)
-    sampling = {name: getattr(values, name) for name in SAMPLING}
-    facts = {name: value for name, value in dataclasses.asdict(answer).items() if name != "logprobs" or value}
-    return json.dumps({"model": source, **facts, **sampling, "precision": settings.precision}, ensure_ascii=False)
-
-
-def speed(answers: Iterable[Answer]) -> str:
-    """`12 tokens in 0.6 s, 20 tokens/s` for what was written at once."""
-    sizes, times = zip(*((answer.new_tokens, answer.seconds) for answer in answers), strict=True)
-    return f"{sum(sizes):,} tokens in {max(times):.1f} s, {sum(sizes) / max(*times, 1e-3):,.1f} tokens/s"
-
-
-def _write(text: str) -> None:
-    print(text.translate(_CONTROLS) if sys.stdout.isatty() else text, end="", flush=True)

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wikift.base.errors import EXIT_DONE, UserError
-from wikift.commands.generate import as_json, print_answer, speed
+from wikift.commands.answers import as_json, print_answer, speed
 from wikift.generation import prompts
 from wikift.settings import options as cli
 from wikift.settings.fields import GenerateSettings

@@ -278,13 +278,3 @@ def _gpt2s_config(folder: Path) -> Content | None:
 def _config(kept: Content, end: str) -> Content:
     # GPT2Tokenizer is what every release of transformers, and other programs, read back to the same ids
     return {**kept, **dict.fromkeys(_ROLES, end), "add_prefix_space": False, "tokenizer_class": "GPT2Tokenizer"}
-
-
-def rust_tokenizer(file: Path) -> Any:
-    """The `tokenizers.Tokenizer` in `file`, which encodes all of a text: it neither truncates nor pads."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer

@@ -13,10 +13,10 @@ from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.hub import one_line
 from wikift.data.corpus import Corpus
 from wikift.data.cuts import cut_rule, pieces
+from wikift.data.encode import plain_tokenizer
 from wikift.data.recipe import open_again
 from wikift.data.sources import Source, open_source
 from wikift.data.store import TokenStore
-from wikift.data.tokenizer import rust_tokenizer
 from wikift.evaluation.detokenize import Part
 from wikift.evaluation.documents import is_title
 from wikift.evaluation.score import Piece
@@ -82,7 +82,7 @@ def _notes(config: str | None) -> list[str]:
 
 def encoded(texts: Iterable[Part], tokenizer_file: Path, eos_token_id: int | None) -> Iterator[Piece]:
     """The ids of each unit, as the tokenizer returns them for all of it; `eos_token_id` follows unless None."""
-    tokenizer = rust_tokenizer(tokenizer_file)
+    tokenizer = plain_tokenizer(tokenizer_file)
     starts: list[int] = []  # in characters, of documents that are not encoded yet, and their numbers
     numbers: list[int] = []
 
@@ -126,7 +126,7 @@ def document_starts(store: TokenStore, split: str) -> list[int]:
     if store.record.get("append_eos"):
         return [end + 1 for end in _positions(ids, [store.eos_token_id]) if end + 1 < len(ids)]
     try:
-        tokenizer = rust_tokenizer(store.path / "tokenizer" / "tokenizer.json")
+        tokenizer = plain_tokenizer(store.path / "tokenizer" / "tokenizer.json")
     except Exception:  # the library knows no class of its own for what it can't read
         return []
     vocabulary = tokenizer.get_vocab()  # of a byte-level BPE: \u010a is a line end, \u0120 a space
