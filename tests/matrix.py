@@ -20,8 +20,9 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.tiny import arguments, curve, tiny_store
+from wikift.base.folders import step_folder
 from wikift.checkpoint.fragment import STATES
-from wikift.checkpoint.reader import open_checkpoint, step_folder
+from wikift.checkpoint.reader import open_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "checkpoints.md"

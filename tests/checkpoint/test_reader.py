@@ -17,9 +17,10 @@ from safetensors import safe_open
 from tests.ranks import run_ranks
 from tests.tiny import arguments, tiny_store
 from wikift.base.errors import EnvironmentFault, UserError
+from wikift.base.folders import list_checkpoints, step_folder
 from wikift.base.tensorfile import Entry, read_header, write_tensors
 from wikift.checkpoint.fragment import STATES
-from wikift.checkpoint.reader import best_checkpoint, list_checkpoints, open_checkpoint, prune, step_folder
+from wikift.checkpoint.reader import best_checkpoint, open_checkpoint, prune
 from wikift.commands.train import main as train
 
 

@@ -22,10 +22,11 @@ from tests.real import ROOT
 from tests.tiny import arguments, metrics, tiny_store
 from tests.tiny_engines import ENGINES, make_engine, random_start, tiny_config
 from wikift.base.errors import EnvironmentFault
+from wikift.base.folders import list_checkpoints
 from wikift.base.world import World
 from wikift.checkpoint import writer
 from wikift.checkpoint.fragment import STATES, Fragment
-from wikift.checkpoint.reader import list_checkpoints, open_checkpoint
+from wikift.checkpoint.reader import open_checkpoint
 from wikift.checkpoint.writer import Saver
 from wikift.commands.train import main as train
 

@@ -23,10 +23,11 @@ from transformers.utils import logging as transformers_logging
 from tests.trained import SENTENCES
 from wikift.base import tensorfile
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.base.sizes import parse_size
+from wikift.base.files import parse_size
+from wikift.base.folders import step_folder
 from wikift.base.world import World
 from wikift.checkpoint.fragment import OPTIMIZER, SCALARS, STATES, Fragment
-from wikift.checkpoint.reader import open_checkpoint, step_folder
+from wikift.checkpoint.reader import open_checkpoint
 from wikift.checkpoint.writer import Saver
 from wikift.commands import consolidate
 from wikift.commands.consolidate import main

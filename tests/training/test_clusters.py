@@ -25,7 +25,7 @@ import yaml
 
 from tests.ranks import run_ranks
 from tests.tiny import arguments, curve, metrics, tiny_store
-from wikift.checkpoint.reader import list_checkpoints
+from wikift.base.folders import list_checkpoints
 from wikift.settings import options as cli
 from wikift.settings.fields import TrainSettings
 

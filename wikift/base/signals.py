@@ -15,7 +15,7 @@ _SAME_REQUEST_SECONDS = 1.0
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], int]]:
-    """Yields a function that gives the number of the first signal received, 0 while there is none."""
+    """Yields a function that returns the number of the first signal received, 0 while there is none."""
     first, when = 0, 0.0
 
     def receive(number: int, frame: object) -> None:

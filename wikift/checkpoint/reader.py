@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wikift.base import tensorfile
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.files import read_range, sha256_of
+from wikift.base.folders import list_checkpoints
 
 if TYPE_CHECKING:  # consolidation moves bytes; it does not wait a second and a half for torch
     from torch import Tensor
@@ -85,15 +86,6 @@ class Checkpoint:
         """Read every byte of one of the manifest's files. Raises UserError where it is not as it was written."""
         if sha256_of(self.path / file) != self.manifest["files"][file]["sha256"]:
             raise UserError(f"{self.path / file}: its content has changed since it was written (sha256 differs)")
-
-
-def step_folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in (run / "checkpoints").glob("step-*/manifest.json"))
 
 
 def open_checkpoint(path: Path, *, verify: bool = False) -> Checkpoint:

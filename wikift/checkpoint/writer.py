@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from wikift.base import tensorfile
-from wikift.base.errors import EnvironmentFault
+from wikift.base.errors import EnvironmentFault, one_line
 from wikift.base.files import replace_json, sync_folder
+from wikift.base.folders import list_checkpoints, step_folder
 from wikift.base.tensorfile import Entry
 from wikift.base.world import World
 from wikift.checkpoint.fragment import OPTIMIZER, STATES, Fragment
-from wikift.checkpoint.reader import FORMAT, StoredRange, list_checkpoints, prune, step_folder, stored_ranges
+from wikift.checkpoint.reader import FORMAT, StoredRange, prune, stored_ranges
 
 _POLL_SECONDS = 0.05
 
@@ -73,7 +74,7 @@ class Saver:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
             except OSError as error:
-                self.fault = _reason(error)
+                self.fault = one_line(error)
         self._agree()
         tensors = {f"{f.name}|{f.state}|{f.start}": f.data for f in fragments if f.data.numel()}
         manifest = {"format": FORMAT, "step": step, **about, "parameters": parameters}
@@ -131,7 +132,7 @@ class Saver:
         except OSError as error:
             shared = partial.is_dir()
             self.fault = (
-                _reason(error) if shared else f"{partial} is missing: --output-dir must be on a disk of all hosts"
+                one_line(error) if shared else f"{partial} is missing: --output-dir must be on a disk of all hosts"
             )
         except Exception as error:  # an invariant: raised by the main thread, on all ranks
             self.fault = f"{type(error).__name__}: {error}"
@@ -199,7 +200,3 @@ def _assert_complete(ranges: list[StoredRange], parameters: dict[str, list[int]]
     for name, shape in parameters.items():
         count = math.prod(shape)
         assert all(covered.get((name, state)) == count for state in STATES), f"{name} is incomplete"
-
-
-def _reason(error: OSError) -> str:
-    return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")

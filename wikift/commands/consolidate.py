@@ -8,8 +8,7 @@ from pathlib import Path
 
 from wikift.base import folders, hub
 from wikift.base.errors import UserError
-from wikift.base.files import read_jsonl
-from wikift.base.sizes import parse_size
+from wikift.base.files import parse_size, read_jsonl
 from wikift.checkpoint.reader import best_checkpoint
 from wikift.commands.main import EXIT_DONE
 from wikift.export.export import export
@@ -152,7 +151,7 @@ def _choose(folder: Path, settings: ConsolidateSettings, say: Say) -> Path:
     if settings.step is not None and settings.step not in steps:
         raise UserError(f"--step {settings.step}: is not among the checkpoints of {folder}: {listed}; use one of these")
     if not settings.best:
-        return folders.checkpoint_path(folder, steps[-1] if settings.step is None else settings.step)
+        return folders.step_folder(folder, steps[-1] if settings.step is None else settings.step)
     best = best_checkpoint(folder)
     if best is None:
         raise UserError(f"--best: no checkpoint of {folder} was validated; omit it, or name a --step of {listed}")

@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     merged = deepspeed.merge(given, typed)
     settings = resolve(merged.settings, ranks)
     problems = check_train(settings, ranks, launched="RANK" in os.environ) + _data_problems(settings, given)
-    problems = [*merged.problems, *deepspeed.with_places(problems, merged)]
+    problems = [*merged.problems, *deepspeed.with_keys(problems, merged)]
     if problems:
         raise UserError(*dict.fromkeys(problems))
     layout = batch_layout(settings, ranks)
@@ -115,7 +115,7 @@ def dry_run(settings: TrainSettings, layout: BatchLayout) -> str:
     if settings.data is not None or (path / "store.json").exists():
         store = open_store(path)
         plan = _plan(settings, layout, store)
-        lines += [f"# {name}: {text}" for name, text in plan.words.items()]
+        lines += [f"# {name}: {text}" for name, text in plan.summary.items()]
         notes: list[str] = []
         starts = planned_start(plan, store, notes.append)
         for text in (f"starts: {starts}", *notes):  # a comment in TOML has no control characters, a path may

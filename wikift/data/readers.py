@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from wikift.base.errors import UserError
+from wikift.base.errors import UserError, one_line
 from wikift.data.texts import Texts
 
 _BLOCK_BYTES = 1 << 20
@@ -205,8 +205,7 @@ def parquet_bytes(path: Path, column: str) -> int:
 
 
 def _broken_parquet(path: Path, error: Exception) -> str:
-    reason = (str(error) or type(error).__name__).splitlines()[0][:160]
-    return f"{path}: is not a whole parquet file ({reason}); copy or download it again"
+    return f"{path}: is not a whole parquet file ({one_line(error)}); copy or download it again"
 
 
 def _open(path: Path) -> Any:

@@ -175,7 +175,7 @@ def _from_hub(settings: DataSettings, name: str, config: str | None) -> Corpus:
     hub.offline_if_unreachable()
     import datasets
 
-    datasets.utils.logging.set_verbosity_error()
+    hub.quiet_libraries()
     try:
         loaded = datasets.load_dataset(name, config)
     except Exception as error:

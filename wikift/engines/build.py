@@ -16,8 +16,8 @@ import torch._dynamo
 from transformers import GPT2Config
 
 from wikift.base.errors import UserError
+from wikift.base.files import show_bytes
 from wikift.base.shape import Shape
-from wikift.base.sizes import show_bytes
 from wikift.base.world import World
 from wikift.checkpoint.fragment import FragmentReader
 from wikift.engines import memory

@@ -53,9 +53,9 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     norms = []
     for gradient in gradients:
         flat = gradient.reshape(-1)
-        whole = flat.numel() // _NORM_ROW * _NORM_ROW
-        rows = torch.linalg.vector_norm(flat[:whole].view(-1, _NORM_ROW), dim=1)
-        norms += [torch.linalg.vector_norm(part, dtype=torch.float64) for part in (rows, flat[whole:])]
+        even = flat.numel() // _NORM_ROW * _NORM_ROW
+        rows = torch.linalg.vector_norm(flat[:even].view(-1, _NORM_ROW), dim=1)
+        norms += [torch.linalg.vector_norm(part, dtype=torch.float64) for part in (rows, flat[even:])]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms)).float()
     return norm
 

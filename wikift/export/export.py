@@ -18,8 +18,8 @@ from typing import Any
 from wikift import __version__
 from wikift.base import folders
 from wikift.base.errors import UserError
+from wikift.base.files import show_bytes
 from wikift.base.publish import stopping_by_exception
-from wikift.base.sizes import show_bytes
 from wikift.checkpoint.reader import open_checkpoint
 from wikift.export.card import model_card
 from wikift.export.folder import FORMAT, check_target, published
@@ -59,9 +59,7 @@ def _naming_other_checkpoints(path: Path) -> Iterator[None]:
         yield
     except UserError as error:
         run = path.parent.parent
-        others = [
-            step for step in folders.checkpoint_steps(run) if folders.checkpoint_path(run, step).name != path.name
-        ]
+        others = [step for step in folders.checkpoint_steps(run) if folders.step_folder(run, step).name != path.name]
         fix = f"; another: --step {others[-1]}" if others else "; the run has no other checkpoint"
         raise UserError(*(problem + fix for problem in error.problems)) from None
 

@@ -15,8 +15,7 @@ from typing import Any
 
 from wikift.base import folders
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.base.files import sync_folder
-from wikift.base.sizes import show_bytes
+from wikift.base.files import show_bytes, sync_folder
 
 FORMAT = "wikift-export-1"
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, GPT2LMHeadModel
-from transformers.utils import logging as transformers_logging
 
-from wikift.base.errors import UserError
+from wikift.base.errors import UserError, one_line
+from wikift.base.hub import quiet_libraries
 from wikift.base.world import start_world
 from wikift.generation.decoder import Decoder
 from wikift.generation.sampler import ROUNDING, Sampling, choose, penalise, uniforms
@@ -54,8 +54,7 @@ class _Row:
 
 def load_writer(source: str, device: str, precision: str = "fp32", compile: bool = False) -> Writer:
     """The model and tokenizer of a directory or Hub name. Raises UserError where they do not fit each other."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     place = start_world(device).device
     if compile:
         from wikift.engines.build import check_compiler  # and with it all of training
@@ -65,8 +64,8 @@ def load_writer(source: str, device: str, precision: str = "fp32", compile: bool
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        words = " ".join(str(error).split())[:200]
-        raise UserError(f"{source}: its tokenizer cannot be loaded ({words}); name a folder that has one") from None
+        reason = one_line(error, 200)
+        raise UserError(f"{source}: its tokenizer cannot be loaded ({reason}); name a folder that has one") from None
     size = 1 + max(tokenizer.get_vocab().values())
     if size > model.config.vocab_size:
         raise UserError(

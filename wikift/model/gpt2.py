@@ -14,7 +14,7 @@ from transformers import AutoConfig, GenerationConfig, GPT2Config, GPT2LMHeadMod
 from transformers.activations import NewGELUActivation
 
 from wikift.base import hub
-from wikift.base.errors import EnvironmentFault, UserError
+from wikift.base.errors import EnvironmentFault, UserError, one_line
 from wikift.kernels import attention
 from wikift.kernels.dropout import draw_own_masks
 from wikift.kernels.loss import fuse_loss, token_losses
@@ -140,11 +140,18 @@ def load_generation_config(name: str, config: GPT2Config) -> GenerationConfig:
 
 
 def load_model(name: str, device: torch.device | str = "cpu", setting: str = "--model") -> GPT2LMHeadModel:
-    """A trained GPT-2 in fp32 and eval mode. Raises UserError for a wrong folder, EnvironmentFault without network."""
+    """A trained GPT-2 in fp32 and eval mode; its `config.dtype` is that of the stored weights.
+
+    Raises UserError for a wrong folder, EnvironmentFault without network.
+    """
     loaded = load_config(name, setting)
+    stored = loaded.dtype  # where the configuration does not say, transformers looks at the weights
     with explained(name, setting):
-        model = GPT2LMHeadModel.from_pretrained(name, config=loaded, dtype=torch.float32, attn_implementation="sdpa")
-    return model.to(device).eval()  # type: ignore[no-any-return,arg-type]
+        model = GPT2LMHeadModel.from_pretrained(
+            name, config=loaded, dtype=torch.float32 if stored else "auto", attn_implementation="sdpa"
+        )
+    model.config.dtype = stored or model.dtype
+    return model.to(device, torch.float32).eval()  # type: ignore[no-any-return,arg-type]
 
 
 def model_config(words: dict[str, Any]) -> GPT2Config:
@@ -219,10 +226,10 @@ def explained(name: str, setting: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        words = " ".join(str(error).split())[:200]
+        cause = one_line(error, 200)
         if os.path.isdir(name):
-            raise UserError(f"{setting} {name}: cannot be loaded ({words}); name a Hugging Face GPT-2 folder") from None
+            raise UserError(f"{setting} {name}: cannot be loaded ({cause}); name a Hugging Face GPT-2 folder") from None
         raise EnvironmentFault(
-            f"the model {name} is not in the cache and could not be fetched from the Hub ({words}). "
+            f"the model {name} is not in the cache and could not be fetched from the Hub ({cause}). "
             "Fetch it where there is a network, or name a folder; nothing was changed."
         ) from None

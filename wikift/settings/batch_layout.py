@@ -39,17 +39,17 @@ def batch_layout(settings: TrainSettings, ranks: int) -> BatchLayout:
     The global batch is `--global-batch-size`, else the product where both of its parts are given, else 32.
     """
     micro, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-    whole, asked = settings.global_batch_size, f"--global-batch-size {settings.global_batch_size}"
-    if whole is None:
-        whole = ranks * micro * accumulation if micro and accumulation else DEFAULT_GLOBAL_BATCH
-        asked = f"--global-batch-size {whole}, the default"
-    if whole % ranks:
-        fits = f"{whole // ranks * ranks or ranks} or {(whole // ranks + 1) * ranks}"
+    total, asked = settings.global_batch_size, f"--global-batch-size {settings.global_batch_size}"
+    if total is None:
+        total = ranks * micro * accumulation if micro and accumulation else DEFAULT_GLOBAL_BATCH
+        asked = f"--global-batch-size {total}, the default"
+    if total % ranks:
+        fits = f"{total // ranks * ranks or ranks} or {(total // ranks + 1) * ranks}"
         raise UserError(
             f"{asked}: must be a multiple of the {ranks} processes; "
-            f"take {fits}, or a number of processes that divides {whole}"
+            f"take {fits}, or a number of processes that divides {total}"
         )
-    share = whole // ranks
+    share = total // ranks
     if micro and accumulation and micro * accumulation != share:
         raise UserError(
             f"{asked}: is not {_processes(ranks)} x {micro} (--per-device-train-batch-size) x {accumulation} "

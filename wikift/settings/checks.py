@@ -6,6 +6,7 @@ Every check reports all the problems that it can find at once.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,9 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
         problems += problems_of(lambda: read_lines(Path(str(settings.sample_prompts)), "--sample-prompts"))
     elif settings.sample_steps is not None:
         problems.append(f"--sample-steps {settings.sample_steps}: cannot act without --sample-prompts; name a file")
+    # a folder that is called wandb makes a module without origin
+    if settings.wandb and ((wandb := importlib.util.find_spec("wandb")) is None or wandb.origin is None):
+        problems.append('--wandb: Weights & Biases is not installed; pip install "wikift[wandb]", or omit --wandb')
     output = Path(settings.output_dir or ".")
     for path in (output, *output.parents):
         if path.exists() and not path.is_dir():
@@ -99,9 +103,9 @@ def check_data(settings: DataSettings) -> list[str]:
         for field in dataclasses.fields(DataSettings):
             value = getattr(settings, field.name)
             if value != field.default:
-                words = f"{flag(field.name)} {value}" if value is not False else flag("no_" + field.name)
+                typed = f"{flag(field.name)} {value}" if value is not False else flag("no_" + field.name)
                 problems.append(
-                    f"{words.removesuffix(' True')}: cannot act, --data {data} is tokenized already; "
+                    f"{typed.removesuffix(' True')}: cannot act, --data {data} is tokenized already; "
                     "leave one of the two out"
                 )
     if settings.dataset_config is not None and settings.dataset in (*WIKITEXT, "demo"):
@@ -132,9 +136,9 @@ def _plain(value: float) -> str:
 def _check_ranges(settings: TrainSettings) -> list[str]:
     problems = []
 
-    def rule(name: str, holds: bool, words: str) -> None:
+    def rule(name: str, holds: bool, requirement: str) -> None:
         if not holds:
-            problems.append(f"{flag(name)} {_plain(getattr(settings, name))}: must be {words}")
+            problems.append(f"{flag(name)} {_plain(getattr(settings, name))}: must be {requirement}")
 
     for name in (
         "block_size", "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps",

@@ -88,8 +88,8 @@ def read(path: str | Path) -> Config:
     return {key: value for key, value in config.items() if key not in SECTIONS}
 
 
-def merge(settings: TrainSettings, said: Mapping[str, str]) -> Merged:
-    """Read `--deepspeed FILE` into the settings. `said`: setting -> how it was given ("--max-steps 5"), see cli.parse.
+def merge(settings: TrainSettings, typed: Mapping[str, str]) -> Merged:
+    """Read `--deepspeed FILE` into the settings. `typed`: setting -> how it was set, see options.parse.
 
     Raises nothing: every problem of the file is in the result, to be reported with the others.
     """
@@ -111,15 +111,15 @@ def merge(settings: TrainSettings, said: Mapping[str, str]) -> Merged:
             f"--compile: cannot act, stage 3 in {path} gathers weights in hooks that torch.compile does not follow; "
             "leave it out, or take stage 2 or --engine fsdp"
         )
-    given = {name: getattr(settings, name) for name in said if getattr(settings, name) != "auto"}
+    asked = {name: getattr(settings, name) for name in typed if getattr(settings, name) != "auto"}
     taken: dict[str, _Wish] = {}
-    for wish in _wishes(config, given):
+    for wish in _wishes(config, asked):
         name, text = wish.setting, f"{wish.key} {wish.shown} in {path}"
-        if name in given:
-            if given[name] != wish.value:
-                problems.append(f'{said[name]}: clashes with {text}; leave one of the two out, or write "auto" there')
-        elif name == "max_steps" and "num_train_epochs" in given:
-            problems.append(f'{said["num_train_epochs"]}: the length is given twice, {text} too; write "auto" there')
+        if name in asked:
+            if asked[name] != wish.value:
+                problems.append(f'{typed[name]}: clashes with {text}; leave one of the two out, or write "auto" there')
+        elif name == "max_steps" and "num_train_epochs" in asked:
+            problems.append(f'{typed["num_train_epochs"]}: the length is given twice, {text} too; write "auto" there')
         elif taken.setdefault(name, wish).value != wish.value:
             problems.append(f"{text}: clashes with {taken[name].key} {taken[name].shown} there; take the same number")
     merged = dataclasses.replace(settings, **{name: wish.value for name, wish in taken.items()})
@@ -127,13 +127,13 @@ def merge(settings: TrainSettings, said: Mapping[str, str]) -> Merged:
     return Merged(merged, notes, tuple(problems), {name: wish.key for name, wish in taken.items()})
 
 
-def with_places(problems: Iterable[str], merged: Merged) -> list[str]:
+def with_keys(problems: Iterable[str], merged: Merged) -> list[str]:
     """`problems` of the merged settings, each with the keys of the file that its settings come from."""
-    found = []
+    located = []
     for problem in problems:
         keys = [key for name, key in merged.taken.items() if re.search(flag(name) + r"(?![\w-])", problem)]
-        found.append(problem + (f" ({', '.join(keys)} in {merged.settings.deepspeed})" if keys else ""))
-    return found
+        located.append(problem + (f" ({', '.join(keys)} in {merged.settings.deepspeed})" if keys else ""))
+    return located
 
 
 def engine_config(
@@ -198,7 +198,7 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield key, value
 
 
-def _wishes(config: Config, given: Mapping[str, Any]) -> Iterator[_Wish]:
+def _wishes(config: Config, asked: Mapping[str, Any]) -> Iterator[_Wish]:
     for key, (setting, kind) in SETTINGS.items():
         if is_kind(value := config.get(key), kind):
             yield _Wish(key, show(value), setting, _cast(value, kind))
@@ -214,8 +214,8 @@ def _wishes(config: Config, given: Mapping[str, Any]) -> Iterator[_Wish]:
     off = [name for name, value in switches.items() if value is False]
     if on:
         yield _Wish(on[0] + ".enabled", "true", "precision", on[0])
-    elif given.get("precision") in off or ("precision" not in given and off and switches["bf16"] != "auto"):
-        yield _Wish(f"{given.get('precision', off[0])}.enabled", "false", "precision", "fp32")
+    elif asked.get("precision") in off or ("precision" not in asked and off and switches["bf16"] != "auto"):
+        yield _Wish(f"{asked.get('precision', off[0])}.enabled", "false", "precision", "fp32")
 
 
 def _notes(config: Config, merged: TrainSettings, wishes: Sequence[_Wish]) -> Iterator[str]:

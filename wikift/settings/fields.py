@@ -251,7 +251,9 @@ class EvaluateSettings:
     )
     per_device_eval_batch_size: int = option(8, "windows of one forward", metavar="N")
     precision: str = option(
-        "auto", "number format of the products; auto: as in training", choices=("auto", "bf16", "fp16", "fp32")
+        "auto",
+        "number format of the matmuls; auto: that of the stored weights",
+        choices=("auto", "bf16", "fp16", "fp32"),
     )
     device: str = option("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
     json: bool = option(False, "print JSON, one object a model, split and protocol")

@@ -97,7 +97,7 @@ class RunPlan:
         return self.steps * self.layout.global_batch / self.blocks
 
     @property
-    def words(self) -> dict[str, str]:
+    def summary(self) -> dict[str, str]:
         """The derived numbers, for people."""
         return {
             "parameters": f"{self.model.shape.parameters:,}",

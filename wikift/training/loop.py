@@ -78,8 +78,8 @@ def run_steps(training: Training, owed: dict[str, Any] | None) -> int:
 def _scored(score: Score) -> dict[str, Any]:
     return {
         "eval_loss": score.loss,
-        "eval_perplexity": score.perplexity,
-        "eval_word_perplexity": score.word_perplexity,
+        "eval_perplexity": score.value("tokens"),
+        "eval_word_perplexity": score.value("words"),
     }
 
 

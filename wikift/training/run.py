@@ -23,10 +23,11 @@ from transformers.utils import logging as transformers_logging
 from wikift import __version__
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.files import replace_json
+from wikift.base.folders import list_checkpoints
 from wikift.base.signals import stop_requests
 from wikift.base.world import World, be_deterministic, started_world
 from wikift.checkpoint.fragment import FragmentReader, FreshStart
-from wikift.checkpoint.reader import Checkpoint, best_checkpoint, list_checkpoints
+from wikift.checkpoint.reader import Checkpoint, best_checkpoint
 from wikift.checkpoint.writer import Saver
 from wikift.data.store import TokenStore
 from wikift.engines.build import Built, Choice, Work, build_engine
@@ -41,7 +42,7 @@ from wikift.training.loop import run_steps
 from wikift.training.meter import Meter, peak_flops
 from wikift.training.resume import Say
 from wikift.training.training import Training
-from wikift.watch.log import Log, open_log
+from wikift.watch.metrics import Log, open_log
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -96,15 +97,15 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
 
 def _config(plan: RunPlan, store: TokenStore, start: Checkpoint | None) -> GPT2Config:
     """The configuration of the model to train: the checkpoint's, a new one, or the trained model's."""
-    words: dict[str, Any]
+    values: dict[str, Any]
     if start is not None:
-        words = start.manifest["model_config"]
+        values = start.manifest["model_config"]
     elif plan.model.from_scratch:
-        words = dataclasses.asdict(plan.model.shape)
-        words |= {"bos_token_id": store.eos_token_id, "eos_token_id": store.eos_token_id}
+        values = dataclasses.asdict(plan.model.shape)
+        values |= {"bos_token_id": store.eos_token_id, "eos_token_id": store.eos_token_id}
     else:
-        words = load_config(plan.model.name).to_dict()
-    return model_config({**words, **plan.model.changes})
+        values = load_config(plan.model.name).to_dict()
+    return model_config({**values, **plan.model.changes})
 
 
 def _work(plan: RunPlan, precision: Precision) -> Work:
@@ -184,13 +185,13 @@ def _open_log(plan: RunPlan, world: World, *, after_step: int) -> Iterator[Log]:
 def _announcement(
     plan: RunPlan, world: World, built: Built, precision: Precision, start: Checkpoint | None
 ) -> Iterator[str]:
-    words = plan.words
+    summary = plan.summary
     scratch = " from scratch" if plan.model.from_scratch else ""
-    yield f"{plan.model.name}{scratch}: {words['parameters']} parameters; {words['train blocks']}"
+    yield f"{plan.model.name}{scratch}: {summary['parameters']} parameters; {summary['train blocks']}"
     yield f"engine {built.choice.name} ({built.choice.reason}), {built.compiled.name} ({built.compiled.reason})"
     yield f"{precision.name} on {world.device.type} ({precision.reason})"
     if precision.warning:
         yield f"warning: {precision.warning}"
-    yield f"{plan.layout.words} = {words['tokens per step']} tokens; {words['steps']}"
+    yield f"{plan.layout.words} = {summary['tokens per step']} tokens; {summary['steps']}"
     if start is not None:
         yield f"resuming from {start.path}, after step {start.step:,}"

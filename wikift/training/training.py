@@ -24,7 +24,7 @@ from wikift.settings.run_plan import RunPlan
 from wikift.training import resume
 from wikift.training.meter import Meter
 from wikift.training.patience import Patience
-from wikift.watch.log import Log
+from wikift.watch.metrics import Log
 
 _SAMPLE_TOKENS = 64
 _SAVE_FAILED = 1 << 16  # above every signal's number
@@ -90,8 +90,8 @@ class Training:
             return None
         try:
             return score_split(
-                self.engine.nll, self.store, "validation", context=self.plan.block_size, stride=self.plan.block_size,
-                batch=self.plan.eval_batch, world=self.world, progress=self._progress,
+                self.engine.nll, self.store, "validation", context=self.plan.block_size, batch=self.plan.eval_batch,
+                world=self.world, progress=self._progress,
             )  # fmt: skip
         except _Interrupted:
             self.log.say("the validation is interrupted")
@@ -137,12 +137,12 @@ class Training:
 
     def saved(self) -> dict[str, Any]:
         """What to log of a checkpoint that was published meanwhile; not collective."""
-        found = self.saver.take_saved()
-        if found is None:
+        saved = self.saver.take_saved()
+        if saved is None:
             return {}
-        self.log.tick(saved=found.path.name)
-        step = int(found.path.name.removeprefix("step-"))
-        return {"saved_step": step, "save_stall_seconds": found.stall_seconds, "save_seconds": found.seconds}
+        self.log.tick(saved=saved.path.name)
+        step = int(saved.path.name.removeprefix("step-"))
+        return {"saved_step": step, "save_stall_seconds": saved.stall_seconds, "save_seconds": saved.seconds}
 
     def agree(self, numbers: Sequence[float]) -> tuple[int, list[float]]:
         """(the signal that asks for a stop, 0 while there is none; the sums of `numbers` over the ranks)."""
