@@ -17,12 +17,12 @@ from wikift.base import folders
 from wikift.base.console import Progress
 from wikift.base.errors import UserError
 from wikift.base.shape import shape_of
+from wikift.commands.consolidate import model_source
 from wikift.commands.main import EXIT_DONE
 from wikift.data.store import TokenStore, check_tokenizer, open_store
 from wikift.evaluation.protocols import PROTOCOLS, Protocol, loaded_scorer, measure, setups
 from wikift.evaluation.report import Result, as_csv, as_json, table
 from wikift.evaluation.text import Source, Text, source_problems, text_of_dataset, text_of_store
-from wikift.export.export import model_source
 from wikift.settings.checks import check_data
 from wikift.settings.fields import DataSettings, EvaluateSettings
 from wikift.settings.options import flag, parse

@@ -92,10 +92,3 @@ def _write_model_files(run: Path, folder: Path, dtype: str) -> None:
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def model_source(name: str, say: Callable[[str], None]) -> str:
-    """Is in commands.consolidate now; this name goes when evaluation/ has moved."""
-    from wikift.commands import consolidate
-
-    return consolidate.model_source(name, say)
