@@ -156,7 +156,7 @@ def _choose(folder: Path, settings: ConsolidateSettings, say: Say) -> Path:
     if best is None:
         raise UserError(f"--best: no checkpoint of {folder} was validated; omit it, or name a --step of {listed}")
     saved = folders.read_json(best / "manifest.json")["eval_loss"]
-    validated = [row for row in read_jsonl(folder / "metrics.jsonl") if row.get("eval_loss") is not None]
+    validated = [row for row in read_jsonl(folder / folders.METRICS) if row.get("eval_loss") is not None]
     lowest = min(validated, key=lambda row: row["eval_loss"], default={"eval_loss": saved})
     if lowest["eval_loss"] < saved:
         say(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wikift.base.files import read_jsonl
+from wikift.base.folders import METRICS
 from wikift.base.shape import released_name
 
 _CURVE_ROWS = 20
@@ -28,7 +29,7 @@ def model_card(run: Path, config: dict[str, Any], manifest: dict[str, Any], dtyp
     settings, store, derived = config["settings"], config.get("store") or {}, config.get("derived") or {}
     shown = {key: value for key, value in settings.items() if key not in _HIDDEN}
     name, step, command = run.absolute().name, int(manifest["step"]), config.get("command")
-    rows = read_jsonl(run / "metrics.jsonl")
+    rows = read_jsonl(run / METRICS)
     curve = [row for row in rows if row.get("step", math.inf) <= step and _number(row.get("eval_loss")) is not None]
     origin = "Trained from scratch" if settings["from_scratch"] else f"{settings['model']} fine-tuned"
     new_tokens = min(64, manifest["model_config"].get("n_positions", 1024) // 2)
