@@ -110,10 +110,11 @@ def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> No
     saved = _tokenizer(request, corpus, folder / "tokenizer", say, progress)
     append_eos = corpus.rows_are_documents if request.append_eos is None else request.append_eos
     record: dict[str, Any] = {}
-    start = time.perf_counter()
+    starts: list[float] = []  # of reading each split
 
     def write(encode_chunk: encode.EncodeChunk, cuts: Cuts) -> TokenStore:
         def parts(split: str) -> Iterator[Encoded]:
+            starts.append(time.perf_counter())
             chunks = encode.chunks(corpus.batches(split), cuts)
             found = encode.encode_all(chunks, encode_chunk, request.workers or _cores())
             counted = progress.over(split, corpus.sizes[split], found, lambda part: (part.bytes, len(part.ids)))
@@ -135,10 +136,10 @@ def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> No
             f"{inexact} row(s) of more than a million characters had no place to cut at, so a few ids may differ "
             "from the tokenizer's on the whole row (rows_cut_inexactly in store.json)"
         )
-    size, seconds = sum(split.bytes for split in store.splits.values()), time.perf_counter() - start
+    size, seconds = sum(split.bytes for split in store.splits.values()), time.perf_counter() - starts[0]
     if size > SLOW_BYTES:
         rate = f"{size / 1e6:,.0f} MB of text in {seconds:.1f} s, {size / seconds / 1e6:,.3g} MB/s"
-        say(f"{rate}, after {start - began:.1f} s of start-up")
+        say(f"{rate}, after {starts[0] - began:.1f} s of start-up")
 
 
 def _by_either(
