@@ -60,7 +60,13 @@ class Built:
 
 
 def build(
-    settings: TrainSettings, plan: Plan, world: World, precision: Precision, eos_token_id: int, start: Checkpoint | None
+    settings: TrainSettings,
+    plan: Plan,
+    world: World,
+    precision: Precision,
+    eos_token_id: int,
+    start: Checkpoint | None,
+    say: Callable[[str], None],
 ) -> Built:
     """The engine that the settings ask for, new or as `start` left it; collective."""
     if settings.compile:
@@ -75,17 +81,16 @@ def build(
     if compiled.name == "compiled" and compiled.reason != ASKED_FOR:
         torch._dynamo.config.suppress_errors = True  # what nobody asked for may not end a run: it goes on eagerly
     config = _config(settings, plan, eos_token_id, start)
+    if start is None and not settings.from_scratch:
+        config, weight = trained_weights(settings.model, config, "--model", say)
     make = partial(make_model, config, gradient_checkpointing=settings.gradient_checkpointing)
     with torch.device("meta"):
         model = make()
     shapes = parameter_shapes(model)
     engine = _engine(choice.name, settings, plan, world, precision.name, compiled.name == "compiled", model, make)
-    if start is not None:
-        engine.restore(start)
-    elif settings.from_scratch:
-        engine.restore(FreshStart(random_weights(config, shapes, settings.seed)))
-    else:
-        engine.restore(FreshStart(trained_weights(settings.model, shapes)))
+    if settings.from_scratch:
+        weight = random_weights(config, shapes, settings.seed)
+    engine.restore(FreshStart(weight) if start is None else start)
     scratch = settings.from_scratch or start is not None
     generation = (
         GenerationConfig.from_model_config(config) if scratch else load_generation_config(settings.model, config)

@@ -69,7 +69,7 @@ def loaded_scorer(name: str, settings: EvaluateSettings, text: Text, world: Worl
         model_source(name, say)
     world.barrier()
     source = model_source(name, lambda line: None)
-    model = load_model(source, world.device, "MODEL")
+    model = load_model(source, world.device, "MODEL", say)
     if Path(source).is_dir():
         tokenizer.tokenizer_fingerprint(source, setting="MODEL")  # says what is wrong with it, in the user's words
     precision = resolve_precision(settings.precision, world.device)

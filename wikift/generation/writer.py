@@ -52,7 +52,13 @@ class _Row:
     logprobs: list[tuple[str, float]]
 
 
-def load_writer(source: str, device: str, precision: str = "fp32", compile: bool = False) -> Writer:
+def load_writer(
+    source: str,
+    device: str,
+    precision: str = "fp32",
+    compile: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Writer:
     """The model and tokenizer of a directory or Hub name. Raises UserError where they do not fit each other."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -61,7 +67,7 @@ def load_writer(source: str, device: str, precision: str = "fp32", compile: bool
         from wikift.engines.build import check_compiler  # and with it all of training
 
         check_compiler(place)
-    model = load_model(source, place, "MODEL")
+    model = load_model(source, place, "MODEL", say)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:

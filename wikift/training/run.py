@@ -63,7 +63,7 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
         if world.device.type == "cpu":
             keep_freed_memory()
         with explained(world.device):
-            built = build(settings, plan, world, run.precision, store.eos_token_id, start)
+            built = build(settings, plan, world, run.precision, store.eos_token_id, start, say)
         if world.rank == 0:
             _prepare_folder(run, built, start)
         for text in _announcement(run, built, start):
