@@ -152,7 +152,7 @@ def load_model(
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter.copy_(read(key, 0, parameter.numel()).view_as(parameter))
-    return model.eval()
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def model_config(words: dict[str, Any]) -> GPT2Config:
