@@ -164,7 +164,7 @@ def plain_loss(job: Job, kind: str) -> float:
     with torch.no_grad():
         return score_split(
             lambda inputs, targets: losses(inputs, targets).double().sum(), store, "validation",
-            context=BLOCK, stride=BLOCK, batch=8, world=World(),
+            context=BLOCK, batch=8, world=World(),
         ).loss  # fmt: skip
 
 

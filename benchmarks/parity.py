@@ -113,7 +113,7 @@ def trainer_curve(folder: Path, seed: int, dropout: float, steps: int) -> Curve:
             with torch.no_grad():
                 score = score_split(
                     lambda inputs, targets: losses(inputs, targets).double().sum(), store, "validation",
-                    context=BLOCK, stride=BLOCK, batch=8, world=World(),
+                    context=BLOCK, batch=8, world=World(),
                 )  # fmt: skip
             model.train()
             curve[state.global_step] = score.loss

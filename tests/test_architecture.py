@@ -60,16 +60,6 @@ IMPORT_BREACHES: set[str] = {
     "data.recipe imports settings.fields",
     "data.sources imports settings.fields",
     "data.user_files imports settings.fields",
-    "engines.build imports checkpoint.reader",
-    "engines.build imports settings.deepspeed",
-    "engines.build imports settings.deepspeed_checks",
-    "engines.build imports settings.fields",
-    "engines.build imports settings.run_plan",
-    "evaluation.measure imports export.export",
-    "evaluation.measure imports settings.fields",
-    "evaluation.protocols imports tokenizers",
-    "evaluation.text imports settings.fields",
-    "evaluation.text imports settings.run_plan",
     "export.card imports settings.fields",
     "export.card imports settings.options",
     "export.card imports watch.log",
@@ -82,29 +72,18 @@ IMPORT_BREACHES: set[str] = {
     "generation.answers imports settings.options",
     "generation.writer imports engines.build",
     "generation.writer imports settings.fields",
-    "settings.run_plan imports generation.prompts",
-    "training.job imports generation.prompts",
-    "training.job imports generation.sampler",
-    "training.job imports settings.fields",
-    "training.resume imports settings.fields",
-    "training.run imports settings.fields",
 }
 BUDGET_BREACHES: set[str] = {
     "base/world: too long",
     "data/batches: micro_batches has too many parameters",
     "data/encode: too long",
     "data/sources: too long",
-    "engines/build: _engine has too many parameters",
     "engines/fsdp: __init__ has too many parameters",
-    "evaluation/score: score_split has too many parameters",
     "generation/answers: print_answer has too many parameters",
     "package: too long",
-    "settings/deepspeed: engine_config has too many parameters",
     "settings/fields: too long",
     "settings/options: option has too many parameters",
     "settings/options: too long",
-    "settings/run_plan: too long",
-    "training/job: make_job has too many parameters",
 }
 
 
@@ -229,3 +208,19 @@ def test_settings_are_named_in_few_signatures() -> None:
 
 
 MOST_SIGNATURES = 45  # to be 8
+
+
+# Words of no one: a variable says what it holds.
+VAGUE_NAMES = {"place", "words", "found", "there", "whole", "said", "given"}
+MOST_VAGUE_NAMES = 161  # to be 0
+
+
+def test_no_variable_has_a_vague_name() -> None:
+    named = []
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            stored = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+            name = node.id if stored else node.arg if isinstance(node, ast.arg) else ""
+            if name in VAGUE_NAMES:
+                named.append(f"{name_of(path)}: {name}, line {node.lineno}")
+    assert len(named) <= MOST_VAGUE_NAMES, named

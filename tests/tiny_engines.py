@@ -11,6 +11,7 @@ from tests.tiny import VOCABULARY
 from wikift.base.world import World
 from wikift.engines.base import Engine
 from wikift.engines.optim import AdamSettings
+from wikift.settings.batch_layout import BatchLayout
 
 BLOCK = 8
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 16, "vocab_size": VOCABULARY}
@@ -54,8 +55,8 @@ def make_engine(
     if kind.startswith("zero"):
         stage = int(kind.removeprefix("zero"))
         whole = dsconfig.engine_config(
-            {"zero_optimization.stage": stage} if ds_config is None else ds_config, micro_batch=micro,
-            accumulation=accumulation, ranks=world.size, precision=precision, max_grad_norm=adam.max_grad_norm,
+            {"zero_optimization.stage": stage} if ds_config is None else ds_config,
+            BatchLayout(world.size, micro, accumulation), precision, max_grad_norm=adam.max_grad_norm,
             hidden_size=config.n_embd, reduce_dtype=reduce_dtype,
         )  # fmt: skip
         return ZeroEngine(make, adam, world, whole, precision=precision, compile=compile)

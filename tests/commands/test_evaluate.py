@@ -1,32 +1,27 @@
-"""Windows, scores and launch/evaluate.py. Run: pytest tests/commands/test_evaluate.py"""
+"""launch/evaluate.py, from the command line to its output. Run: pytest tests/commands/test_evaluate.py"""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 
-from tests.ranks import run_ranks
 from tests.trained import text_store, trained_run
 from wikift.base.errors import UserError
-from wikift.base.world import World, start_world
-from wikift.commands.evaluate import main
-from wikift.data.store import TokenStore, open_store
-from wikift.evaluation.score import IGNORED, Score, score_split, window_count, windows
-from wikift.model.gpt2 import NextTokenLoss, load_model
+from wikift.commands.evaluate import main, run
+from wikift.data.store import TokenStore
+from wikift.model.gpt2 import load_model
+from wikift.settings.fields import EvaluateSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,110 +32,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenStore, Path]:
     folder = tmp_path_factory.mktemp("evaluate")
     store = text_store(folder / "store")
     return store, trained_run(folder / "runs" / "small", store.path)
-
-
-@given(tokens=st.integers(0, 60), context=st.integers(1, 12), data=st.data())
-def test_every_token_but_the_first_is_scored_once_behind_its_context(
-    tokens: int, context: int, data: st.DataObject
-) -> None:
-    stride = data.draw(st.integers(1, context))
-    ids = np.arange(100, 100 + tokens, dtype=np.uint16)  # an id tells its position
-    scored: list[int] = []
-    count = window_count(tokens, context, stride)
-    for number in range(count):
-        inputs, targets = windows(ids, np.array([number]), context=context, stride=stride)
-        assert inputs.shape == targets.shape == (1, context)
-        places = np.nonzero(targets[0] != IGNORED)[0]
-        assert len(places), "a window with nothing to score"
-        for place in places:
-            position = int(targets[0, place]) - 100
-            seen = min(position, int(place) + 1)
-            assert inputs[0, : place + 1][-seen:].tolist() == ids[position - seen : position].tolist()
-            # the whole context, less what a stride takes; the very beginning has what there is
-            assert place + 1 >= min(position, context - stride + 1)
-        scored += [int(t) - 100 for t in targets[0, places]]
-    assert scored == list(range(1, tokens))
-    beyond = (
-        windows(ids, np.arange(count, count + 3), context=context, stride=stride)[1]
-        if tokens > 1
-        else np.array(IGNORED)
-    )
-    assert (beyond == IGNORED).all()
-
-
-def by_hand(model: Any, ids: list[int], context: int, stride: int) -> float:
-    """The usual loop over strides (transformers' page on perplexity), one window a forward, in float64."""
-    total, before = 0.0, 0
-    for begin in range(0, len(ids) - 1, stride):
-        end = min(begin + context, len(ids) - 1)
-        with torch.no_grad():
-            logits = model(torch.tensor([ids[begin:end]])).logits[0].double()  # (end - begin, vocabulary)
-        new = end - before
-        total += float(F.cross_entropy(logits[-new:], torch.tensor(ids[end + 1 - new : end + 1]), reduction="sum"))
-        before = end
-        if end == len(ids) - 1:
-            break
-    return total
-
-
-def score(store: TokenStore, model: Any, world: World = World(), **window: int) -> tuple[Score, list[Any]]:  # noqa: B008
-    calls = []
-    losses = NextTokenLoss(model)
-
-    def nll(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        assert inputs.dtype == targets.dtype == torch.int64
-        with torch.no_grad():
-            total = losses(inputs, targets).double().sum()
-        calls.append((tuple(inputs.shape), bool((targets == IGNORED).all()), float(total)))
-        return total
-
-    return score_split(nll, store, "validation", world=world, **{"batch": 4, **window}), calls
-
-
-@pytest.mark.parametrize(("context", "stride"), [(32, 32), (32, 8), (32, 1), (7, 3), (1, 1)])
-def test_the_sum_is_that_of_the_usual_loop(made: tuple[TokenStore, Path], context: int, stride: int) -> None:
-    store, run = made
-    model = load_model(str(exported(run)))
-    found, _ = score(store, model, context=context, stride=stride)
-    ids = store.tokens("validation").tolist()
-    assert found.nll == pytest.approx(by_hand(model, ids, context, stride), rel=1e-6)
-    assert found.tokens == len(ids) - 1
-    assert (found.words, found.bytes) == (store.splits["validation"].words, store.splits["validation"].bytes)
-
-
-def test_the_micro_batch_places_the_work_only(made: tuple[TokenStore, Path]) -> None:
-    store, run = made
-    model = load_model(str(exported(run)))
-    sums = [score(store, model, context=16, stride=4, batch=batch)[0].nll for batch in (1, 3, 100)]
-    assert sums == pytest.approx([sums[0]] * 3, rel=1e-6)
-
-
-def on_a_rank(store: Path, model: str) -> tuple[Score, list[Any]]:
-    return score(open_store(store), load_model(model), start_world("cpu"), context=32, stride=32, batch=1)
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_share_the_windows_and_agree(made: tuple[TokenStore, Path], ranks: int) -> None:
-    store, run = made
-    alone, _ = score(store, load_model(str(exported(run))), context=32, stride=32)
-    answers = run_ranks(on_a_rank, ranks, store.path, str(exported(run)))
-    for found, calls in answers:
-        assert found == answers[0][0]
-        assert found.nll == pytest.approx(alone.nll, rel=1e-6)
-        assert len(calls) == len(answers[0][1]), "an engine's forward may be collective"
-    calls = [call for _, made_calls in answers for call in made_calls]
-    assert sum(not empty for _, empty, _ in calls) == window_count(alone.tokens + 1, 32, 32) == 7
-    assert all(total == 0 for _, empty, total in calls if empty)
-    assert any(empty for _, empty, _ in calls), "seven windows on these ranks leave one without work"
-
-
-def test_one_sum_gives_all_the_measures() -> None:
-    found = Score(nll=100.0, tokens=50, words=40, bytes=200, context=8, stride=4)
-    assert found.loss == 2
-    assert found.perplexity == pytest.approx(math.e**2)
-    assert found.word_perplexity == pytest.approx(math.exp(2 * 51 / 40))  # a first token that nothing predicts
-    assert found.bits_per_byte == pytest.approx(2 * 51 / 200 / math.log(2))
-    assert Score(1e6, 10, 10, 10, 8, 8).perplexity == math.inf
 
 
 def exported(run: Path) -> Path:
@@ -163,13 +54,13 @@ def test_a_run_is_exported_and_scored_on_its_own_store(
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert lines[2] == "split protocol context stride normaliser tokens words perplexity"
     tokens = store.splits["validation"].tokens
-    unscored = window_count(tokens + 1, 32, 32)  # each block's first token
+    unscored = math.ceil(tokens / 32)  # each block's first token
     assert lines[3].startswith(f"validation blocks 32* 32* tokens {tokens - unscored} 74 ")
     assert any(line.startswith("test knn 32* 16* words ") for line in lines)
     assert any("*: windows scaled" in line for line in lines)
     assert any("need the text" in line and "--dataset" in line for line in lines)
     # the last validation of the training had blocks of 16 tokens: the same protocol gives the same number
-    words = ["--context", "16", "--split", "validation", "--json", "--precision", "fp32", "--device", "cpu"]
+    words = ["--context", "16", "--split", "validation", "--json", "--device", "cpu"]
     assert main([str(run), *words]) == 0
     found = json.loads(capsys.readouterr().out)
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
@@ -196,24 +87,54 @@ def test_json_is_an_object_a_model(made: tuple[TokenStore, Path], capsys: pytest
     assert float(rows[0]["value"]) == pytest.approx(first["perplexity"])
 
 
-def test_the_precision_that_is_said_is_the_one_computed_in(
+def scored(capsys: pytest.CaptureFixture[str], model: Path, *words: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main([str(model), "--protocol", "free", "--split", "test", "--device", "cpu", "--json", *words]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_the_precision_is_that_of_the_stored_weights_unless_asked_for(
+    made: tuple[TokenStore, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, run = made
+    own, fp32, bf16 = (scored(capsys, run, *words) for words in ([], ["--precision", "fp32"], ["--precision", "bf16"]))
+    assert [found["precision"] for found in (own, fp32, bf16)] == ["fp32", "fp32", "bf16"]
+    assert own["nll"] == fp32["nll"], "also on a processor that multiplies bf16 faster"
+    assert bf16["nll"] != fp32["nll"], "rounding to 8 bits shows"
+    assert bf16["nll"] == pytest.approx(fp32["nll"], rel=1e-2)
+    low = tmp_path / "low"
+    shutil.copytree(exported(run), low)
+    load_model(str(low)).bfloat16().save_pretrained(low)
+    config = json.loads((low / "config.json").read_text())
+    for name in ("dtype", "torch_dtype", None):  # as transformers 5 writes it, as 4 did, as the released GPT-2's
+        config.pop("dtype", None)
+        config.pop("torch_dtype", None)
+        (low / "config.json").write_text(json.dumps(config | ({name: "bfloat16"} if name else {})))
+        assert scored(capsys, low, "--data", str(store.path))["precision"] == "bf16"
+    assert main([str(run), str(low), "--data", str(store.path), "--stride", "32", "--device", "cpu", "--csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert {(row["model"], row["precision"]) for row in rows} == {(str(run), "fp32"), (str(low), "bf16")}
+    assert main([str(run), str(low), "--data", str(store.path), "--stride", "32", "--device", "cpu"]) == 0
+    assert f"perplexity, {run} in fp32, {low} in bf16" in capsys.readouterr().out
+
+
+def test_python_gets_the_results_and_nothing_is_printed(
     made: tuple[TokenStore, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = {}
-    for precision in ("fp32", "bf16"):
-        words = ["--protocol", "free", "--split", "test", "--precision", precision, "--device", "cpu", "--json"]
-        assert main([str(made[1]), *words]) == 0
-        (line,) = capsys.readouterr().out.splitlines()
-        found[precision] = json.loads(line)
-        assert found[precision]["precision"] == precision
-    assert found["bf16"]["nll"] != found["fp32"]["nll"], "rounding to 8 bits shows"
-    assert found["bf16"]["nll"] == pytest.approx(found["fp32"]["nll"], rel=1e-2)
+    printed = scored(capsys, made[1])
+    settings = EvaluateSettings(models=(str(made[1]),), protocol="free", split="test", device="cpu")
+    (result,) = run(settings)
+    assert capsys.readouterr() == ("", "")
+    assert result.about["model"] == str(made[1])
+    assert (result.score.loss, result.score.value("words")) == (printed["loss"], printed["word_perplexity"])
+    with pytest.raises(UserError, match="--split none"):
+        run(dataclasses.replace(settings, split="none"))
 
 
 def test_torchrun_gives_the_same_number_once(made: tuple[TokenStore, Path], capsys: pytest.CaptureFixture[str]) -> None:
     _, run = made
-    words = [str(exported(run)), "--protocol", "knn", "--split", "validation", "--json", "--precision", "fp32"]
-    words += ["--device", "cpu"]
+    words = [str(exported(run)), "--protocol", "knn", "--split", "validation", "--json", "--device", "cpu"]
     assert main(words) == 0
     alone = json.loads(capsys.readouterr().out)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -263,20 +184,3 @@ def test_what_is_wrong_is_said_all_at_once(made: tuple[TokenStore, Path], tmp_pa
             main(words)
         for part in expected:
             assert part in str(raised.value), words
-
-
-def test_a_split_of_one_token_has_nothing_to_score(made: tuple[TokenStore, Path], tmp_path: Path) -> None:
-    from wikift.data.store import Encoded, write_store
-
-    store, run = made
-    one = write_store(
-        tmp_path / "one",
-        {"validation": [Encoded(np.array([5], np.uint16), 1, 2, 1)]},
-        vocab_size=store.vocab_size,
-        eos_token_id=0,
-        tokenizer_fingerprint=store.tokenizer_fingerprint,
-    )
-    with pytest.raises(UserError, match="no token to predict"):
-        main([str(run), "--data", str(one.path)])
-    with pytest.raises(UserError, match="no token to predict"):
-        score(one, load_model(str(exported(run))), context=8, stride=8)

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from wikift.base.errors import EnvironmentFault, UserError
 from wikift.checkpoint.reader import list_checkpoints, open_checkpoint
 from wikift.commands.train import main
 from wikift.training import run
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def train(command_line: list[str]) -> int:
@@ -281,3 +286,34 @@ def test_a_gpu_run_is_near_the_cpu_run(store: Path, tmp_path: Path) -> None:
         assert train(arguments(store, tmp_path / device, device=device, dropout=0, learning_rate=1e-3)) == 0
     for got, expected in zip(curve(tmp_path / "cuda"), curve(tmp_path / "cpu"), strict=True):
         assert got[1] == pytest.approx(expected[1], abs=1e-3)
+
+
+def hub_cache(folder: Path, name: str, source: Path) -> Path:
+    """A Hub's cache that holds `source` as the model `name`, as huggingface_hub lays it out."""
+    commit = "0" * 40
+    model = folder / f"models--{name.replace('/', '--')}"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
+    shutil.copytree(source, model / "snapshots" / commit)
+    return folder
+
+
+def test_a_store_of_another_tokenizer_is_refused_for_a_model_of_the_hub_too(tmp_path: Path) -> None:
+    """It would train on ids that mean other tokens, without a word."""
+    (tmp_path / "text.txt").write_text("some words of text\n" * 400)
+    prepare = "from wikift.commands.main import run; from wikift.commands.prepare import main; run(main)"
+    for name, size in (("one", 270), ("other", 300)):
+        words = ["--dataset", "text.txt", "--tokenizer", f"train:{size}", "--out", name, "--quiet"]
+        subprocess.run([sys.executable, "-c", prepare, *words], cwd=tmp_path, check=True, timeout=120)
+    model = tmp_path / "model"
+    shutil.copytree(tmp_path / "one" / "tokenizer", model)
+    (model / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": 16, "vocab_size": 300}))
+    environment = {**os.environ, "HF_HUB_CACHE": str(hub_cache(tmp_path / "cache", "owner/tiny", model))}
+    for data in ("other", "one"):
+        done = subprocess.run(
+            [sys.executable, ROOT / "launch" / "train.py", "--data", data, "--model", "owner/tiny"],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 2, "neither has weights"
+        assert ("its tokenizer is not the one that made other" in done.stderr) == (data == "other"), done.stderr
+        assert "Traceback" not in done.stderr

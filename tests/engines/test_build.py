@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,20 @@ import torch
 from tests.ranks import run_ranks
 from wikift.base.shape import Shape
 from wikift.engines import build
-from wikift.engines.build import Choice
-from wikift.settings.batch_layout import Placement
-from wikift.settings.fields import TrainSettings
-from wikift.settings.run_plan import Plan
+from wikift.engines.build import Choice, Work, choose_engine
+from wikift.engines.optim import AdamSettings
+
+WORK = Work(
+    engine=Choice("auto", ""), compile="auto", shape=Shape(), block_size=1024, micro_batch=1, accumulation=1, steps=10,
+    precision="fp32", gradient_checkpointing=False, fsdp_reshard=True, reduce_dtype="fp32",
+    adam=AdamSettings(0.0, 0.9, 0.999, 1e-8, 1.0), zero_config={},
+)  # fmt: skip
 
 
 def chosen(shape: Shape, engine: str) -> Choice:
     from wikift.base.world import start_world
-    from wikift.engines.build import choose
 
-    world = start_world("cpu")
-    plan = Plan(Placement(world.size, 1, 1), shape, 1024, 10, 10, 0)
-    return choose(TrainSettings(engine=engine), plan, world, "fp32")
+    return choose_engine(replace(WORK, shape=shape, engine=Choice(engine, "asked for")), start_world("cpu"))
 
 
 def test_auto_by_processes_and_memory() -> None:
@@ -46,10 +48,10 @@ def test_auto_by_processes_and_memory() -> None:
         ("cuda", 100_000, {}, True, "compiled", "100,000 steps on a GPU"),
         ("cuda", 999, {}, True, "eager", "from 1,000 steps on"),
         ("cuda", 100_000, {}, False, "eager", "would need triton"),
-        ("cuda", 100_000, {"deepspeed": "zero1.json"}, True, "eager", "to be asked for"),
-        ("cuda", 9, {"compile": True}, True, "compiled", "asked for"),
-        ("cuda", 100_000, {"compile": False}, True, "eager", "asked for"),
-        ("cpu", 9, {"compile": True}, True, "compiled", "asked for"),
+        ("cuda", 100_000, {"zero_config": {"stage": 1}}, True, "eager", "to be asked for"),
+        ("cuda", 9, {"compile": "yes"}, True, "compiled", "asked for"),
+        ("cuda", 100_000, {"compile": "no"}, True, "eager", "asked for"),
+        ("cpu", 9, {"compile": "yes"}, True, "compiled", "asked for"),
     ],
 )
 def test_compiled_is_what_a_long_run_on_a_gpu_is_and_what_is_asked_for(
@@ -60,6 +62,6 @@ def test_compiled_is_what_a_long_run_on_a_gpu_is_and_what_is_asked_for(
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(build.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: name if there else None)
-    found = build.choose_compile(TrainSettings(**settings), torch.device(device), steps)
+    found = build.choose_compile(replace(WORK, steps=steps, **settings), torch.device(device))
     assert found.name == taken
     assert why in found.reason

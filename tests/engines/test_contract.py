@@ -386,7 +386,7 @@ def train(command_line: list[str]) -> int:
 def test_equal_to_a_plain_loop_on_one_and_two_ranks(tmp_path: Path) -> None:
     from wikift.data.batches import micro_batches
     from wikift.data.store import open_store
-    from wikift.engines.optim import Schedule
+    from wikift.settings.schedule import Schedule
 
     store, model = tiny_store(tmp_path / "store"), tmp_path / "model"
     run_ranks(save_stock_model, 1, str(model))

@@ -21,9 +21,8 @@ from wikift.commands.evaluate import main
 from wikift.data.sources import open_corpus
 from wikift.evaluation import detokenize
 from wikift.evaluation.detokenize import detokenized, detokenized_parts, safe_place
-from wikift.evaluation.documents import Counts, joined_rows, page_texts, pages, row_texts
-from wikift.evaluation.protocols import Piece, encoded, rolled
-from wikift.evaluation.score import Measured, difference
+from wikift.evaluation.documents import Counts, joined_rows, numbered_rows, page_texts, pages, row_texts
+from wikift.evaluation.text import encoded
 from wikift.settings.fields import DataSettings
 
 TEXT = """ ~
@@ -68,7 +67,7 @@ def corpus_of(path: Path) -> Any:
 
 def test_pages_are_lm_evals(text: Path) -> None:
     text.write_text(TEXT)
-    first, second = (page for page, _, _ in _whole(pages(corpus_of(text), "train")))
+    first, second = (page for page, _, _ in _whole(pages(corpus_of(text), numbered_rows(corpus_of(text), "train"))))
     lines = TEXT.split("\n")
     assert first == "\n".join(lines[1:7])
     assert second == "\n".join(lines[7:])  # the last one has the file's end
@@ -120,26 +119,6 @@ def test_a_page_of_any_length_is_detokenized_in_parts(monkeypatch: pytest.Monkey
     assert "".join(parts) == detokenized(page)
 
 
-@given(tokens=st.integers(0, 70), width=st.integers(2, 12), data=st.data())
-def test_windows(tokens: int, width: int, data: st.DataObject) -> None:
-    stride = data.draw(st.integers(1, width))
-    sizes = data.draw(st.lists(st.integers(1, 9), max_size=20))
-    ends = [end for end in np.cumsum(sizes).tolist() if end < tokens]
-    ids = np.arange(tokens)
-    source = [Piece(part, False, n) for n, part in enumerate(np.split(ids, ends))]
-    scored: list[int] = []
-    for window in rolled(source, width, stride):
-        assert window.ids[0] % stride == 0
-        assert len(window.ids) == min(width, tokens - window.ids[0])
-        assert window.documents.tolist() == [int(np.searchsorted(ends, i, "right")) for i in window.ids]
-        scored += window.ids[window.first :].tolist()
-    firsts = set(range(0, tokens, stride)) if stride == width else {0}  # disjoint blocks' own first tokens
-    assert scored == [i for i in range(tokens) if i not in firsts]
-    filled = list(rolled(source, width, width - 1, fill=True))
-    assert [i for window in filled for i in window.ids[window.first :].tolist()] == list(range(1, tokens))
-    assert all(len(window.ids) == min(width, tokens) for window in filled)
-
-
 def test_ids_are_those_of_the_whole_text(model: Path, text: Path) -> None:
     from tokenizers import Tokenizer
 
@@ -147,7 +126,7 @@ def test_ids_are_those_of_the_whole_text(model: Path, text: Path) -> None:
     found = list(encoded(joined_rows(corpus_of(text), "train", Counts()), model / "tokenizer.json", None))
     ids = np.concatenate([piece.ids for piece in found]).tolist()
     assert ids == Tokenizer.from_file(str(model / "tokenizer.json")).encode(whole, add_special_tokens=False).ids
-    assert {piece.document for piece in found} == set(range(16))
+    assert {document for piece in found for document in piece.documents.tolist()} == set(range(16))
 
 
 def evaluated(model: Path, text: Path, out: Path) -> None:
@@ -178,13 +157,3 @@ def test_one_very_long_line(model: Path, tmp_path: Path) -> None:
     assert {result["split"] for result in results} == {"all"}
     assert {result["documents"] for result in results} == {1}
     assert results[-1]["words"] == len(re.split(r"\s+", line))
-
-
-def test_the_difference_is_paired() -> None:
-    one = np.array([10.0, 30.0, 20.0])
-    units = np.array([5.0, 15.0, 10.0])
-    first = Measured(one, units, units, units, units)
-    mean, error = difference(first, Measured(one + 0.1 * units, units, units, units, units), "tokens")
-    assert (mean, error) == (pytest.approx(0.1), pytest.approx(0, abs=1e-12))
-    mean, error = difference(first, Measured(one + np.array([1, 0, -1]), units, units, units, units), "words")
-    assert (mean, error) == (0, pytest.approx((3 / 2 * 2) ** 0.5 / 30))

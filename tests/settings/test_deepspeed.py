@@ -18,6 +18,7 @@ import pytest
 from wikift.base.errors import UserError
 from wikift.base.shape import shape_of
 from wikift.commands.train import main
+from wikift.settings.batch_layout import BatchLayout
 from wikift.settings.deepspeed import Merged, engine_config, merge, read
 from wikift.settings.deepspeed_checks import PASSED
 from wikift.settings.fields import EXCLUSIVE, TrainSettings
@@ -141,7 +142,8 @@ def with_key(key: str, value: Any, base: dict[str, Any] | None = None) -> dict[s
 
 def completed(path: str, **numbers: Any) -> dict[str, Any]:
     given: dict[str, Any] = {
-        "micro_batch": 2, "accumulation": 3, "ranks": 1, "precision": "fp32", "max_grad_norm": 0.5, "hidden_size": 64,
+        "layout": BatchLayout(1, 2, 3), "precision": "fp32", "max_grad_norm": 0.5, "hidden_size": 64,
+        "reduce_dtype": "fp32",
     }  # fmt: skip
     return engine_config(read(path), **{**given, **numbers})
 
@@ -184,7 +186,7 @@ def test_every_file_leaves_auto_to_the_command_line_and_deepspeed_takes_it(
 
 
 def test_sizes_left_to_us_are_those_of_the_trainer(tmp_path: Path) -> None:
-    config = completed(written(TRAINER["zero3"], tmp_path), hidden_size=768, ranks=4)
+    config = completed(written(TRAINER["zero3"], tmp_path), hidden_size=768, layout=BatchLayout(4, 2, 3))
     zero = config["zero_optimization"]
     assert zero["reduce_bucket_size"] == 768 * 768
     assert zero["stage3_prefetch_bucket_size"] == 530841

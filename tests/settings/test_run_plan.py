@@ -25,11 +25,11 @@ from tests.tiny import VOCABULARY, tiny_store
 from wikift.base.errors import UserError
 from wikift.base.shape import RELEASED, Shape, shape_of
 from wikift.commands.train import main
-from wikift.settings import run_plan as derive
-from wikift.settings.batch_layout import DEFAULT_GLOBAL_BATCH, MICRO_BATCH_CEILING, Placement, placement
+from wikift.settings.batch_layout import DEFAULT_GLOBAL_BATCH, MICRO_BATCH_CEILING, BatchLayout, batch_layout
+from wikift.settings.checks import check_train
 from wikift.settings.fields import EXCLUSIVE, TrainSettings
 from wikift.settings.options import parse
-from wikift.settings.run_plan import Plan, plan_run, resolve
+from wikift.settings.run_plan import RunPlan, plan_run, ranks_started, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,7 +39,7 @@ def parsed(words: list[str]) -> TrainSettings:
 
 
 def problems(**words: Any) -> list[str]:
-    return derive.check_train(resolve(TrainSettings(**words), 1), 1, launched=False)
+    return check_train(resolve(TrainSettings(**words), 1), 1, launched=False)
 
 
 # --- placement ---------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def test_placement_is_exact_or_one_problem_with_the_numbers(
     meant = whole or (ranks * micro * accumulation if micro and accumulation else DEFAULT_GLOBAL_BATCH)
     possible = solutions(meant, ranks, micro, accumulation)
     try:
-        place = placement(wanted, ranks)
+        place = batch_layout(wanted, ranks)
     except UserError as error:
         assert not possible
         (problem,) = error.problems
@@ -93,7 +93,7 @@ def test_placement_is_exact_or_one_problem_with_the_numbers(
 def test_what_a_message_advises_works(ranks: int, whole: int, value: int, name: str | None) -> None:
     words: dict[str, Any] = {"global_batch_size": whole, **({name: value} if name else {})}
     try:
-        placement(TrainSettings(**words), ranks)
+        batch_layout(TrainSettings(**words), ranks)
     except UserError as error:
         (problem,) = error.problems
         advised = re.search(r"take (\d+)(?: or (\d+))?", problem)
@@ -101,15 +101,15 @@ def test_what_a_message_advises_works(ranks: int, whole: int, value: int, name: 
         changed = "global_batch_size" if problem.startswith("--global-batch-size") else name
         others = {} if changed == "global_batch_size" else words
         for number in filter(None, advised.groups()):
-            placement(TrainSettings(**{**others, changed: int(number)}), ranks)
+            batch_layout(TrainSettings(**{**others, changed: int(number)}), ranks)
 
 
 def test_a_batch_that_was_not_given_is_said_to_be_the_default() -> None:
     with pytest.raises(UserError, match=r"--global-batch-size 32, the default: .* 3 processes; take 30 or 33"):
-        placement(TrainSettings(), 3)
+        batch_layout(TrainSettings(), 3)
     huge = TrainSettings(global_batch_size=10**15, per_device_train_batch_size=7)
     with pytest.raises(UserError, match=r"take 5 or 8"):  # at once, too
-        placement(huge, 1)
+        batch_layout(huge, 1)
 
 
 def test_all_ranks_start_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,32 +117,34 @@ def test_all_ranks_start_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for size, expected in (("0", "WORLD_SIZE 0"), ("x", "WORLD_SIZE x"), ("-1", "WORLD_SIZE -1"), ("2", "RANK")):
         monkeypatch.setenv("WORLD_SIZE", size)
         with pytest.raises(UserError, match=expected):
-            derive.ranks_started()
+            ranks_started()
     monkeypatch.setenv("RANK", "1")
-    assert derive.ranks_started() == 2
+    assert ranks_started() == 2
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.delenv("RANK")
-    assert derive.ranks_started() == 1
+    assert ranks_started() == 1
 
 
 # --- plan --------------------------------------------------------------------------------------------------------
 
 
-def plan(tokens: int, place: Placement | None = None, shape: Shape | None = None, **words: Any) -> Plan:
+def plan(tokens: int, place: BatchLayout | None = None, shape: Shape | None = None, **words: Any) -> RunPlan:
     chosen = resolve(TrainSettings(**words), 1)
-    return plan_run(chosen, place or Placement(1, 1, 1), shape or Shape(), tokens, 50257)
+    return plan_run(chosen, place or BatchLayout(1, 1, 1), shape or Shape(), tokens, 50257)
 
 
 @settings(max_examples=300, deadline=None)
 @given(
     tokens=st.integers(2, 10**7),
     block_size=st.integers(1, 1024),
-    place=st.builds(Placement, st.integers(1, 8), st.integers(1, 8), st.integers(1, 8)),
+    place=st.builds(BatchLayout, st.integers(1, 8), st.integers(1, 8), st.integers(1, 8)),
     tenths=st.integers(1, 100),
     percent=st.integers(1, 100),
     warm=st.integers(0, 99),
 )
-def test_plan_arithmetic(tokens: int, block_size: int, place: Placement, tenths: int, percent: int, warm: int) -> None:
+def test_plan_arithmetic(
+    tokens: int, block_size: int, place: BatchLayout, tenths: int, percent: int, warm: int
+) -> None:
     """Against exact fractions."""
     words = {"block_size": block_size, "num_train_epochs": tenths / 10, "warmup_steps": warm / 100}
     whole = (tokens - 1) // block_size
@@ -154,7 +156,7 @@ def test_plan_arithmetic(tokens: int, block_size: int, place: Placement, tenths:
     assert abs(found.blocks - Fraction(percent, 100) * whole) <= Fraction(1, 2) or found.blocks == 1
     steps = max(1, math.ceil(Fraction(tenths, 10) * found.blocks / place.global_batch))
     assert found.steps == steps
-    assert found.warmup_steps == min(math.ceil(Fraction(warm, 100) * steps), steps - 1)
+    assert found.schedule.warmup == min(math.ceil(Fraction(warm, 100) * steps), steps - 1)
     assert found.tokens_per_step == place.global_batch * block_size
     assert found.epochs == pytest.approx(steps * place.global_batch / found.blocks)
 
@@ -162,19 +164,19 @@ def test_plan_arithmetic(tokens: int, block_size: int, place: Placement, tenths:
 def test_plan_by_steps_and_defaults() -> None:
     assert 1.1 * 50 > 55
     assert plan(50 * 8 + 1, block_size=8, num_train_epochs=1.1).steps == 55
-    found = plan(118_000_000, Placement(4, 8, 1), max_steps=500, warmup_steps=50.0)
-    assert (found.steps, found.warmup_steps, found.block_size) == (500, 50, 1024)
+    found = plan(118_000_000, BatchLayout(4, 8, 1), max_steps=500, warmup_steps=50.0)
+    assert (found.steps, found.schedule.warmup, found.block_size) == (500, 50, 1024)
     assert plan(10_001, shape=Shape(n_positions=16)).block_size == 16
-    assert plan(32 * 1024 * 10 + 1, Placement(1, 8, 4)).steps == 30  # three epochs of ten steps
-    assert plan(1025, max_steps=1, warmup_steps=0.5).warmup_steps == 0  # one step is not spent on a rate of 0
+    assert plan(32 * 1024 * 10 + 1, BatchLayout(1, 8, 4)).steps == 30  # three epochs of ten steps
+    assert plan(1025, max_steps=1, warmup_steps=0.5).schedule.warmup == 0  # one step is not spent on a rate of 0
 
 
 def test_the_cool_down_is_a_part_of_the_run_or_so_many_steps() -> None:
     wsd = {"lr_scheduler_type": "warmup_stable_decay", "max_steps": 300}
-    assert plan(118_000_000, **wsd).decay_steps == 60
-    assert plan(118_000_000, **wsd, decay_steps=0.07).decay_steps == 21
-    assert plan(118_000_000, **wsd, decay_steps=50.0).decay_steps == 50
-    assert plan(118_000_000, max_steps=300).decay_steps == 0
+    assert plan(118_000_000, **wsd).schedule.decay == 60
+    assert plan(118_000_000, **wsd, decay_steps=0.07).schedule.decay == 21
+    assert plan(118_000_000, **wsd, decay_steps=50.0).schedule.decay == 50
+    assert plan(118_000_000, max_steps=300).schedule.decay == 0
     with pytest.raises(UserError, match="--decay-steps 290: is with --warmup-steps 20 more than the run's 300 steps"):
         plan(118_000_000, **wsd, decay_steps=290.0, warmup_steps=20.0)
     with pytest.raises(UserError, match=r"--decay-steps 0\.3: cannot act with --lr-scheduler-type linear"):
@@ -196,7 +198,7 @@ def test_everything_that_does_not_fit_comes_at_once() -> None:
     with pytest.raises(UserError, match="--config-overrides vocab_size=100"):
         plan(1000, shape=small, from_scratch=True, config_overrides="vocab_size=100")
     with pytest.raises(UserError, match="--warmup-steps 30: must be less than the run's 30 steps"):
-        plan(32 * 1024 * 10 + 1, Placement(1, 8, 4), warmup_steps=30.0)
+        plan(32 * 1024 * 10 + 1, BatchLayout(1, 8, 4), warmup_steps=30.0)
 
 
 # --- shapes ------------------------------------------------------------------------------------------------------
@@ -343,7 +345,7 @@ def test_any_text_survives_the_dry_run(name: str, tmp_path_factory: pytest.TempP
 def derive_dry_run(chosen: TrainSettings) -> str:
     from wikift.commands.train import dry_run
 
-    return dry_run(resolve(chosen, 1), placement(chosen, 1))
+    return dry_run(resolve(chosen, 1), batch_layout(chosen, 1))
 
 
 def test_a_dry_run_shows_the_numbers(
@@ -365,7 +367,7 @@ def test_a_dry_run_shows_the_numbers(
         "# train blocks: 51 blocks of 8 tokens",
         "# steps: 13 steps, 2.04 epochs",
         "# warm-up steps: 2",
-        "# starts: anew",
+        "# starts: at step 1",
     ]
     assert main(["--max-steps", "100", "--warmup-steps", "0.07", "--dry-run"]) == 0
     derived = capsys.readouterr().out.split("# derived\n")[1]

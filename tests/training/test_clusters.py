@@ -175,7 +175,7 @@ def test_a_host_dies_and_the_run_goes_on(
 
     processes = start_on(hosts, launcher_again, line, tmp_path)
     assert [process.wait(SECONDS) for process in processes] == [0, 0], shown(tmp_path)
-    assert "going on from" in shown(tmp_path)
+    assert "resuming from" in shown(tmp_path)
     run_ranks(on_one_host, 2, arguments(store, whole, **{**words, "quiet": True}))
     assert len(curve(run)) == STEPS
     assert curve(run) == curve(whole)
@@ -305,6 +305,6 @@ def test_the_sbatch_file_requeues_what_is_not_done_and_goes_on(tmp_path: Path) -
         if job.poll() is None:
             job.terminate()
             job.wait(SECONDS)
-    assert "going on from" in shown(tmp_path)
+    assert "resuming from" in shown(tmp_path)
     assert [values["step"] for values in metrics(run)] == list(range(1, done + 4))
     assert calls.read_text().count("requeue") == 1, "what is done is not queued again"

@@ -21,9 +21,8 @@ from tests.ranks import run_ranks
 from tests.tiny import arguments, curve, metrics, tiny_store
 from tests.training.test_resume import assert_same_run, failing_train, forget_after, train
 from wikift.checkpoint.reader import best_checkpoint, list_checkpoints, step_folder
-from wikift.settings.length import validations
-from wikift.training.loop import Due
-from wikift.training.patience import Patience, patience_of
+from wikift.settings.schedule import Due
+from wikift.training.patience import Patience
 
 # at this rate the validation loss of the tiny model falls and then rises
 WORDS: dict[str, Any] = {
@@ -169,15 +168,15 @@ def test_patience_counts_what_follows_the_best(losses: list[float], limit: int) 
     patience = Patience(limit)
     for loss in losses:
         patience = patience.after(loss)
-        assert patience_of(json.loads(json.dumps(patience.facts())), limit) == patience
+        assert Patience.of(json.loads(json.dumps(patience.facts())), limit) == patience
     finite = [loss for loss in losses if math.isfinite(loss)]
     assert patience.best == min(finite, default=math.inf)
     assert patience.worse == (len(losses) - 1 - losses.index(min(finite)) if finite else len(losses))
     assert patience.spent == (patience.worse >= limit)
-    assert not Patience(None, 1.0, 99).spent
+    assert not Patience(0, 1.0, 99).spent
 
 
 @given(steps=st.integers(1, 60), eval_steps=st.integers(1, 20), save_steps=st.integers(1, 20))
 def test_validations_are_counted_as_the_loop_makes_them(steps: int, eval_steps: int, save_steps: int) -> None:
     due = Due(1, eval_steps, save_steps, steps, 0)
-    assert validations(steps, eval_steps, save_steps) == sum(map(due.evaluate, range(1, steps + 1)))
+    assert due.validations == sum(map(due.evaluate, range(1, steps + 1)))

@@ -263,14 +263,14 @@ def test_a_dry_run_says_where_the_run_would_start_and_refuses_what_it_would(
         assert train([*line, *words, "--dry-run"]) == 0
         return [text for text in capsys.readouterr().out.splitlines() if "starts" in text or "changed" in text]
 
-    assert start() == ["# starts: anew"]
+    assert start() == ["# starts: at step 1"]
     assert run_ranks(train, 1, line) == [0]
     before = sorted(run.rglob("*"))
-    assert start() == ["# starts: finished, step 8; a longer --max-steps or --num-train-epochs goes on"]
+    assert start() == ["# starts: finished, step 8; a longer --max-steps or --num-train-epochs resumes it"]
     (started, changed) = start("--max-steps", "12", "--weight-decay", "0.5")
     assert started == f"# starts: after step 8 of {step_folder(run, 8)}, if that is sound"
     assert "weight_decay 0.0 -> 0.5" in changed
-    assert start("--resume", "never") == ["# starts: anew; what is in the output folder is kept aside"]
+    assert start("--resume", "never") == ["# starts: at step 1; what is in the output folder is kept aside"]
     assert start("--resume", str(step_folder(run, 4)))[0].startswith("# starts: after step 4 of ")
     (problem,) = failing_train([*line, "--seed", "7", "--dry-run"])
     assert problem.startswith("--seed 7: this run was started with 42")

@@ -8,6 +8,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from wikift.base.errors import UserError
+
 _BLOCK_BYTES = 1 << 20
 
 
@@ -48,3 +50,22 @@ def read_range(path: Path, offset: int, into: memoryview) -> None:
             if not count:
                 raise OSError(f"{path} ends early")
             into = into[count:]
+
+
+def read_lines(path: Path, setting: str) -> list[str]:
+    """The lines of a UTF-8 file that are not blank. Raises UserError where it cannot be read or has none."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{setting} {path}: cannot be read ({error.strerror}); name a text file") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{setting} {path}: line {line} is not UTF-8 (byte {error.start}); save the file as UTF-8"
+        ) from None
+    lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise UserError(f"{setting} {path}: has no prompt in it; write one a line")
+    return lines

@@ -1,25 +1,30 @@
 """launch/evaluate.py: models scored by the field's protocols on one text, as a table, JSON or CSV.
 
-The protocols are in protocols.py, the sums in scoring.py, measure.py puts them together.
+`run` is the same for Python: settings to results, and nothing is printed.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wikift.base import folders
+from wikift.base.console import Progress
 from wikift.base.errors import UserError
 from wikift.base.shape import shape_of
 from wikift.commands.main import EXIT_DONE
-from wikift.data.store import check_tokenizer
-from wikift.evaluation.measure import Setup, loaded_scorer, measure
-from wikift.evaluation.protocols import CONTEXT, PROTOCOLS, Protocol
+from wikift.data.store import TokenStore, check_tokenizer, open_store
+from wikift.evaluation.protocols import PROTOCOLS, Protocol, loaded_scorer, measure, setups
 from wikift.evaluation.report import Result, as_csv, as_json, table
-from wikift.evaluation.text import Text, check_text, open_text
-from wikift.settings.fields import EvaluateSettings
+from wikift.evaluation.text import Source, Text, source_problems, text_of_dataset, text_of_store
+from wikift.export.export import model_source
+from wikift.settings.checks import check_data
+from wikift.settings.fields import DataSettings, EvaluateSettings
 from wikift.settings.options import flag, parse
 
 if TYPE_CHECKING:
@@ -51,57 +56,94 @@ def main(argv: Sequence[str]) -> int:
         "text allows.",
         epilog=EPILOG,
     )
-    _check(settings)
+    store = _check(settings)
 
     from wikift.base.world import started_world
 
     with started_world(settings.device) as world:
-        text = open_text(settings)
-        found: list[Result] = []
+        text = _text(settings, store)
+        results: list[Result] = []
         try:
-            for result in results(settings, text, world):
-                found.append(result)
+            for result in _results(settings, text, world):
+                results.append(result)
                 if world.rank == 0 and settings.json:
-                    print(as_json(result, found), flush=True)
+                    print(as_json(result, results), flush=True)
         finally:  # also of what was measured before a Ctrl-C
-            if world.rank == 0 and found and not settings.json:
-                print(as_csv(found) if settings.csv else table(found, text.notes), flush=True)
+            if world.rank == 0 and results and not settings.json:
+                width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+                print(as_csv(results) if settings.csv else table(results, text.notes, width), flush=True)
     return EXIT_DONE
 
 
-def results(settings: EvaluateSettings, text: Text, world: World) -> Iterator[Result]:
+def run(settings: EvaluateSettings) -> list[Result]:
+    """The results, model by model, the same on every rank. Raises UserError with every problem of the settings."""
+    store = _check(settings)
+
+    from wikift.base.world import started_world
+
+    with started_world(settings.device) as world:
+        return list(_results(dataclasses.replace(settings, quiet=True), _text(settings, store), world))
+
+
+def _results(settings: EvaluateSettings, text: Text, world: World) -> Iterator[Result]:
     """Everything that the settings ask for, model by model; collective. Raises UserError as `_check` does."""
-    splits = text.chosen_splits(settings)
-    protocols = _protocols(settings, text)
+    quiet = settings.quiet or world.rank != 0
+
+    def say(line: str) -> None:
+        if not quiet:
+            print(f"wikift: {line}", file=sys.stderr, flush=True)
+
+    splits, protocols = _splits(settings, text), _protocols(settings, text)
     for name in settings.models:
-        with loaded_scorer(name, settings, text, world) as scorer:
-            setups = [setup for protocol in protocols for setup in _setups(settings, protocol, name, scorer.positions)]
-            jobs = [(split, setup) for split in splits for setup in setups]
+        if world.rank == 0:  # a run is exported by one process
+            model_source(name, say)
+        world.barrier()
+        source = model_source(name, lambda line: None)
+        with loaded_scorer(source, settings.precision, world, say) as scorer:
+            if text.store is not None and scorer.tokenizer.fingerprint != text.store.tokenizer_fingerprint:
+                raise UserError(f"MODEL {name}: its tokenizer is not the one that made {text.store.path}; name the "
+                                "text with --dataset")  # fmt: skip
+            if problems := _window_problems(name, settings, scorer.positions):  # where only the Hub could tell
+                raise UserError(*problems)
+            made = [s for p in protocols for s in setups(p, scorer.positions, settings.context, settings.stride)]
+            jobs = [(split, setup) for split in splits for setup in made]
             for number, (split, setup) in enumerate(jobs, 1):
-                label = f"{name}, {split}, {setup.protocol.name} ({number} of {len(jobs)})"
-                started = time.perf_counter()
-                measured = measure(scorer, text, split, setup, settings, world, label)
+                started, progress = time.perf_counter(), Progress(quiet)
+                show = _shown(progress, f"{name}, {split}, {setup.protocol.name} ({number} of {len(jobs)})")
+                batch = settings.per_device_eval_batch_size
+                try:
+                    score = measure(scorer, text, split, setup, batch=batch, world=world, progress=show)
+                finally:
+                    progress.clear()
                 seconds = round(time.perf_counter() - started, 3)
-                yield Result(
-                    model=name,
-                    text=text.name,
-                    split=split,
-                    protocol=setup.protocol.name,
-                    normalisers=setup.protocol.normalisers,
-                    context=setup.context,
-                    stride=setup.stride,
-                    scaled=setup.scaled,
-                    measured=measured,
-                    tokenizer=scorer.tokenizer.fingerprint,
-                    facts={"precision": scorer.precision, "processes": world.size, "seconds": seconds},
-                )
+                facts = {"precision": scorer.precision, "processes": world.size, "seconds": seconds}
+                yield Result(name, text.name, split, setup, score, scorer.tokenizer.fingerprint, facts)
+
+
+def _shown(progress: Progress, label: str) -> Callable[[float], None]:
+    """How far one protocol is and how long it will take: a line on a terminal, elsewhere one every ten seconds."""
+    started = shown = time.monotonic()
+
+    def tell(part: float) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown >= progress.pause_seconds:
+            shown = now
+            left = (now - started) * (1 - part) / part if 0 < part < 1 else 0.0
+            time_left = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
+            progress.show(f"{label}: {min(part, 1):.0%}, {time_left} left" if part else f"{label}: reading")
+
+    return tell
 
 
 # --- what is asked for -------------------------------------------------------------------------------------------
 
 
-def _check(settings: EvaluateSettings) -> None:
-    """Raises UserError with every problem that shows without loading a model or reading text."""
+def _check(settings: EvaluateSettings) -> TokenStore | None:
+    """The store to evaluate on, None with `--dataset`.
+
+    Raises UserError with every problem that shows without loading a model or reading text.
+    """
     problems = [] if settings.models else ["MODEL: is missing; name a run (runs/NAME), a model folder or a Hub name"]
     for name in ("context", "stride", "per_device_eval_batch_size"):
         value = getattr(settings, name)
@@ -109,42 +151,100 @@ def _check(settings: EvaluateSettings) -> None:
             problems.append(f"{flag(name)} {value}: must be 1 or more")
     if settings.context is not None and settings.stride is not None and settings.stride > settings.context:
         problems.append(
-            f"--stride {settings.stride}: must be at most --context {settings.context}, or windows leave tokens out"
+            f"--stride {settings.stride}: must be at most --context {settings.context}, or windows omit tokens"
         )
     if settings.protocol == "lm-eval" and settings.stride is not None:
-        problems.append(f"--stride {settings.stride}: cannot act, the windows of lm-eval are disjoint; leave it out")
+        problems.append(f"--stride {settings.stride}: has no effect, the windows of lm-eval are disjoint; omit it")
     if settings.json and settings.csv:
-        problems.append("--csv: --json is given too; leave one of the two out")
+        problems.append("--csv: --json is given too; omit one of the two")
     if repeated := sorted({name for name in settings.models if settings.models.count(name) > 1}):
-        problems.append(f"MODEL {repeated[0]}: is named twice; leave one out")
-    checks: list[Callable[[], object]] = [lambda: check_text(settings)]
-    checks += [lambda name=name: _check_model(name, settings) for name in settings.models]  # type: ignore[misc]
-    for check in checks:
+        problems.append(f"MODEL {repeated[0]}: is named twice; omit one")
+    store = None
+    try:
+        store = _store(settings)
+    except UserError as error:
+        problems += error.problems
+    for name in settings.models:
         try:
-            check()
+            _check_model(name, settings, store)
         except UserError as error:
             problems += [problem for problem in error.problems if problem not in problems]
     if problems:
         raise UserError(*problems)
+    return store
 
 
-def _check_model(name: str, settings: EvaluateSettings) -> None:
+def _store(settings: EvaluateSettings) -> TokenStore | None:
+    """The store that the settings lead to. Raises UserError for every problem with it, or with `--dataset`."""
+    if settings.dataset is not None:
+        names = ("dataset", "dataset_config", "text_column")
+        asked = DataSettings(**{name: getattr(settings, name) for name in names})
+        problems = check_data(asked) + source_problems(_source(settings))
+        if settings.data is not None:
+            problems.append(f"--data {settings.data}: has no effect, --dataset {settings.dataset} is given; omit one")
+        if problems:
+            raise UserError(*problems)
+        return None
+    for name in ("dataset_config", "text_column"):
+        if getattr(settings, name) != getattr(EvaluateSettings(), name):
+            raise UserError(f"{flag(name)} {getattr(settings, name)}: has no effect without --dataset; omit it")
+    if settings.data is not None:
+        stores = [open_store(settings.data)]
+    else:
+        runs = [run for name in settings.models if (run := folders.run_of(name)) is not None]
+        stores = [open_store(str(folders.run_config(run)["store_path"])) for run in runs]
+    if not stores and not settings.models:
+        return None  # a problem of its own
+    if not stores:
+        raise UserError(
+            f"--data: is missing, {settings.models[0]} is no run that would know its store; name one of "
+            "launch/prepare.py, or a text with --dataset"
+        )
+    if len({store.fingerprint for store in stores}) > 1:
+        raise UserError("--data: is missing, the runs were trained on different stores; name one for all of them")
+    store, split = stores[0], settings.split
+    if split is not None and split not in store.splits:
+        raise UserError(f"--split {split}: {store.path} has {', '.join(store.splits)}; use one of these")
+    if split is not None and store.splits[split].tokens < 2:
+        raise UserError(f"--split {split}: {store.path} has no token to predict in it; use another")
+    return store
+
+
+def _source(settings: EvaluateSettings) -> Source:
+    return Source(str(settings.dataset), settings.dataset_config, settings.text_column)
+
+
+def _text(settings: EvaluateSettings, store: TokenStore | None) -> Text:
+    return text_of_store(store) if store is not None else text_of_dataset(_source(settings))
+
+
+def _check_model(name: str, settings: EvaluateSettings, store: TokenStore | None) -> None:
     if not folders.has_model(name):
         raise UserError(f"{name}: has no trained model; train it first: python launch/train.py --output-dir {name}")
     folder = Path(name) / "model" if folders.is_run(Path(name)) else Path(name)
     shape = shape_of(str(folder) if folder.is_dir() else name)
     if shape is not None and (problems := _window_problems(name, settings, shape.n_positions)):
         raise UserError(*problems)
-    if folder.is_dir() and (store := check_text(settings)) is not None:
+    if folder.is_dir() and store is not None:
         check_tokenizer(store, folder, setting="MODEL")
 
 
 def _window_problems(name: str, settings: EvaluateSettings, positions: int) -> list[str]:
     if settings.context is not None and settings.context > positions:
-        return [f"--context {settings.context}: {name} has {positions} positions; take that or less"]
+        return [f"--context {settings.context}: {name} has {positions} positions; use that or less"]
     if settings.context is None and settings.stride is not None and settings.stride > positions:
         return [f"--stride {settings.stride}: must be at most the context of {name}, {positions}"]
     return []
+
+
+def _splits(settings: EvaluateSettings, text: Text) -> list[str]:
+    """The split asked for, or all but train where there are others. Raises UserError for one that is not there."""
+    known = text.splits()
+    if settings.split is not None and settings.split not in known:
+        raise UserError(f"--split {settings.split}: {text.name} has {', '.join(known)}; use one of these")
+    if not known:
+        raise UserError(f"--split: {text.name} has no token to predict in any; name another text")
+    return [settings.split] if settings.split is not None else [name for name in known if name != "train"] or known
 
 
 def _protocols(settings: EvaluateSettings, text: Text) -> list[Protocol]:
@@ -157,15 +257,3 @@ def _protocols(settings: EvaluateSettings, text: Text) -> list[Protocol]:
         raise UserError(f"--protocol {name}: needs the text and not its tokens only; name it with --dataset "
                         f"({text.missing})")  # fmt: skip
     return [PROTOCOLS[name]]
-
-
-def _setups(settings: EvaluateSettings, protocol: Protocol, name: str, positions: int) -> list[Setup]:
-    """One for each of the protocol's strides, in proportion where the context is not 1,024."""
-    if problems := _window_problems(name, settings, positions):  # of a model that only the Hub could tell about
-        raise UserError(*problems)
-    own = protocol.by_page or protocol.name == "free"  # these take the model's whole context, whatever it is
-    context = settings.context or (positions if own else min(CONTEXT, positions))
-    strides = {max(1, stride * context // CONTEXT): None for stride in protocol.strides}
-    chosen = [settings.stride] if settings.stride is not None else list(strides)
-    scaled = settings.context is None and context < CONTEXT and protocol.name != "free"
-    return [Setup(protocol, context, min(stride, context), scaled) for stride in chosen]

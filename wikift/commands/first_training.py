@@ -18,7 +18,7 @@ from pathlib import Path
 from wikift.base import folders
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.commands.main import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER
-from wikift.settings import run_plan as derive
+from wikift.settings import checks, run_plan
 from wikift.settings.fields import EXCLUSIVE, TrainSettings
 from wikift.settings.options import parse
 
@@ -34,10 +34,10 @@ def train_first(run: str | None, arguments: Sequence[str], *, allowed: bool, qui
     """
     words = [*(["--output-dir", run] if run is not None else []), *arguments]
     given = parse(TrainSettings, words, prog="launch/train.py", description="", exclusive=EXCLUSIVE)
-    settings = derive.resolve(given, 1)
+    settings = run_plan.resolve(given, 1)
     if run is not None and given.output_dir != run:
         raise UserError(f"--output-dir {given.output_dir}: the run to answer from is {run}; leave one of the two out")
-    if problems := derive.check_train(settings, 1, launched=False):
+    if problems := checks.check_train(settings, 1, launched=False):
         raise UserError(*problems)
     target = str(settings.output_dir)
     train, generate = f"python launch/train.py {shlex.join(words)}".rstrip(), f"python launch/generate.py {target}"

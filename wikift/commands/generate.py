@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from wikift.base import folders
 from wikift.base.errors import UserError
+from wikift.base.files import read_lines
 from wikift.commands.main import EXIT_DONE
 from wikift.export.export import model_source
 from wikift.generation import prompts
@@ -89,7 +90,7 @@ def _check(settings: GenerateSettings, training: list[str] | None) -> list[str] 
     asked: list[str] | None = None
     try:
         if settings.prompts_file is not None:
-            asked = prompts.read_prompts(Path(settings.prompts_file))
+            asked = read_lines(Path(settings.prompts_file), "--prompts-file")
     except UserError as error:
         problems += error.problems
     if problems:

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from wikift.base.console import Progress
 from wikift.base.errors import UserError
+from wikift.settings.checks import check_data
 from wikift.settings.fields import DataSettings, PrepareSettings, store_path
 from wikift.settings.options import parse
-from wikift.settings.run_plan import check_data, fallback_dataset, ranks_started
+from wikift.settings.run_plan import fallback_dataset, ranks_started
 
 if TYPE_CHECKING:
     from wikift.data.sources import Corpus

@@ -1,4 +1,4 @@
-"""launch/train.py: settings -> store -> plan -> run. What can be said without torch is said before torch loads."""
+"""The train command: settings -> store -> plan -> run. What can be said without torch is said before torch loads."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from typing import TYPE_CHECKING
 from wikift.base.errors import UserError
 from wikift.base.shape import Shape
 from wikift.commands.main import EXIT_DONE, EXIT_INTERRUPTED
-from wikift.settings import deepspeed as dsconfig
-from wikift.settings import fields as config
-from wikift.settings import run_plan as derive
-from wikift.settings.batch_layout import Placement, placement
-from wikift.settings.fields import TrainSettings
-from wikift.settings.length import warmup_steps
+from wikift.settings import deepspeed
+from wikift.settings.batch_layout import BatchLayout, batch_layout
+from wikift.settings.checks import check_train, problems_of
+from wikift.settings.fields import EXCLUSIVE, PrepareSettings, TrainSettings, store_path
 from wikift.settings.options import flag, parse
-from wikift.settings.run_plan import Plan
+from wikift.settings.run_plan import RunPlan, apply_scratch, model_shape, plan_run, ranks_started, resolve
+from wikift.settings.schedule import schedule_of
 from wikift.training.resume import planned_start
 
 if TYPE_CHECKING:
     from wikift.data.store import TokenStore
 
-DESCRIPTION = "Fine-tune GPT-2, or train it from scratch. The same command goes on where it stopped."
+DESCRIPTION = "Fine-tune GPT-2, or train it from scratch. The same command resumes where it stopped."
 EPILOG = """examples:
   torchrun --nproc_per_node=4 launch/train.py
                  four processes: gpt2 on wikitext-103-v1
@@ -36,35 +35,37 @@ EPILOG = """examples:
 
 exit codes:
   0    done
-  1    the machine or the training failed; what is saved and what to do is said
+  1    the machine or the training failed; the message says what is saved and what to do
   2    wrong settings or files; nothing was written
-  75   stopped by a signal, all saved; the same command goes on"""
+  75   stopped by a signal, all saved; the same command resumes"""
+
+Say = Callable[[str], None]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; gives its exit code."""
-    said: dict[str, str] = {}
+    """Run the command; returns its exit code."""
+    typed: dict[str, str] = {}
     given = parse(
         TrainSettings,
         _without_local_rank(argv),
         prog="launch/train.py",
         description=DESCRIPTION,
         epilog=EPILOG,
-        exclusive=config.EXCLUSIVE,
-        said=said,
+        exclusive=EXCLUSIVE,
+        said=typed,
     )
-    ranks = derive.ranks_started()
-    merged = dsconfig.merge(given, said)
-    settings = derive.resolve(merged.settings, ranks)
-    problems = derive.check_train(settings, ranks, launched="RANK" in os.environ) + _data_problems(settings, given)
-    problems = [*merged.problems, *dsconfig.with_places(problems, merged)]
+    ranks = ranks_started()
+    merged = deepspeed.merge(given, typed)
+    settings = resolve(merged.settings, ranks)
+    problems = check_train(settings, ranks, launched="RANK" in os.environ) + _data_problems(settings, given)
+    problems = [*merged.problems, *deepspeed.with_keys(problems, merged)]
     if problems:
         raise UserError(*dict.fromkeys(problems))
-    place = placement(settings, ranks)
-    speaks = os.environ.get("RANK", "0") == "0" and (settings.dry_run or not settings.quiet)
+    layout = batch_layout(settings, ranks)
+    prints = os.environ.get("RANK", "0") == "0" and (settings.dry_run or not settings.quiet)
 
     def say(text: str) -> None:
-        if speaks:
+        if prints:
             print(text, flush=True)
 
     comment = "# " if settings.dry_run else ""  # a dry run prints a config file
@@ -73,32 +74,32 @@ def main(argv: Sequence[str]) -> int:
     if given.data is None and given.dataset is None and ranks == 1:
         say(f"{comment}one process: falling back to wikitext-2-v1 (torchrun starts several, and wikitext-103-v1)")
     if settings.dry_run:
-        say(dry_run(settings, place))
+        say(dry_run(settings, layout))
         return EXIT_DONE
-    store = _store(settings, speaks, say)
-    plan = _plan(settings, place, store)
+    store = _store(settings, prints, say)
+    plan = _plan(settings, layout, store)
 
     from wikift.training.run import train_run
 
-    return EXIT_INTERRUPTED if train_run(settings, plan, store, say) else EXIT_DONE
+    return EXIT_INTERRUPTED if train_run(plan, store, say) else EXIT_DONE
 
 
 def _without_local_rank(argv: Sequence[str]) -> list[str]:
     """`argv` less the --local_rank=N that DeepSpeed's launcher appends. Raises UserError where LOCAL_RANK differs."""
     words, ranks = list(argv), []
-    for place in reversed(range(len(words))):
-        name, equals, value = words[place].partition("=")
+    for index in reversed(range(len(words))):
+        name, equals, value = words[index].partition("=")
         if name in ("--local_rank", "--local-rank"):
-            value = value if equals else "".join(words[place + 1 : place + 2])
+            value = value if equals else "".join(words[index + 1 : index + 2])
             ranks.append(value)
-            del words[place : place + (1 if equals else 2)]
+            del words[index : index + (1 if equals else 2)]
     own = os.environ.get("LOCAL_RANK")
     if wrong := [rank for rank in ranks if rank != (own or rank) or not rank.isdecimal()]:
         raise UserError(f"--local-rank {wrong[0]}: is the launcher's to set, LOCAL_RANK is {own}; leave it out")
     return words
 
 
-def dry_run(settings: TrainSettings, place: Placement) -> str:
+def dry_run(settings: TrainSettings, layout: BatchLayout) -> str:
     """The resolved settings as a file that `--config` takes, and the numbers that follow from them. Writes nothing."""
     from wikift.data.store import open_store
 
@@ -108,24 +109,24 @@ def dry_run(settings: TrainSettings, place: Placement) -> str:
         if value is not None and field.name not in ("config", "dry_run"):
             # JSON's values are TOML's too, but for the delete character
             lines.append(f"{field.name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f"))
-    lines += ["", "# derived", f"# batch: {place.words}"]
-    path = Path(settings.data) if settings.data is not None else config.store_path(settings)
-    shape = derive.model_shape(settings)
+    lines += ["", "# derived", f"# batch: {layout.words}"]
+    path = Path(settings.data) if settings.data is not None else store_path(settings)
+    shape = model_shape(settings)
     if settings.data is not None or (path / "store.json").exists():
         store = open_store(path)
-        plan = _plan(settings, place, store)
-        lines += [f"# {name}: {text}" for name, text in derive.plan_words(plan).items()]
+        plan = _plan(settings, layout, store)
+        lines += [f"# {name}: {text}" for name, text in plan.summary.items()]
         notes: list[str] = []
-        starts = planned_start(settings, plan, store, notes.append)
+        starts = planned_start(plan, store, notes.append)
         for text in (f"starts: {starts}", *notes):  # a comment in TOML has no control characters, a path may
             lines.append("# " + "".join(sign if sign.isprintable() else "?" for sign in text))
     else:
         lines.append(f"# steps of an epoch: known when {path} is prepared (by launch/prepare.py, or by the run itself)")
         if shape is not None:
             lines.append(f"# parameters: {shape.parameters:,} with a vocabulary of {shape.vocab_size:,}")
-            lines.append(f"# tokens per step: {place.global_batch * (settings.block_size or shape.n_positions):,}")
+            lines.append(f"# tokens per step: {layout.global_batch * (settings.block_size or shape.n_positions):,}")
         if settings.max_steps is not None and settings.warmup_steps < 1:
-            lines.append(f"# warm-up steps: {warmup_steps(settings, settings.max_steps)}")
+            lines.append(f"# warm-up steps: {schedule_of(settings, settings.max_steps).warmup}")
     return "\n".join(lines)
 
 
@@ -136,16 +137,16 @@ def _data_problems(settings: TrainSettings, given: TrainSettings) -> list[str]:
 
     data = settings.data
     if data is not None:
-        return derive.problems_of(lambda: open_store(data))
+        return problems_of(lambda: open_store(data))
     # a tokenizer that follows from --model is not complained of beside --model
     return source_problems(dataclasses.replace(settings, tokenizer=given.tokenizer))
 
 
-def _plan(settings: TrainSettings, place: Placement, store: TokenStore) -> Plan:
+def _plan(settings: TrainSettings, layout: BatchLayout, store: TokenStore) -> RunPlan:
     if problems := _split_problems(settings, store):
         raise UserError(*problems)
-    shape = derive.model_shape(settings, store.vocab_size) or _shape_from_hub(settings, store.vocab_size)
-    return derive.plan_run(settings, place, shape, store.splits["train"].tokens, store.vocab_size)
+    shape = model_shape(settings, store.vocab_size) or _shape_from_hub(settings, store.vocab_size)
+    return plan_run(settings, layout, shape, store.splits["train"].tokens, store.vocab_size)
 
 
 def _split_problems(settings: TrainSettings, store: TokenStore) -> list[str]:
@@ -168,10 +169,10 @@ def _shape_from_hub(settings: TrainSettings, vocab_size: int) -> Shape:
 
     asked = load_config(settings.model).to_dict()
     shape = Shape(**{f.name: asked[f.name] for f in dataclasses.fields(Shape)})
-    return derive.apply_scratch(settings, shape, vocab_size)
+    return apply_scratch(settings, shape, vocab_size)
 
 
-def _store(settings: TrainSettings, speaks: bool, say: Callable[[str], None]) -> TokenStore:
+def _store(settings: TrainSettings, prints: bool, say: Say) -> TokenStore:
     """The store, prepared first where it is missing: by one process, before any process group exists."""
     from wikift.data.store import check_tokenizer, open_store
 
@@ -181,10 +182,12 @@ def _store(settings: TrainSettings, speaks: bool, say: Callable[[str], None]) ->
         from wikift.commands.prepare import ensure_store
 
         # the cut's own seed: runs that differ in --seed are measured on the same validation text
-        cut_seed, out = config.PrepareSettings().seed, config.store_path(settings)
-        path = ensure_store(settings, seed=cut_seed, quiet=not speaks, out=out, say=say)
+        cut_seed, out = PrepareSettings().seed, store_path(settings)
+        path = ensure_store(settings, seed=cut_seed, quiet=not prints, out=out, say=say)
     store = open_store(path)
-    folder = Path(settings.model)
-    if not settings.from_scratch and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        check_tokenizer(store, folder)
+    folder, own = Path(settings.model), settings.data is None and settings.tokenizer == settings.model
+    bare = folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    # of several ranks one looks; a store made with the model's own tokenizer, as by default, needs no look
+    if not settings.from_scratch and not own and not bare and os.environ.get("RANK", "0") == "0":
+        check_tokenizer(store, settings.model)
     return store

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -256,13 +257,18 @@ def _split_problems(store: TokenStore, name: str, where: str, verify: bool) -> l
     return []
 
 
-def check_tokenizer(store: TokenStore, model_folder: str | Path, *, setting: str = "--model") -> None:
-    """Raise UserError where the tokenizer in `model_folder` would not have made this store's ids."""
-    from wikift.data.tokenizer import tokenizer_fingerprint
+def check_tokenizer(store: TokenStore, model: str | Path, *, setting: str = "--model") -> None:
+    """Raise UserError where the tokenizer of `model`, a folder or a name, would not have made this store's ids."""
+    from wikift.data.tokenizer import load, tokenizer_fingerprint
 
-    if tokenizer_fingerprint(model_folder, setting=setting) != store.tokenizer_fingerprint:
+    if Path(model).is_dir():
+        found = tokenizer_fingerprint(model, setting=setting)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            found = load(str(model), Path(folder)).fingerprint
+    if found != store.tokenizer_fingerprint:
         name = store.record["tokenizer"].get("name", "another one")
         raise UserError(
-            f"{setting} {model_folder}: its tokenizer is not the one that made {store.path} ({name}); "
-            f"prepare the text again with --tokenizer {model_folder}, or take a model that uses {store.path}/tokenizer"
+            f"{setting} {model}: its tokenizer is not the one that made {store.path} ({name}); "
+            f"prepare the text again with --tokenizer {model}, or take a model that uses {store.path}/tokenizer"
         )

@@ -100,6 +100,16 @@ def load(name: str, folder: Path) -> SavedTokenizer:
     return _saved(folder, shown, int(tokenizer.eos_token_id), facts(folder))
 
 
+def rust_tokenizer(file: Path) -> Any:
+    """The `tokenizers.Tokenizer` in `file`, which encodes all of a text: it neither truncates nor pads."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def _snapshot(name: str) -> Path | None:
     """The folder of the Hub's cache with the files of tokenizer `name`; None where transformers is to say why not."""
     from huggingface_hub import snapshot_download

@@ -24,7 +24,7 @@ class Engine(Protocol):
         ...
 
     def step(self, lr: float) -> Tensor:
-        """Clip, update, clear. Gives the global gradient norm before clipping.
+        """Clip, update, clear. Returns the global gradient norm before clipping.
 
         A norm that is not finite leaves weights and moments as they were: the step is skipped, not applied.
         """
@@ -37,11 +37,11 @@ class Engine(Protocol):
         """
         ...
 
-    def next_logits(self, inputs: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+    def next_logits(self, inputs: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """Logits (rows, vocabulary) in fp32 of the token that follows on each row, in eval mode, no gradients.
 
-        `inputs`, `mask`, `places` (rows, length) int64: ids padded on the left, 0 where padded, and positions. All
-        ranks give the same rows.
+        `inputs`, `mask`, `positions` (rows, length) int64: ids padded on the left, 0 where padded, and position ids.
+        All ranks pass the same rows.
         """
         ...
 

@@ -36,8 +36,8 @@ class DDPEngine:
         """Let DDP lay out its buckets before the first step that counts.
 
         DDP regroups its buckets after the first backward, by the order in which gradients came. From three ranks on,
-        where a gradient lies in its bucket decides the order in which the ranks' shares are added, so the first step of
-        a resumed run would round differently from the same step of an uninterrupted one. One backward before it makes
+        a gradient's position in its bucket decides the order in which ranks are added, so the first step of a resumed
+        run would round differently from the same step of an uninterrupted one. One backward before it makes
         every real step use the final layout. Not compiled: it would be for this one row only.
         """
         blocks = torch.zeros(1, block_size + 1, dtype=torch.int64)
@@ -61,8 +61,8 @@ class DDPEngine:
     def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return self.local.nll(inputs, targets)
 
-    def next_logits(self, inputs: Tensor, mask: Tensor, places: Tensor) -> Tensor:
-        return self.local.next_logits(inputs, mask, places)
+    def next_logits(self, inputs: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        return self.local.next_logits(inputs, mask, positions)
 
     def fragments(self) -> Iterator[Fragment]:
         return whole_fragments(self.local, self.world.rank, self.world.size)

@@ -1,6 +1,6 @@
 """torch's FSDP2 (fully_shard): each rank keeps its rows of every weight, gradient and moment.
 
-A block's weights are gathered when it is needed, in the precision of the products; gradients are averaged in
+A block's weights are gathered when it is needed, in the precision of the matmuls; gradients are averaged in
 `reduce_dtype`, fp32 by default.
 """
 
@@ -88,18 +88,18 @@ class FSDPEngine:
     def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return self._in_eval(inputs, targets)
 
-    def next_logits(self, inputs: Tensor, mask: Tensor, places: Tensor) -> Tensor:
-        return self._in_eval(inputs, None, mask, places)
+    def next_logits(self, inputs: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        return self._in_eval(inputs, None, mask, positions)
 
     def _in_eval(self, *arguments: Tensor | None) -> Tensor:
         device = self.world.device
-        found = in_eval(
+        result = in_eval(
             self.model, self.losses, *(None if tensor is None else tensor.to(device) for tensor in arguments)
         )
         for module in self.losses.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # without a backward nothing else frees the weights, nor gathers new ones
-        return found
+        return result
 
     def fragments(self) -> Iterator[Fragment]:
         for name, parameter in self.model.named_parameters():

@@ -1,7 +1,7 @@
 """How much memory training takes, and how much there is. Estimates: they decide between engines only.
 
 State: 16 bytes a parameter (fp32 weights, gradients, and the optimizer's two), and 2 for autocast's copies.
-Activations: 39 bytes a token, layer and width with products in half precision, 66 in fp32, counted tensor by tensor as
+Activations: 39 bytes a token, layer and width with matmuls in half precision, 66 in fp32, counted tensor by tensor as
 a GPU would hold them (Korthikanti et al., arXiv:2205.05198, equation 1, have 34 with a residual in half precision), or
 4 of each block and one block's all with gradient checkpointing. A CPU keeps the pairs of attention besides. Logits are
 held of some positions (head.py).
@@ -66,7 +66,7 @@ def explained(device: torch.device) -> Iterator[None]:
         raise EnvironmentFault(
             f"{where} out of memory ({str(error).split('. ')[0]}). A smaller --per-device-train-batch-size (the global "
             "batch stays), --gradient-checkpointing, or --engine fsdp or --deepspeed on several GPUs takes less, and "
-            "the same command with it goes on from the newest checkpoint; else a smaller --model or --block-size"
+            "the same command with it resumes from the newest checkpoint; else a smaller --model or --block-size"
         ) from None
 
 

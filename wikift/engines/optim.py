@@ -1,4 +1,4 @@
-"""AdamW in two groups, the learning rate as a pure function of the step, one fused clip-and-update.
+"""AdamW in two groups, fp16's loss scale, and clipping and update as one fused operation.
 
 Clipping, unscaling and the skipping of a step whose gradient is not finite are all inputs of torch's fused AdamW
 (`grad_scale`, `found_inf`, as torch.amp.GradScaler sets them): no pass over the gradients of our own, no wait for the
@@ -7,7 +7,6 @@ device.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -26,36 +25,6 @@ class AdamSettings:
     beta2: float
     epsilon: float
     max_grad_norm: float
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The learning rate over a run of `steps` updates, `warmup` of them rising from 0 (transformers' shapes).
-
-    warmup_stable_decay is constant but for the last `decay` updates, in which it falls to 0 by a straight line
-    (Hägele et al., arXiv:2405.18392, call it constant with cool-down).
-    """
-
-    kind: str
-    peak: float
-    warmup: int
-    steps: int
-    decay: int = 0
-
-    def lr_at(self, step: int) -> float:
-        """The rate of update `step`, counted from 1, as transformers' get_scheduler gives it after step - 1 updates."""
-        done = step - 1
-        if done < self.warmup:
-            return self.peak * done / self.warmup
-        part = (done - self.warmup) / max(1, self.steps - self.warmup)
-        if self.kind == "constant":
-            return self.peak
-        if self.kind == "warmup_stable_decay":
-            return self.peak * min(1.0, max(0.0, (self.steps - done) / max(1, self.decay)))
-        if self.kind == "cosine":
-            return self.peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * part)))
-        assert self.kind == "linear"
-        return self.peak * max(0.0, 1.0 - part)
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], settings: AdamSettings) -> torch.optim.Optimizer:
@@ -84,9 +53,9 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     norms = []
     for gradient in gradients:
         flat = gradient.reshape(-1)
-        whole = flat.numel() // _NORM_ROW * _NORM_ROW
-        rows = torch.linalg.vector_norm(flat[:whole].view(-1, _NORM_ROW), dim=1)
-        norms += [torch.linalg.vector_norm(part, dtype=torch.float64) for part in (rows, flat[whole:])]
+        even = flat.numel() // _NORM_ROW * _NORM_ROW
+        rows = torch.linalg.vector_norm(flat[:even].view(-1, _NORM_ROW), dim=1)
+        norms += [torch.linalg.vector_norm(part, dtype=torch.float64) for part in (rows, flat[even:])]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms)).float()
     return norm
 

@@ -16,7 +16,7 @@ from wikift.model.gpt2 import NextTokenLoss, materialize
 class SingleEngine:
     """Whole weights, gradients and moments on one device; see Engine for the methods.
 
-    `model` comes without memory (meta); what is in it is open until `restore`.
+    `model` comes without memory (meta); its values are undefined until `restore`.
     """
 
     def __init__(
@@ -64,9 +64,9 @@ class SingleEngine:
     def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return in_eval(self.model, self.losses, inputs.to(self.device), targets.to(self.device))
 
-    def next_logits(self, inputs: Tensor, mask: Tensor, places: Tensor) -> Tensor:
-        inputs, mask, places = (tensor.to(self.device) for tensor in (inputs, mask, places))
-        return in_eval(self.model, self.losses, inputs, None, mask, places)
+    def next_logits(self, inputs: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        inputs, mask, positions = (tensor.to(self.device) for tensor in (inputs, mask, positions))
+        return in_eval(self.model, self.losses, inputs, None, mask, positions)
 
     def fragments(self) -> Iterator[Fragment]:
         return whole_fragments(self, rank=0, ranks=1)
@@ -86,7 +86,7 @@ class SingleEngine:
 def in_eval(model: torch.nn.Module, function: Callable[..., Tensor], *arguments: Tensor | None) -> Tensor:
     """`function(*arguments)` with `model` in eval mode, without gradients; it keeps the mode it had.
 
-    Never compiled: each length of a split's last window, and of samples, would be compiled anew.
+    Never compiled: each length of a split's last window, and of samples, would be compiled again.
     """
     training = model.training
     model.eval()

@@ -29,8 +29,8 @@ from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, keep_residual_i
 class ZeroEngine:
     """See Engine for the methods. `config` is a complete ds_config, as `dsconfig.engine_config` makes it.
 
-    `build` gives the model: called on the meta device at stages 1 and 2, which keep whole weights in the precision of
-    the products, and under `deepspeed.zero.Init` at stage 3, which keeps this rank's ranges and nothing more.
+    `build` returns the model: called on the meta device at stages 1 and 2, which keep whole weights in the precision of
+    the matmuls, and under `deepspeed.zero.Init` at stage 3, which keeps this rank's ranges and nothing more.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class ZeroEngine:
     def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return self._in_eval(inputs, targets)
 
-    def next_logits(self, inputs: Tensor, mask: Tensor, places: Tensor) -> Tensor:
-        return self._in_eval(inputs, None, mask, places)
+    def next_logits(self, inputs: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        return self._in_eval(inputs, None, mask, positions)
 
     def _in_eval(self, *arguments: Tensor | None) -> Tensor:
         device = self.world.device
@@ -169,7 +169,7 @@ class ZeroEngine:
 def _with_own_scale(config: dict[str, Any]) -> tuple[dict[str, Any], ScaleRule]:
     """`config` with a constant loss scale in DeepSpeed, which `forward_backward` sets, and the rule that moves it.
 
-    DeepSpeed's own scaler doubles a step later than torch's, and could not go on where another engine stopped.
+    DeepSpeed's own scaler doubles a step later than torch's, and could not resume where another engine stopped.
     """
     asked = config["fp16"]
     fixed = float(asked.get("loss_scale", 0))

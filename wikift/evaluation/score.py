@@ -1,19 +1,18 @@
-"""Perplexity of a model on one split of a token store, from one summed negative log-likelihood.
+"""Perplexity from one summed negative log-likelihood: pieces of ids -> windows -> batches -> sums by document.
 
-Window i reads `context` tokens from token `i * stride` on and scores its last `stride` targets: those that no window
-before it has scored. The first window scores all of its targets, so every token but the very first of the split is
-scored exactly once. Equal context and stride are the disjoint blocks of `run_clm.py`; stride 512 of context 1024 is
-neulab/knn-transformers' protocol.
-Cost: `context / stride` forwards per token; memory is one micro-batch, whatever the split.
+A window reads `width` ids, begins `stride` behind the one before it, and predicts the ids that none before it has
+predicted, save its own first one. With a width of the context and one, each id but the very first is scored once;
+where the stride is the context too, these are training's validation and the disjoint blocks of `run_clm.py`.
+Cost: context / stride forwards per token. Memory is one batch of windows and a piece, whatever the text's length.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -24,117 +23,35 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from wikift.base.world import World
-    from wikift.evaluation.protocols import Window
 
 IGNORED = -100  # target of a position that is not scored: torch's and transformers' ignore_index
+_PIECE_TOKENS = 1 << 16
 
 
-@dataclasses.dataclass(frozen=True)
+class Piece(NamedTuple):
+    """Ids (n,) in order and the documents (n,) that they are of; `ends`: a unit of text ends with it."""
+
+    ids: np.ndarray
+    documents: np.ndarray
+    ends: bool
+
+
+class Window(NamedTuple):
+    """Ids (n,), those from index `first` on to be predicted, with their documents (n,); each counts `weight`."""
+
+    ids: np.ndarray
+    documents: np.ndarray
+    first: int
+    weight: float
+
+
+@dataclass(frozen=True)
 class Score:
-    """One model's likelihood of one split. `nll` is in nats, summed over `tokens` scored tokens.
+    """One model's likelihood of one text, by document.
 
-    `words` counts one end of line per row, as the papers on WikiText do; `bytes` are UTF-8. Both are of the whole
-    split, so that the numbers of two tokenizers can be compared: the loss per token times tokens per word, where the
-    split's first token, which nothing predicts, counts as one more of the mean (openai/gpt-2#78).
-    """
-
-    nll: float
-    tokens: int
-    words: int
-    bytes: int
-    context: int
-    stride: int
-
-    @property
-    def loss(self) -> float:
-        """Nats per token."""
-        return self.nll / self.tokens
-
-    @property
-    def perplexity(self) -> float:
-        """Per token of this tokenizer."""
-        return exp(self.nll / self.tokens)
-
-    @property
-    def word_perplexity(self) -> float:
-        """Per word: perplexity ** (tokens / words)."""
-        return exp(self.loss * (self.tokens + 1) / self.words) if self.words else math.nan
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Bits per byte of UTF-8 text."""
-        return self.loss * (self.tokens + 1) / math.log(2) / self.bytes if self.bytes else math.nan
-
-
-def window_count(tokens: int, context: int, stride: int) -> int:
-    """How many windows score all targets of a split of `tokens` tokens."""
-    targets = max(tokens - 1, 0)
-    return min(targets, 1) + max(0, math.ceil((targets - context) / stride))
-
-
-def windows(tokens: np.ndarray, indices: np.ndarray, *, context: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
-    """The windows `indices` (M,) of the ids `tokens` (N,) -> inputs and targets, int64 (M, context).
-
-    Targets that an earlier window scores, and those past the end, are `IGNORED`; inputs past the end are 0. An index
-    past the last window gives a window with nothing to score.
-    """
-    start = indices.astype(np.int64)[:, None] * stride
-    position = start + np.arange(context + 1)  # (M, context + 1)
-    there = position < len(tokens)
-    ids = tokens[np.where(there, position, 0)].astype(np.int64)
-    ids[~there] = 0
-    new = (start == 0) | (np.arange(context) >= context - stride)  # (M, context)
-    return ids[:, :-1], np.where(new & there[:, 1:], ids[:, 1:], IGNORED)
-
-
-def score_split(
-    nll: Callable[[Tensor, Tensor], Tensor],
-    store: TokenStore,
-    split: str,
-    *,
-    context: int,
-    stride: int,
-    batch: int,
-    world: World,
-    progress: Callable[[int, int], None] | None = None,
-) -> Score:
-    """Score `split` with all ranks together; every rank returns the same Score.
-
-    `nll(inputs, targets)` takes int64 CPU tensors (M, context) and returns the float64 sum over the scored targets,
-    exactly 0 where there are none. It may be collective: every rank calls it equally often, on `batch` windows each
-    time. `progress(done, all)` counts windows. Raises UserError where the split has nothing to score.
-    """
-    import torch
-
-    ids = store.tokens(split)
-    if len(ids) < 2:
-        raise UserError(f"--split {split}: has {len(ids)} tokens, so no token to predict; name another split")
-    count = window_count(len(ids), context, stride)
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for first in range(0, count, batch * world.size):
-        mine = first + world.rank + world.size * np.arange(batch)
-        inputs, targets = windows(ids, mine, context=context, stride=stride)
-        total += nll(torch.from_numpy(inputs), torch.from_numpy(targets)).to(total)
-        if progress is not None:
-            progress(min(first + batch * world.size, count), count)
-    found = store.splits[split]
-    return Score(float(world.total(total)), len(ids) - 1, found.words, found.bytes, context, stride)
-
-
-def exp(nats: float) -> float:
-    """`math.exp`, infinite where that would overflow."""
-    return math.exp(nats) if nats < 700 else math.inf
-
-
-# --- protocols ---------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """One model's likelihood of one split under one protocol, by document.
-
-    Each array is float64 (documents,): `nll` in nats over `scored` tokens (where the protocol's own count differs from
-    what it scores, both are in that count), `tokens` of the text, scored or not, `words` and `bytes` of the text.
+    Each array is float64 (documents,): `nll` in nats over `scored` tokens (where a protocol counts other tokens than it
+    scores, both are of its count), `tokens` of the text, scored or not. `words` counts one end of line per row, as the
+    papers on WikiText do, save where the protocol counts otherwise; `bytes` are UTF-8.
     """
 
     nll: np.ndarray
@@ -143,88 +60,166 @@ class Measured:
     words: np.ndarray
     bytes: np.ndarray
 
-    def shares(self, normaliser: str) -> tuple[np.ndarray, np.ndarray]:
-        """(nats, or bits for bits/byte, and units) by document; their sums' quotient is ln of the perplexity, or bits.
+    @property
+    def loss(self) -> float:
+        """Nats per scored token."""
+        return float(self.nll.sum() / self.scored.sum())
 
-        Per word and byte, a token that the protocol leaves out counts as the mean of the others.
+    def spread(self, normaliser: str) -> tuple[np.ndarray, np.ndarray]:
+        """(nats, or bits for bits/byte, and units) by document; the quotient of their sums is ln(perplexity), or bits.
+
+        Per word and byte, a token that is not scored counts as the mean of the others (openai/gpt-2#78), so that the
+        numbers of two tokenizers can be compared.
         """
         if normaliser == "tokens":
             return self.nll, self.scored
-        whole = self.nll * (self.tokens.sum() / self.scored.sum())
+        nats = self.nll / self.scored.sum() * self.tokens.sum()
         if normaliser == "words":
-            return whole, self.words
-        return (whole / math.log(2) if normaliser == "bits/byte" else whole), self.bytes
+            return nats, self.words
+        return (nats / math.log(2) if normaliser == "bits/byte" else nats), self.bytes
 
     def value(self, normaliser: str) -> float:
-        """Perplexity per token, word or byte, or bits per byte; nan where there are no such units."""
-        nats, units = (float(part.sum()) for part in self.shares(normaliser))
+        """Perplexity per token, word or byte ("tokens", "words", "bytes"), or "bits/byte"; nan without such units."""
+        nats, units = (float(part.sum()) for part in self.spread(normaliser))
         if not units:
             return math.nan
-        return nats / units if normaliser == "bits/byte" else exp(nats / units)
+        if normaliser == "bits/byte":
+            return nats / units
+        return math.exp(nats / units) if nats / units < 700 else math.inf
 
 
-def difference(one: Measured, other: Measured, normaliser: str) -> tuple[float, float]:
+def difference(one: Score, other: Score, normaliser: str) -> tuple[float, float]:
     """How much larger ln(perplexity) (or bits/byte) is of `other`, and the standard error of that over the documents.
 
     The error is the ratio estimator's (Cochran, Sampling Techniques, 6.19): documents are taken as drawn at random,
     each with its difference and its length. nan where there are not two documents.
     """
-    apart, parts = 0.0, np.zeros(len(one.nll))
-    for sign, (nats, units) in ((-1, one.shares(normaliser)), (1, other.shares(normaliser))):
+    mean, parts = 0.0, np.zeros(len(one.nll))
+    for sign, (nats, units) in ((-1, one.spread(normaliser)), (1, other.spread(normaliser))):
         total = float(units.sum())
         if not total:
             return math.nan, math.nan
-        mean = float(nats.sum()) / total
-        apart += sign * mean
-        parts += sign * (nats - mean * units) / total
-    count = int(np.count_nonzero(one.shares(normaliser)[1]))
-    return apart, math.sqrt(count / (count - 1) * float((parts**2).sum())) if count > 1 else math.nan
+        own = float(nats.sum()) / total
+        mean += sign * own
+        parts += sign * (nats - own * units) / total
+    count = int(np.count_nonzero(one.spread(normaliser)[1]))
+    return mean, math.sqrt(count / (count - 1) * float((parts**2).sum())) if count > 1 else math.nan
 
 
-def score_windows(
+def score_split(
+    nll: Callable[[Tensor, Tensor], Tensor],
+    store: TokenStore,
+    split: str,
+    *,
+    context: int,
+    batch: int,
+    world: World,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Score:
+    """Score `split` in disjoint windows with all ranks together; every rank returns the same Score.
+
+    `nll(inputs, targets)` takes int64 CPU tensors (batch, context) and returns the float64 sum over the scored targets,
+    exactly 0 where there are none. It may be collective: every rank calls it equally often. `progress(done, of)` counts
+    windows. Raises UserError where the split has nothing to score.
+    """
+    ids, counts = store.tokens(split), store.splits[split]
+    if len(ids) < 2:
+        raise UserError(f"--split {split}: has {len(ids)} tokens, so no token to predict; name another split")
+    number = -(-(len(ids) - 1) // context)
+    sums = document_sums(
+        nll, windows(stored(ids), context + 1, context), batch=batch, world=world, width=context,
+        progress=lambda done: progress(done, number),
+    )  # fmt: skip
+    return Score(*sums, *(np.array([count], np.float64) for count in (len(ids), counts.words, counts.bytes)))
+
+
+def stored(ids: np.ndarray, starts: Sequence[int] = ()) -> Iterator[Piece]:
+    """A store's ids in pieces, as documents of which all but the first begin at `starts`."""
+    for begin in range(0, len(ids), _PIECE_TOKENS):
+        part = ids[begin : begin + _PIECE_TOKENS]
+        end = begin + len(part)
+        yield Piece(part, np.searchsorted(starts, np.arange(begin, end), "right"), end == len(ids))
+
+
+def windows(
+    source: Iterable[Piece], width: int, stride: int, *, fill: bool = False, like_the_page: bool = False
+) -> Iterator[Window]:
+    """The windows with something to predict. The last one is shorter; with `fill` it begins earlier instead.
+
+    `like_the_page`: windows count one token less than they score where they overlap, see protocols' hf-doc.
+    """
+    pieces = iter(source)
+    ids = documents = np.empty(0, np.int64)
+    at = begin = done = 0  # of the text: where `ids` begins, where the window does, how much has been predicted
+    while True:
+        more, known = [], at + len(ids)
+        while known <= begin + width and (piece := next(pieces, None)) is not None:  # one more tells if it is the last
+            more.append(piece)
+            known += len(piece.ids)
+        if more:
+            ids = np.concatenate([ids, *(piece.ids for piece in more)])
+            documents = np.concatenate([documents, *(piece.documents for piece in more)])
+        end = min(begin + width, known)
+        last = end == known
+        start = max(0, end - width) if fill and last else begin
+        first = max(done, start + 1)
+        if first < end:
+            weight = (end - done - 1) / (end - first) if like_the_page else 1.0
+            yield Window(ids[start - at : end - at], documents[start - at : end - at], first - start, weight)
+        if last:
+            return
+        done, begin = end, begin + stride
+        keep = max(0, begin - width - at)  # a filled window reaches so far back
+        ids, documents, at = ids[keep:], documents[keep:], at + keep
+
+
+def document_sums(
     losses: Callable[[Tensor, Tensor], Tensor],
     source: Iterable[Window],
     *,
     batch: int,
     world: World,
-    progress: Callable[[], None],
-) -> tuple[np.ndarray, np.ndarray]:
-    """(nll, scored tokens) by document, float64 (documents,), the same on every rank.
+    width: int | None = None,
+    progress: Callable[[int], None],
+) -> np.ndarray:
+    """Nats and scored tokens by document, float64 (2, documents), the same on every rank; collective.
 
-    Every rank reads all of `source` and scores its share of the batches. `losses(inputs, targets)` takes int64 CPU
-    tensors (M, L) and gives the loss of each position, 0 where the target is `IGNORED`.
+    Every rank reads all of `source` and scores its share of each `batch * world.size` windows. `losses(inputs,
+    targets)` takes int64 CPU tensors (M, L) and returns the loss of each position (M * L,), 0 where `IGNORED`; or
+    the sum of all, (), which is taken as the first document's. With a `width`, every rank calls it equally often, each
+    time on `batch` windows of that length; without one, on what windows it has, as long as the longest. `progress`
+    is told how many windows are done.
     """
     import torch
 
-    found = np.zeros((2, 0))
-    windows_left: Iterator[Window] = iter(source)
-    number = 0
-    while group := list(islice(windows_left, batch)):
-        highest = max(int(window.documents.max()) for window in group)
-        if highest >= found.shape[1]:
-            found = np.pad(found, ((0, 0), (0, max(highest + 1, 2 * found.shape[1]) - found.shape[1])))
-        if number % world.size == world.rank:
-            inputs, targets, weights, documents = _padded(group)
-            loss = losses(torch.from_numpy(inputs), torch.from_numpy(targets)).double().cpu().numpy()
-            there = targets.ravel() != IGNORED
-            weights, documents = weights.ravel()[there], documents.ravel()[there]
-            np.add.at(found, (0, documents), loss.ravel()[there] * weights)
-            np.add.at(found, (1, documents), weights)
-        number += 1
-        progress()
-    total = world.total(torch.from_numpy(found)).numpy()
-    return total[0], total[1]
+    sums = np.zeros((2, 1))
+    total = torch.zeros((), dtype=torch.float64, device=world.device)  # added up there: a GPU is not waited for
+    unread, done = iter(source), 0
+    while group := list(islice(unread, batch * world.size)):
+        own = group[world.rank :: world.size]
+        sums = np.pad(sums, ((0, 0), (0, max(0, int(group[-1].documents[-1]) + 1 - sums.shape[1]))))
+        if own or width:
+            longest = max((len(window.ids) - 1 for window in own), default=0)
+            inputs, targets = _padded(own, batch if width else len(own), width or longest)
+            loss = losses(torch.from_numpy(inputs), torch.from_numpy(targets))
+            documents = np.concatenate([np.empty(0, np.int64), *(w.documents[w.first :] for w in own)])
+            weights = np.concatenate([np.empty(0), *(np.full(len(w.ids) - w.first, w.weight) for w in own)])
+            if loss.ndim:
+                np.add.at(sums[0], documents, loss.double().cpu().numpy()[targets.ravel() != IGNORED] * weights)
+            else:
+                total += loss.to(total)
+            np.add.at(sums[1], documents, weights)
+        done += len(group)
+        progress(done)
+    sums[0, 0] += float(total)
+    return world.total(torch.from_numpy(sums)).numpy()
 
 
-def _padded(group: list[Window]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Inputs, targets, weights and the targets' documents, each (M, longest of the group - 1)."""
-    shape = len(group), max(len(window.ids) for window in group) - 1
-    inputs, documents = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    targets, weights = np.full(shape, IGNORED, np.int64), np.zeros(shape)
+def _padded(group: list[Window], rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs, 0 past a window's end, and targets, both int64 (rows, width)."""
+    inputs, targets = np.zeros((rows, width), np.int64), np.full((rows, width), IGNORED, np.int64)
     for row, window in enumerate(group):
         size = len(window.ids) - 1
         inputs[row, :size] = window.ids[:-1]
         targets[row, window.first - 1 : size] = window.ids[window.first :]
-        documents[row, :size] = window.documents[1:]
-        weights[row] = window.weight
-    return inputs, targets, weights, documents
+    return inputs, targets

@@ -1,28 +1,35 @@
-"""The text that an evaluation is about: a token store, the rows it was made of, or a dataset without a store."""
+"""The text that an evaluation is about, and its ids: a token store, the rows it was made of, or a dataset."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
-from wikift.base import folders
+import numpy as np
+
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.hub import one_line
+from wikift.data.encode import cut_rule, pieces
 from wikift.data.recipe import check_recipe
 from wikift.data.sources import Corpus, corpus_problems, open_corpus
-from wikift.data.store import TokenStore, open_store
-from wikift.settings.fields import WIKITEXT, DataSettings, EvaluateSettings
-from wikift.settings.run_plan import check_data
+from wikift.data.store import TokenStore
+from wikift.data.tokenizer import rust_tokenizer
+from wikift.evaluation.detokenize import Part
+from wikift.evaluation.documents import is_title
+from wikift.evaluation.score import Piece
 
-SEED = 42  # prepare's default, for the cut of a dataset that has no validation split
-WHOLE = "all"  # the split of a single file
+ALL = "all"  # the split of a single file
 _WITH_UNK = ("wikitext-2-v1", "wikitext-103-v1")
+_ENCODED_TOGETHER = 1 << 16  # characters
+_TITLE_TOKENS = 400
 
 
 @dataclass(frozen=True)
 class Text:
-    """`store` where one is named or a run knows one; `corpus` where the rows are to be had, else `missing` says why."""
+    """`store` where there is one; `corpus` where the rows can be read, else `missing` says why; notes for the user."""
 
     name: str
     store: TokenStore | None
@@ -30,119 +37,159 @@ class Text:
     missing: str
     notes: list[str]
 
-    def chosen_splits(self, settings: EvaluateSettings) -> list[str]:
-        """The split asked for, or all but train where there are others. Raises UserError for one that is not there."""
+    def splits(self) -> list[str]:
+        """The splits with a token to predict, as far as that is known."""
         if self.store is not None:
-            there = [name for name, split in self.store.splits.items() if split.tokens > 1 or name == settings.split]
-        else:
-            there = list(self.corpus.splits) if self.corpus is not None else []
-        if settings.split is not None:
-            if settings.split not in there:
-                raise UserError(f"--split {settings.split}: {self.name} has {', '.join(there)}; take one of these")
-            return [settings.split]
-        if not there:
-            raise UserError(f"--split: {self.name} has no token to predict in any; name another text")
-        return [name for name in there if name != "train"] or there
+            return [name for name, split in self.store.splits.items() if split.tokens > 1]
+        return list(self.corpus.splits) if self.corpus is not None else []
 
 
-def check_text(settings: EvaluateSettings) -> TokenStore | None:
-    """The store that the settings lead to, None with `--dataset`. Raises UserError for every problem with either."""
-    if settings.dataset is not None:
-        data = _data_settings(settings)
-        problems = check_data(data) + corpus_problems(data)
-        if settings.data is not None:
-            problems.append(f"--data {settings.data}: cannot act, --dataset {settings.dataset} is given; leave one out")
-        if problems:
-            raise UserError(*problems)
-        return None
-    for name in ("dataset_config", "text_column"):
-        if getattr(settings, name) != getattr(EvaluateSettings(), name):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: cannot act without --dataset")
-    if settings.data is not None:
-        return _with_split(open_store(settings.data), settings)
-    stores = []
-    for model in settings.models:
-        run = folders.run_of(model)
-        if run is not None:
-            stores.append(open_store(str(folders.run_config(run)["store_path"])))
-    if not stores and settings.models:
-        raise UserError(
-            f"--data: is missing, {settings.models[0]} is no run that would know its store; name one of "
-            "launch/prepare.py, or a text with --dataset"
-        )
-    if len({store.fingerprint for store in stores}) > 1:
-        raise UserError("--data: is missing, the runs were trained on different stores; name one for all of them")
-    return _with_split(stores[0], settings) if stores else None
+def text_of_dataset(source: Source) -> Text:
+    """A text without a store: as prepare's, save that a single file is one split, all of it."""
+    file = Path(source.dataset).is_file()
+    corpus = open_source(source, cut=not file)
+    if file:
+        corpus = dataclasses.replace(corpus, splits={ALL: corpus.splits["train"]}, sizes={ALL: corpus.sizes["train"]})
+    name = f"{corpus.name} {corpus.config}" if corpus.config else corpus.name
+    return Text(name, None, corpus, "", _notes(corpus.config))
 
 
-def _with_split(store: TokenStore, settings: EvaluateSettings) -> TokenStore:
-    split = settings.split
-    if split is not None and split not in store.splits:
-        raise UserError(f"--split {split}: {store.path} has {', '.join(store.splits)}; take one of these")
-    if split is not None and store.splits[split].tokens < 2:
-        raise UserError(f"--split {split}: {store.path} has no token to predict in it; take another")
-    return store
+def text_of_store(store: TokenStore) -> Text:
+    """A store's text, with the rows that it was made of where they can be had."""
+    name = str(store.path)
+    try:
+        corpus = open_again(store)
+    except (UserError, EnvironmentFault, OSError, KeyError) as error:
+        missing = one_line(error)
+        need = "hf-doc, paper and lm-eval need the text, which"
+        note = f"{need} {name} does not lead to: name it with --dataset ({missing})"
+        return Text(name, store, None, missing, [note, *_notes(store.record.get("dataset_config"))])
+    return Text(name, store, corpus, "", _notes(corpus.config))
 
 
-def open_text(settings: EvaluateSettings) -> Text:
-    """The text of (checked) settings, with notes for the reader of its numbers."""
-    store, corpus, missing = check_text(settings), None, ""
-    if store is None:
-        corpus = _named(settings)
-        name = f"{corpus.name} {corpus.config}" if corpus.config else corpus.name
-    else:
-        name = str(store.path)
-        try:
-            corpus = _of_store(store)
-        except (UserError, EnvironmentFault, OSError, KeyError) as error:
-            missing = one_line(error)
-    notes = []
-    if missing:
-        notes.append(
-            f"hf-doc, paper and lm-eval need the text, which {name} does not lead to: name it with --dataset "
-            f"({missing})"
-        )
-    config = corpus.config if corpus is not None else store.record.get("dataset_config") if store is not None else None
-    if config in _WITH_UNK:
-        raw = str(config).replace("-v1", "-raw-v1")
-        notes.append(f"{config} has <unk> for rare words; published GPT-2 numbers are of {raw} mostly")
-    return Text(name, store, corpus, missing, notes)
+def _notes(config: str | None) -> list[str]:
+    if config not in _WITH_UNK:
+        return []
+    raw = config.replace("-v1", "-raw-v1")
+    return [f"{config} has <unk> for rare words; published GPT-2 numbers are of {raw} mostly"]
 
 
-def _data_settings(settings: EvaluateSettings) -> DataSettings:
-    return DataSettings(
-        dataset=settings.dataset, dataset_config=settings.dataset_config, text_column=settings.text_column
-    )
+# --- an adapter, until data has Source, open_source, source_problems and open_again ------------------------------
 
 
-def _named(settings: EvaluateSettings) -> Corpus:
-    """The corpus of `--dataset`: as prepare's, save that a single file is one split, the whole of it."""
-    if not Path(str(settings.dataset)).is_file():
-        return open_corpus(_data_settings(settings), SEED)
-    corpus = open_corpus(_data_settings(settings), SEED, cut=False)
-    return dataclasses.replace(corpus, splits={WHOLE: corpus.splits["train"]}, sizes={WHOLE: corpus.sizes["train"]})
+@dataclass(frozen=True)
+class Source:
+    """What opens a text again; the second half is a recipe's."""
+
+    dataset: str
+    config: str | None = None
+    text_column: str = "text"
+    validation_fraction: float | None = None
+    seed: int = 42
+    tokenizer: str | None = None
+    append_eos: bool | None = None
+    dataset_config = property(lambda self: self.config)
 
 
-def _of_store(store: TokenStore) -> Corpus:
+def open_source(source: Source, *, cut: bool = True) -> Corpus:
+    return open_corpus(cast(Any, source), source.seed, cut=cut)
+
+
+def source_problems(source: Source) -> list[str]:
+    return corpus_problems(cast(Any, source))
+
+
+def open_again(store: TokenStore) -> Corpus:
     """The rows that `store` was made of. Raises UserError where they are gone or not the same."""
     record = store.record
     dataset = record.get("dataset_path") or record["dataset"]
-    config = None if dataset in WIKITEXT else record.get("dataset_config")
     if "files" in record and "dataset_path" not in record:
-        raise UserError(f"{store.path} was made by an older wikift, which did not write down where its text lay")
-    data = DataSettings(
+        raise UserError(f"{store.path} was made by an older wikift, which did not write down where its text was")
+    named = dataset == "demo" or dataset.startswith("wikitext-") or Path(dataset).is_file()
+    source = Source(
         dataset=dataset,
-        dataset_config=config if dataset != "demo" and not Path(dataset).is_file() else None,
+        config=None if named else record.get("dataset_config"),
         text_column=record.get("text_column") or "text",
         validation_fraction=record.get("validation_fraction"),
+        seed=42 if record.get("seed") is None else int(record["seed"]),
         tokenizer=str(store.path / "tokenizer"),
         append_eos=record.get("append_eos"),
     )
-    if problems := corpus_problems(data):
+    if problems := source_problems(source):
         raise UserError(*problems)
-    seed = SEED if record.get("seed") is None else int(record["seed"])
-    check_recipe(store, data, seed)
-    corpus = open_corpus(data, seed)
+    check_recipe(store, cast(Any, source), source.seed)
+    corpus = open_source(source)
     if "files" not in record and corpus.revision != record.get("revision"):
         raise UserError(f"{dataset} is of revision {corpus.revision} now, the store of {record.get('revision')}")
     return corpus
+
+
+# --- text to ids -------------------------------------------------------------------------------------------------
+
+
+def encoded(texts: Iterable[Part], tokenizer_file: Path, eos_token_id: int | None) -> Iterator[Piece]:
+    """The ids of each unit, as the tokenizer returns them for all of it; `eos_token_id` follows unless None."""
+    tokenizer = rust_tokenizer(tokenizer_file)
+    starts: list[int] = []  # in characters, of documents that are not encoded yet, and their numbers
+    numbers: list[int] = []
+
+    def without_documents() -> Iterator[tuple[str, bool]]:
+        position = 0
+        for text, ends, document in texts:
+            if not numbers or document != numbers[-1]:
+                starts.append(position)
+                numbers.append(document)
+            position += len(text)
+            yield text, ends
+
+    def flush() -> Iterator[Piece]:
+        encodings = tokenizer.encode_batch([text for text, _, _ in waiting], add_special_tokens=False)
+        for encoding, (text, ends, at) in zip(encodings, waiting, strict=True):
+            ids, characters = encoding.ids, [at + begin for begin, _ in encoding.offsets]
+            if ends and eos_token_id is not None:
+                ids, characters = [*ids, eos_token_id], [*characters, at + max(0, len(text) - 1)]
+            documents = np.array(numbers, np.int64)[np.searchsorted(starts, characters, "right") - 1]
+            yield Piece(np.array(ids, np.int64), documents, ends)
+        passed = int(np.searchsorted(starts, waiting[-1][2], "right")) - 1 if waiting else 0
+        del starts[:passed], numbers[:passed]
+
+    waiting: list[tuple[str, bool, int]] = []  # (text, ends its unit, where it begins)
+    at = size = 0
+    for text, ends, _ in pieces(without_documents(), cut_rule(tokenizer_file)):
+        waiting.append((text, ends, at))
+        at, size = at + len(text), size + len(text) + 16
+        if size >= _ENCODED_TOGETHER:
+            yield from flush()
+            waiting, size = [], 0
+    yield from flush()
+
+
+def document_starts(store: TokenStore, split: str) -> list[int]:
+    """Where documents but the first begin: behind end-of-text tokens where rows have them, else at WikiText's titles.
+
+    Finds none, so that all is one document, where there is no tokenizer that could tell a title.
+    """
+    ids = store.tokens(split)
+    if store.record.get("append_eos"):
+        return [end + 1 for end in _positions(ids, [store.eos_token_id]) if end + 1 < len(ids)]
+    try:
+        tokenizer = rust_tokenizer(store.path / "tokenizer" / "tokenizer.json")
+    except Exception:  # the library knows no class of its own for what it can't read
+        return []
+    vocabulary = tokenizer.get_vocab()  # of a byte-level BPE: \u010a is a line end, \u0120 a space
+    line_ends = [i for token, i in vocabulary.items() if token.endswith("\u010a")]
+    signs = {i for token, i in vocabulary.items() if token.lstrip("\u0120").startswith("=")}
+    starts = []
+    for end in _positions(ids, line_ends):
+        if end + 1 < len(ids) and int(ids[end + 1]) in signs:
+            line = ids[end + 1 : end + 1 + _TITLE_TOKENS]
+            ends = np.flatnonzero(np.isin(line, line_ends))
+            if len(ends) and is_title(tokenizer.decode(line[: ends[0] + 1].tolist(), skip_special_tokens=False)):
+                starts.append(end + 1)
+    before = ids[: starts[0]].tolist() if starts and starts[0] < _TITLE_TOKENS else [0]
+    return starts[1:] if starts and not tokenizer.decode(before).strip() else starts
+
+
+def _positions(ids: np.ndarray, wanted: list[int]) -> Iterator[int]:
+    for at in range(0, len(ids), 1 << 20):
+        yield from (np.flatnonzero(np.isin(ids[at : at + (1 << 20)], wanted)) + at).tolist()

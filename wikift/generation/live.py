@@ -12,6 +12,7 @@ from wikift.generation.sampler import Sampling, choose, penalise, uniforms
 from wikift.generation.stream import Stream
 
 Logits = Callable[[Tensor, Tensor, Tensor], Tensor]  # an engine's next_logits
+SAMPLING = Sampling(temperature=0.8, top_k=50, top_p=0.95, repetition_penalty=1.1)
 
 
 def sample_live(

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from wikift.base.errors import UserError
-
 # Openings of encyclopedia articles, for the model to go on with.
 EXAMPLES = (
     (
@@ -27,22 +23,3 @@ def clean(text: str) -> str:
 def escapes(text: str) -> str:
     r"""`text` with \n and \t, as they can be typed in any shell, made a new line and a tab."""
     return clean(text).replace("\\n", "\n").replace("\\t", "\t")
-
-
-def read_prompts(path: Path, setting: str = "--prompts-file") -> list[str]:
-    """The lines of a UTF-8 file that are not blank. Raises UserError where it cannot be read or has none."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{setting} {path}: cannot be read ({error.strerror}); name a text file") from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{setting} {path}: line {line} is not UTF-8 (byte {error.start}); save the file as UTF-8"
-        ) from None
-    prompts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
-    if not prompts:
-        raise UserError(f"{setting} {path}: has no prompt in it; write one a line")
-    return prompts

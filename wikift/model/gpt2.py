@@ -143,7 +143,10 @@ def load_generation_config(name: str, config: GPT2Config) -> GenerationConfig:
 def load_model(
     name: str, device: torch.device | str = "cpu", setting: str = "--model", say: Say = lambda line: None
 ) -> GPT2LMHeadModel:
-    """A trained GPT-2 in fp32 and eval mode. Raises UserError for a wrong folder, EnvironmentFault without network."""
+    """A trained GPT-2 in fp32 and eval mode; its `config.dtype` is that of the stored weights.
+
+    Raises UserError for a wrong folder, EnvironmentFault without network.
+    """
     config, read = trained_weights(name, load_config(name, setting), setting, say)
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
@@ -191,6 +194,12 @@ def check_tied(model: GPT2LMHeadModel) -> None:
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Every parameter's whole shape by Hugging Face name, the tied head once; under ZeRO-3 too."""
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+
+
+def shapes_of(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """`parameter_shapes` of a model that is not there yet."""
+    with torch.device("meta"):
+        return parameter_shapes(make_model(config))
 
 
 def keep_residual_in_fp32(model: GPT2LMHeadModel) -> None:

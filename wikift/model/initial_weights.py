@@ -66,7 +66,10 @@ def random_weights(config: GPT2Config, shapes: dict[str, tuple[int, ...]], run_s
 
 
 class TrainedWeights(NamedTuple):
-    """Weights in files, and the configuration that they are of: its head untied where the files hold another one."""
+    """Weights in files, and the configuration that they are of.
+
+    It has the files' dtype where it had none, and the head untied where the files hold another than the embedding.
+    """
 
     config: GPT2Config
     read: ReadWeight
@@ -101,13 +104,13 @@ def trained_weights(name: str, config: GPT2Config, setting: str, say: Say) -> Tr
             raise UserError(f"{problem}{key} holds NaN or infinity: the run that saved it failed; name an earlier one")
         return values
 
+    config = copy.deepcopy(config)
     if config.tie_word_embeddings and HEAD in stored:
         if EMBEDDING not in stored:
             stored[EMBEDDING] = stored[HEAD]
         elif stored[HEAD][1:3] != stored[EMBEDDING][1:3] or not _equal(read, stored[HEAD].shape):
             say(f"{problem}{HEAD} is not the embedding, so that it is not tied to it as config.json says")
-            shapes[HEAD], config = shapes[EMBEDDING], copy.deepcopy(config)
-            config.tie_word_embeddings = False
+            shapes[HEAD], config.tie_word_embeddings = shapes[EMBEDDING], False
     missing = [key for key in shapes if key not in stored]
     wrong = [
         f"{key} is {s.dtype} {list(s.shape)} and not F32, F16 or BF16 {list(shapes[key])}"
@@ -118,6 +121,7 @@ def trained_weights(name: str, config: GPT2Config, setting: str, say: Say) -> Tr
     kinds = {"lacks": missing, "holds what a GPT-2 has not:": unexpected, "does not fit config.json:": wrong}
     if problems := [f"{where} {kind} {_few(names)}" for kind, names in kinds.items() if names]:
         raise UserError(*problems)
+    config.dtype = config.dtype or torch_dtype(stored[EMBEDDING].dtype)
     return TrainedWeights(config, read)
 
 

@@ -14,8 +14,8 @@ MICRO_BATCH_CEILING = 8
 
 
 @dataclass(frozen=True)
-class Placement:
-    """How one global batch lies on the ranks: `global_batch = ranks * micro_batch * accumulation` blocks."""
+class BatchLayout:
+    """How one global batch is split over the ranks: `global_batch = ranks * micro_batch * accumulation` blocks."""
 
     ranks: int
     micro_batch: int
@@ -33,39 +33,39 @@ class Placement:
         )
 
 
-def placement(settings: TrainSettings, ranks: int) -> Placement:
+def batch_layout(settings: TrainSettings, ranks: int) -> BatchLayout:
     """Fit the global batch on `ranks`. Raises UserError with the arithmetic where it cannot be.
 
     The global batch is `--global-batch-size`, else the product where both of its parts are given, else 32.
     """
     micro, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-    whole, said = settings.global_batch_size, f"--global-batch-size {settings.global_batch_size}"
-    if whole is None:
-        whole = ranks * micro * accumulation if micro and accumulation else DEFAULT_GLOBAL_BATCH
-        said = f"--global-batch-size {whole}, the default"
-    if whole % ranks:
-        fits = f"{whole // ranks * ranks or ranks} or {(whole // ranks + 1) * ranks}"
+    total, asked = settings.global_batch_size, f"--global-batch-size {settings.global_batch_size}"
+    if total is None:
+        total = ranks * micro * accumulation if micro and accumulation else DEFAULT_GLOBAL_BATCH
+        asked = f"--global-batch-size {total}, the default"
+    if total % ranks:
+        fits = f"{total // ranks * ranks or ranks} or {(total // ranks + 1) * ranks}"
         raise UserError(
-            f"{said}: must be a multiple of the {ranks} processes; "
-            f"take {fits}, or a number of processes that divides {whole}"
+            f"{asked}: must be a multiple of the {ranks} processes; "
+            f"take {fits}, or a number of processes that divides {total}"
         )
-    share = whole // ranks
+    share = total // ranks
     if micro and accumulation and micro * accumulation != share:
         raise UserError(
-            f"{said}: is not {_processes(ranks)} x {micro} (--per-device-train-batch-size) x {accumulation} "
+            f"{asked}: is not {_processes(ranks)} x {micro} (--per-device-train-batch-size) x {accumulation} "
             f"(--gradient-accumulation-steps) = {ranks * micro * accumulation}; leave one of the three out"
         )
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         value = getattr(settings, name)
         if value and share % value:
             raise UserError(
-                f"{flag(name)} {value}: must divide the {share} blocks a step of each process ({said}; "
+                f"{flag(name)} {value}: must divide the {share} blocks a step of each process ({asked}; "
                 f"{_processes(ranks)}); take {_nearest_divisors(share, value)}, or another --global-batch-size"
             )
     if micro is None and accumulation is None:
         micro = max(m for m in range(1, min(share, MICRO_BATCH_CEILING) + 1) if share % m == 0)
     micro = micro or share // (accumulation or 1)
-    return Placement(ranks, micro, share // micro)
+    return BatchLayout(ranks, micro, share // micro)
 
 
 def _processes(ranks: int) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wikift.base.errors import UserError
+from wikift.settings.batch_layout import BatchLayout
 from wikift.settings.deepspeed_checks import (
     PASSED,
     RENAMED,
@@ -87,8 +88,8 @@ def read(path: str | Path) -> Config:
     return {key: value for key, value in config.items() if key not in SECTIONS}
 
 
-def merge(settings: TrainSettings, said: Mapping[str, str]) -> Merged:
-    """Read `--deepspeed FILE` into the settings. `said`: setting -> how it was given ("--max-steps 5"), see cli.parse.
+def merge(settings: TrainSettings, typed: Mapping[str, str]) -> Merged:
+    """Read `--deepspeed FILE` into the settings. `typed`: setting -> how it was set, see options.parse.
 
     Raises nothing: every problem of the file is in the result, to be reported with the others.
     """
@@ -110,15 +111,15 @@ def merge(settings: TrainSettings, said: Mapping[str, str]) -> Merged:
             f"--compile: cannot act, stage 3 in {path} gathers weights in hooks that torch.compile does not follow; "
             "leave it out, or take stage 2 or --engine fsdp"
         )
-    given = {name: getattr(settings, name) for name in said if getattr(settings, name) != "auto"}
+    asked = {name: getattr(settings, name) for name in typed if getattr(settings, name) != "auto"}
     taken: dict[str, _Wish] = {}
-    for wish in _wishes(config, given):
+    for wish in _wishes(config, asked):
         name, text = wish.setting, f"{wish.key} {wish.shown} in {path}"
-        if name in given:
-            if given[name] != wish.value:
-                problems.append(f'{said[name]}: clashes with {text}; leave one of the two out, or write "auto" there')
-        elif name == "max_steps" and "num_train_epochs" in given:
-            problems.append(f'{said["num_train_epochs"]}: the length is given twice, {text} too; write "auto" there')
+        if name in asked:
+            if asked[name] != wish.value:
+                problems.append(f'{typed[name]}: clashes with {text}; leave one of the two out, or write "auto" there')
+        elif name == "max_steps" and "num_train_epochs" in asked:
+            problems.append(f'{typed["num_train_epochs"]}: the length is given twice, {text} too; write "auto" there')
         elif taken.setdefault(name, wish).value != wish.value:
             problems.append(f"{text}: clashes with {taken[name].key} {taken[name].shown} there; take the same number")
     merged = dataclasses.replace(settings, **{name: wish.value for name, wish in taken.items()})
@@ -126,19 +127,18 @@ def merge(settings: TrainSettings, said: Mapping[str, str]) -> Merged:
     return Merged(merged, notes, tuple(problems), {name: wish.key for name, wish in taken.items()})
 
 
-def with_places(problems: Iterable[str], merged: Merged) -> list[str]:
+def with_keys(problems: Iterable[str], merged: Merged) -> list[str]:
     """`problems` of the merged settings, each with the keys of the file that its settings come from."""
-    found = []
+    located = []
     for problem in problems:
         keys = [key for name, key in merged.taken.items() if re.search(flag(name) + r"(?![\w-])", problem)]
-        found.append(problem + (f" ({', '.join(keys)} in {merged.settings.deepspeed})" if keys else ""))
-    return found
+        located.append(problem + (f" ({', '.join(keys)} in {merged.settings.deepspeed})" if keys else ""))
+    return located
 
 
 def engine_config(
-    config: Config, *, micro_batch: int, accumulation: int, ranks: int, precision: str, max_grad_norm: float,
-    hidden_size: int, reduce_dtype: str = "fp32",
-) -> dict[str, Any]:  # fmt: skip
+    config: Config, layout: BatchLayout, precision: str, *, max_grad_norm: float, hidden_size: int, reduce_dtype: str
+) -> dict[str, Any]:
     """What deepspeed.initialize takes: complete, without "auto", optimizer and scheduler.
 
     `config` is what `read` returned and `merge` had no problem with, `precision` the resolved one (bf16, fp16, fp32),
@@ -170,8 +170,12 @@ def engine_config(
         flat["data_types.grad_accum_dtype"] = "fp32"
     # an "auto" that is left is DeepSpeed's own default, as it is under the Trainer
     flat |= {k: _cast(v, PASSED[k]) for k, v in config.items() if k in PASSED and v not in ("auto", None)}
-    flat["train_micro_batch_size_per_gpu"], flat["gradient_accumulation_steps"] = micro_batch, accumulation
-    flat["train_batch_size"], flat["gradient_clipping"] = micro_batch * accumulation * ranks, max_grad_norm
+    flat |= {
+        "train_micro_batch_size_per_gpu": layout.micro_batch,
+        "gradient_accumulation_steps": layout.accumulation,
+        "train_batch_size": layout.global_batch,
+        "gradient_clipping": max_grad_norm,
+    }
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         *sections, name = key.split(".")
@@ -194,7 +198,7 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield key, value
 
 
-def _wishes(config: Config, given: Mapping[str, Any]) -> Iterator[_Wish]:
+def _wishes(config: Config, asked: Mapping[str, Any]) -> Iterator[_Wish]:
     for key, (setting, kind) in SETTINGS.items():
         if is_kind(value := config.get(key), kind):
             yield _Wish(key, show(value), setting, _cast(value, kind))
@@ -210,8 +214,8 @@ def _wishes(config: Config, given: Mapping[str, Any]) -> Iterator[_Wish]:
     off = [name for name, value in switches.items() if value is False]
     if on:
         yield _Wish(on[0] + ".enabled", "true", "precision", on[0])
-    elif given.get("precision") in off or ("precision" not in given and off and switches["bf16"] != "auto"):
-        yield _Wish(f"{given.get('precision', off[0])}.enabled", "false", "precision", "fp32")
+    elif asked.get("precision") in off or ("precision" not in asked and off and switches["bf16"] != "auto"):
+        yield _Wish(f"{asked.get('precision', off[0])}.enabled", "false", "precision", "fp32")
 
 
 def _notes(config: Config, merged: TrainSettings, wishes: Sequence[_Wish]) -> Iterator[str]:

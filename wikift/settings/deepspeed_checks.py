@@ -194,15 +194,15 @@ def _value_problem(key: str, value: Any) -> str | None:
 
 def _zero_problems(config: Config, where: str) -> Iterator[str]:
     if stage(config) not in (1, 2, 3):
-        place = f"zero_optimization.stage {show(config.get('zero_optimization.stage'))}{where}"
-        yield f"{place}: must be 1, 2 or 3; write one of them, or leave --deepspeed out (that is DDP)"
+        key = f"zero_optimization.stage {show(config.get('zero_optimization.stage'))}{where}"
+        yield f"{key}: must be 1, 2 or 3; write one of them, or leave --deepspeed out (that is DDP)"
     for section in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):
         device, path = config.get(section + ".device"), config.get(section + ".nvme_path")
-        place = f"{section}.device {show(device)}{where}"
+        key = f"{section}.device {show(device)}{where}"
         if stage(config) in (1, 2) and (device == "nvme" or (device == "cpu" and section.endswith("param"))):
-            yield f"{place}: needs stage 3, the file has {stage(config)}; write 3, or leave the section out"
+            yield f"{key}: needs stage 3, the file has {stage(config)}; write 3, or leave the section out"
         elif device == "nvme" and path is None:
-            yield f'{place}: needs "nvme_path" beside it, a folder on an NVMe disk'
+            yield f'{key}: needs "nvme_path" beside it, a folder on an NVMe disk'
         elif device == "nvme" and not Path(str(path)).is_dir():
             yield f"{section}.nvme_path {show(path)}{where}: no such folder; name one on an NVMe disk"
 

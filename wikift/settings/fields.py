@@ -11,6 +11,7 @@ from pathlib import Path
 from wikift.base.shape import RELEASED
 from wikift.settings.options import option
 
+CONFIG_HELP = "TOML or JSON file of settings; the command line wins, --no-NAME takes back NAME = true"
 WIKITEXT = ("wikitext-2-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-103-raw-v1")
 
 
@@ -50,7 +51,9 @@ class DataSettings:
         group="data",
         shown="for .jsonl, .parquet and Hub datasets other than WikiText",
     )
-    workers: int | None = option(None, "processes that tokenize", group="data", metavar="N", shown="all cores")
+    workers: int | None = option(
+        None, "processes that tokenize", group="data", metavar="N", shown="all cores", role="view"
+    )
 
 
 # What a setting on the command line displaces of the config file: the same question's answer, or what hangs on it.
@@ -70,17 +73,12 @@ class PrepareSettings(DataSettings):
     verify: bool = option(False, "check every byte of a store that is there already", group="store")
     seed: int = option(42, "seed of the validation cut", group="store", metavar="N")
     quiet: bool = option(False, "print errors only", group="store")
-    config: str | None = option(
-        None,
-        "TOML or JSON file of settings; the command line wins, --no-NAME takes back NAME = true",
-        group="store",
-        metavar="FILE",
-    )
+    config: str | None = option(None, CONFIG_HELP, group="store", metavar="FILE")
 
 
 @dataclass(frozen=True)
 class TrainSettings(DataSettings):
-    """`launch/train.py`: a token store to a fine-tuned model."""
+    """The train command: a token store to a fine-tuned model."""
 
     model: str = option(
         "gpt2", f"{', '.join(RELEASED)}, another GPT-2 of the Hub, or a folder", group="model", metavar="NAME|PATH"
@@ -90,33 +88,24 @@ class TrainSettings(DataSettings):
         None, "with --from-scratch: n_layer=2,n_head=4,n_embd=128", group="model", metavar="K=V,..."
     )
     dropout: float | None = option(
-        None,
-        "dropout rate of embeddings, attention and residuals",
-        group="model",
-        metavar="0..1",
+        None, "dropout rate of embeddings, attention and residuals", group="model", metavar="0..1",
         shown="the model's, 0.1",
-    )
+    )  # fmt: skip
 
-    data: str | None = option(None, "a store that launch/prepare.py made", group="data", metavar="DIR")
+    data: str | None = option(None, "a store that the prepare command made", group="data", metavar="DIR")
     data_fraction: float = option(1.0, "train on a seeded random sample of the blocks", group="data", metavar="0..1")
     block_size: int | None = option(
         None, "tokens predicted in one block", group="data", metavar="TOKENS", shown="the model's context, 1024"
     )
 
     global_batch_size: int | None = option(
-        None,
-        "blocks per optimizer step, over all processes; with the data and the seed it decides what is learned",
-        group="batch",
-        metavar="BLOCKS",
-        shown="32, or what the two below make",
-    )
+        None, "blocks per optimizer step, over all processes; with the data and the seed it decides what is learned",
+        group="batch", metavar="BLOCKS", shown="32, or what the two below make", role="experiment",
+    )  # fmt: skip
     per_device_train_batch_size: int | None = option(
-        None,
-        "blocks of one forward, per process",
-        group="batch",
-        metavar="BLOCKS",
+        None, "blocks of one forward, per process", group="batch", metavar="BLOCKS",
         shown="up to 8, by the global batch",
-    )
+    )  # fmt: skip
     gradient_accumulation_steps: int | None = option(
         None, "forwards per optimizer step", group="batch", metavar="N", shown="by the global batch"
     )
@@ -125,73 +114,56 @@ class TrainSettings(DataSettings):
     max_steps: int | None = option(None, "optimizer steps, in place of epochs", group="length", metavar="STEPS")
 
     learning_rate: float | None = option(
-        None, "the highest, after the warm-up", group="optimizer", metavar="RATE", shown="5e-05; 6e-04 from scratch"
+        None, "the highest, after the warm-up", group="optimizer", metavar="LR", shown="5e-05; 6e-04 from scratch"
     )
     lr_scheduler_type: str = option(
-        "linear",
-        "of the rate after the warm-up: linear or cosine to 0, constant, or warmup_stable_decay: constant, then to 0 "
-        "over --decay-steps",
-        group="optimizer",
-        metavar="COURSE",
-        choices=("linear", "cosine", "constant", "warmup_stable_decay"),
-    )
+        "linear", "schedule of the learning rate after the warm-up: linear or cosine to 0, constant, or "
+        "warmup_stable_decay: constant, then to 0 over --decay-steps",
+        group="optimizer", metavar="SCHEDULE", choices=("linear", "cosine", "constant", "warmup_stable_decay"),
+    )  # fmt: skip
     warmup_steps: float = option(
-        0.0,
-        "steps over which the rate rises from 0; below 1: a part of the run",
-        group="optimizer",
-        metavar="STEPS",
-        shown="0",
-    )
+        0.0, "steps over which the learning rate rises from 0; below 1: a part of the run", group="optimizer",
+        metavar="STEPS", shown="0",
+    )  # fmt: skip
     decay_steps: float | None = option(
-        None,
-        "last steps, over which the rate of warmup_stable_decay falls to 0; below 1: a part of the run",
-        group="optimizer",
-        metavar="STEPS",
-        shown="0.2",
-    )
+        None, "last steps, over which warmup_stable_decay falls to 0; below 1: a part of the run", group="optimizer",
+        metavar="STEPS", shown="0.2",
+    )  # fmt: skip
     weight_decay: float = option(
-        0.0, "AdamW's, of matrices and embeddings; biases and LayerNorm have none", group="optimizer", metavar="RATE"
+        0.0, "AdamW's, of matrices and embeddings; biases and LayerNorm have none", group="optimizer", metavar="DECAY"
     )
-    adam_beta1: float = option(0.9, "AdamW's memory of the gradient", group="optimizer", metavar="0..1")
-    adam_beta2: float = option(0.999, "AdamW's memory of its square", group="optimizer", metavar="0..1")
+    adam_beta1: float = option(0.9, "AdamW's decay of the mean gradient", group="optimizer", metavar="0..1")
+    adam_beta2: float = option(0.999, "AdamW's decay of the mean squared gradient", group="optimizer", metavar="0..1")
     adam_epsilon: float = option(1e-8, "AdamW's, against division by 0", group="optimizer", metavar="EPSILON")
     max_grad_norm: float = option(
         1.0, "clip the gradient's norm to this; 0 is no clipping", group="optimizer", metavar="NORM"
     )
-    seed: int = option(42, "decides everything random", group="optimizer", metavar="N")
+    seed: int = option(42, "decides everything random", group="optimizer", metavar="N", role="experiment")
 
     precision: str = option(
-        "auto",
-        "number format of the products, weights stay fp32; auto: bf16 where the device has it natively, else fp32",
-        group="speed",
-        choices=("auto", "bf16", "fp16", "fp32"),
-    )
+        "auto", "number format of matmuls, weights stay fp32; auto: bf16 where the device has it natively, else fp32",
+        group="speed", choices=("auto", "bf16", "fp16", "fp32"),
+    )  # fmt: skip
     gradient_checkpointing: bool = option(False, "less memory, a third more time", group="speed")
     compile: bool | None = option(
-        None,
-        "torch.compile: half a minute to start; for long runs on a GPU, a CPU gains nothing from it",
-        group="speed",
-        shown="on a GPU from 1,000 steps on, with DeepSpeed only where asked for",
-    )
+        None, "torch.compile: half a minute to start; for long runs on a GPU, a CPU gains nothing from it",
+        group="speed", shown="on a GPU from 1,000 steps on, with DeepSpeed only where asked for",
+    )  # fmt: skip
     deterministic: bool = option(
         False, "on a GPU too the same bits in every run, by slower kernels; a CPU has them anyway", group="speed"
     )
     engine: str = option(
-        "auto",
-        "how weights and work lie on the processes. single: one process; ddp: whole on each; fsdp: FSDP2, a share on "
-        "each; auto: the first of these that fits into memory",
-        group="speed",
-        choices=("auto", "single", "ddp", "fsdp"),
-    )
+        "auto", "how weights and work are split over the processes. single: one process; ddp: whole on each; fsdp: "
+        "FSDP2, a shard on each; auto: the first of these that fits into memory",
+        group="speed", choices=("auto", "single", "ddp", "fsdp"),
+    )  # fmt: skip
     fsdp_reshard: bool = option(
         True, "fsdp: free a block's weights after its forward; without it faster, more memory", group="speed"
     )
     reduce_dtype: str = option(
-        "fp32",
-        "number format in which the processes add up their gradients; bf16: half the traffic, rounded to 8 bits",
-        group="speed",
-        choices=("fp32", "bf16", "fp16"),
-    )
+        "fp32", "number format in which gradients are summed over the processes; bf16: half the traffic, rounded to 8 "
+        "bits", group="speed", choices=("fp32", "bf16", "fp16"),
+    )  # fmt: skip
     deepspeed: str | None = option(
         None, "ZeRO by a DeepSpeed config file, ds_configs/zero2.json or your own", group="speed", metavar="FILE"
     )
@@ -199,42 +171,31 @@ class TrainSettings(DataSettings):
 
     output_dir: str | None = option(None, "the run's folder", group="run", metavar="DIR", shown="runs/MODEL-DATASET")
     eval_steps: int | None = option(
-        None, "steps between validations; each save validates too", group="run", metavar="STEPS", shown="--save-steps"
-    )
+        None, "steps between validations; each save validates too", group="run", metavar="STEPS", shown="--save-steps",
+        role="schedule",
+    )  # fmt: skip
     early_stopping_patience: int | None = option(
-        None,
-        "end the run when so many validations in a row were no better than the best; the best checkpoint is kept",
-        group="run",
-        metavar="N",
-        shown="never",
-    )
+        None, "end the run after so many validations in a row that were no better than the best; the best checkpoint "
+        "is kept", group="run", metavar="N", shown="never", role="schedule",
+    )  # fmt: skip
     save_steps: int = option(500, "steps between checkpoints", group="run", metavar="STEPS")
     logging_steps: int = option(10, "steps between lines of metrics.jsonl", group="run", metavar="STEPS")
-    async_save: bool = option(True, "write checkpoints while the training goes on", group="run")
+    async_save: bool = option(True, "write checkpoints while training continues", group="run")
     save_total_limit: int = option(2, "newest checkpoints kept, beside the best", group="run", metavar="N")
     per_device_eval_batch_size: int = option(8, "blocks of one forward in validation", group="run", metavar="BLOCKS")
     sample_prompts: str | None = option(
-        None, "let the model go on from each line of a file now and then: samples.jsonl", group="run", metavar="FILE"
+        None, "let the model continue each line of a file now and then: samples.jsonl", group="run", metavar="FILE"
     )
     sample_steps: int | None = option(
-        None,
-        "steps between samples",
-        group="run",
-        metavar="STEPS",
-        shown="as validations",
+        None, "steps between samples", group="run", metavar="STEPS", shown="as validations"
     )
     resume: str = option(
-        "auto", "go on from the newest checkpoint, start anew, or from PATH", group="run", metavar="auto|never|PATH"
+        "auto", "resume from the newest checkpoint, never, or from PATH", group="run", metavar="auto|never|PATH"
     )
     wandb: bool = option(False, "log to Weights & Biases too", group="run")
     dry_run: bool = option(False, "print settings and derived numbers, do nothing", group="run")
     quiet: bool = option(False, "print errors only", group="run")
-    config: str | None = option(
-        None,
-        "TOML or JSON file of settings; the command line wins, --no-NAME takes back NAME = true",
-        group="run",
-        metavar="FILE",
-    )
+    config: str | None = option(None, CONFIG_HELP, group="run", metavar="FILE")
 
 
 @dataclass(frozen=True)
@@ -290,7 +251,9 @@ class EvaluateSettings:
     )
     per_device_eval_batch_size: int = option(8, "windows of one forward", metavar="N")
     precision: str = option(
-        "auto", "number format of the products; auto: as in training", choices=("auto", "bf16", "fp16", "fp32")
+        "auto",
+        "number format of the matmuls; auto: that of the stored weights",
+        choices=("auto", "bf16", "fp16", "fp32"),
     )
     device: str = option("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
     json: bool = option(False, "print JSON, one object a model, split and protocol")

@@ -30,6 +30,14 @@ else:  # pragma: no cover
 
 Settings = TypeVar("Settings")
 
+# What a change of a setting means to a run that is resumed: another experiment is refused; another schedule or
+# placement is allowed and told; a view shows or stores the run and changes nothing in it.
+ROLES = ("experiment", "schedule", "placement", "view")
+_ROLE_OF_GROUP = {
+    "model": "experiment", "data": "experiment", "length": "schedule", "optimizer": "schedule", "batch": "placement",
+    "speed": "placement",
+}  # fmt: skip
+
 
 def option(
     default: Any,
@@ -41,8 +49,11 @@ def option(
     positional: bool = False,
     shown: str | None = None,
     prose: bool = False,
+    role: str | None = None,
 ) -> Any:
     """One setting. `shown` is what `--help` gives as the default where that is derived (`None` in the class).
+
+    `role` says what a change of it means to a run, see ROLES; its group's role where not given.
 
     `prose` is text of any kind: it may be empty, or not be UTF-8, which a name or a path may not.
     """
@@ -56,8 +67,14 @@ def option(
             "positional": positional,
             "shown": shown,
             "prose": prose,
+            "role": role or _ROLE_OF_GROUP.get(group, "view"),
         },
     )
+
+
+def names_by_role(settings_class: type[Any], role: str) -> list[str]:
+    """The settings that have `role`, in the order of their definition."""
+    return [field.name for field in dataclasses.fields(settings_class) if field.metadata["role"] == role]
 
 
 def flag(name: str) -> str:

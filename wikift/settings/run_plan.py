@@ -1,26 +1,142 @@
-"""What follows from a command's settings: where the batch lies, how long the run is, and what cannot be.
+"""The finished plan of a run: what follows from its settings, the processes, the model and the data.
 
-Every check reports all the problems it can find at once. Imports no torch, so `--dry-run` and errors are instant.
+Training gets this plan and never sees the settings that it was made of. Imports no torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wikift.base.errors import UserError
-from wikift.base.folders import foreign_in, is_hub_name
-from wikift.base.shape import RELEASED, Shape, parse_overrides, released_name, shape_of, with_overrides
-from wikift.generation.prompts import read_prompts
-from wikift.settings.batch_layout import Placement, placement
-from wikift.settings.fields import WIKITEXT, DataSettings, TrainSettings, slug
-from wikift.settings.length import decay_steps, epoch_steps, length_problems, warmup_steps
-from wikift.settings.options import flag, nearest
+from wikift.base.files import read_lines
+from wikift.base.shape import Shape, parse_overrides, released_name, shape_of, with_overrides
+from wikift.settings import deepspeed, deepspeed_checks
+from wikift.settings.batch_layout import BatchLayout
+from wikift.settings.fields import DataSettings, TrainSettings, slug
+from wikift.settings.options import flag, names_by_role
+from wikift.settings.schedule import Due, Schedule, due_of, epoch_steps, length_problems, schedule_of
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What is trained. `changes` are laid over the model's configuration: --config-overrides and --dropout."""
+
+    name: str  # of the Hub, or a folder
+    from_scratch: bool
+    shape: Shape
+    changes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AdamPlan:
+    """AdamW and clipping, as engines.optim.AdamSettings."""
+
+    weight_decay: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    max_grad_norm: float
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """Who computes, and how; it decides speed and memory. `engine` may still be auto, `compile` auto, yes or no."""
+
+    engine: str
+    reason: str
+    compile: str
+    precision: str
+    device: str
+    gradient_checkpointing: bool
+    deterministic: bool
+    fsdp_reshard: bool
+    reduce_dtype: str
+    deepspeed: dict[str, Any]  # the config file, flat; empty for other engines
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run, decided. Early stopping's patience 0 is none; `experiment` is what a resumed run may not change."""
+
+    output_dir: Path
+    resume: str
+    seed: int
+    model: ModelPlan
+    data_fraction: float
+    block_size: int  # tokens
+    blocks: int  # trained on in an epoch
+    layout: BatchLayout
+    schedule: Schedule
+    adam: AdamPlan
+    engine: EnginePlan
+    due: Due
+    patience: int
+    save_total_limit: int
+    async_save: bool
+    eval_batch: int  # blocks of one forward, per process
+    prompts: tuple[str, ...]  # of samples
+    wandb: bool
+    quiet: bool
+    experiment: dict[str, Any]
+    settings: dict[str, Any]  # by name, resolved: for config.json and views
+
+    @property
+    def steps(self) -> int:
+        return self.schedule.steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.layout.global_batch * self.block_size
+
+    @property
+    def epochs(self) -> float:
+        return self.steps * self.layout.global_batch / self.blocks
+
+    @property
+    def summary(self) -> dict[str, str]:
+        """The derived numbers, for people."""
+        return {
+            "parameters": f"{self.model.shape.parameters:,}",
+            "tokens per step": f"{self.tokens_per_step:,}",
+            "train blocks": f"{self.blocks:,} blocks of {self.block_size:,} tokens",
+            "steps": f"{self.steps:,} steps, {self.epochs:.2f} epochs",
+            "warm-up steps": f"{self.schedule.warmup:,}",
+            **({"decay steps": f"{self.schedule.decay:,}"} if self.schedule.decay else {}),
+        }
+
+    def record(self) -> dict[str, Any]:
+        """The derived numbers as config.json keeps them."""
+        return {
+            "place": dataclasses.asdict(self.layout),
+            "shape": dataclasses.asdict(self.model.shape),
+            "block_size": self.block_size,
+            "blocks": self.blocks,
+            "steps": self.steps,
+            "warmup_steps": self.schedule.warmup,
+            "decay_steps": self.schedule.decay,
+            "tokens_per_step": self.tokens_per_step,
+        }
+
+    def zero_config(self, precision: str) -> dict[str, Any]:
+        """What deepspeed.initialize is given; `precision` is the resolved one. Empty for other engines."""
+        if not self.engine.deepspeed:
+            return {}
+        return deepspeed.engine_config(
+            self.engine.deepspeed, self.layout, precision, max_grad_norm=self.adam.max_grad_norm,
+            hidden_size=self.model.shape.n_embd, reduce_dtype=self.engine.reduce_dtype,
+        )  # fmt: skip
+
+
+def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`learning_rate 0.1 -> 0.2`, ...: what a resumed run does otherwise; what only shows a run is not worth a word."""
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
+    told = names_by_role(TrainSettings, "schedule") + names_by_role(TrainSettings, "placement")
+    before = {name: old.get(name, defaults[name]) for name in told}
+    return [f"{name} {before[name]} -> {new[name]}" for name in told if before[name] != new[name]]
 
 
 def ranks_started() -> int:
@@ -39,7 +155,7 @@ def fallback_dataset(ranks: int) -> str:
 
 
 def resolve(settings: TrainSettings, ranks: int) -> TrainSettings:
-    """Fill what follows from other settings alone: dataset, tokenizer, learning rate, length, output folder."""
+    """Fill what follows from other settings alone: dataset, tokenizer, learning rate, its schedule, length, folder."""
     changes: dict[str, Any] = {}
     if settings.data is None and settings.dataset is None:
         changes["dataset"] = fallback_dataset(ranks)
@@ -54,9 +170,8 @@ def resolve(settings: TrainSettings, ranks: int) -> TrainSettings:
     if settings.output_dir is None:
         model = "scratch" if settings.from_scratch else slug(settings.model)
         source = str(settings.data or changes.get("dataset") or settings.dataset)
-        changes["output_dir"] = f"runs/{model}-{slug(source)}" + (
-            f"-{settings.dataset_config}" if settings.dataset_config else ""
-        )
+        config = f"-{settings.dataset_config}" if settings.dataset_config else ""
+        changes["output_dir"] = f"runs/{model}-{slug(source)}{config}"
     return dataclasses.replace(settings, **changes)
 
 
@@ -77,35 +192,78 @@ def apply_scratch(settings: TrainSettings, shape: Shape, vocab_size: int | None)
     return with_overrides(shape, parse_overrides(settings.config_overrides or ""))
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The numbers of a run that follow from settings, ranks, model and data."""
-
-    place: Placement
-    shape: Shape
-    block_size: int  # tokens
-    blocks: int  # trained on in an epoch
-    steps: int
-    warmup_steps: int
-    decay_steps: int = 0  # of warmup_stable_decay
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.place.global_batch * self.block_size
-
-    @property
-    def epochs(self) -> float:
-        return self.steps * self.place.global_batch / self.blocks
-
-
-def plan_run(settings: TrainSettings, place: Placement, shape: Shape, tokens: int, vocab_size: int) -> Plan:
-    """Fit the run on a train split of `tokens` tokens. Raises UserError with everything that does not fit."""
-    problems = []
+def plan_run(settings: TrainSettings, layout: BatchLayout, shape: Shape, tokens: int, vocab_size: int) -> RunPlan:
+    """The plan for a train split of `tokens` tokens. Raises UserError with everything that does not fit."""
     block_size = settings.block_size or min(shape.n_positions, 1024)
     blocks = max(0, (tokens - 1) // block_size)
+    problems = _fit_problems(settings, shape, block_size, tokens, vocab_size)
+    blocks = max(1, round(blocks * settings.data_fraction))
+    steps = settings.max_steps or epoch_steps(settings.num_train_epochs or 0.0, blocks, layout.global_batch)
+    if problems := problems or length_problems(settings, steps):
+        raise UserError(*problems)
+    changes = parse_overrides(settings.config_overrides or "")
+    if settings.dropout is not None:
+        changes |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.dropout)
+    return RunPlan(
+        output_dir=Path(settings.output_dir or ""),
+        resume=settings.resume,
+        seed=settings.seed,
+        model=ModelPlan(settings.model, settings.from_scratch, shape, changes),
+        data_fraction=settings.data_fraction,
+        block_size=block_size,
+        blocks=blocks,
+        layout=layout,
+        schedule=schedule_of(settings, steps),
+        adam=AdamPlan(settings.weight_decay, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon,
+                      settings.max_grad_norm),
+        engine=_engine_plan(settings),
+        due=due_of(settings, steps),
+        patience=settings.early_stopping_patience or 0,
+        save_total_limit=settings.save_total_limit,
+        async_save=settings.async_save,
+        eval_batch=settings.per_device_eval_batch_size,
+        prompts=tuple(read_lines(Path(settings.sample_prompts), "--sample-prompts") if settings.sample_prompts else ()),
+        wandb=settings.wandb,
+        quiet=settings.quiet,
+        experiment=_experiment(settings, block_size, layout.global_batch),
+        settings=dataclasses.asdict(settings),
+    )  # fmt: skip
+
+
+def _engine_plan(settings: TrainSettings) -> EnginePlan:
+    config = deepspeed.read(settings.deepspeed) if settings.deepspeed else {}
+    engine, reason = settings.engine, "asked for"
+    if config:
+        stage = deepspeed_checks.stage(config)
+        engine, reason = f"zero{stage}", f"stage {stage} in {settings.deepspeed}"
+    return EnginePlan(
+        engine=engine,
+        reason=reason,
+        compile={None: "auto", True: "yes", False: "no"}[settings.compile],
+        precision=settings.precision,
+        device=settings.device,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        deterministic=settings.deterministic,
+        fsdp_reshard=settings.fsdp_reshard,
+        reduce_dtype=settings.reduce_dtype,
+        deepspeed=config,
+    )
+
+
+def _experiment(settings: TrainSettings, block_size: int, global_batch: int) -> dict[str, Any]:
+    """By flag, what the losses depend on beyond the schedule; the data is known by its store's fingerprint."""
+    values = dataclasses.asdict(settings) | {"block_size": block_size, "global_batch_size": global_batch}
+    values["model"] += " from scratch" if settings.from_scratch else ""
+    data = {field.name for field in dataclasses.fields(DataSettings)}
+    names = [n for n in names_by_role(TrainSettings, "experiment") if n not in (*data, "data", "from_scratch")]
+    return {flag(name): values[name] for name in names}
+
+
+def _fit_problems(settings: TrainSettings, shape: Shape, block_size: int, tokens: int, vocab_size: int) -> list[str]:
+    problems = []
     if block_size > shape.n_positions:
         problems.append(f"--block-size {block_size}: the model has {shape.n_positions} positions; take that or less")
-    if not blocks:
+    if tokens - 1 < block_size:
         fits = f"take --block-size {tokens - 1} or less, or more text" if tokens > 1 else "give more text"
         problems.append(
             f"--block-size {block_size}: the train split has {tokens} tokens, too few for one block and the token "
@@ -118,211 +276,5 @@ def plan_run(settings: TrainSettings, place: Placement, shape: Shape, tokens: in
             if settings.from_scratch
             else f"--model {settings.model}: its vocabulary has {shape.vocab_size} tokens, the store's {vocab_size}; "
             "prepare the text with the model's tokenizer, or train --from-scratch"
-        )
-    blocks = max(1, round(blocks * settings.data_fraction))
-    steps = settings.max_steps or epoch_steps(settings.num_train_epochs, blocks, place.global_batch)
-    problems = problems or length_problems(settings, steps)
-    if problems:
-        raise UserError(*problems)
-    warmup, decay = warmup_steps(settings, steps), decay_steps(settings, steps)
-    return Plan(place, shape, block_size, blocks, steps, warmup, decay)
-
-
-def plan_words(plan: Plan) -> dict[str, str]:
-    """The derived numbers, for people."""
-    return {
-        "parameters": f"{plan.shape.parameters:,}",
-        "tokens per step": f"{plan.tokens_per_step:,}",
-        "train blocks": f"{plan.blocks:,} blocks of {plan.block_size:,} tokens",
-        "steps": f"{plan.steps:,} steps, {plan.epochs:.2f} epochs",
-        "warm-up steps": f"{plan.warmup_steps:,}",
-        **({"decay steps": f"{plan.decay_steps:,}"} if plan.decay_steps else {}),
-    }
-
-
-def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str]:
-    """Every problem of resolved settings that can be known before data is read. `launched`: a launcher set RANK."""
-    problems = _check_ranges(settings)
-    batch = (settings.global_batch_size, settings.per_device_train_batch_size, settings.gradient_accumulation_steps)
-    place = None
-    if all(number is None or number >= 1 for number in batch):
-        try:
-            place = placement(settings, ranks)
-        except UserError as error:
-            problems += error.problems
-    problems += check_data(settings) + _check_model(settings)
-    if settings.max_steps is not None and settings.num_train_epochs is not None:
-        problems.append(
-            f"--max-steps {settings.max_steps}: the length is given twice, --num-train-epochs "
-            f"{settings.num_train_epochs:g} too; leave one out"
-        )
-    if settings.engine == "single" and ranks > 1:
-        problems.append(f"--engine single: is one process, the launcher started {ranks}; use --engine ddp or auto")
-    if settings.engine == "ddp" and not launched:
-        problems.append("--engine ddp: needs a launcher; start with torchrun --nproc_per_node=N launch/train.py ...")
-    if not settings.fsdp_reshard and (settings.engine not in ("auto", "fsdp") or settings.deepspeed):
-        other = "--deepspeed" if settings.deepspeed else f"--engine {settings.engine}"
-        problems.append(f"--no-fsdp-reshard: cannot act under {other}; leave it out, or use --engine fsdp")
-    problems += _reduction_problems(settings, ranks, place)
-    if settings.sample_prompts is not None:
-        problems += problems_of(lambda: read_prompts(Path(str(settings.sample_prompts)), "--sample-prompts"))
-    elif settings.sample_steps is not None:
-        problems.append(f"--sample-steps {settings.sample_steps}: cannot act without --sample-prompts; name a file")
-    output = Path(settings.output_dir or ".")
-    for path in (output, *output.parents):
-        if path.exists() and not path.is_dir():
-            problems.append(f"--output-dir {output}: {'is' if path == output else f'{path} is'} a file; name a folder")
-    if foreign := foreign_in(output):
-        problems.append(
-            f"--output-dir {output}: holds {', '.join(foreign)} that no run of wikift wrote; name a new or empty folder"
-        )
-    if settings.resume not in ("auto", "never") and not (Path(settings.resume) / "manifest.json").is_file():
-        problems.append(
-            f"--resume {settings.resume}: must be auto, never or a checkpoint, OUTPUT_DIR/checkpoints/step-..."
-        )
-    return problems
-
-
-def _reduction_problems(settings: TrainSettings, ranks: int, place: Placement | None) -> list[str]:
-    """What --reduce-dtype cannot go with."""
-    asked, problems = f"--reduce-dtype {settings.reduce_dtype}", []
-    if settings.reduce_dtype == "fp32":
-        return []
-    if settings.deepspeed is None and (settings.engine == "single" or (settings.engine == "auto" and ranks == 1)):
-        problems.append(f"{asked}: cannot act, one process exchanges no gradients; leave it out")
-    if settings.reduce_dtype == "fp16" and settings.precision != "fp16":
-        problems.append(
-            f"{asked}: small gradients would become 0 without the loss scale of --precision fp16; take bf16, or that"
-        )
-    if not settings.fsdp_reshard and place is not None and place.accumulation > 1:
-        problems.append(  # FSDP2 keeps what waits for the reduction in the reduction's format
-            f"{asked}: with --no-fsdp-reshard the {place.accumulation} micro-batches of a step would be added up in "
-            f"{settings.reduce_dtype} too; leave one of the two out, or take a larger --per-device-train-batch-size"
-        )
-    return problems
-
-
-def problems_of(attempt: Callable[[], object]) -> list[str]:
-    """The problems that `attempt` raises, none where it succeeds."""
-    try:
-        attempt()
-    except UserError as error:
-        return list(error.problems)
-    return []
-
-
-def check_data(settings: DataSettings) -> list[str]:
-    """Problems of the settings that say which text and how it is tokenized."""
-    problems = []
-    data = getattr(settings, "data", None)
-    if data is not None:
-        for field in dataclasses.fields(DataSettings):
-            value = getattr(settings, field.name)
-            if value != field.default:
-                words = f"{flag(field.name)} {value}" if value is not False else flag("no_" + field.name)
-                problems.append(
-                    f"{words.removesuffix(' True')}: cannot act, --data {data} is tokenized already; "
-                    "leave one of the two out"
-                )
-    if settings.dataset_config is not None and settings.dataset in (*WIKITEXT, "demo"):
-        problems.append(
-            f"--dataset-config {settings.dataset_config}: cannot act, {settings.dataset} has no other; leave it out"
-        )
-    if settings.validation_fraction is not None and not 0 < settings.validation_fraction < 1:
-        problems.append(
-            f"--validation-fraction {settings.validation_fraction:g}: must be above 0 and below 1; try 0.05"
-        )
-    if settings.workers is not None and settings.workers < 1:
-        problems.append(f"--workers {settings.workers}: must be 1 or more; leave it out for all cores")
-    tokenizer = settings.tokenizer or ""
-    if tokenizer.startswith("train:"):
-        size = tokenizer.removeprefix("train:")
-        if not size.isdecimal() or int(size) < 257:
-            problems.append(
-                f"--tokenizer {tokenizer}: SIZE must be 257 tokens or more, the bytes and one; try train:8192"
-            )
-    return problems
-
-
-def _plain(value: float) -> str:
-    """3.0 -> 3, 1234567 -> 1234567, 1e-05 -> 1e-05."""
-    return str(int(value)) if value == int(value) else repr(value)
-
-
-def _check_ranges(settings: TrainSettings) -> list[str]:
-    problems = []
-
-    def rule(name: str, holds: bool, words: str) -> None:
-        if not holds:
-            problems.append(f"{flag(name)} {_plain(getattr(settings, name))}: must be {words}")
-
-    for name in (
-        "block_size", "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps",
-        "eval_steps", "save_steps", "sample_steps", "logging_steps", "save_total_limit", "per_device_eval_batch_size",
-        "early_stopping_patience",
-    ):  # fmt: skip
-        value = getattr(settings, name)
-        rule(name, value is None or value >= 1, "1 or more")
-    rule(
-        "num_train_epochs",
-        settings.num_train_epochs is None or 0 < settings.num_train_epochs <= 1e6,
-        "above 0 and at most a million",
-    )
-    rule("data_fraction", 0 < settings.data_fraction <= 1, "above 0 and at most 1")
-    rule("learning_rate", settings.learning_rate is None or settings.learning_rate > 0, "above 0")
-    for name in ("weight_decay", "max_grad_norm", "seed", "warmup_steps"):
-        rule(name, getattr(settings, name) >= 0, "0 or more")
-    rule(
-        "warmup_steps", settings.warmup_steps < 1 or settings.warmup_steps % 1 == 0, "a whole number, or a part below 1"
-    )
-    if settings.decay_steps is not None:
-        decay = settings.decay_steps
-        rule("decay_steps", decay > 0 and (decay < 1 or decay % 1 == 0), "a whole number, or a part below 1")
-        if settings.lr_scheduler_type != "warmup_stable_decay":
-            problems.append(
-                f"--decay-steps {_plain(decay)}: cannot act with --lr-scheduler-type {settings.lr_scheduler_type}; "
-                "take warmup_stable_decay, or leave it out"
-            )
-    for name in ("adam_beta1", "adam_beta2"):
-        rule(name, 0 <= getattr(settings, name) < 1, "at least 0 and below 1")
-    rule("adam_epsilon", settings.adam_epsilon > 0, "above 0")
-    rule("dropout", settings.dropout is None or 0 <= settings.dropout < 1, "at least 0 and below 1")
-    if settings.max_steps is not None and settings.warmup_steps >= max(1, settings.max_steps):
-        problems.append(
-            f"--warmup-steps {_plain(settings.warmup_steps)}: must be less than --max-steps {settings.max_steps}; "
-            "take fewer, or a part of the run below 1"
-        )
-    return problems
-
-
-def _check_model(settings: TrainSettings) -> list[str]:
-    problems = []
-    if settings.config_overrides is not None and not settings.from_scratch:
-        problems.append(
-            f"--config-overrides {settings.config_overrides}: cannot act on trained weights; "
-            "add --from-scratch or leave it out"
-        )
-    problems += problems_of(lambda: parse_overrides(settings.config_overrides or ""))
-    problems += problems_of(lambda: shape_of(settings.model))
-    if problems:
-        return problems
-    shape = model_shape(settings)
-    if shape is None:
-        if not is_hub_name(settings.model):
-            problems.append(
-                f"--model {settings.model}: no such folder, and not one of {', '.join(RELEASED)}"
-                f"{nearest(settings.model, RELEASED)}; name one of these, OWNER/NAME of the Hub, or a folder"
-            )
-        return problems
-    if shape.n_embd % shape.n_head:
-        where = "--config-overrides" if settings.from_scratch else f"--model {settings.model}:"
-        problems.append(
-            f"{where} n_head={shape.n_head}: must divide n_embd={shape.n_embd}; "
-            f"try n_head={math.gcd(shape.n_embd, shape.n_head)}"
-        )
-    if settings.block_size is not None and settings.block_size > shape.n_positions:
-        problems.append(
-            f"--block-size {settings.block_size}: the model has {shape.n_positions} positions; "
-            f"take {shape.n_positions} or less"
         )
     return problems

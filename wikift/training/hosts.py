@@ -49,9 +49,9 @@ def check_hosts(run: Path, store: TokenStore, world: World) -> None:
 
 def _ranks(world: World, wrong: bool) -> list[int]:
     """The ranks on which something is `wrong`; collective."""
-    said = torch.zeros(world.size)
-    said[world.rank] = float(wrong)
-    return [rank for rank, value in enumerate(world.total(said).tolist()) if value]
+    flags = torch.zeros(world.size)
+    flags[world.rank] = float(wrong)
+    return [rank for rank, value in enumerate(world.total(flags).tolist()) if value]
 
 
 def _words(ranks: list[int]) -> str:

@@ -3,124 +3,73 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from wikift.base.errors import EnvironmentFault
-from wikift.base.world import World, seed
-from wikift.engines.base import Engine
-from wikift.engines.optim import Schedule
+from wikift.base.world import seed
 from wikift.evaluation.score import Score
-from wikift.training.meter import Meter
 from wikift.training.patience import Patience
-from wikift.watch.log import Log
+from wikift.training.resume import add_to_manifest
+from wikift.training.training import Training
 
 
-@dataclass(frozen=True)
-class Due:
-    """Steps between log lines, validations and checkpoints; a save validates first, the last step does all."""
+def run_steps(training: Training, owed: dict[str, Any] | None) -> int:
+    """Train to the last step, or until patience is spent; returns the signal that stopped it, else 0.
 
-    logging_steps: int
-    eval_steps: int
-    save_steps: int
-    steps: int
-    sample_steps: int = 0  # 0: never
-
-    def sample(self, step: int) -> bool:
-        return self.sample_steps > 0 and (step % self.sample_steps == 0 or step == self.steps)
-
-    def log(self, step: int) -> bool:
-        return step % self.logging_steps == 0 or step == 1 or self.evaluate(step)
-
-    def evaluate(self, step: int) -> bool:
-        return step % self.eval_steps == 0 or self.save(step)
-
-    def save(self, step: int) -> bool:
-        return step % self.save_steps == 0 or step == self.steps
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the loop is to do; the functions are collective."""
-
-    batches: Callable[[int], Iterator[list[Tensor]]]  # from a step on, counted from 0: each step's micro-batches
-    schedule: Schedule
-    due: Due
-    meter: Meter
-    tokens_per_step: int
-    run_seed: int
-    skips_overflow: bool  # fp16: a gradient that overflows is skipped and counted, elsewhere it ends the run
-    skipped: int  # steps skipped before this start
-    patience: Patience  # as the steps before this start left it
-    owed: dict[str, Any] | None  # the line of the step before this start, where a stop cut short its validation
-    amend: Callable[[float, Patience], None]  # write what came of it into that step's checkpoint
-    validate: Callable[[], Score | None]
-    sample: Callable[[int], None]  # let the model write
-    save: Callable[[int, float | None, Patience], None]  # (step, eval_loss, ...)
-    saved: Callable[[], dict[str, Any]]  # what to log of a checkpoint published meanwhile; not collective
-    # the signal that asks for a stop (0 while there is none) and the sums of numbers over the ranks, at one blow
-    agree: Callable[[Sequence[float]], tuple[int, list[float]]]
-
-    def stopped(self) -> int:
-        """The signal that asks for a stop; collective."""
-        return self.agree(())[0]
-
-
-def run_steps(engine: Engine, job: Job, world: World, log: Log, *, done: int) -> int:
-    """Train from step `done` + 1 to the last, or till patience is spent; gives the signal that stopped it, else 0.
-
-    Everything random comes from (run_seed, step, rank). A stop finishes the step and saves without validating. Raises
-    EnvironmentFault where the loss or the gradient is no longer finite.
+    Everything random comes from (seed, step, rank). A stop finishes the step and saves without validating. `owed` is
+    the line of the step before this start, where a stop interrupted its validation. Raises EnvironmentFault where the
+    loss or the gradient is no longer finite.
     """
-    due, meter, patience = job.due, job.meter, job.patience
-    if job.owed is not None:
-        patience, stop = _validate_late(job, log)
+    plan, engine, world = training.plan, training.engine, training.world
+    due, meter, log, patience = plan.due, training.meter, training.log, training.patience
+    may_overflow = training.precision.name == "fp16"  # elsewhere a gradient that overflows ends the run
+    if owed is not None:
+        patience, stop = _validate_late(training, owed)
         if stop or patience.spent:
             return stop
-    skipped = torch.tensor(float(job.skipped), device=world.device)
-    batches = job.batches(done)
-    for step in range(done + 1, due.steps + 1):
-        torch.manual_seed(seed(job.run_seed, "dropout", step, world.rank))
+    skipped = torch.tensor(float(before := training.skipped), device=world.device)
+    batches = training.batches()
+    for step in range(training.done + 1, due.steps + 1):
+        torch.manual_seed(seed(plan.seed, "dropout", step, world.rank))
         with meter.waiting():
             blocks = next(batches)
-        lr = job.schedule.lr_at(step)
+        lr = plan.schedule.lr_at(step)
         losses = [engine.forward_backward(b, last=i == len(blocks) - 1) for i, b in enumerate(blocks)]
         norm = engine.step(lr)
         skipped += ~torch.isfinite(norm)
-        meter.step(job.tokens_per_step)
+        meter.step(plan.tokens_per_step)
         log.tick(step=step)
         record: dict[str, Any] = {"step": step}
         mean = torch.stack(losses).mean()
-        stop, total = job.agree([float(mean)] if due.log(step) else [])  # without a log line nothing waits for a device
+        # without a log line nothing waits for a device
+        stop, total = training.agree([float(mean)] if due.log(step) else [])
         if due.log(step) or stop:
-            loss = (total or job.agree([float(mean)])[1])[0] / world.size
-            if not math.isfinite(loss) or (skipped.item() > job.skipped and not job.skips_overflow):
+            loss = (total or training.agree([float(mean)])[1])[0] / world.size
+            if not math.isfinite(loss) or (skipped.item() > before and not may_overflow):
                 raise EnvironmentFault(diverged(step, loss, float(norm), lr))
             record |= {
                 "loss": loss,
                 "grad_norm": float(norm),
                 "learning_rate": lr,
-                "tokens": step * job.tokens_per_step,
+                "tokens": step * plan.tokens_per_step,
             }
-            record |= {"skipped_steps": int(skipped)} if job.skips_overflow else {}
-            record |= meter.reading(due.steps - step, world.size) | job.saved()
+            record |= {"skipped_steps": int(skipped)} if may_overflow else {}
+            record |= meter.reading(due.steps - step, world.size) | training.saved()
         with meter.paused():
-            score = job.validate() if due.evaluate(step) and not stop else None
+            score = training.validate() if due.evaluate(step) and not stop else None
             if score is not None:
                 record |= _scored(score)
                 patience = patience.after(score.loss)
             if due.sample(step) and not stop:
-                job.sample(step)
+                training.sample(step)
             if due.evaluate(step):  # it may have come in the meantime, and cut the validation short
-                stop = stop or job.stopped()
+                stop = stop or training.stopped()
             if due.log(step):
                 log.record(record)
             if due.save(step) or stop or patience.spent or (score is not None and patience.is_best):
-                job.save(step, score.loss if score is not None else None, patience)
+                training.save(step, score.loss if score is not None else None, patience)
         if stop or patience.spent:
             return stop
     return 0
@@ -129,26 +78,27 @@ def run_steps(engine: Engine, job: Job, world: World, log: Log, *, done: int) ->
 def _scored(score: Score) -> dict[str, Any]:
     return {
         "eval_loss": score.loss,
-        "eval_perplexity": score.perplexity,
-        "eval_word_perplexity": score.word_perplexity,
+        "eval_perplexity": score.value("tokens"),
+        "eval_word_perplexity": score.value("words"),
     }
 
 
-def _validate_late(job: Job, log: Log) -> tuple[Patience, int]:
-    """Make up for the validation that a stop cut short; gives the signal that cuts it short again, else 0."""
-    assert job.owed is not None
-    score = job.validate()
+def _validate_late(training: Training, owed: dict[str, Any]) -> tuple[Patience, int]:
+    """Run the validation that a stop interrupted; returns the signal that interrupts it again, else 0."""
+    score = training.validate()
     if score is None:
-        log.record(job.owed)
-        return job.patience, job.stopped()
-    patience = job.patience.after(score.loss)
-    log.record(job.owed | _scored(score))
-    job.amend(score.loss, patience)
+        training.log.record(owed)
+        return training.patience, training.stopped()
+    patience = training.patience.after(score.loss)
+    training.log.record(owed | _scored(score))
+    add_to_manifest(
+        training.plan.output_dir, training.start, training.world, {"eval_loss": score.loss, **patience.facts()}
+    )
     return patience, 0
 
 
 def diverged(step: int, loss: float, norm: float, lr: float) -> str:
     return (
         f"the loss is {loss} and the gradient's norm {norm} at step {step}, learning rate {lr:g}: training has "
-        "diverged. Start anew with a lower --learning-rate or more --warmup-steps; the checkpoints are as they were"
+        "diverged. Restart with a lower --learning-rate or more --warmup-steps; the checkpoints are as they were"
     )

@@ -19,7 +19,7 @@ _PEAK_FLOPS = (
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """The device's products per second where they are known: half precision on the GPUs listed; a CPU's are not."""
+    """The device's peak FLOP/s in half precision; None where it is not known, as of a CPU."""
     if device.type != "cuda" or precision == "fp32":
         return None
     name = torch.cuda.get_device_name(device)
@@ -62,23 +62,23 @@ class Meter:
         self.waited += self.clock() - start
 
     def reading(self, steps_left: int, ranks: int) -> dict[str, float]:
-        """tokens_per_second, mfu (where the peak is known), memory_gb, data_wait, seconds_left; starts anew.
+        """tokens_per_second, mfu (where the peak is known), memory_gb, data_wait, seconds_left; restarts the clock.
 
         memory_gb is this process's, data_wait the share of the time that it waited for batches.
         """
         now = self.clock()
         seconds = max(1e-9, now - self.since - self.away)
-        rate = self.tokens / seconds
-        found = {
-            "tokens_per_second": rate,
+        tokens_per_second = self.tokens / seconds
+        reading = {
+            "tokens_per_second": tokens_per_second,
             "memory_gb": memory_gb(self.device),
             "data_wait": self.waited / seconds,
             "seconds_left": seconds / max(1, self.steps) * steps_left,
         }
         if self.peak is not None:
-            found["mfu"] = rate * self.flops_per_token / (self.peak * ranks)
+            reading["mfu"] = tokens_per_second * self.flops_per_token / (self.peak * ranks)
         self.since, self.away, self.waited, self.tokens, self.steps = now, 0.0, 0.0, 0, 0
-        return found
+        return reading
 
 
 def memory_gb(device: torch.device) -> float:

@@ -1,9 +1,8 @@
-"""From where a run goes on, whether it may, and who may write to its folder."""
+"""Where a run resumes, whether it may, and who may write to its folder."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import os
 import shutil
@@ -14,90 +13,60 @@ from typing import TYPE_CHECKING, Any
 
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.files import replace_json
-from wikift.checkpoint import reader as checkpoint
+from wikift.checkpoint import reader
 from wikift.checkpoint.reader import Checkpoint
-from wikift.settings.fields import TrainSettings
-from wikift.settings.run_plan import Plan
-from wikift.training.patience import patience_of
+from wikift.settings.run_plan import RunPlan, changed_settings
+from wikift.training.patience import Patience
 
 if TYPE_CHECKING:  # a dry run does not wait for torch
     from wikift.base.world import World
     from wikift.data.store import TokenStore
-    from wikift.training.loop import Due
 
 Say = Callable[[str], None]
 
-# Settings that only place or show a run: a change of these between two starts is not worth a word.
-_SILENT = (
-    "output_dir",
-    "resume",
-    "config",
-    "dry_run",
-    "quiet",
-    "workers",
-    "wandb",
-    "data",
-    "device",
-    "async_save",
-    "sample_prompts",
-    "sample_steps",
-)
 _LOCK_SECONDS = 60
 
 
-def checkpoint_to_resume(settings: TrainSettings, run: Path, world: World) -> Checkpoint | None:
-    """The checkpoint that --resume means, None to start anew. Collective."""
-    if settings.resume == "never":
+def checkpoint_to_resume(plan: RunPlan, world: World) -> Checkpoint | None:
+    """The checkpoint that --resume means, None for a new run. Collective."""
+    if plan.resume == "never":
         return None
-    if settings.resume == "auto":
-        return checkpoint.newest_sound(run, world)
-    return checkpoint.open_checkpoint(Path(settings.resume), verify=True)
+    if plan.resume == "auto":
+        return reader.newest_sound(plan.output_dir, world)
+    return reader.open_checkpoint(Path(plan.resume), verify=True)
 
 
-def planned_start(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) -> str:
-    """From where the run would begin, in words, by what can be seen without reading the checkpoint's content.
+def planned_start(plan: RunPlan, store: TokenStore, say: Say) -> str:
+    """Where the run would start, in words, by what can be seen without reading the checkpoint's content.
 
     Raises UserError where the run would, and says what changed, as `check_same_experiment` does.
     """
-    run = Path(settings.output_dir or "")
-    found = checkpoint.list_checkpoints(run)
-    if settings.resume == "never" or (settings.resume == "auto" and not found):
-        return "anew; what is in the output folder is kept aside" if found else "anew"
-    candidates = found[::-1] if settings.resume == "auto" else [Path(settings.resume)]
+    saved = reader.list_checkpoints(plan.output_dir)
+    if plan.resume == "never" or (plan.resume == "auto" and not saved):
+        return "at step 1; what is in the output folder is kept aside" if saved else "at step 1"
+    candidates = saved[::-1] if plan.resume == "auto" else [Path(plan.resume)]
     for path in candidates:
         try:
-            start = checkpoint.open_checkpoint(path)
+            start = reader.open_checkpoint(path)
             break
         except UserError:
             if path == candidates[-1]:
                 raise
-    check_same_experiment(settings, plan, store, start, say)
-    if finished := why_finished(settings, plan, start):
+    check_same_experiment(plan, store, start, say)
+    if finished := why_finished(plan, start):
         return f"finished, step {start.step:,}; {finished}"
     return f"after step {start.step:,} of {start.path}, if that is sound"
 
 
-def experiment(settings: TrainSettings, plan: Plan, store: TokenStore) -> dict[str, Any]:
-    """What the losses of a run depend on beyond its schedule: a run whose any of these changed is another run."""
-    started = settings.model + (" from scratch" if settings.from_scratch else "")
-    return {
-        "data": store.fingerprint,
-        "--data-fraction": settings.data_fraction,
-        "--block-size": plan.block_size,
-        "--global-batch-size": plan.place.global_batch,
-        "--seed": settings.seed,
-        "--model": started,
-        "--config-overrides": settings.config_overrides,
-        "--dropout": settings.dropout,
-    }
+def experiment(plan: RunPlan, store: TokenStore) -> dict[str, Any]:
+    """What the losses of a run depend on beyond its schedule: where any of these changed it is another run."""
+    return {"data": store.fingerprint, **plan.experiment}
 
 
-def check_same_experiment(settings: TrainSettings, plan: Plan, store: TokenStore, start: Checkpoint, say: Say) -> None:
-    """Say what changed since `start` was written. Raises UserError where going on would break the run."""
-    old = {f.name: f.default for f in dataclasses.fields(settings)} | start.manifest["settings"]
-    before, now = start.manifest["experiment"], experiment(settings, plan, store)
-    problems = []
-    for name, value in now.items():
+def check_same_experiment(plan: RunPlan, store: TokenStore, start: Checkpoint, say: Say) -> None:
+    """Say what changed since `start` was written. Raises UserError where the run would become another experiment."""
+    before, problems = start.manifest["experiment"], []
+    for name, value in experiment(plan, store).items():
         if before.get(name) == value:
             continue
         if name == "data":
@@ -107,40 +76,35 @@ def check_same_experiment(settings: TrainSettings, plan: Plan, store: TokenStore
     if problems:
         way_out = "; take the old value, another --output-dir, or --resume never (the old run is kept aside)"
         raise UserError(*(problem + way_out for problem in problems))
-    changed = [
-        f"{name} {old[name]} -> {value}"
-        for name, value in dataclasses.asdict(settings).items()
-        if name not in _SILENT and old[name] != value
-    ]
-    if changed:
+    if changed := changed_settings(start.manifest["settings"], plan.settings):
         say("changed since the checkpoint: " + ", ".join(changed))
 
 
-def why_finished(settings: TrainSettings, plan: Plan, start: Checkpoint) -> str:
-    """What would go on from `start` where the run has come to its end there; else nothing."""
+def why_finished(plan: RunPlan, start: Checkpoint) -> str:
+    """What would continue the run where it has come to its end with `start`; else nothing."""
     if start.step >= plan.steps:
-        return "a longer --max-steps or --num-train-epochs goes on"
-    patience = patience_of(start.manifest, settings.early_stopping_patience)
+        return "a longer --max-steps or --num-train-epochs resumes it"
+    patience = Patience.of(start.manifest, plan.patience)
     if not patience.spent:
         return ""
-    return f"{patience.worse} validations were no better; a larger --early-stopping-patience goes on"
+    return f"{patience.worse} validations were no better; a larger --early-stopping-patience resumes it"
 
 
-def owed_line(settings: TrainSettings, due: Due, run: Path, start: Checkpoint | None) -> dict[str, Any] | None:
-    """The line of metrics.jsonl of `start`'s step, where early stopping needs a validation that a stop cut short."""
-    if start is None or settings.early_stopping_patience is None or start.manifest["eval_loss"] is not None:
+def owed_line(plan: RunPlan, start: Checkpoint | None) -> dict[str, Any] | None:
+    """The line of metrics.jsonl of `start`'s step, where early stopping needs a validation that was interrupted."""
+    if start is None or not plan.patience or start.manifest["eval_loss"] is not None:
         return None
-    if not due.evaluate(start.step):
+    if not plan.due.evaluate(start.step):
         return None
     from wikift.watch.log import read_metrics
 
-    lines = read_metrics(run / "metrics.jsonl")
+    lines = read_metrics(plan.output_dir / "metrics.jsonl")
     return next((values for values in lines if values["step"] == start.step), {"step": start.step})
 
 
-def amend(start: Checkpoint | None, run: Path, world: World, facts: dict[str, Any]) -> None:
+def add_to_manifest(run: Path, start: Checkpoint | None, world: World, facts: dict[str, Any]) -> None:
     """Write `facts` into the manifest of the run's own checkpoint `start`, by one rename."""
-    own = start is not None and start.path.absolute() == checkpoint.step_folder(run, start.step).absolute()
+    own = start is not None and start.path.absolute() == reader.step_folder(run, start.step).absolute()
     if start is not None and own and world.rank == 0:
         replace_json(start.path / "manifest.json", {**start.manifest, **facts})
 
@@ -153,10 +117,10 @@ def set_aside(run: Path, start: Checkpoint | None) -> None:
             for p in run.iterdir()
             if p.name in ("config.json", "model", "metrics.jsonl", "samples.jsonl", "checkpoints", "hf")
         ]
-        if not checkpoint.list_checkpoints(run):
+        if not reader.list_checkpoints(run):
             stale = [p for p in stale if p.name == "hf"]  # killed before its first checkpoint: nothing worth keeping
     else:
-        stale = [p for p in checkpoint.list_checkpoints(run) if int(p.name.removeprefix("step-")) > start.step]
+        stale = [p for p in reader.list_checkpoints(run) if int(p.name.removeprefix("step-")) > start.step]
     if stale:
         number = next(n for n in range(1, 10**6) if not (run / f"before-{n}").exists())
         aside = run / f"before-{number}"

@@ -1,10 +1,10 @@
-"""A run and its folder: from where it goes on, whether it may, and what is written there.
+"""A run and its folder: where it resumes, whether it may, and what is written there.
 
 OUTPUT_DIR/config.json      settings, derived numbers and the store's record, of the newest start
 OUTPUT_DIR/model/           the model's config and the tokenizer, for consolidation
-OUTPUT_DIR/metrics.jsonl    see log.py
-OUTPUT_DIR/checkpoints/     see checkpoint.py
-OUTPUT_DIR/before-1/ ...    what an earlier run left here, kept when another starts anew
+OUTPUT_DIR/metrics.jsonl    see watch/
+OUTPUT_DIR/checkpoints/     see checkpoint/
+OUTPUT_DIR/before-1/ ...    what an earlier run left here, kept when another one starts
 """
 
 from __future__ import annotations
@@ -15,69 +15,76 @@ import errno
 import shutil
 import signal
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
+from transformers import GenerationConfig, GPT2Config
 from transformers.utils import logging as transformers_logging
 
 from wikift import __version__
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.files import replace_json
 from wikift.base.signals import stop_requests
-from wikift.base.world import be_deterministic, started_world
+from wikift.base.world import World, be_deterministic, started_world
+from wikift.checkpoint.fragment import FragmentReader, FreshStart
 from wikift.checkpoint.reader import Checkpoint, best_checkpoint, list_checkpoints
 from wikift.checkpoint.writer import Saver
 from wikift.data.store import TokenStore
-from wikift.engines.build import Built, build
+from wikift.engines.build import Built, Choice, Work, build_engine
 from wikift.engines.memory import explained, keep_freed_memory
-from wikift.model.gpt2 import resolve_precision
-from wikift.settings import run_plan as derive
-from wikift.settings.fields import TrainSettings
-from wikift.settings.run_plan import Plan
+from wikift.engines.optim import AdamSettings
+from wikift.model.gpt2 import Precision, load_config, load_generation_config, model_config, resolve_precision, shapes_of
+from wikift.model.initial_weights import random_weights, trained_weights
+from wikift.settings.run_plan import RunPlan
 from wikift.training import resume
 from wikift.training.hosts import check_hosts
-from wikift.training.job import Run, due, make_job
 from wikift.training.loop import run_steps
-from wikift.training.resume import Say, check_same_experiment, checkpoint_to_resume, locked, set_aside
+from wikift.training.meter import Meter, peak_flops
+from wikift.training.resume import Say
+from wikift.training.training import Training
 from wikift.watch.log import Log, open_log
 
 
-def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) -> int:
-    """Train to the end or to a stop; collective. Gives the signal that stopped it, else 0."""
+def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
+    """Train to the end or to a stop; collective. Returns the signal that stopped it, else 0."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    folder = Path(settings.output_dir or "")
-    validates = store.has_validation
-    if not validates:
+    folder = plan.output_dir
+    if not store.has_validation:
         say(f"{store.path} has no validation text: no validation, no best checkpoint")
-    if settings.deterministic:
+    if plan.engine.deterministic:
         be_deterministic()  # before NCCL starts, which would take sums in NVLink's switches otherwise
-    with started_world(settings.device) as world, stop_requests() as stop_signal, locked(folder, world, say):
-        run = Run(folder, settings, plan, store, world, resolve_precision(settings.precision, world.device))
+    with started_world(plan.engine.device) as world, stop_requests() as stop_signal, resume.locked(folder, world, say):
+        precision = resolve_precision(plan.engine.precision, world.device)
         check_hosts(folder, store, world)
-        start = checkpoint_to_resume(settings, folder, world)
+        start = resume.checkpoint_to_resume(plan, world)
         if start is not None:
-            check_same_experiment(settings, plan, store, start, say)
-            if finished := resume.why_finished(settings, plan, start):
+            resume.check_same_experiment(plan, store, start, say)
+            if finished := resume.why_finished(plan, start):
                 say(f"{folder} is finished, step {start.step:,}; {finished}")
                 return 0
         if world.device.type == "cpu":
             keep_freed_memory()
+        config, reader = _start(plan, _config(plan, store, start), start, say)
+        shapes = shapes_of(config)
         with explained(world.device):
-            built = build(settings, plan, world, run.precision, store.eos_token_id, start, say)
+            built = build_engine(_work(plan, precision), config, reader, world)
         if world.rank == 0:
-            _prepare_folder(run, built, start)
-        for text in _announcement(run, built, start):
+            _prepare_folder(plan, store, config, start)
+        for text in _announcement(plan, world, built, precision, start):
             say(text)
-        done = start.step if start is not None else 0
-        owed = resume.owed_line(settings, due(settings, plan), folder, start) if validates else None
-        with _log(run, done - (owed is not None)) as log:
-            saver = Saver(folder, world, keep=settings.save_total_limit, aside=settings.async_save)
-            job = make_job(run, built, log, saver, stop_signal, start=start, owed=owed, validates=validates)
+        owed = resume.owed_line(plan, start) if store.has_validation else None
+        with _open_log(plan, world, after_step=(start.step if start else 0) - (owed is not None)) as log:
+            saver = Saver(folder, world, keep=plan.save_total_limit, aside=plan.async_save)
+            peak = peak_flops(world.device, precision.name)
+            meter = Meter(world.device, plan.model.shape.flops_per_token(plan.block_size), peak)
+            training = Training(
+                plan, store, world, precision, config, shapes, built.engine, log, saver, meter, stop_signal, start
+            )
             with explained(world.device):
-                stopped = run_steps(built.engine, job, world, log, done=done)
+                stopped = run_steps(training, owed)
             saver.finish()
             if stopped:
-                log.say(f"stopped by {signal.Signals(stopped).name} and saved; the same command goes on from here")
+                log.say(f"stopped by {signal.Signals(stopped).name} and saved; the same command resumes from here")
     if not stopped:
         best, newest = best_checkpoint(folder), list_checkpoints(folder)[-1]
         choice = "" if best in (None, newest) else " --best"
@@ -85,55 +92,104 @@ def train_run(settings: TrainSettings, plan: Plan, store: TokenStore, say: Say) 
     return stopped
 
 
-def _prepare_folder(run: Run, built: Built, start: Checkpoint | None) -> None:
-    """Set aside what lies after `start`, then write config.json and model/."""
+def _config(plan: RunPlan, store: TokenStore, start: Checkpoint | None) -> GPT2Config:
+    """The configuration of the model to train: the checkpoint's, a new one, or the trained model's."""
+    values: dict[str, Any]
+    if start is not None:
+        values = start.manifest["model_config"]
+    elif plan.model.from_scratch:
+        values = dataclasses.asdict(plan.model.shape)
+        values |= {"bos_token_id": store.eos_token_id, "eos_token_id": store.eos_token_id}
+    else:
+        values = load_config(plan.model.name).to_dict()
+    return model_config({**values, **plan.model.changes})
+
+
+def _work(plan: RunPlan, precision: Precision) -> Work:
+    asked = plan.engine
+    return Work(
+        engine=Choice(asked.engine, asked.reason),
+        compile=asked.compile,
+        shape=plan.model.shape,
+        block_size=plan.block_size,
+        micro_batch=plan.layout.micro_batch,
+        accumulation=plan.layout.accumulation,
+        steps=plan.steps,
+        precision=precision.name,
+        gradient_checkpointing=asked.gradient_checkpointing,
+        fsdp_reshard=asked.fsdp_reshard,
+        reduce_dtype=asked.reduce_dtype,
+        adam=AdamSettings(**dataclasses.asdict(plan.adam)),
+        zero_config=plan.zero_config(precision.name),
+    )
+
+
+def _start(plan: RunPlan, config: GPT2Config, start: Checkpoint | None, say: Say) -> tuple[GPT2Config, FragmentReader]:
+    """What the engine starts from, the checkpoint, random weights or a trained model's; and their configuration."""
+    if start is not None:
+        return config, start
+    if plan.model.from_scratch:
+        return config, FreshStart(random_weights(config, shapes_of(config), plan.seed))
+    config, weight = trained_weights(plan.model.name, config, "--model", say)
+    return config, FreshStart(weight)
+
+
+def _prepare_folder(plan: RunPlan, store: TokenStore, config: GPT2Config, start: Checkpoint | None) -> None:
+    """Set aside what was written after `start`, then write config.json and model/."""
     about = {
         "wikift": __version__,
-        "settings": dataclasses.asdict(run.settings),
-        "derived": {**dataclasses.asdict(run.plan), "tokens_per_step": run.plan.tokens_per_step},
-        "store": run.store.record,
-        "store_path": str(run.store.path.resolve()),
+        "settings": plan.settings,
+        "derived": plan.record(),
+        "store": store.record,
+        "store_path": str(store.path.resolve()),
     }
-    folder = run.folder / "model"
+    scratch = plan.model.from_scratch or start is not None
+    generation = (
+        GenerationConfig.from_model_config(config) if scratch else load_generation_config(plan.model.name, config)
+    )
+    folder = plan.output_dir / "model"
     try:
-        set_aside(run.folder, start)
-        replace_json(run.folder / "config.json", about)  # first: by it the folder is known as a run's
+        resume.set_aside(plan.output_dir, start)
+        replace_json(plan.output_dir / "config.json", about)  # first: by it the folder is known as a run's
         folder.mkdir(parents=True, exist_ok=True)
-        built.config.save_pretrained(folder)
-        built.generation_config.save_pretrained(folder)
-        for file in (run.store.path / "tokenizer").iterdir():
+        config.save_pretrained(folder)
+        generation.save_pretrained(folder)
+        for file in (store.path / "tokenizer").iterdir():
             shutil.copyfile(file, folder / file.name)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise EnvironmentFault(f"{run.folder}: the disk is full ({error.strerror}); free space and go on") from None
+            raise EnvironmentFault(
+                f"{plan.output_dir}: the disk is full ({error.strerror}); free space and run the command again"
+            ) from None
         raise UserError(
-            f"--output-dir {run.folder}: {error.filename} cannot be written ({error.strerror}); name a folder you may "
-            "write"
+            f"--output-dir {plan.output_dir}: {error.filename} cannot be written ({error.strerror}); name a folder you "
+            "may write"
         ) from None
 
 
 @contextlib.contextmanager
-def _log(run: Run, done: int) -> Iterator[Log]:
+def _open_log(plan: RunPlan, world: World, *, after_step: int) -> Iterator[Log]:
     """The run's log on rank 0, a silent one on the others."""
-    if run.world.rank != 0:
+    if world.rank != 0:
         yield Log()
         return
-    words = dataclasses.asdict(run.settings)
-    settings = run.settings
     with open_log(
-        run.folder, after_step=done, steps=run.plan.steps, quiet=settings.quiet, wandb=settings.wandb, settings=words
-    ) as log:
+        plan.output_dir, after_step=after_step, steps=plan.steps, quiet=plan.quiet, wandb=plan.wandb,
+        settings=plan.settings,
+    ) as log:  # fmt: skip
         yield log
 
 
-def _announcement(run: Run, built: Built, start: Checkpoint | None) -> Iterator[str]:
-    words = derive.plan_words(run.plan)
-    scratch = " from scratch" if run.settings.from_scratch else ""
-    yield f"{run.settings.model}{scratch}: {words['parameters']} parameters; {words['train blocks']}"
+def _announcement(
+    plan: RunPlan, world: World, built: Built, precision: Precision, start: Checkpoint | None
+) -> Iterator[str]:
+    summary = plan.summary
+    scratch = " from scratch" if plan.model.from_scratch else ""
+    yield f"{plan.model.name}{scratch}: {summary['parameters']} parameters; {summary['train blocks']}"
     yield f"engine {built.choice.name} ({built.choice.reason}), {built.compiled.name} ({built.compiled.reason})"
-    yield f"{run.precision.name} on {run.world.device.type} ({run.precision.reason})"
-    if run.precision.warning:
-        yield f"warning: {run.precision.warning}"
-    yield f"{run.plan.place.words} = {words['tokens per step']} tokens; {words['steps']}"
+    yield f"{precision.name} on {world.device.type} ({precision.reason})"
+    if precision.warning:
+        yield f"warning: {precision.warning}"
+    yield f"{plan.layout.words} = {summary['tokens per step']} tokens; {summary['steps']}"
     if start is not None:
-        yield f"going on from {start.path}, after step {start.step:,}"
+        yield f"resuming from {start.path}, after step {start.step:,}"

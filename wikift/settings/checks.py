@@ -1,0 +1,208 @@
+"""What is wrong with a command's settings, as far as it can be known without torch, the Hub or the text.
+
+Every check reports all the problems that it can find at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from wikift.base.errors import UserError
+from wikift.base.files import read_lines
+from wikift.base.folders import foreign_in, is_hub_name
+from wikift.base.shape import RELEASED, parse_overrides, shape_of
+from wikift.settings.batch_layout import BatchLayout, batch_layout
+from wikift.settings.fields import WIKITEXT, DataSettings, TrainSettings
+from wikift.settings.options import flag, nearest
+from wikift.settings.run_plan import model_shape
+
+
+def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str]:
+    """Every problem of resolved settings that can be known before data is read. `launched`: a launcher set RANK."""
+    problems = _check_ranges(settings)
+    batch = (settings.global_batch_size, settings.per_device_train_batch_size, settings.gradient_accumulation_steps)
+    layout = None
+    if all(number is None or number >= 1 for number in batch):
+        try:
+            layout = batch_layout(settings, ranks)
+        except UserError as error:
+            problems += error.problems
+    problems += check_data(settings) + _check_model(settings)
+    if settings.max_steps is not None and settings.num_train_epochs is not None:
+        problems.append(
+            f"--max-steps {settings.max_steps}: the length is given twice, --num-train-epochs "
+            f"{settings.num_train_epochs:g} too; leave one out"
+        )
+    if settings.engine == "single" and ranks > 1:
+        problems.append(f"--engine single: is one process, the launcher started {ranks}; use --engine ddp or auto")
+    if settings.engine == "ddp" and not launched:
+        problems.append("--engine ddp: needs a launcher; start with torchrun --nproc_per_node=N launch/train.py ...")
+    if not settings.fsdp_reshard and (settings.engine not in ("auto", "fsdp") or settings.deepspeed):
+        other = "--deepspeed" if settings.deepspeed else f"--engine {settings.engine}"
+        problems.append(f"--no-fsdp-reshard: cannot act under {other}; leave it out, or use --engine fsdp")
+    problems += _reduction_problems(settings, ranks, layout)
+    if settings.sample_prompts is not None:
+        problems += problems_of(lambda: read_lines(Path(str(settings.sample_prompts)), "--sample-prompts"))
+    elif settings.sample_steps is not None:
+        problems.append(f"--sample-steps {settings.sample_steps}: cannot act without --sample-prompts; name a file")
+    output = Path(settings.output_dir or ".")
+    for path in (output, *output.parents):
+        if path.exists() and not path.is_dir():
+            problems.append(f"--output-dir {output}: {'is' if path == output else f'{path} is'} a file; name a folder")
+    if foreign := foreign_in(output):
+        problems.append(
+            f"--output-dir {output}: holds {', '.join(foreign)} that no run of wikift wrote; name a new or empty folder"
+        )
+    if settings.resume not in ("auto", "never") and not (Path(settings.resume) / "manifest.json").is_file():
+        problems.append(
+            f"--resume {settings.resume}: must be auto, never or a checkpoint, OUTPUT_DIR/checkpoints/step-..."
+        )
+    return problems
+
+
+def _reduction_problems(settings: TrainSettings, ranks: int, layout: BatchLayout | None) -> list[str]:
+    """What --reduce-dtype cannot go with."""
+    asked, problems = f"--reduce-dtype {settings.reduce_dtype}", []
+    if settings.reduce_dtype == "fp32":
+        return []
+    if settings.deepspeed is None and (settings.engine == "single" or (settings.engine == "auto" and ranks == 1)):
+        problems.append(f"{asked}: cannot act, one process exchanges no gradients; leave it out")
+    if settings.reduce_dtype == "fp16" and settings.precision != "fp16":
+        problems.append(
+            f"{asked}: small gradients would become 0 without the loss scale of --precision fp16; take bf16, or that"
+        )
+    if not settings.fsdp_reshard and layout is not None and layout.accumulation > 1:
+        problems.append(  # FSDP2 keeps what waits for the reduction in the reduction's format
+            f"{asked}: with --no-fsdp-reshard the {layout.accumulation} micro-batches of a step would be added up in "
+            f"{settings.reduce_dtype} too; leave one of the two out, or take a larger --per-device-train-batch-size"
+        )
+    return problems
+
+
+def problems_of(attempt: Callable[[], object]) -> list[str]:
+    """The problems that `attempt` raises, none where it succeeds."""
+    try:
+        attempt()
+    except UserError as error:
+        return list(error.problems)
+    return []
+
+
+def check_data(settings: DataSettings) -> list[str]:
+    """Problems of the settings that say which text and how it is tokenized."""
+    problems = []
+    data = getattr(settings, "data", None)
+    if data is not None:
+        for field in dataclasses.fields(DataSettings):
+            value = getattr(settings, field.name)
+            if value != field.default:
+                typed = f"{flag(field.name)} {value}" if value is not False else flag("no_" + field.name)
+                problems.append(
+                    f"{typed.removesuffix(' True')}: cannot act, --data {data} is tokenized already; "
+                    "leave one of the two out"
+                )
+    if settings.dataset_config is not None and settings.dataset in (*WIKITEXT, "demo"):
+        problems.append(
+            f"--dataset-config {settings.dataset_config}: cannot act, {settings.dataset} has no other; leave it out"
+        )
+    if settings.validation_fraction is not None and not 0 < settings.validation_fraction < 1:
+        problems.append(
+            f"--validation-fraction {settings.validation_fraction:g}: must be above 0 and below 1; try 0.05"
+        )
+    if settings.workers is not None and settings.workers < 1:
+        problems.append(f"--workers {settings.workers}: must be 1 or more; leave it out for all cores")
+    tokenizer = settings.tokenizer or ""
+    if tokenizer.startswith("train:"):
+        size = tokenizer.removeprefix("train:")
+        if not size.isdecimal() or int(size) < 257:
+            problems.append(
+                f"--tokenizer {tokenizer}: SIZE must be 257 tokens or more, the bytes and one; try train:8192"
+            )
+    return problems
+
+
+def _plain(value: float) -> str:
+    """3.0 -> 3, 1234567 -> 1234567, 1e-05 -> 1e-05."""
+    return str(int(value)) if value == int(value) else repr(value)
+
+
+def _check_ranges(settings: TrainSettings) -> list[str]:
+    problems = []
+
+    def rule(name: str, holds: bool, requirement: str) -> None:
+        if not holds:
+            problems.append(f"{flag(name)} {_plain(getattr(settings, name))}: must be {requirement}")
+
+    for name in (
+        "block_size", "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps",
+        "eval_steps", "save_steps", "sample_steps", "logging_steps", "save_total_limit", "per_device_eval_batch_size",
+        "early_stopping_patience",
+    ):  # fmt: skip
+        value = getattr(settings, name)
+        rule(name, value is None or value >= 1, "1 or more")
+    rule(
+        "num_train_epochs",
+        settings.num_train_epochs is None or 0 < settings.num_train_epochs <= 1e6,
+        "above 0 and at most a million",
+    )
+    rule("data_fraction", 0 < settings.data_fraction <= 1, "above 0 and at most 1")
+    rule("learning_rate", settings.learning_rate is None or settings.learning_rate > 0, "above 0")
+    for name in ("weight_decay", "max_grad_norm", "seed", "warmup_steps"):
+        rule(name, getattr(settings, name) >= 0, "0 or more")
+    rule(
+        "warmup_steps", settings.warmup_steps < 1 or settings.warmup_steps % 1 == 0, "a whole number, or a part below 1"
+    )
+    if settings.decay_steps is not None:
+        decay = settings.decay_steps
+        rule("decay_steps", decay > 0 and (decay < 1 or decay % 1 == 0), "a whole number, or a part below 1")
+        if settings.lr_scheduler_type != "warmup_stable_decay":
+            problems.append(
+                f"--decay-steps {_plain(decay)}: cannot act with --lr-scheduler-type {settings.lr_scheduler_type}; "
+                "take warmup_stable_decay, or leave it out"
+            )
+    for name in ("adam_beta1", "adam_beta2"):
+        rule(name, 0 <= getattr(settings, name) < 1, "at least 0 and below 1")
+    rule("adam_epsilon", settings.adam_epsilon > 0, "above 0")
+    rule("dropout", settings.dropout is None or 0 <= settings.dropout < 1, "at least 0 and below 1")
+    if settings.max_steps is not None and settings.warmup_steps >= max(1, settings.max_steps):
+        problems.append(
+            f"--warmup-steps {_plain(settings.warmup_steps)}: must be less than --max-steps {settings.max_steps}; "
+            "take fewer, or a part of the run below 1"
+        )
+    return problems
+
+
+def _check_model(settings: TrainSettings) -> list[str]:
+    problems = []
+    if settings.config_overrides is not None and not settings.from_scratch:
+        problems.append(
+            f"--config-overrides {settings.config_overrides}: cannot act on trained weights; "
+            "add --from-scratch or leave it out"
+        )
+    problems += problems_of(lambda: parse_overrides(settings.config_overrides or ""))
+    problems += problems_of(lambda: shape_of(settings.model))
+    if problems:
+        return problems
+    shape = model_shape(settings)
+    if shape is None:
+        if not is_hub_name(settings.model):
+            problems.append(
+                f"--model {settings.model}: no such folder, and not one of {', '.join(RELEASED)}"
+                f"{nearest(settings.model, RELEASED)}; name one of these, OWNER/NAME of the Hub, or a folder"
+            )
+        return problems
+    if shape.n_embd % shape.n_head:
+        where = "--config-overrides" if settings.from_scratch else f"--model {settings.model}:"
+        problems.append(
+            f"{where} n_head={shape.n_head}: must divide n_embd={shape.n_embd}; "
+            f"try n_head={math.gcd(shape.n_embd, shape.n_head)}"
+        )
+    if settings.block_size is not None and settings.block_size > shape.n_positions:
+        problems.append(
+            f"--block-size {settings.block_size}: the model has {shape.n_positions} positions; "
+            f"take {shape.n_positions} or less"
+        )
+    return problems

@@ -1,0 +1,156 @@
+"""A run that is about to train: what it is made of, and what its loop may call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoTokenizer, GPT2Config
+
+from wikift.base.world import World
+from wikift.checkpoint.fragment import OPTIMIZER
+from wikift.checkpoint.reader import Checkpoint
+from wikift.checkpoint.writer import Saver
+from wikift.data.batches import ahead, count_blocks, micro_batches, sample_blocks
+from wikift.data.store import TokenStore
+from wikift.engines.base import Engine
+from wikift.evaluation.score import Score, score_split
+from wikift.generation.live import SAMPLING, sample_live
+from wikift.model.gpt2 import Precision
+from wikift.settings.run_plan import RunPlan
+from wikift.training import resume
+from wikift.training.meter import Meter
+from wikift.training.patience import Patience
+from wikift.watch.log import Log
+
+_SAMPLE_TOKENS = 64
+_SAVE_FAILED = 1 << 16  # above every signal's number
+
+
+class _Interrupted(Exception):
+    """A stop was asked for while validating."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The parts of a run. Its methods are collective unless they say otherwise."""
+
+    plan: RunPlan
+    store: TokenStore
+    world: World
+    precision: Precision
+    config: GPT2Config
+    shapes: dict[str, tuple[int, ...]]  # of every parameter, by Hugging Face name
+    engine: Engine
+    log: Log
+    saver: Saver
+    meter: Meter
+    stop_signal: Callable[[], int]  # the signal that asks for a stop, 0 while there is none; not collective
+    start: Checkpoint | None
+
+    @property
+    def done(self) -> int:
+        """The steps before this start."""
+        return self.start.step if self.start is not None else 0
+
+    @property
+    def patience(self) -> Patience:
+        """As the steps before this start left it."""
+        return Patience.of(self.start.manifest if self.start is not None else {}, self.plan.patience)
+
+    @property
+    def skipped(self) -> int:
+        """The steps before this start whose gradient overflowed."""
+        return self.start.step - int(self.start.read(OPTIMIZER, "updates", 0, 1)) if self.start is not None else 0
+
+    def batches(self) -> Iterator[list[Tensor]]:
+        """Each step's micro-batches of this rank, from the first step of this start on; not collective."""
+        plan, tokens = self.plan, self.store.tokens("train")
+        items = sample_blocks(count_blocks(len(tokens), plan.block_size), plan.data_fraction, plan.seed)
+        assert len(items) == plan.blocks
+        stream = micro_batches(
+            tokens,
+            items,
+            block_size=plan.block_size,
+            micro_batch=plan.layout.micro_batch,
+            accumulation=plan.layout.accumulation,
+            rank=self.world.rank,
+            ranks=self.world.size,
+            run_seed=plan.seed,
+            first_step=self.done,
+        )
+        return ahead(stream, self.world.device)
+
+    def validate(self) -> Score | None:
+        """None where there is no validation text, or where a stop interrupted it."""
+        if not self.store.has_validation:
+            return None
+        try:
+            return score_split(
+                self.engine.nll, self.store, "validation", context=self.plan.block_size, batch=self.plan.eval_batch,
+                world=self.world, progress=self._progress,
+            )  # fmt: skip
+        except _Interrupted:
+            self.log.say("the validation is interrupted")
+            return None
+        finally:
+            self.log.tick(now=None)
+
+    def _progress(self, done: int, of: int) -> None:
+        self.log.tick(now=f"validating {done:,}/{of:,}")
+        if self.agree(())[0]:
+            raise _Interrupted  # torchrun waits 30 s after a signal, a validation on a CPU may take minutes
+
+    def sample(self, step: int) -> None:
+        """Let the model continue each prompt."""
+        self.log.tick(now="writing samples")
+        tokenizer = AutoTokenizer.from_pretrained(self.store.path / "tokenizer")
+        texts = sample_live(
+            self.engine.next_logits, tokenizer, self.plan.prompts, sampling=SAMPLING, max_new_tokens=_SAMPLE_TOKENS,
+            seed=self.plan.seed, positions=self.plan.model.shape.n_positions,
+        )  # fmt: skip
+        self.log.samples(step, self.plan.prompts, texts)
+        self.log.tick(now=None)
+
+    def save(self, step: int, eval_loss: float | None, patience: Patience) -> None:
+        """Begin to write the checkpoint of `step`; `eval_loss` is None where it was not validated."""
+        self.log.tick(now="saving")
+        about = {
+            "tokens": step * self.plan.tokens_per_step,
+            "eval_loss": eval_loss,
+            **patience.facts(),
+            "settings": self.plan.settings,
+            "experiment": resume.experiment(self.plan, self.store),
+            "model_config": json.loads(self.config.to_json_string(use_diff=False)),
+        }
+        shapes = {name: list(shape) for name, shape in self.shapes.items()}
+        self.saver.save(self.engine.fragments(), step, about, shapes)
+        self.log.tick(now=None)
+        if patience.spent:
+            self.log.say(
+                f"stopped early at step {step:,}: {patience.worse} validations in a row were no better than "
+                f"{patience.best:.4f}"
+            )
+
+    def saved(self) -> dict[str, Any]:
+        """What to log of a checkpoint that was published meanwhile; not collective."""
+        saved = self.saver.take_saved()
+        if saved is None:
+            return {}
+        self.log.tick(saved=saved.path.name)
+        step = int(saved.path.name.removeprefix("step-"))
+        return {"saved_step": step, "save_stall_seconds": saved.stall_seconds, "save_seconds": saved.seconds}
+
+    def agree(self, numbers: Sequence[float]) -> tuple[int, list[float]]:
+        """(the signal that asks for a stop, 0 while there is none; the sums of `numbers` over the ranks)."""
+        word, sums = self.world.agree(_SAVE_FAILED if self.saver.fault else self.stop_signal(), numbers)
+        if word == _SAVE_FAILED:
+            self.saver.finish()  # raises, on every rank
+        return word, sums
+
+    def stopped(self) -> int:
+        """The signal that asks for a stop, 0 while there is none."""
+        return self.agree(())[0]
