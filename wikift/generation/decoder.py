@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from wikift.kernels.attention import causal_mask
-from wikift.kernels.few_rows import PIECES, layer_of, product_of, relayout_head
+from wikift.kernels.few_rows import PIECES, layer_of, matmul, relayout_head
 
 _GUESSES = 2  # tokens read beside one; three rows cost 1.6 times one on two cores, five 2.7 times
 _MOST_DOUBT = 5  # after so many wrong guesses in a row 32 tokens are waited for before the next
@@ -218,7 +218,7 @@ class Decoder:
     def _forward(self, ids: Tensor, places: Tensor, attend: Attend, ends: int = 1) -> Tensor:
         """Logits (rows * ends, vocabulary) in fp32 after the last `ends` of `ids` (rows, length) at `places`."""
         rows, length = ids.shape
-        product = partial(product_of, self.pieces)
+        product = partial(matmul, self.pieces)
         hidden = (self.wte(ids) + self.wpe(places)).view(rows * length, self.width)
         for number, block in enumerate(self.blocks):
             qkv = product(block.ln_1(hidden), block.qkv, block.qkv_bias)
