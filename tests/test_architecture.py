@@ -45,7 +45,7 @@ LIBRARY_HOMES = {
 }
 # No torch behind these, whatever they import, unless a function asks for it.
 WITHOUT_TORCH = ("commands", "settings", "base", "data.store", "checkpoint.reader", "export")
-HAS_TORCH = ("base.world", "base.failure")
+HAS_TORCH = ("base.world", "base.failure")  # who am I among the ranks, and how one that fails ends all
 
 MOST_LINES = {"package": 10_000, "core": 2_000, "file": 280, "function": 60, "parameters": 7}
 CORE = ("training/run", "training/loop", "engines/base", "engines/single", "engines/optim", "model/gpt2", "data/store",
@@ -53,28 +53,11 @@ CORE = ("training/run", "training/loop", "engines/base", "engines/single", "engi
 
 # Today's breaches: these lists only shrink.
 IMPORT_BREACHES: set[str] = {
-    "data.recipe imports settings.fields",
-    "data.sources imports settings.fields",
-    "data.user_files imports settings.fields",
-    "export.card imports settings.fields",
-    "export.card imports settings.options",
-    "export.card imports watch.log",
-    "export.export imports settings.fields",
-    "export.export imports settings.options",
-    "export.export imports settings.run_plan",
-    "export.export imports watch.log",
-    "generation.answers imports settings.fields",
-    "generation.answers imports settings.options",
     "generation.writer imports engines.build",
-    "generation.writer imports settings.fields",
 }
 BUDGET_BREACHES: set[str] = {
-    "commands/prepare: too long",
     "data/batches: micro_batches has too many parameters",
-    "data/encode: too long",
-    "data/sources: too long",
     "engines/fsdp: __init__ has too many parameters",
-    "generation/answers: print_answer has too many parameters",
     "package: too long",
     "settings/fields: too long",
 }

@@ -56,7 +56,7 @@ def train(**settings: Any) -> TrainResult:
     """Fine-tune a model; the same call resumes an interrupted run. Settings: `wikift train --help`."""
     from wikift.commands import train as command
     from wikift.settings.fields import EXCLUSIVE, TrainSettings
-    from wikift.watch.log import read_metrics
+    from wikift.watch.metrics import read_metrics
 
     parsed = _parsed(TrainSettings, "train", settings, ("dry_run",), exclusive=EXCLUSIVE)
     output_dir, stopped = command.train(parsed)
@@ -76,10 +76,12 @@ def plan(**settings: Any) -> str:
 
 def consolidate(run: str | Path, **settings: Any) -> Path:
     """A run's checkpoint to a Hugging Face directory, which is returned. Settings: `wikift consolidate --help`."""
-    from wikift.export.export import run_export
+    from wikift.commands import consolidate as command
     from wikift.settings.fields import ConsolidateSettings
 
-    return run_export(_parsed(ConsolidateSettings, "consolidate", {"run": run, **settings}, ()))
+    parsed = _parsed(ConsolidateSettings, "consolidate", {"run": run, **settings}, ("quiet",))
+    parsed.checked(command.check)  # before any work: a keyword that is not read is an error
+    return command.run(parsed.settings)
 
 
 def evaluate(*models: str | Path, **settings: Any) -> list[Result]:
@@ -88,7 +90,8 @@ def evaluate(*models: str | Path, **settings: Any) -> list[Result]:
     from wikift.settings.fields import EvaluateSettings
 
     parsed = _parsed(EvaluateSettings, "evaluate", {"models": models, **settings}, ("json", "csv", "quiet"))
-    return parsed.checked(command.run)
+    parsed.checked(command.check)
+    return command.run(parsed.settings)
 
 
 def generate(model: str | Path, prompts: str | Sequence[str], **settings: Any) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import arguments, metrics, tiny_store
-from wikift.checkpoint.reader import list_checkpoints
+from wikift.base.folders import list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = str(ROOT / "launch" / "train.py")

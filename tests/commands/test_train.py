@@ -20,7 +20,8 @@ import torch
 from tests.ranks import run_ranks
 from tests.tiny import arguments, curve, metrics, tiny_store
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.checkpoint.reader import list_checkpoints, open_checkpoint
+from wikift.base.folders import list_checkpoints
+from wikift.checkpoint.reader import open_checkpoint
 from wikift.commands.train import main
 from wikift.training import run
 

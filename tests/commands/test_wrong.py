@@ -265,8 +265,8 @@ TEXT: list[tuple[str, list[str]]] = [
     ("--dataset broken.jsonl", ["broken.jsonl"]),
     ("--dataset table.csv", ["--dataset table.csv: wikift reads .txt, .jsonl, .parquet, not .csv"]),
     ("--dataset no-splits", ["--dataset no-splits: has no train, validation or test"]),
-    ("--dataset good.txt --text-column body", ["--text-column body: cannot act, good.txt"]),
-    ("--dataset good.txt --dataset-config x", ["--dataset-config x: cannot act, good.txt is one file"]),
+    ("--dataset good.txt --text-column body", ["--text-column body: has no effect, good.txt"]),
+    ("--dataset good.txt --dataset-config x", ["--dataset-config x: has no effect, good.txt is one file"]),
     ("--dataset demo --dataset-config x", ["--dataset-config x: cannot act, demo has no other"]),
     ("--dataset good.txt --validation-fraction 1", ["--validation-fraction 1: must be above 0 and below 1"]),
     ("--dataset good.txt --workers 0", ["--workers 0: must be 1 or more"]),
@@ -311,19 +311,23 @@ def test_prepare_verifies_every_byte(refused: Any) -> None:
 
 
 CONSOLIDATE: list[tuple[str, list[str]]] = [
+    ("--max-shard-size 0", ["RUN_OR_CHECKPOINT: is missing", "--max-shard-size 0: must be a number"]),
     ("none", ["none: no such folder"]),
     ("store", ["store: is not a run's folder"]),
     ("bert", ["bert: is not a run's folder"]),
     ("run --step 5", ["--step 5: is not among the checkpoints of run: 4, 8, 12"]),
-    ("run --step 4 --best", ["--step 4: cannot act beside --best"]),
-    ("run/checkpoints/step-00000004 --best --out new", ["--best: cannot act"]),
+    ("run --step 4 --best", ["--step 4: has no effect with --best"]),
+    ("run/checkpoints/step-00000004 --best --out new", ["--best: has no effect"]),
     ("run --dtype float8", ["--dtype float8: must be one of float32, bfloat16, float16"]),
     ("run --max-shard-size 5apples", ["--max-shard-size 5apples: must be a number and KB"]),
     ("run --out a-file", ["--out a-file: is a file; name a folder"]),
     ("run --out no-store", ["--out no-store: holds something that wikift did not export"]),
     ("run other", ["other: belongs to no setting"]),
-    ("run --stp 4", ["--stp: no such setting of wikift consolidate (did you mean --step?)"]),
-    ("none --step 4 --best --max-shard-size x", ["none: no such", "--step 4: cannot act", "--max-shard-size x: must"]),
+    ("run --stp 4", ["--stp: no such setting of launch/consolidate.py (did you mean --step?)"]),
+    (
+        "none --step 4 --best --max-shard-size x",
+        ["none: no such", "--step 4: has no effect", "--max-shard-size x: must"],
+    ),
 ]
 
 
@@ -375,8 +379,9 @@ GENERATE: list[tuple[str, list[str]]] = [
     ("no-config --prompt a", ["no-config: holds neither a model nor a run"]),
     ("run/checkpoints/step-00000004 --prompt a", ["run/checkpoints/step-00000004: is a checkpoint"]),
     ("run --no-train --prompt a -- --max-steps 5", ["--no-train: what follows -- is for a training"]),
-    ("run --promt a --top-p 2", ["--promt: no such setting", "--top-p 2: must be above 0"]),
-    ("run --promt a", ["--promt: no such setting of wikift generate (did you mean --prompt?)"]),
+    ("runs/new --prompt a", ["runs/new: no such folder, and no name of the Hub; train it first"]),
+    ("rum --prompt a", ["rum: no such folder, and no name of the Hub"]),
+    ("run --promt a", ["--promt: no such setting of launch/generate.py (did you mean --prompt?)"]),
     (
         "run --prompt a --examples --seed -1 --top-p 2",
         ["--prompt and --examples", "--seed -1: must be 0 or more", "--top-p 2: must be above 0"],
@@ -387,17 +392,6 @@ GENERATE: list[tuple[str, list[str]]] = [
 @pytest.mark.parametrize(("line", "expected"), GENERATE, ids=[line for line, _ in GENERATE])
 def test_generate(refused: Any, line: str, expected: list[str]) -> None:
     refused("generate", line, *expected)
-
-
-def test_generate_without_a_model_and_without_training(refused: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        exits.run(COMMANDS["generate"][0], ["runs/new", "--no-train", "--prompt", "a"])
-    assert left.value.code == 2
-    head, first, *commands = capsys.readouterr().err.splitlines()
-    assert head == "wikift: one problem"
-    assert first.startswith("  runs/new has no model yet")
-    assert [line.split()[:2] for line in commands] == [["wikift", "train"], ["wikift", "generate"]]
-    assert not Path("runs").exists()
 
 
 def test_another_experiment_in_a_runs_folder(refused: Any) -> None:

@@ -18,9 +18,8 @@ from typing import Any
 import pytest
 
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.commands import evaluate, generate, prepare, train
+from wikift.commands import consolidate, evaluate, generate, prepare, train
 from wikift.commands import main as exits
-from wikift.export import export
 from wikift.settings.fields import (
     EXCLUSIVE,
     ConsolidateSettings,
@@ -36,7 +35,7 @@ Main = Callable[[Sequence[str]], int]
 COMMANDS: dict[str, tuple[Main, type]] = {
     "train": (train.main, TrainSettings),
     "prepare": (prepare.main, PrepareSettings),
-    "consolidate": (export.main, ConsolidateSettings),
+    "consolidate": (consolidate.main, ConsolidateSettings),
     "evaluate": (evaluate.main, EvaluateSettings),
     "generate": (generate.main, GenerateSettings),
 }

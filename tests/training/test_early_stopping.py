@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from tests.ranks import run_ranks
 from tests.tiny import arguments, curve, metrics, tiny_store
 from tests.training.test_resume import assert_same_run, failing_train, forget_after, train
-from wikift.checkpoint.reader import best_checkpoint, list_checkpoints, step_folder
+from wikift.base.folders import list_checkpoints, step_folder
+from wikift.checkpoint.reader import best_checkpoint
 from wikift.settings.schedule import Due
 from wikift.training.patience import Patience
 

@@ -32,6 +32,12 @@ class EnvironmentFault(Exception):
     """Something outside wikift failed; the message says what was kept and what to do."""
 
 
+def one_line(error: BaseException, length: int = 160) -> str:
+    """An error's message in one line of at most `length` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
 def report(error: UserError) -> int:
     """Print every problem of the user's; returns the exit code."""
     count = len(error.problems)

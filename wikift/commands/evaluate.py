@@ -18,11 +18,12 @@ from wikift.base.command import command_line
 from wikift.base.console import Progress
 from wikift.base.errors import EXIT_DONE, UserError
 from wikift.base.shape import shape_of
+from wikift.commands.consolidate import model_source
+from wikift.data.sources import Source, source_problems
 from wikift.data.store import TokenStore, check_tokenizer, open_store
 from wikift.evaluation.protocols import PROTOCOLS, Protocol, loaded_scorer, measure, setups
 from wikift.evaluation.report import Result, as_csv, as_json, table
-from wikift.evaluation.text import Source, Text, source_problems, text_of_dataset, text_of_store
-from wikift.export.export import model_source
+from wikift.evaluation.text import Text, text_of_dataset, text_of_store
 from wikift.settings.checks import check_data
 from wikift.settings.fields import DataSettings, EvaluateSettings
 from wikift.settings.options import flag, parse_all
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         "text allows.",
         epilog=EPILOG,
     )
-    store, settings = parsed.checked(_check), parsed.settings
+    store, settings = parsed.checked(check), parsed.settings
 
     from wikift.base.failure import started_world
 
@@ -77,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run(settings: EvaluateSettings) -> list[Result]:
     """The results, model by model, the same on every rank. Raises UserError with every problem of the settings."""
-    store = _check(settings)
+    store = check(settings)
 
     from wikift.base.failure import started_world
 
@@ -86,7 +87,7 @@ def run(settings: EvaluateSettings) -> list[Result]:
 
 
 def _results(settings: EvaluateSettings, text: Text, world: World) -> Iterator[Result]:
-    """Everything that the settings ask for, model by model; collective. Raises UserError as `_check` does."""
+    """Everything that the settings ask for, model by model; collective. Raises UserError as `check` does."""
     quiet = settings.quiet or world.rank != 0
 
     def say(line: str) -> None:
@@ -139,7 +140,7 @@ def _shown(progress: Progress, label: str) -> Callable[[float], None]:
 # --- what is asked for -------------------------------------------------------------------------------------------
 
 
-def _check(settings: EvaluateSettings) -> TokenStore | None:
+def check(settings: EvaluateSettings) -> TokenStore | None:
     """The store to evaluate on, None with `--dataset`.
 
     Raises UserError with every problem that shows without loading a model or reading text.
@@ -219,8 +220,7 @@ def _text(settings: EvaluateSettings, store: TokenStore | None) -> Text:
 
 
 def _check_model(name: str, settings: EvaluateSettings, store: TokenStore | None) -> None:
-    if not folders.has_model(name):
-        raise UserError(f"{name}: has no trained model; train it first: {command_line('train')} --output-dir {name}")
+    folders.check_model(name)
     folder = Path(name) / "model" if folders.is_run(Path(name)) else Path(name)
     shape = shape_of(str(folder) if folder.is_dir() else name)
     if shape is not None and (problems := _window_problems(name, settings, shape.n_positions)):

@@ -26,7 +26,7 @@ COMMANDS = {  # name: its module, what it does
     "prepare": ("wikift.commands.prepare", "text to a token store"),
     "train": ("wikift.commands.train", "fine-tune GPT-2, or train it from scratch; the same command resumes"),
     "plan": ("wikift.commands.train", "what `train` with these settings would do: train --dry-run"),
-    "consolidate": ("wikift.export.export", "a run's checkpoint to a Hugging Face directory"),
+    "consolidate": ("wikift.commands.consolidate", "a run's checkpoint to a Hugging Face directory"),
     "evaluate": ("wikift.commands.evaluate", "perplexity of models by the field's protocols"),
     "generate": ("wikift.commands.generate", "prompts to text, interactive without one"),
 }

@@ -15,7 +15,7 @@ from wikift.base.shape import Shape
 from wikift.settings import deepspeed
 from wikift.settings.batch_layout import BatchLayout, batch_layout
 from wikift.settings.checks import check_train, problems_of
-from wikift.settings.fields import EXCLUSIVE, PrepareSettings, TrainSettings, store_path
+from wikift.settings.fields import EXCLUSIVE, TrainSettings, store_path
 from wikift.settings.options import Parsed, flag, parse_all
 from wikift.settings.run_plan import RunPlan, apply_scratch, model_shape, plan_run, ranks_started, resolve
 from wikift.settings.schedule import schedule_of
@@ -145,14 +145,14 @@ def dry_run(settings: TrainSettings, layout: BatchLayout) -> str:
 
 def _data_problems(settings: TrainSettings, given: TrainSettings) -> list[str]:
     """What is wrong with the store or the text, as far as it shows at once; `given` before derivations."""
-    from wikift.commands.prepare import source_problems
+    from wikift.commands.prepare import data_problems
     from wikift.data.store import open_store
 
     data = settings.data
     if data is not None:
         return problems_of(lambda: open_store(data))
     # a tokenizer that follows from --model is not complained of beside --model
-    return source_problems(dataclasses.replace(settings, tokenizer=given.tokenizer))
+    return data_problems(dataclasses.replace(settings, tokenizer=given.tokenizer or "gpt2"))
 
 
 def _plan(settings: TrainSettings, layout: BatchLayout, store: TokenStore) -> RunPlan:
@@ -192,11 +192,11 @@ def _store(settings: TrainSettings, prints: bool, say: Say) -> TokenStore:
     if settings.data is not None:
         path = Path(settings.data)
     else:
-        from wikift.commands.prepare import ensure_store
+        from wikift.base.names import CUT_SEED
+        from wikift.commands.prepare import make_store
 
-        # the cut's own seed: runs that differ in --seed are measured on the same validation text
-        cut_seed, out = PrepareSettings().seed, store_path(settings)
-        path = ensure_store(settings, seed=cut_seed, quiet=not prints, out=out, say=say)
+        path = store_path(settings)
+        make_store(settings, CUT_SEED, path, quiet=not prints, say=say)
     store = open_store(path)
     folder, own = Path(settings.model), settings.data is None and settings.tokenizer == settings.model
     bare = folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))

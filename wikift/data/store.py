@@ -190,7 +190,7 @@ def _read_record(path: Path, where: str) -> dict[str, Any]:
             f"{where}: has no store.json, so it is no token store; name a folder that {command_line('prepare')} made"
         ) from None
     except OSError as error:
-        raise UserError(f"{where}: store.json cannot be read ({error.strerror}); mend its permissions") from None
+        raise UserError(f"{where}: store.json cannot be read ({error.strerror}); fix its permissions") from None
     except ValueError:
         raise UserError(f"{where}: store.json is not JSON (damaged); remove the folder and prepare it again") from None
     kind = content.get("format") if isinstance(content, dict) else None
@@ -256,19 +256,19 @@ def _split_problems(store: TokenStore, name: str, where: str, verify: bool) -> l
     except FileNotFoundError:
         return [f"{where}: {split.file} is missing; {again}"]
     except OSError as error:
-        return [f"{where}: {split.file} cannot be read ({error.strerror}); mend its permissions or the disk"]
+        return [f"{where}: {split.file} cannot be read ({error.strerror}); fix its permissions or the disk"]
     return []
 
 
 def check_tokenizer(store: TokenStore, model: str | Path, *, setting: str = "--model") -> None:
     """Raise UserError where the tokenizer of `model`, a folder or a name, would not have made this store's ids."""
-    from wikift.data.tokenizer import load, tokenizer_fingerprint
+    from wikift.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 
     if Path(model).is_dir():
         found = tokenizer_fingerprint(model, setting=setting)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            found = load(str(model), Path(folder)).fingerprint
+            found = load_tokenizer(str(model), Path(folder)).fingerprint
     if found != store.tokenizer_fingerprint:
         name = store.record["tokenizer"].get("name", "another one")
         raise UserError(

@@ -14,7 +14,7 @@ from transformers import AutoConfig, GenerationConfig, GPT2Config, GPT2LMHeadMod
 from transformers.activations import NewGELUActivation
 
 from wikift.base import hub
-from wikift.base.errors import EnvironmentFault, UserError
+from wikift.base.errors import EnvironmentFault, UserError, one_line
 from wikift.kernels import attention
 from wikift.kernels.dropout import draw_own_masks
 from wikift.kernels.loss import fuse_loss, token_losses
@@ -226,10 +226,10 @@ def explained(name: str, setting: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        words = " ".join(str(error).split())[:200]
+        cause = one_line(error, 200)
         if os.path.isdir(name):
-            raise UserError(f"{setting} {name}: cannot be loaded ({words}); name a Hugging Face GPT-2 folder") from None
+            raise UserError(f"{setting} {name}: cannot be loaded ({cause}); name a Hugging Face GPT-2 folder") from None
         raise EnvironmentFault(
-            f"the model {name} is not in the cache and could not be fetched from the Hub ({words}). "
+            f"the model {name} is not in the cache and could not be fetched from the Hub ({cause}). "
             "Fetch it where there is a network, or name a folder; nothing was changed."
         ) from None

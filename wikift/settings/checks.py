@@ -6,6 +6,7 @@ Every check reports all the problems that it can find at once.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,10 @@ from wikift.base.command import as_typed
 from wikift.base.errors import UserError, nearest
 from wikift.base.files import read_lines
 from wikift.base.folders import foreign_in, is_hub_name
+from wikift.base.names import WIKITEXT
 from wikift.base.shape import RELEASED, parse_overrides, shape_of
 from wikift.settings.batch_layout import BatchLayout, batch_layout
-from wikift.settings.fields import WIKITEXT, DataSettings, TrainSettings
+from wikift.settings.fields import DataSettings, TrainSettings
 from wikift.settings.options import flag
 from wikift.settings.run_plan import model_shape
 
@@ -50,6 +52,9 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
         problems += problems_of(lambda: read_lines(Path(str(settings.sample_prompts)), "--sample-prompts"))
     elif settings.sample_steps is not None:
         problems.append(f"--sample-steps {settings.sample_steps}: cannot act without --sample-prompts; name a file")
+    # a folder that is called wandb makes a module without origin
+    if settings.wandb and ((wandb := importlib.util.find_spec("wandb")) is None or wandb.origin is None):
+        problems.append('--wandb: Weights & Biases is not installed; pip install "wikift[wandb]", or omit --wandb')
     output = Path(settings.output_dir or ".")
     for path in (output, *output.parents):
         if path.exists() and not path.is_dir():

@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from wikift.base.names import CUT_SEED, WIKITEXT
 from wikift.base.shape import RELEASED
 from wikift.settings.options import option
 
 CONFIG_HELP = "TOML or JSON file of settings; the command line wins, --no-NAME takes back NAME = true"
-WIKITEXT = ("wikitext-2-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-103-raw-v1")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class DataSettings:
         shown="for .jsonl, .parquet and Hub datasets other than WikiText",
     )
     workers: int | None = option(
-        None, "processes that tokenize", group="data", metavar="N", shown="all cores", role="view"
+        None, "threads that tokenize", group="data", metavar="N", shown="all cores", role="view"
     )
 
 
@@ -71,7 +71,7 @@ class PrepareSettings(DataSettings):
 
     out: str | None = option(None, "the store to make", group="store", metavar="DIR", shown="data/DATASET-TOKENIZER")
     verify: bool = option(False, "check every byte of a store that is there already", group="store")
-    seed: int = option(42, "seed of the validation cut", group="store", metavar="N")
+    seed: int = option(CUT_SEED, "seed of the validation cut", group="store", metavar="N")
     quiet: bool = option(False, "print errors only", group="store")
     config: str | None = option(None, CONFIG_HELP, group="store", metavar="FILE")
 
@@ -266,7 +266,7 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """The generate command: prompts to text."""
+    """The generate command: prompts to text. None stands for the default that follows from `temperature`."""
 
     model: str | None = option(
         None,
@@ -279,11 +279,18 @@ class GenerateSettings:
     prompts_file: str | None = option(None, "answer each line of a file and leave", group="prompts", metavar="FILE")
     examples: bool = option(False, "answer five built-in prompts and leave", group="prompts")
     max_new_tokens: int = option(128, "tokens of an answer, at most", group="sampling", metavar="TOKENS")
-    temperature: float = option(0.8, "0 takes the likeliest token each time", group="sampling", metavar="T")
-    top_k: int = option(50, "sample from the K likeliest tokens; 0 is all", group="sampling", metavar="K")
-    top_p: float = option(0.95, "sample from the likeliest tokens that make up P", group="sampling", metavar="P")
-    repetition_penalty: float = option(1.1, "above 1 repeats less", group="sampling", metavar="R")
-    seed: int = option(42, "same seed, same text", group="sampling", metavar="N")
+    temperature: float = option(0.8, "0 takes the likeliest token each time, as do_sample=False", group="sampling",
+                                metavar="T")  # fmt: skip
+    top_k: int | None = option(
+        None, "sample from the K likeliest tokens; 0 is all", group="sampling", metavar="K", shown="50"
+    )
+    top_p: float | None = option(
+        None, "sample from the likeliest tokens that make up P", group="sampling", metavar="P", shown="0.95"
+    )
+    repetition_penalty: float | None = option(
+        None, "above 1 repeats less", group="sampling", metavar="R", shown="1.1; at temperature 0 none, which is 1"
+    )
+    seed: int | None = option(None, "same seed, same text", group="sampling", metavar="N", shown="42")
     stop: tuple[str, ...] = option(
         (), "end before this text; may be given several times, \\n is a new line", group="sampling", metavar="TEXT",
     )  # fmt: skip
@@ -300,7 +307,7 @@ class GenerateSettings:
         False, "torch.compile: a minute to start; made for a GPU, gains nothing on a CPU", group="speed"
     )
     device: str = option("auto", "auto: cuda where there is one", group="speed", choices=("auto", "cpu", "cuda"))
-    train: bool = option(True, "start training where no model is there yet", group="output")
+    train: bool = option(True, "train first where no model is named and runs/ has none", group="output")
     quiet: bool = option(False, "answers only", group="output")
 
 
