@@ -1,4 +1,4 @@
-"""What helps fine-tuning? Each option against the defaults, over seeds, on a small model: docs/experiments.md.
+"""What helps fine-tuning? Each option against the defaults, over seeds, on a small model.
 
     python -m benchmarks.options [--steps 150] [--seeds 1 2 3] [--only NAME ...]
 
@@ -19,7 +19,8 @@ from typing import NamedTuple
 from benchmarks import small
 from benchmarks.harness import Figures, machine, write
 from benchmarks.small import BLOCK
-from wikift.export.export import export
+from wikift.commands import consolidate
+from wikift.settings.fields import ConsolidateSettings
 
 BATCH, RATE = 8, 3e-3  # blocks a step, learning rate
 PLAIN = {"AdamW, plain loop": "adamw", "Muon (torch.optim)": "muon"}
@@ -113,7 +114,7 @@ def wikift_run(job: Job, mark: str, words: list[str]) -> tuple[Path, float]:
 
 def consolidated(run: Path) -> None:
     """Make RUN/hf."""
-    export(run, None, step=None, best=False, dtype="float32", max_shard_size="5GB", say=lambda line: None)
+    consolidate.run(ConsolidateSettings(run=str(run)))
 
 
 def plain_loss(job: Job, kind: str) -> float:

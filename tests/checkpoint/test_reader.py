@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, read by ranges, and a full disk loses nothing.
+"""Checkpoints: complete or not there, read by ranges, and a full disk loses nothing.
 
 pytest tests/checkpoint/test_reader.py
 """
@@ -17,15 +17,11 @@ from safetensors import safe_open
 from tests.ranks import run_ranks
 from tests.tiny import arguments, tiny_store
 from wikift.base.errors import EnvironmentFault, UserError
+from wikift.base.folders import list_checkpoints, step_folder
 from wikift.base.tensorfile import Entry, read_header, write_tensors
-from wikift.checkpoint import reader as checkpoint
 from wikift.checkpoint.fragment import STATES
-
-
-def train(command_line: list[str]) -> int:
-    from wikift.commands.train import main
-
-    return main(command_line)
+from wikift.checkpoint.reader import best_checkpoint, open_checkpoint, prune
+from wikift.commands.train import main as train
 
 
 def fault_of_training(command_line: list[str]) -> str:
@@ -46,12 +42,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_rank_writes_and_stock_safetensors_reads(run: Path) -> None:
-    newest = checkpoint.list_checkpoints(run)[-1]
+    newest = list_checkpoints(run)[-1]
     manifest = json.loads((newest / "manifest.json").read_text())
     files = sorted(manifest["files"])
     assert files == [f"rank-{rank:05d}.safetensors" for rank in range(3)]
     assert sorted(p.name for p in newest.iterdir()) == ["manifest.json", *files]
-    opened = checkpoint.open_checkpoint(newest, verify=True)
+    opened = open_checkpoint(newest, verify=True)
     seen = set()
     for file in files:
         with safe_open(newest / file, "pt") as stock:
@@ -66,13 +62,13 @@ def test_every_rank_writes_and_stock_safetensors_reads(run: Path) -> None:
     assert manifest["eval_loss"] > 0
 
 
-def test_a_range_is_the_part_of_the_whole(run: Path) -> None:
-    opened = checkpoint.open_checkpoint(checkpoint.list_checkpoints(run)[-1])
+def test_a_range_is_that_part_of_the_tensor(run: Path) -> None:
+    opened = open_checkpoint(list_checkpoints(run)[-1])
     name = "transformer.wte.weight"
     count = torch.Size(opened.shapes[name]).numel()
-    whole = opened.read(name, "weight", 0, count)
+    values = opened.read(name, "weight", 0, count)
     for start, stop in ((0, 1), (count - 1, count), (5, 99), (7, 7)):
-        assert torch.equal(opened.read(name, "weight", start, stop), whole[start:stop])
+        assert torch.equal(opened.read(name, "weight", start, stop), values[start:stop])
 
 
 def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
@@ -80,26 +76,30 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     assert run_ranks(train, 1, line) == [0]
     lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     best = min(lines, key=lambda values: values["eval_loss"])["step"]
-    kept = [checkpoint.open_checkpoint(path).step for path in checkpoint.list_checkpoints(tmp_path / "run")]
+    kept = [open_checkpoint(path).step for path in list_checkpoints(tmp_path / "run")]
     assert kept == sorted({best, 5, 6})
-    assert checkpoint.best_checkpoint(tmp_path / "run") == checkpoint.step_folder(tmp_path / "run", best)
+    assert best_checkpoint(tmp_path / "run") == step_folder(tmp_path / "run", best)
 
 
-def test_an_older_best_outlives_newer_ones(run: Path, tmp_path: Path) -> None:
+def test_an_older_best_outlives_newer_ones(tmp_path: Path) -> None:
     for step, loss in ((4, 1.0), (8, 3.0), (12, 2.0), (16, 2.5)):
-        folder = checkpoint.step_folder(tmp_path, step)
+        folder = step_folder(tmp_path, step)
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text(json.dumps({"eval_loss": loss}))
-    checkpoint.prune(tmp_path, keep=1)
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000004", "step-00000016"]
+    prune(tmp_path, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004", "step-00000016"]
 
 
-def test_what_is_no_checkpoint_is_said(run: Path, tmp_path: Path) -> None:
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no manifest\.json"):
-        checkpoint.open_checkpoint(tmp_path)
-    (tmp_path / "manifest.json").write_text('{"format": "something else"}')
-    with pytest.raises(UserError, match="not a checkpoint of this version"):
-        checkpoint.open_checkpoint(tmp_path)
+        open_checkpoint(tmp_path)
+    for content, problem in (
+        ('{"format": "something else"}', "not a checkpoint of this version"),
+        ("{", "cannot be read"),
+    ):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=problem):
+            open_checkpoint(tmp_path)
 
 
 def test_a_tensor_file_is_what_stock_safetensors_writes(tmp_path: Path) -> None:
@@ -117,8 +117,7 @@ def test_a_tensor_file_is_what_stock_safetensors_writes(tmp_path: Path) -> None:
         assert stock.metadata() == {"format": "pt"}
         for name, tensor in tensors.items():
             assert torch.equal(stock.get_tensor(name), tensor)
-    places, _ = read_header(tmp_path / "file")
-    assert places["a"][:2] == ("F32", (3, 5))
+    assert read_header(tmp_path / "file")[0]["a"][:2] == ("F32", (3, 5))
 
 
 @pytest.fixture
@@ -126,9 +125,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system with room for little more than one checkpoint of the tiny model."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.decode().strip()}")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder]).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -142,10 +140,10 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     faults = run_ranks(fault_of_training, ranks, arguments(store, run, save_total_limit=9))
     assert all("step-00000004" in fault and "Make room" in fault for fault in faults), faults
     assert "No space left on device" in capsys.readouterr().out
-    (kept,) = checkpoint.list_checkpoints(run)
-    assert checkpoint.open_checkpoint(kept, verify=True).step == 4
+    (kept,) = list_checkpoints(run)
+    assert open_checkpoint(kept, verify=True).step == 4
     assert [p.name for p in kept.parent.iterdir()] == ["step-00000004"], "nothing half there"
-    # room is made: the same command goes on
+    # room is made: the same command resumes
     subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)
     assert run_ranks(train, ranks, arguments(store, run, save_total_limit=9)) == [0] * ranks
-    assert [p.name for p in checkpoint.list_checkpoints(run)] == ["step-00000004", "step-00000008", "step-00000012"]
+    assert [p.name for p in list_checkpoints(run)] == ["step-00000004", "step-00000008", "step-00000012"]

@@ -1,4 +1,4 @@
-"""Saving aside: the training waits for a copy, nothing else; a kill or a full disk in the middle loses nothing older.
+"""Saving while training goes on: it waits for a copy, nothing else; a kill or a full disk loses nothing older.
 
 pytest tests/checkpoint/test_writer.py
 """
@@ -22,11 +22,13 @@ from tests.real import ROOT
 from tests.tiny import arguments, metrics, tiny_store
 from tests.tiny_engines import ENGINES, make_engine, random_start, tiny_config
 from wikift.base.errors import EnvironmentFault
+from wikift.base.folders import list_checkpoints
 from wikift.base.world import World
-from wikift.checkpoint import writer as saving
+from wikift.checkpoint import writer
 from wikift.checkpoint.fragment import STATES, Fragment
-from wikift.checkpoint.reader import list_checkpoints, open_checkpoint
+from wikift.checkpoint.reader import open_checkpoint
 from wikift.checkpoint.writer import Saver
+from wikift.commands.train import main as train
 
 PARAMETERS = {"weight": [6]}
 
@@ -39,18 +41,18 @@ def fragments(live: torch.Tensor) -> Iterator[Fragment]:
 @pytest.fixture
 def held_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """The disk, so slow that nothing is written until the event is set."""
-    go, write = threading.Event(), saving._write_rank
+    go, write = threading.Event(), writer._write_rank
 
-    def wait_and_write(held: dict[str, torch.Tensor], folder: Path, rank: int) -> None:
+    def wait_and_write(tensors: dict[str, torch.Tensor], folder: Path, rank: int) -> None:
         assert go.wait(60)
-        write(held, folder, rank)
+        write(tensors, folder, rank)
 
-    monkeypatch.setattr(saving, "_write_rank", wait_and_write)
+    monkeypatch.setattr(writer, "_write_rank", wait_and_write)
     yield go
     go.set()
 
 
-def test_what_is_written_is_what_was_there_when_save_was_called(tmp_path: Path, held_up: threading.Event) -> None:
+def test_what_is_written_is_the_state_when_save_was_called(tmp_path: Path, held_up: threading.Event) -> None:
     live = torch.arange(6.0)
     saver = Saver(tmp_path, World(), keep=9, aside=True)
     saver.save(fragments(live), 1, {}, PARAMETERS)
@@ -80,14 +82,14 @@ def test_at_most_one_save_is_in_flight(tmp_path: Path, held_up: threading.Event)
     assert [open_checkpoint(path).step for path in list_checkpoints(tmp_path)] == [1, 2]
 
 
-def test_buffers_are_used_again(tmp_path: Path) -> None:
+def test_buffers_are_reused(tmp_path: Path) -> None:
     saver = Saver(tmp_path, World(), keep=9, aside=True)
-    places = []
+    pointers = []
     for step in (1, 2):
         saver.save(fragments(torch.full((6,), float(step))), step, {}, PARAMETERS)
-        places.append([buffer.data_ptr() for buffer in saver._buffers.values()])
+        pointers.append([buffer.data_ptr() for buffer in saver._buffers.values()])
         saver.finish()
-    assert places[0] == places[1]
+    assert pointers[0] == pointers[1]
 
 
 def test_a_fault_is_raised_later_and_older_checkpoints_stand(
@@ -100,7 +102,7 @@ def test_a_fault_is_raised_later_and_older_checkpoints_stand(
     def no_room(*_: object) -> None:
         raise OSError(28, os.strerror(28), "rank-00000.safetensors")
 
-    monkeypatch.setattr(saving, "_write_rank", no_room)
+    monkeypatch.setattr(writer, "_write_rank", no_room)
     saver.save(fragments(torch.ones(6)), 2, {}, PARAMETERS)  # says nothing yet
     with pytest.raises(EnvironmentFault, match="step-00000001"):
         saver.finish()
@@ -110,18 +112,16 @@ def test_a_fault_is_raised_later_and_older_checkpoints_stand(
 
 def late_fault(store: str, run: str) -> tuple[str, list[int]]:
     """A run whose second rank cannot write step 4: what is raised, and the steps that were logged until then."""
-    from wikift.commands.train import main
+    write = writer._write_rank
 
-    write = saving._write_rank
-
-    def fail_on_rank_1(held: dict[str, torch.Tensor], folder: Path, rank: int) -> None:
+    def fail_on_rank_1(tensors: dict[str, torch.Tensor], folder: Path, rank: int) -> None:
         if rank == 1 and "00000004" in folder.name:
             raise OSError(28, os.strerror(28), str(folder))
-        write(held, folder, rank)
+        write(tensors, folder, rank)
 
-    saving._write_rank = fail_on_rank_1
+    writer._write_rank = fail_on_rank_1
     try:
-        main(arguments(Path(store), Path(run), save_steps=2, max_steps=200))
+        train(arguments(Path(store), Path(run), save_steps=2, max_steps=200))
     except EnvironmentFault as fault:
         return str(fault), [values["step"] for values in metrics(Path(run))]
     return "", []
@@ -138,21 +138,14 @@ def test_a_rank_that_cannot_write_ends_all_at_the_next_step(tmp_path: Path) -> N
 def test_stall_and_time_are_logged(tmp_path: Path) -> None:
     run = tmp_path / "run"
     line = arguments(tiny_store(tmp_path / "store"), run, save_total_limit=9, eval_steps=100)
-    (code,) = run_ranks(train, 1, line)
-    assert code == 0
-    told = [values for values in metrics(run) if "saved_step" in values]
-    assert [values["saved_step"] for values in told] == [4, 8]
-    for values in told:
+    assert run_ranks(train, 1, line) == [0]
+    rows = [values for values in metrics(run) if "saved_step" in values]
+    assert [values["saved_step"] for values in rows] == [4, 8]
+    for values in rows:
         assert values["step"] > values["saved_step"]
         manifest = open_checkpoint(run / "checkpoints" / f"step-{values['saved_step']:08d}").manifest
         assert 0 < manifest["save_stall_seconds"] <= manifest["save_seconds"]
         assert values["save_seconds"] == pytest.approx(manifest["save_seconds"], abs=1e-3)
-
-
-def train(command_line: list[str]) -> int:
-    from wikift.commands.train import main
-
-    return main(command_line)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

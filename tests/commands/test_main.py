@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import arguments, metrics, tiny_store
-from wikift.checkpoint.reader import list_checkpoints
+from wikift.base.folders import list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = str(ROOT / "launch" / "train.py")
@@ -118,7 +118,7 @@ from wikift.commands.main import run
 from wikift.base.errors import UserError
 
 def main(argv):
-    from wikift.base.world import started_world
+    from wikift.base.failure import started_world
     with started_world("cpu") as world:
         world.barrier()
         if world.rank == 1 and argv == ["raise"]:

@@ -1,4 +1,4 @@
-"""What launch/train.py offers beside the contract: precision, checkpointing, compile, own text, what is said.
+"""What wikift train offers beside the contract: precision, checkpointing, compile, own text, what is said.
 
 pytest tests/commands/test_train.py
 """
@@ -20,7 +20,8 @@ import torch
 from tests.ranks import run_ranks
 from tests.tiny import arguments, curve, metrics, tiny_store
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.checkpoint.reader import list_checkpoints, open_checkpoint
+from wikift.base.folders import list_checkpoints
+from wikift.checkpoint.reader import open_checkpoint
 from wikift.commands.train import main
 from wikift.training import run
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 import os
-import runpy
+import shlex
+import shutil
 import subprocess
 import sys
 import warnings
@@ -18,48 +20,25 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
-from tests.trained import SENTENCES, text_store, trained_run
+from tests.trained import SENTENCES
 from wikift.base import tensorfile
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.base.sizes import parse_size
+from wikift.base.files import parse_size
+from wikift.base.folders import step_folder
 from wikift.base.world import World
 from wikift.checkpoint.fragment import OPTIMIZER, SCALARS, STATES, Fragment
-from wikift.checkpoint.reader import open_checkpoint, step_folder
+from wikift.checkpoint.reader import open_checkpoint
 from wikift.checkpoint.writer import Saver
-from wikift.export.card import command_of
-from wikift.export.export import export, main
-from wikift.settings.fields import TrainSettings
-from wikift.settings.options import parse
+from wikift.commands import consolidate
+from wikift.commands.consolidate import main
+from wikift.settings.fields import ConsolidateSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with checkpoints of steps 4, 8 and 12; tests that write into a run take `run` instead."""
-    folder = tmp_path_factory.mktemp("export")
-    return trained_run(folder / "runs" / "small", text_store(folder / "store").path)
-
-
-@pytest.fixture
-def run(source: Path, tmp_path: Path) -> Path:
-    """A copy of the run that a test may change; the big files are hard links."""
-    target = tmp_path / "runs" / "small"
-    for path in source.rglob("*"):
-        if path.is_file() and "hf" not in path.relative_to(source).parts[0]:
-            copy = target / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(path.read_bytes())
-    return target
-
-
 def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
-    found = open_checkpoint(step_folder(run, step))
-    return {name: found.read(name, "weight", 0, shape_count(s)).reshape(s) for name, s in found.shapes.items()}
-
-
-def shape_count(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
+    saved = open_checkpoint(step_folder(run, step))
+    return {name: saved.read(name, "weight", 0, math.prod(s)).reshape(s) for name, s in saved.shapes.items()}
 
 
 def load_stock(folder: Path, caplog: pytest.LogCaptureFixture, **options: Any) -> tuple[Any, Any]:
@@ -122,22 +101,18 @@ def test_step_and_best_and_one_checkpoint_choose(run: Path, tmp_path: Path, caps
     manifest = step_folder(run, 8) / "manifest.json"
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**content, "eval_loss": 0.5}))
-    choices = {
-        (str(run),): 12,
-        (str(run), "--step", "4"): 4,
-        (str(run), "--best"): 8,
-        (str(step_folder(run, 4)), "--dtype", "float32"): 4,
-    }
-    for number, (words, step) in enumerate(choices.items()):
-        out = tmp_path / f"out-{number}"
-        assert main([*words, "--out", str(out)]) == 0
-        said = capsys.readouterr().out
-        assert f"step {step}" in said
+    choices = [([str(run)], 12), ([str(run), "--step", "4"], 4), ([str(run), "--best"], 8),
+               ([str(step_folder(run, 4)), "--dtype", "float32"], 4)]  # fmt: skip
+    for line, step in choices:
+        out = tmp_path / f"it's {len(line)} {step}"
+        assert main([*line, "--out", str(out)]) == 0
+        printed, quoted = capsys.readouterr().out, shlex.quote(str(out))
+        assert f"step {step}" in printed
         store = json.loads((run / "config.json").read_text())["store_path"]
-        assert f"launch/evaluate.py {out} --data {store}\n" in said  # away from its run a model knows no text
-        assert f"launch/generate.py {out}" in said
-        model = AutoModelForCausalLM.from_pretrained(out)
+        assert f"launch/evaluate.py {quoted} --data {store}\n" in printed  # away from its run a model knows no text
+        assert f"launch/generate.py {quoted}" in printed
         expected = weights_of(run, step)
+        model = AutoModelForCausalLM.from_pretrained(out)
         assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
         assert json.loads((out / "wikift.json").read_text())["step"] == step
     assert main([str(step_folder(run, 8)), "--quiet"]) == 0  # of one checkpoint too the default is RUN/hf
@@ -145,59 +120,40 @@ def test_step_and_best_and_one_checkpoint_choose(run: Path, tmp_path: Path, caps
     assert capsys.readouterr().out == ""
 
 
-def test_a_better_validation_without_a_checkpoint_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = run / "metrics.jsonl"
-    lines = path.read_text() + json.dumps({"step": 6, "eval_loss": 0.25}) + "\n"
-    path.write_text(lines)
+def test_a_better_validation_without_a_checkpoint_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 6, "eval_loss": 0.25}) + "\n")
     assert main([str(run), "--best"]) == 0
     assert "step 6 was better (0.2500 against" in capsys.readouterr().out
+
+
+def test_run_is_silent_and_returns_the_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert consolidate.run(ConsolidateSettings(run=str(run), step=8)) == run / "hf"
+    assert json.loads((run / "hf" / "wikift.json").read_text())["step"] == 8
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_wrong_command_lines_change_nothing(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "notes.txt").write_text("mine")
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "bare").mkdir()
-    unscored = tmp_path / "unscored"
-    for path in run.rglob("*"):
-        if path.is_file():
-            copy = unscored / path.relative_to(run)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            content = path.read_bytes()
-            if path.name == "manifest.json":
-                content = json.dumps({**json.loads(content), "eval_loss": None}).encode()
-            copy.write_bytes(content)
-    early = tmp_path / "early"
+def test_what_only_a_run_can_refuse(run: Path, tmp_path: Path) -> None:
+    """Other wrong command lines: tests/commands/test_wrong.py."""
+    unscored, early = shutil.copytree(run, tmp_path / "unscored"), tmp_path / "early"
+    for manifest in unscored.rglob("manifest.json"):
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "eval_loss": None}))
     (early / "checkpoints" / "step-00000004").mkdir(parents=True)  # without a manifest: not complete
-    (early / "config.json").write_bytes((run / "config.json").read_bytes())
-    checkpoint_4 = str(step_folder(run, 4))
-    lines: list[tuple[list[str], list[str]]] = [
-        ([], ["RUN_OR_CHECKPOINT: is missing"]),
-        ([str(tmp_path / "none")], ["none", "no such folder"]),
-        ([str(tmp_path / "bare")], ["is not a run's folder"]),
-        ([str(early)], ["has no checkpoint yet", "launch/train.py"]),
-        ([str(run), "--step", "5"], ["--step 5", "4, 8, 12"]),
-        ([str(run), "--step", "4", "--best"], ["--step 4", "--best"]),
-        ([str(unscored), "--best"], ["--best", "validated"]),
-        ([checkpoint_4, "--step", "4"], ["--step", "is one checkpoint"]),
-        ([str(run), "--dtype", "int8"], ["--dtype int8", "bfloat16"]),
-        ([str(run), "--max-shard-size", "5XB"], ["--max-shard-size 5XB"]),
-        ([str(run), "--max-shard-size", "0GB", "--step", "4", "--best"], ["--max-shard-size 0GB", "--step 4"]),
-        ([str(run), "--out", str(tmp_path / "foreign")], ["--out", "foreign", "did not export"]),
-        ([str(run), "--out", str(tmp_path / "file")], ["--out", "is a file"]),
-        ([str(run), "--out", str(run)], ["--out", "did not export"]),
-        ([str(run), "--outt", "x"], ["--outt", "--out"]),
-    ]
+    shutil.copy(run / "config.json", early)
     before = snapshot(tmp_path)
-    for words, expected in lines:
-        with pytest.raises(UserError) as raised:
-            main(words)
-        for part in expected:
-            assert part in str(raised.value), words
+    for line, expected in (
+        ([str(early)], f"has no checkpoint yet; .* launch/train.py --output-dir {early}"),
+        ([str(unscored), "--best"], "--best: .*validated.* 4, 8, 12"),
+        ([str(step_folder(run, 4)), "--step", "4"], "--step: .* is one checkpoint"),
+        ([str(run), "--out", str(run)], "--out .* did not export"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            main(line)
     assert snapshot(tmp_path) == before
 
 
@@ -271,10 +227,7 @@ def small_disk(tmp_path: Path) -> Any:
     """A file system of 256 KB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if (
-        os.geteuid() != 0
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", disk], check=False).returncode
-    ):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", disk], check=False).returncode:
         pytest.skip("needs the right to mount a tmpfs")
     yield disk
     subprocess.run(["umount", disk], check=True)
@@ -297,24 +250,24 @@ _MEASURE = """
 import re, sys
 from pathlib import Path
 import torch
-import wikift.checkpoint.reader, wikift.export.card, wikift.watch.log, wikift.export.weights
-from wikift.export.export import export
+from wikift.commands import consolidate
+from wikift.settings.fields import ConsolidateSettings
 def peak_kb():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 before = peak_kb()
-export(Path(sys.argv[1]), None, step=None, best=False, dtype="float32", max_shard_size="5GB", say=print)
+consolidate.run(ConsolidateSettings(run=sys.argv[1]))
 print(peak_kb() - before, "transformers" in sys.modules)
 """
 
 
 def save_checkpoint(run: Path, parameters: dict[str, list[int]], *, tied: bool = True) -> None:
     """One more checkpoint of `run`, of step 99, with random weights of these shapes."""
-    data = torch.randn(max(shape_count(tuple(shape)) for shape in parameters.values()))
+    data = torch.randn(max(math.prod(shape) for shape in parameters.values()))
 
     def fragments() -> Any:
         for name, shape in parameters.items():
             for state in STATES:
-                yield Fragment(name, state, 0, tuple(shape), data[: shape_count(tuple(shape))])
+                yield Fragment(name, state, 0, tuple(shape), data[: math.prod(shape)])
         for name in SCALARS:
             yield Fragment(OPTIMIZER, name, 0, (1,), torch.zeros(1))
 
@@ -346,116 +299,41 @@ def test_memory_is_one_tensor(run: Path) -> None:
     assert imported == "False"
 
 
-def test_the_card_tells_the_run(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import yaml
-
-    assert main([str(run)]) == 0
-    card = (run / "hf" / "README.md").read_text(encoding="utf-8")
-    _, front, body = card.split("---\n", 2)
-    assert yaml.safe_load(front)["library_name"] == "transformers"
-    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
-    for values in lines:
-        if "eval_loss" in values:
-            assert (
-                f"| {values['step']} | {values['tokens']:,} | {values['loss']:.4f} | {values['eval_loss']:.4f} |"
-                in body
-            )
-            assert f"{values['eval_perplexity']:,.2f}" in body
-            assert f"{values['eval_word_perplexity']:,.2f}" in body
-    config = json.loads((run / "config.json").read_text())
-    assert config["store"]["tokenizer"]["fingerprint"] in body
-    for text in ("| learning rate | 0.01 |", "| seed | 42 |", "| global batch size | 8 |", "| sentences.txt |"):
-        assert text in body
-    # the lines that load it
-    code = body.split("```python\n")[1].split("```")[0]
-    assert len(code.splitlines()) == 4
-    (run / "use.py").write_text(code)
-    monkeypatch.chdir(run / "hf")
-    capsys.readouterr()
-    transformers_logging.set_verbosity_error()
-    runpy.run_path(str(run / "use.py"))
-    assert capsys.readouterr().out.startswith("The Renaissance was")
-
-
-def test_the_cards_curve_ends_at_its_step(run: Path) -> None:
-    assert main([str(run), "--step", "4"]) == 0
-    body = (run / "hf" / "README.md").read_text(encoding="utf-8")
-    assert "| 4 | 512 |" in body
-    assert "| 8 | 1,024 |" not in body
-    assert "step 4, 512 tokens seen" in body
-
-
-def test_the_cards_command_is_the_runs(run: Path) -> None:
-    recorded = json.loads((run / "config.json").read_text())["settings"]
-    odd = {
-        "output_dir": "runs/it's here",
-        "num_train_epochs": 2.5,
-        "warmup_steps": 0.06,
-        "append_eos": False,
-        "max_steps": None,
-    }
-    for settings in (recorded, {**recorded, **odd, "learning_rate": 3e-05, "adam_epsilon": 1e-09, "seed": 7}):
-        import shlex
-
-        words = shlex.split(command_of(settings, 4).replace("\\\n", " "))
-        assert words[:3] == ["torchrun", "--nproc_per_node=4", "launch/train.py"]
-        read = parse(TrainSettings, words[3:], prog="train", description="")
-        hidden = {"quiet": False, "device": "auto", "logging_steps": 10, "save_total_limit": 2}
-        assert read == TrainSettings(**{**settings, **hidden})
-
-
 def test_sizes() -> None:
-    sizes = {
-        "5GB": 5 * 10**9,
-        "500 MB": 5 * 10**8,
-        "1.5kb": 1500,
-        "2GiB": 2**31,
-        "123": 123,
-        "1TB": 10**12,
-        "3KiB": 3072,
-    }
-    for text, size in sizes.items():
-        assert parse_size(text) == size
+    sizes = {"5GB": 5 * 10**9, "500 MB": 5 * 10**8, "1.5kb": 1500, "2GiB": 2**31, "123": 123, "1TB": 10**12,
+             "3KiB": 3072}  # fmt: skip
+    assert {text: parse_size(text) for text in sizes} == sizes
     for text in ("", "GB", "-1GB", "0", "0.1", "5 apples", "1e3", "5GBs", "٣GB"):
         with pytest.raises(UserError, match="--max-shard-size"):
             parse_size(text)
 
 
-def test_export_is_refused_on_several_processes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="torchrun"):
-        main([str(run)])
-
-
 def test_a_folder_that_cannot_be_made(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentFault, match="cannot be made"):
-        export(run, tmp_path / "file" / "out", step=None, best=False, dtype="float32", max_shard_size="5GB", say=print)
+        main([str(run), "--out", str(tmp_path / "file" / "out")])
 
 
-THIRD_PARTY = [  # the files, what is named, the command
-    (["zero/global_step2/mp_rank_00_model_states.pt"], "zero", "python zero/zero_to_fp32.py zero OUT,"),
-    (
-        ["zero/global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt"],
-        "zero/global_step2",
-        "python zero/zero_to_fp32.py zero OUT -t global_step2,",
-    ),
-    (["dcp/.metadata"], "dcp", "python -m torch.distributed.checkpoint.format_utils dcp_to_torch dcp OUT.pt,"),
-]
+_FORMAT_UTILS = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+THIRD_PARTY = [  # a file of it, what is named, the command
+    ("zero/global_step2/mp_rank_00_model_states.pt", "zero", "python zero/zero_to_fp32.py zero OUT,"),
+    ("zero/global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero/global_step2",
+     "python zero/zero_to_fp32.py zero OUT -t global_step2,"),
+    ("my dcp/.metadata", "my dcp", f"{_FORMAT_UTILS} 'my dcp' OUT.pt,"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("files", "named", "command"), THIRD_PARTY)
+@pytest.mark.parametrize(("file", "named", "command"), THIRD_PARTY)
 def test_a_third_party_checkpoint_is_refused_with_the_command_that_converts_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], named: str, command: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, named: str, command: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for file in files:
-        Path(file).parent.mkdir(parents=True)
-        Path(file).touch()
+    Path(file).parent.mkdir(parents=True)
+    Path(file).touch()
     with pytest.raises(UserError) as caught:
         main([named])
     (problem,) = caught.value.problems
     assert problem.startswith(f"{named}: is a checkpoint of ")
     assert command in problem
-    assert "docs/third-party-checkpoints.md" in problem
+    assert "docs/how-to/third-party-checkpoints.md" in problem
     assert not Path(named, "hf").exists()

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, default_data_collator
 
 from tests.tiny import arguments
 from tests.trained import text_store
-from wikift.checkpoint.reader import list_checkpoints, open_checkpoint
+from wikift.base.folders import list_checkpoints
+from wikift.checkpoint.reader import open_checkpoint
 from wikift.commands.train import main as train
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate (tests/requirements.in)")

@@ -22,7 +22,7 @@ from wikift.settings.batch_layout import BatchLayout
 from wikift.settings.deepspeed import Merged, engine_config, merge, read
 from wikift.settings.deepspeed_checks import PASSED
 from wikift.settings.fields import EXCLUSIVE, TrainSettings
-from wikift.settings.options import parse
+from wikift.settings.options import parse_all
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = {path.name: json.loads(path.read_text()) for path in sorted((ROOT / "ds_configs").glob("*.json"))}
@@ -119,10 +119,10 @@ def written(config: Any, folder: Path) -> str:
 
 
 def merged(config: Any, folder: Path, line: str = "") -> Merged:
-    said: dict[str, str] = {}
     words = [*line.split(), "--deepspeed", written(config, folder)]
-    settings = parse(TrainSettings, words, prog="train.py", description="", exclusive=EXCLUSIVE, said=said)
-    return merge(settings, said)
+    parsed = parse_all(TrainSettings, words, prog="train.py", exclusive=EXCLUSIVE)
+    parsed.refuse(())
+    return merge(parsed.settings, parsed.typed)
 
 
 def with_key(key: str, value: Any, base: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -473,8 +473,17 @@ def test_a_file_that_is_none(tmp_path: Path, content: str, expected: str) -> Non
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(UserError, match=r"^--deepspeed .*: cannot be read \(.*\); name a DeepSpeed config file$"):
+        with pytest.raises(UserError, match=r"^--deepspeed .*: cannot be read \(.*\); name .* or one of zero1, zero2"):
             read(path)
+
+
+def test_a_file_of_wikift_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
+    assert [read(file.stem) for file in files] == [read(file) for file in files]
+    assert len(files) == 5
+    Path("zero2").write_text('{"zero_optimization": {"stage": 1}}')  # the user's own comes first
+    assert read("zero2") == {"zero_optimization.stage": 1}
 
 
 # --- the command -------------------------------------------------------------------------------------------------
@@ -570,7 +579,7 @@ def test_the_memory_table_is_what_its_formulas_give() -> None:
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero3
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero2
 
-    text = (ROOT / "ds_configs" / "README.md").read_text().partition("## Memory per GPU")[2]
+    text = (ROOT / "docs/how-to/out-of-memory.md").read_text().partition("## Memory per GPU")[2]
     head, _, *lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")][:10]
     for column, model in enumerate(head[1:], 1):
         shape = shape_of(model.strip())

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from tests.ranks import run_ranks
 from tests.tiny import arguments, curve, metrics, tiny_store
 from tests.training.test_resume import assert_same_run, failing_train, forget_after, train
-from wikift.checkpoint.reader import best_checkpoint, list_checkpoints, step_folder
+from wikift.base.folders import list_checkpoints, step_folder
+from wikift.checkpoint.reader import best_checkpoint
 from wikift.settings.schedule import Due
 from wikift.training.patience import Patience
 
@@ -73,7 +74,7 @@ def test_the_run_ends_where_the_losses_say_and_keeps_the_best(
         assert curve(run) == [values for values in curve(whole) if values[0] <= end]
         said = capsys.readouterr().out
         assert f"stopped early at step {end}: 3 validations in a row were no better than" in said
-        assert f"launch/consolidate.py {run} --best" in said
+        assert f"wikift consolidate {run} --best" in said
     steps = [int(path.name.removeprefix("step-")) for path in list_checkpoints(run)]
     assert steps[-1] == end, "where it stopped is saved, so that a larger patience can go on"
     best = best_checkpoint(run)

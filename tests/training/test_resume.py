@@ -22,8 +22,10 @@ import torch
 from tests.ranks import _CONTEXT, run_ranks
 from tests.tiny import arguments, curve, metrics, tiny_store
 from wikift.base.errors import UserError
+from wikift.base.folders import list_checkpoints, step_folder
 from wikift.checkpoint.fragment import STATES
-from wikift.checkpoint.reader import list_checkpoints, open_checkpoint, step_folder
+from wikift.checkpoint.reader import open_checkpoint
+from wikift.training.resume import set_aside
 
 
 def train(command_line: list[str]) -> int:
@@ -199,7 +201,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     capsys.readouterr()
     assert run_ranks(train, 2, arguments(store, run)) == [0, 0]
     if damage in ("truncated", "one bit", "torn manifest"):
-        assert "passing over a damaged checkpoint" in capsys.readouterr().out
+        assert "skipping a damaged checkpoint" in capsys.readouterr().out
     assert_same_run(run, tmp_path / "whole")
 
 
@@ -290,8 +292,20 @@ def test_resume_from_a_named_checkpoint_sets_the_later_ones_aside(tmp_path: Path
     line = arguments(store, run, save_total_limit=9)
     assert run_ranks(train, 1, line) == [0]
     shutil.copytree(run, tmp_path / "whole")
+    (run / "wandb-id.txt").write_text("has the later steps")
     assert run_ranks(train, 1, [*line, "--resume", str(step_folder(run, 4))]) == [0]
     assert_same_run(run, tmp_path / "whole")
     aside = run / "before-1"
     assert [p.name for p in list_checkpoints(aside)] == ["step-00000008", "step-00000012"]
     assert json.loads((aside / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 12
+    assert (aside / "wandb-id.txt").exists()
+    assert not (run / "wandb-id.txt").exists()
+
+
+def test_a_run_without_a_checkpoint_leaves_nothing_to_the_next_in_its_folder_but_its_model(tmp_path: Path) -> None:
+    for name in ("wandb-id.txt", "config.json", "metrics.jsonl"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "hf").mkdir()
+    set_aside(tmp_path, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["before-1", "config.json", "metrics.jsonl"]
+    assert [path.name for path in (tmp_path / "before-1").iterdir()] == ["hf"]

@@ -16,9 +16,9 @@ from tests.ranks import run_ranks
 from tests.real import ROOT
 from tests.tiny import arguments, curve
 from tests.trained import text_store
+from wikift.commands.consolidate import main as consolidate
 from wikift.data.store import TokenStore
-from wikift.export import export
-from wikift.watch.log import read_metrics
+from wikift.watch.metrics import read_metrics
 
 PROMPTS = ("The Renaissance", "Theodor W. Hänsch shared", "東京")
 PLACES = [("single", 1), ("ddp", 2), ("fsdp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
@@ -76,7 +76,7 @@ def test_samples_are_those_of_the_consolidated_model(store: TokenStore, tmp_path
     (tmp_path / "prompts.txt").write_text(PROMPTS[0] + "\n")
     asked = {"sample_prompts": tmp_path / "prompts.txt"}
     assert run_ranks(train_all, 1, [line("single", store, tmp_path / "run", sample_steps=8, **asked)]) == [[0]]
-    assert export.main([str(tmp_path / "run"), "--quiet"]) == 0
+    assert consolidate([str(tmp_path / "run"), "--quiet"]) == 0
     changes = {"from_scratch": None, "config_overrides": None, "model": tmp_path / "run" / "hf", "learning_rate": 1e-30}
     words = line("single", store, tmp_path / "again", sample_steps=1, max_steps=2, **asked, **changes)
     assert run_ranks(train_all, 1, [words]) == [[0]]

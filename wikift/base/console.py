@@ -1,4 +1,4 @@
-"""How far a long reading of text has come: one plain line on stderr. (The rich console is training's, in `log`.)"""
+"""How far a long task has come: one plain line on stderr. (The live panel of a training is `watch.terminal`.)"""
 
 from __future__ import annotations
 
@@ -18,22 +18,35 @@ class Progress:
         self.quiet = quiet
         self.terminal = sys.stderr.isatty()
         self.pause_seconds = 0.5 if self.terminal else 10.0
+        self.started = self.last = time.monotonic()
         self.shown = False
 
     def over(
         self, name: str, size: int | None, parts: Iterator[Part], count: Callable[[Part], tuple[int, int]]
     ) -> Iterator[Part]:
-        """Pass `parts` on. `size` is the bytes of text to come, about; `count` gives a part's bytes and tokens."""
-        start = last = time.monotonic()
+        """Pass `parts` on. `size` is the bytes of text to come, about; `count` returns a part's bytes and tokens."""
+        self.started = self.last = time.monotonic()
         done = tokens = 0
         for part in parts:
             yield part
             more = count(part)
             done, tokens = done + more[0], tokens + more[1]
-            now = time.monotonic()
-            if now - last >= self.pause_seconds:
-                last = now
-                self.show(line(name, size, done, tokens, now - start))
+            if self.due():
+                self.show(line(name, size, done, tokens, self.last - self.started))
+
+    def fraction(self, name: str, done: float) -> None:
+        """Where a line is due, `name: 41%, 3 min left`; `done` from 0 to 1, an estimate that may be more."""
+        if self.due():
+            left = (self.last - self.started) * (1 - done) / done if 0 < done < 1 else 0.0
+            self.show(f"{name}: {min(done, 1):.0%}, {_duration(left)} left" if done else f"{name}: reading")
+
+    def due(self) -> bool:
+        """Whether the line shown last is old enough for another."""
+        now = time.monotonic()
+        if now - self.last < self.pause_seconds:
+            return False
+        self.last = now
+        return True
 
     def show(self, text: str) -> None:
         """Print `text`, on a terminal in place of what was shown before."""
@@ -45,7 +58,7 @@ class Progress:
         print(text, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
-        """Take the line away from a terminal, for what is printed next."""
+        """Remove the line from a terminal, for what is printed next."""
         if self.shown and self.terminal:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         self.shown = False
@@ -53,14 +66,17 @@ class Progress:
 
 def line(name: str, size: int | None, done: int, tokens: int, seconds: float) -> str:
     """`train: 14.1 MB, 1.3 MB/s, 3,054,627 tokens, 7%, 2 min left`; the last two only where `size` is known."""
-    rate = done / max(seconds, 1e-9)
-    text = f"{name}: {done / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s"
+    per_second = done / max(seconds, 1e-9)
+    text = f"{name}: {done / 1e6:,.1f} MB, {per_second / 1e6:.1f} MB/s"
     if tokens:
         text += f", {tokens:,} tokens"
-    if size and rate and done < size:  # an estimate, it may be passed
-        left = (size - done) / rate
-        text += f", {100 * done / size:.0f}%, {f'{left / 60:.0f} min' if left >= 90 else f'{left:.0f} s'} left"
+    if size and per_second and done < size:  # an estimate, it may be passed
+        text += f", {100 * done / size:.0f}%, {_duration((size - done) / per_second)} left"
     return text
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def _columns() -> int:

@@ -1,16 +1,24 @@
-"""What is on the disk: checksums, names and JSON that survive a power cut."""
+"""Files: checksums, ranges, sizes, and text and JSON that survive a power cut."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from wikift.base.errors import UserError
+from wikift.base.errors import EnvironmentFault, UserError
 
 _BLOCK_BYTES = 1 << 20
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_HERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG)
 
 
 def sha256_of(path: Path) -> str:
@@ -31,14 +39,19 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write a JSON file aside and rename it into place."""
+def replace_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it into place."""
     aside = path.with_name(path.name + ".partial")
     with open(aside, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+
+
+def replace_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write a JSON file aside and rename it into place."""
+    replace_text(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def read_range(path: Path, offset: int, into: memoryview) -> None:
@@ -69,3 +82,50 @@ def read_lines(path: Path, setting: str) -> list[str]:
     if not lines:
         raise UserError(f"{setting} {path}: has no prompt in it; write one a line")
     return lines
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one on each line, none where it is missing; a line torn by a kill is omitted."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # U+2028 in a text ends no line
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    rows.append(row)
+    return rows
+
+
+def parse_size(text: str) -> int:
+    """`5GB`, `500 MB`, `1GiB` or a number of bytes -> bytes. Raises UserError otherwise."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]I?B)?", text.strip().upper())
+    size = int(float(match[1]) * _UNITS.get(match[2] or "", 0)) if match else 0
+    if size < 1:
+        raise UserError(f"--max-shard-size {text}: must be a number and KB, MB, GB, TB, KiB, MiB or GiB; try 5GB")
+    return size
+
+
+def show_bytes(count: int) -> str:
+    """5.00 GB, 12.3 MB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+@contextmanager
+def faults_of_writing(out: Path) -> Iterator[None]:
+    """OSErrors of writing `out` as messages for the user."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise EnvironmentFault(
+                f"{out}: the disk is full ({error.strerror}); nothing was kept. Free space, or put it on another disk, "
+                "and run the command again"
+            ) from None
+        below = str(error.filename).startswith(str(out.parent))
+        if error.errno in _NOT_HERE or (error.errno == errno.ENOENT and below):  # nothing can be made in /proc
+            raise UserError(f"{out}: cannot be written ({error.strerror}); name another folder") from None
+        if error.errno == errno.EIO:
+            raise EnvironmentFault(
+                f"{out}: the disk fails ({error}); nothing was kept. Put it on another disk"
+            ) from None
+        raise

@@ -1,21 +1,26 @@
 """What a folder holds (a model, a run, a checkpoint) and which run is the newest; known without importing torch.
 
-RUN/config.json              the run's settings          RUN/model/         configuration and tokenizer
-RUN/metrics.jsonl            one object a step           RUN/checkpoints/   step-00000500/manifest.json, ...
-RUN/hf/                      the exported model, `wikift.json` in it says of which run and step
+RUN/config.json      the run's settings            RUN/model/         configuration and tokenizer
+RUN/metrics.jsonl    one object per logged step    RUN/checkpoints/   step-00000500/manifest.json, ...
+RUN/samples.jsonl    what the model wrote          RUN/hf/            the exported model; its wikift.json names the step
+RUN/wandb-id.txt     the Weights & Biases run      RUN/before-1/ ...  an earlier run's files, kept when another started
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
-from wikift.base.errors import UserError
-from wikift.base.shape import released_name
+from wikift.base.command import command_line
+from wikift.base.errors import UserError, nearest
+from wikift.base.shape import RELEASED, released_name
 
+METRICS, SAMPLES, WANDB_ID = "metrics.jsonl", "samples.jsonl", "wandb-id.txt"
+# In the order in which they are set aside: interrupted half-way, what is left is still a run's folder
+RUN_FILES = ("checkpoints", "model", METRICS, SAMPLES, WANDB_ID, "hf", "config.json")
 EXPORT_RECORD = "wikift.json"
-_OF_A_RUN = ("config.json", "model", "metrics.jsonl", "samples.jsonl", "checkpoints", "hf", "wandb", "store.json")
 
 
 def is_model(folder: Path) -> bool:
@@ -30,9 +35,9 @@ def is_run(folder: Path) -> bool:
 
 def foreign_in(folder: Path) -> list[str]:
     """What a run in `folder` would write over or be mixed with, though no run wrote it."""
-    if not folder.is_dir() or is_run(folder) or checkpoint_steps(folder):
+    if not folder.is_dir() or is_run(folder) or list_checkpoints(folder):
         return []
-    return [name for name in _OF_A_RUN if (folder / name).exists()]
+    return [name for name in (*RUN_FILES, "wandb", "store.json") if (folder / name).exists()]
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -40,22 +45,34 @@ def is_checkpoint(folder: Path) -> bool:
     return folder.parent.name == "checkpoints" and (folder / "manifest.json").is_file()
 
 
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is, or will be."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    paths = [path.parent for path in (run / "checkpoints").glob("step-*/manifest.json")]
+    return sorted((path for path in paths if path.name.removeprefix("step-").isdecimal()), key=step_of)
+
+
 def checkpoint_steps(run: Path) -> list[int]:
     """The steps of a run's complete checkpoints, oldest first."""
-    names = [path.parent.name for path in run.glob("checkpoints/step-*/manifest.json")]
-    return sorted(int(name[5:]) for name in names if name[5:].isdecimal())
-
-
-def checkpoint_path(run: Path, step: int) -> Path:
-    """The folder of one checkpoint."""
-    return run / "checkpoints" / f"step-{step:08d}"
+    return [step_of(path) for path in list_checkpoints(run)]
 
 
 def run_config(run: Path) -> dict[str, Any]:
     """A run's `config.json`. Raises UserError where `run` is not a run's folder."""
     config = read_json(run / "config.json")
     if "wikift" not in config:
-        raise UserError(f"{run}: is not a run's folder (no config.json of launch/train.py in it); name one, runs/NAME")
+        raise UserError(
+            f"{run}: is not a run's folder (no config.json of {command_line('train')} in it); name one, runs/NAME"
+        )
     return config
 
 
@@ -64,7 +81,7 @@ def newest_run(folder: Path = Path("runs")) -> Path | None:
     ages = []
     for run in folder.glob("*"):
         made = [run / "hf" / "config.json"] if is_model(run / "hf") else []
-        made += [checkpoint_path(run, step) / "manifest.json" for step in checkpoint_steps(run)[-1:]]
+        made += [path / "manifest.json" for path in list_checkpoints(run)[-1:]]
         ages += [(path.stat().st_mtime_ns, run) for path in made]
     return max(ages)[1] if ages else None
 
@@ -83,15 +100,32 @@ def has_model(name: str) -> bool:
     """
     path = Path(name)
     if is_model(path) or is_run(path):
-        return is_model(path) or is_model(path / "hf") or bool(checkpoint_steps(path))
+        return is_model(path) or is_model(path / "hf") or bool(list_checkpoints(path))
     if is_checkpoint(path):
         raise UserError(
-            f"{name}: is a checkpoint; make a model of it first: python launch/consolidate.py {name} --out DIR"
+            f"{name}: is a checkpoint; make a model of it first: {command_line('consolidate')} {name} --out DIR"
         )
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         kind = "holds neither a model nor a run" if path.is_dir() else "is a file"
         raise UserError(f"{name}: {kind}; name a Hugging Face directory, a run (runs/NAME) or a Hub name")
     return not path.exists() and is_hub_name(name)
+
+
+def check_model(name: str) -> None:
+    """Raises UserError where `name` leads to no trained weights: with the command that makes them, or what is near."""
+    if has_model(name):
+        return
+    path = Path(name)
+    if path.name == "hf" and checkpoint_steps(path.parent):
+        raise UserError(
+            f"{name}: is not there yet; make it: {command_line('consolidate')} {shlex.quote(str(path.parent))}"
+        )
+    run = path.parent if path.name == "hf" else path
+    train = f"train it first: {command_line('train')} --output-dir {shlex.quote(str(run))}"
+    if is_run(path):
+        raise UserError(f"{name}: has no checkpoint yet; {train}")
+    near = nearest(name, [*RELEASED, *(str(run) for run in Path("runs").glob("*") if run.is_dir())])
+    raise UserError(f"{name}: no such folder, and no name of the Hub{near or '; ' + train}")
 
 
 def run_of(name: str) -> Path | None:

@@ -1,8 +1,9 @@
-"""The Hugging Face Hub from afar: is a word a name there, can it be reached, and what to say when not."""
+"""The Hugging Face Hub and its libraries: is a word a name there, can it be reached, and what to say when not."""
 
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import re
 import socket
@@ -11,6 +12,7 @@ import urllib.parse
 import urllib.request
 
 from wikift.base.errors import EnvironmentFault, UserError
+from wikift.base.errors import one_line as one_line
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _CONNECT_SECONDS = 5.0
@@ -22,7 +24,7 @@ def is_name(word: str) -> bool:
 
 
 def offline_if_unreachable() -> bool:
-    """Where the Hub does not answer, go on as with `HF_HUB_OFFLINE=1`: from the cache. Returns whether it is offline.
+    """Where the Hub does not answer, use the cache alone, as with `HF_HUB_OFFLINE=1`. Returns whether it is offline.
 
     Without it the libraries try for 25 to 50 seconds and print a line for every attempt, even where all is cached.
     """
@@ -45,10 +47,13 @@ def offline_if_unreachable() -> bool:
     return True
 
 
-def one_line(error: BaseException, length: int = 160) -> str:
-    """The first line of an error's message, shortened."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
-    return text if len(text) <= length else text[: length - 3] + "..."
+def quiet_libraries() -> None:
+    """Silence what transformers and datasets, where they are loaded, would print about their own work."""
+    for library in ("transformers", "datasets"):
+        if library in sys.modules:
+            importlib.import_module(f"{library}.utils.logging").set_verbosity_error()
+    if "transformers" in sys.modules:
+        importlib.import_module("transformers.utils.logging").disable_progress_bar()
 
 
 def failure(error: Exception, setting: str, instead: str) -> Exception:
@@ -66,7 +71,7 @@ def failure(error: Exception, setting: str, instead: str) -> Exception:
     if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError", "HFValidationError"} and not kinds & {
         "OfflineModeIsEnabled"
     }:
-        return UserError(f"{setting}: the Hub has none of that name; mend the name, or name {instead}")
+        return UserError(f"{setting}: the Hub has none of that name; fix the name, or name {instead}")
     if any(isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT) for link in chain):
         return EnvironmentFault(f"{setting}: the disk with the Hugging Face cache is full; free space or set HF_HOME")
     return EnvironmentFault(
@@ -79,3 +84,14 @@ def as_os_error(error: Exception) -> Exception:
     """Rust libraries put the number of a system's error into a text; give it back its class."""
     found = re.search(r"os error (\d+)", str(error))
     return OSError(int(found[1]), os.strerror(int(found[1]))) if found else error
+
+
+def no_progress_bars() -> None:
+    """Let the Hub's libraries, where they are imported from now on, show none unless the user's environment does."""
+    for library in ("HF_HUB", "HF_DATASETS"):
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+
+
+def keep_tokenizers_to_one_thread() -> None:
+    """Threads of our own call it. Also, where it was never told the library warns about every later fork."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

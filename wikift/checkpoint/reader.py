@@ -3,8 +3,8 @@
     RUN/checkpoints/step-00000500/rank-00000.safetensors   1-D ranges, keyed NAME|STATE|START
     RUN/checkpoints/step-00000500/manifest.json            written last: step, settings, every file's size and sha256
 
-A reader takes ranges of the files, whoever wrote them, so any number of ranks and any engine can go on from it. How
-checkpoints are written: saving.py.
+A reader copies ranges of the files, whoever wrote them, so any number of ranks and any engine can resume from it. How
+checkpoints are written: writer.py.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wikift.base import tensorfile
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.files import read_range, sha256_of
+from wikift.base.folders import list_checkpoints
 
 if TYPE_CHECKING:  # consolidation moves bytes; it does not wait a second and a half for torch
     from torch import Tensor
@@ -28,12 +30,15 @@ if TYPE_CHECKING:  # consolidation moves bytes; it does not wait a second and a 
 FORMAT = "wikift-checkpoint-1"
 
 
-@dataclass(frozen=True)
-class _Place:
+class StoredRange(NamedTuple):
+    """Where elements [start, stop) of a flattened parameter or moment are: `offset` bytes into `file`."""
+
+    name: str
+    state: str
     start: int
     stop: int
     file: Path
-    offset: int  # bytes
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Checkpoint:
 
     path: Path
     manifest: dict[str, Any]
-    _places: dict[tuple[str, str], list[_Place]] = field(repr=False)
+    _ranges: dict[tuple[str, str], list[StoredRange]] = field(repr=False)
 
     @property
     def step(self) -> int:
@@ -54,7 +59,7 @@ class Checkpoint:
         return {name: tuple(shape) for name, shape in self.manifest["parameters"].items()}
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a flattened tensor, 1-D fp32 on the CPU; reads these bytes only."""
+        """Elements [start, stop) of a flattened tensor, 1-D fp32 on the CPU; reads only their bytes."""
         import torch
 
         values = torch.empty(stop - start, dtype=torch.float32)
@@ -65,13 +70,13 @@ class Checkpoint:
         """Fill `into` (bytes) with the fp32 elements from `start` on, as `read` does; needs no torch."""
         stop = start + len(into) // 4
         filled = 0
-        for place in self._places[name, state]:
-            low, high = max(start, place.start), min(stop, place.stop)
+        for stored in self._ranges[name, state]:
+            low, high = max(start, stored.start), min(stop, stored.stop)
             if low >= high:
                 continue
             target = into[4 * (low - start) : 4 * (high - start)]
             try:
-                read_range(place.file, place.offset + 4 * (low - place.start), target)
+                read_range(stored.file, stored.offset + 4 * (low - stored.start), target)
             except OSError as error:
                 raise EnvironmentFault(f"{error}; the checkpoint {self.path} is damaged") from None
             filled += high - low
@@ -81,15 +86,6 @@ class Checkpoint:
         """Read every byte of one of the manifest's files. Raises UserError where it is not as it was written."""
         if sha256_of(self.path / file) != self.manifest["files"][file]["sha256"]:
             raise UserError(f"{self.path / file}: its content has changed since it was written (sha256 differs)")
-
-
-def step_folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in (run / "checkpoints").glob("step-*/manifest.json"))
 
 
 def open_checkpoint(path: Path, *, verify: bool = False) -> Checkpoint:
@@ -104,64 +100,67 @@ def open_checkpoint(path: Path, *, verify: bool = False) -> Checkpoint:
             f"{path}: is not a checkpoint (no manifest.json); name OUTPUT_DIR/checkpoints/step-..."
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: manifest.json cannot be read ({error}); take an older checkpoint") from None
+        raise UserError(f"{path}: manifest.json cannot be read ({error}); use an older checkpoint") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path}: is not a checkpoint of this version of wikift (format {FORMAT})")
-    places: dict[tuple[str, str], list[_Place]] = {}
+    ranges: dict[tuple[str, str], list[StoredRange]] = {}
     for name, facts in manifest["files"].items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
         if size != facts["bytes"]:
-            raise UserError(
-                f"{file}: {'is missing' if size is None else f'has {size} bytes'}, the manifest says {facts['bytes']}"
-            )
+            problem = "is missing" if size is None else f"has {size} bytes"
+            raise UserError(f"{file}: {problem}, the manifest says {facts['bytes']}")
         try:
-            header, _ = tensorfile.read_header(file)
+            for stored in stored_ranges(file):
+                ranges.setdefault((stored.name, stored.state), []).append(stored)
         except ValueError as error:
             raise UserError(f"{file}: its content has changed since it was written ({error})") from None
-        for key, (_, shape, offset) in header.items():
-            parameter, state, start = key.split("|")
-            places.setdefault((parameter, state), []).append(_Place(int(start), int(start) + shape[0], file, offset))
-    checkpoint = Checkpoint(path, manifest, places)
+    checkpoint = Checkpoint(path, manifest, ranges)
     if verify:
         for name in manifest["files"]:
             checkpoint.verify(name)
     return checkpoint
 
 
+def stored_ranges(file: Path) -> Iterator[StoredRange]:
+    """The ranges that a rank's file holds. Raises ValueError where its header makes no sense."""
+    for key, (_, shape, offset) in tensorfile.read_header(file)[0].items():
+        name, state, start = key.split("|")
+        yield StoredRange(name, state, int(start), int(start) + shape[0], file, offset)
+
+
 def newest_sound(run: Path, world: World) -> Checkpoint | None:
     """The newest checkpoint whose every byte is as written; collective (the ranks share the checking).
 
-    A damaged one is named and passed over; raises UserError where there are some and none is sound.
+    A damaged one is reported and skipped; raises UserError where all are damaged.
     """
     import torch
 
-    found = list_checkpoints(run)
-    for number in range(world.agreed(len(found)) - 1, -1, -1):
-        fault = 0
+    paths = list_checkpoints(run)
+    for number in range(world.agreed(len(paths)) - 1, -1, -1):
+        damaged = 0
         try:
-            checkpoint = open_checkpoint(found[number])
+            checkpoint = open_checkpoint(paths[number])
             for name in sorted(checkpoint.manifest["files"])[world.rank :: world.size]:
                 checkpoint.verify(name)
         except (UserError, OSError) as error:
-            print(f"wikift: passing over a damaged checkpoint: {error}", file=sys.stderr)
-            fault = 1
-        if not int(world.total(torch.tensor(fault))):
+            print(f"wikift: skipping a damaged checkpoint: {error}", file=sys.stderr)
+            damaged = 1
+        if not int(world.total(torch.tensor(damaged))):
             return checkpoint
-    if found:
+    if paths:
         raise UserError(
-            f"{run / 'checkpoints'}: no checkpoint there is sound; --resume never starts anew and keeps them aside"
+            f"{run / 'checkpoints'}: every checkpoint in it is damaged; --resume never restarts and keeps them aside"
         )
     return None
 
 
 def prune(run: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints and the one with the lowest validation loss."""
-    found = list_checkpoints(run)
     best = best_checkpoint(run)
-    for path in found[:-keep]:
+    for path in list_checkpoints(run)[:-keep]:
         if path != best:
-            (path / "manifest.json").unlink()  # first: a reader must not see it half deleted
+            (path / "manifest.json").unlink()  # first: a reader must not see it partly deleted
             shutil.rmtree(path)
 
 

@@ -1,10 +1,10 @@
-"""Checkpoints written beside the training: a step waits for the copy to host memory and for nothing else.
+"""Checkpoints written while the training goes on: a step waits for the copy to host memory and for nothing else.
 
-Every rank copies its fragments into buffers that are used again for each checkpoint (pinned where they come from a
-GPU), and a thread writes and checksums them into a folder beside. Rank 0's thread waits until all ranks' files are
-there, checks that every element is there exactly once, writes the manifest and renames the folder into place. Nothing
-in a thread is collective: the files themselves say who is ready. At most one checkpoint is in flight; a fault is known
-to all ranks at the next step, and the checkpoints before it stand.
+Every rank copies its fragments into buffers that are reused for each checkpoint (pinned where they come from a GPU),
+and a thread writes and checksums them into a folder beside. Rank 0's thread waits until all ranks' files exist, checks
+that every element is in them exactly once, writes the manifest and renames the folder. Nothing in a thread is
+collective: the files themselves tell which rank is ready. At most one checkpoint is in flight; a failure is known to
+all ranks at the next step, and the checkpoints before it stand.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ import torch
 from torch import Tensor
 
 from wikift.base import tensorfile
-from wikift.base.errors import EnvironmentFault
+from wikift.base.errors import EnvironmentFault, one_line
 from wikift.base.files import replace_json, sync_folder
+from wikift.base.folders import list_checkpoints, step_folder
 from wikift.base.tensorfile import Entry
 from wikift.base.world import World
 from wikift.checkpoint.fragment import OPTIMIZER, STATES, Fragment
-from wikift.checkpoint.reader import FORMAT, list_checkpoints, prune, step_folder
+from wikift.checkpoint.reader import FORMAT, StoredRange, prune, stored_ranges
 
-_LOOK_AGAIN_SECONDS = 0.05
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was published, how long the training stood still for it, and how long it took in all."""
+    """A checkpoint that was published, how long the training waited for it, and how long it took in all."""
 
     path: Path
     stall_seconds: float
@@ -64,37 +65,35 @@ class Saver:
         Waits for the one before it. Raises EnvironmentFault on every rank where that, or the folder, could not be
         written; older checkpoints are untouched then.
         """
-        begun = time.perf_counter()
+        started = time.perf_counter()
         self.finish()
         self._step = step
-        final = step_folder(self.run, step)
-        partial = final.with_name("." + final.name + ".partial")
         if self.world.rank == 0:
+            partial = _partial_of(step_folder(self.run, step))
             try:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
             except OSError as error:
-                self.fault = _words(error)
+                self.fault = one_line(error)
         self._agree()
-        held = {f"{f.name}|{f.state}|{f.start}": f.data for f in fragments if f.data.numel()}
+        tensors = {f"{f.name}|{f.state}|{f.start}": f.data for f in fragments if f.data.numel()}
         manifest = {"format": FORMAT, "step": step, **about, "parameters": parameters}
         if self.aside:
-            held = self._copied(held)
-            stall = time.perf_counter() - begun
-            arguments = (held, partial, final, manifest, begun, stall)
+            tensors = self._copied(tensors)
+            arguments = (tensors, manifest, started, time.perf_counter() - started)
             self._thread = threading.Thread(target=self._write, args=arguments, name="wikift-save", daemon=True)
             self._thread.start()
         else:
-            self._write(held, partial, final, manifest, begun, math.nan)
+            self._write(tensors, manifest, started, None)
             self.finish()
 
     def finish(self) -> None:
         """Wait until nothing is in flight; collective. Raises EnvironmentFault on every rank where one failed."""
         if self.fault:
             self._given_up.set()
-        # A rank that failed is heard of before waiting for a publication that cannot come
+        # A rank that failed is known before the others wait for a checkpoint that cannot come
         while self._thread is not None:
-            self._thread.join(_LOOK_AGAIN_SECONDS)
+            self._thread.join(_POLL_SECONDS)
             running = self._thread.is_alive()
             state = self.world.highest(2 if self.fault else int(running))
             if state == 2:
@@ -108,46 +107,47 @@ class Saver:
         saved, self._saved = self._saved, None
         return saved
 
-    def _copied(self, held: dict[str, Tensor]) -> dict[str, Tensor]:
-        for key, data in held.items():
+    def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for key, data in tensors.items():
             if key not in self._buffers or self._buffers[key].numel() != data.numel():
                 self._buffers[key] = torch.empty(data.numel(), dtype=torch.float32, pin_memory=data.is_cuda)
             self._buffers[key].copy_(data, non_blocking=True)
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
-        return {key: self._buffers[key] for key in held}
+        return {key: self._buffers[key] for key in tensors}
 
-    def _write(
-        self, held: dict[str, Tensor], partial: Path, final: Path, manifest: dict[str, Any], begun: float, stall: float
-    ) -> None:
+    def _write(self, tensors: dict[str, Tensor], manifest: dict[str, Any], started: float, stall: float | None) -> None:
+        """Write this rank's file and, on rank 0, publish; `stall` is None where the training waits for all of it."""
+        final = step_folder(self.run, manifest["step"])
+        partial = _partial_of(final)
         try:
-            _write_rank(held, partial, self.world.rank)
-            if self.world.rank == 0 and self._all_there(partial):
-                seconds = time.perf_counter() - begun
-                saved = Saved(final, seconds if math.isnan(stall) else stall, seconds)
+            _write_rank(tensors, partial, self.world.rank)
+            if self.world.rank == 0 and self._all_written(partial):
+                seconds = time.perf_counter() - started
+                saved = Saved(final, seconds if stall is None else stall, seconds)
                 times = {"save_stall_seconds": round(saved.stall_seconds, 4), "save_seconds": round(seconds, 4)}
                 _publish(partial, final, {**manifest, **times}, self.world.size)
                 prune(self.run, self.keep)
                 self._saved = saved
         except OSError as error:
-            there = partial.is_dir()
+            shared = partial.is_dir()
             self.fault = (
-                _words(error) if there else f"{partial} is not there: --output-dir must be on a disk of all hosts"
+                one_line(error) if shared else f"{partial} is missing: --output-dir must be on a disk of all hosts"
             )
-        except Exception as error:  # an invariant: told by the main thread, with the others
+        except Exception as error:  # an invariant: raised by the main thread, on all ranks
             self.fault = f"{type(error).__name__}: {error}"
 
-    def _all_there(self, partial: Path) -> bool:
-        """Whether every rank's file came; waits for them until another rank is known to have failed."""
-        waiting = [partial / f"rank-{rank:05d}.json" for rank in range(self.world.size)]
-        while waiting:
-            waiting = [path for path in waiting if not path.exists()]
-            if waiting and self._given_up.wait(_LOOK_AGAIN_SECONDS):
+    def _all_written(self, partial: Path) -> bool:
+        """Whether every rank has written its file; waits for them until another rank is known to have failed."""
+        missing = [partial / f"rank-{rank:05d}.json" for rank in range(self.world.size)]
+        while missing:
+            missing = [path for path in missing if not path.exists()]
+            if missing and self._given_up.wait(_POLL_SECONDS):
                 return False
         return True
 
     def _agree(self) -> None:
-        """All ranks learn whether one failed; collective. The one that did says why."""
+        """All ranks learn whether one failed; collective. The one that did reports why."""
         if self.fault:
             print(
                 f"wikift: rank {self.world.rank} could not write the checkpoint of step {self._step}: {self.fault}",
@@ -156,35 +156,34 @@ class Saver:
         if not self.world.highest(1 if self.fault else 0):
             return
         if self.world.rank == 0:
-            final = step_folder(self.run, self._step)
-            shutil.rmtree(final.with_name("." + final.name + ".partial"), ignore_errors=True)
+            shutil.rmtree(_partial_of(step_folder(self.run, self._step)), ignore_errors=True)
         kept = list_checkpoints(self.run)
         raise EnvironmentFault(
             f"the checkpoint of step {self._step} was not written; "
-            + (f"the newest complete one is {kept[-1]}" if kept else "there is none yet")
-            + ". Make room (or mend the disk) and run the same command to go on"
+            + (f"the newest complete one is {kept[-1]}" if kept else "none is complete yet")
+            + ". Make room (or fix the disk) and run the same command to resume"
         )
 
 
-def _write_rank(held: dict[str, Tensor], folder: Path, rank: int) -> None:
-    entries = [Entry(key, "F32", (data.numel(),)) for key, data in held.items()]
+def _partial_of(final: Path) -> Path:
+    """The folder that a checkpoint is written into before it is renamed to `final`."""
+    return final.with_name(f".{final.name}.partial")
+
+
+def _write_rank(tensors: dict[str, Tensor], folder: Path, rank: int) -> None:
+    entries = [Entry(key, "F32", (data.numel(),)) for key, data in tensors.items()]
     name = f"rank-{rank:05d}.safetensors"
-    size, sha256 = tensorfile.write_tensors(folder / name, entries, held.__getitem__)
+    size, sha256 = tensorfile.write_tensors(folder / name, entries, tensors.__getitem__)
     replace_json(folder / f"rank-{rank:05d}.json", {name: {"bytes": size, "sha256": sha256}})
 
 
 def _publish(partial: Path, final: Path, manifest: dict[str, Any], ranks: int) -> None:
     files: dict[str, Any] = {}
-    fragments: list[tuple[str, str, int, int]] = []
     for rank in range(ranks):
         facts = partial / f"rank-{rank:05d}.json"
         files |= json.loads(facts.read_text())
         facts.unlink()
-    for name in files:
-        for key, (_, shape, _) in tensorfile.read_header(partial / name)[0].items():
-            parameter, state, start = key.split("|")
-            fragments.append((parameter, state, int(start), int(start) + shape[0]))
-    _assert_complete(fragments, manifest["parameters"])
+    _assert_complete([stored for name in files for stored in stored_ranges(partial / name)], manifest["parameters"])
     replace_json(partial / "manifest.json", {**manifest, "files": files})
     if final.exists():
         shutil.rmtree(final)
@@ -192,16 +191,12 @@ def _publish(partial: Path, final: Path, manifest: dict[str, Any], ranks: int) -
     sync_folder(final.parent)
 
 
-def _assert_complete(fragments: list[tuple[str, str, int, int]], parameters: dict[str, list[int]]) -> None:
+def _assert_complete(ranges: list[StoredRange], parameters: dict[str, list[int]]) -> None:
     covered: dict[tuple[str, str], int] = {}
-    for name, state, start, stop in sorted(fragments):
+    for name, state, start, stop, *_ in sorted(ranges):
         if name != OPTIMIZER:
             assert start == covered.get((name, state), 0), f"{name} {state}: gap or overlap at {start}"
             covered[name, state] = stop
     for name, shape in parameters.items():
-        count = int(torch.Size(shape).numel())
-        assert all(covered.get((name, state)) == count for state in STATES), f"{name} is not whole"
-
-
-def _words(error: OSError) -> str:
-    return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+        count = math.prod(shape)
+        assert all(covered.get((name, state)) == count for state in STATES), f"{name} is incomplete"

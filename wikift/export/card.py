@@ -1,172 +1,127 @@
-"""The model card (README.md of an export), made from what the run recorded. Imports nothing heavy."""
+"""The model card (README.md of an export), made from what the run recorded; the Hub reads its front matter."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
+import re
 import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from wikift.base.files import read_jsonl
+from wikift.base.folders import METRICS
 from wikift.base.shape import released_name
-from wikift.settings.fields import WIKITEXT, TrainSettings
-from wikift.settings.options import flag
 
 _CURVE_ROWS = 20
-_USE = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+_USE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
 inputs = tokenizer("The Renaissance was", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens={new_tokens}, do_sample=True)[0]))
-```"""
-# These place or watch the work; they do not change what comes out.
-_WITHOUT_EFFECT = {
-    "quiet",
-    "dry_run",
-    "resume",
-    "wandb",
-    "config",
-    "workers",
-    "device",
-    "logging_steps",
-    "save_total_limit",
-}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens={new_tokens}, do_sample=True)[0]))"""
+# Settings that place or show the work, or are paths of this machine: they mean nothing elsewhere
+_HIDDEN = {"quiet", "dry_run", "resume", "wandb", "config", "workers", "device", "logging_steps", "save_total_limit",
+           "output_dir", "data", "dataset", "tokenizer", "sample_prompts"}  # fmt: skip
+_SCORES = {"eval_loss": "loss", "eval_perplexity": "perplexity", "eval_word_perplexity": "word perplexity"}
 
 
 def model_card(run: Path, config: dict[str, Any], manifest: dict[str, Any], dtype: str) -> str:
     """The card of the checkpoint that `manifest` describes; `config` is the run's."""
-    settings, store = config["settings"], config.get("store") or {}
-    name = run.absolute().name
-    curve = [values for values in _metrics(run) if values["step"] <= manifest["step"]]
-    origin = "trained from scratch" if settings["from_scratch"] else f"{settings['model']} fine-tuned"
-    summary = (
-        f"{origin[0].upper() + origin[1:]} on {_dataset(settings, store)} with wikift {config['wikift']}; "
-        f"step {manifest['step']:,}, {manifest.get('tokens', 0):,} tokens seen, weights in {dtype}."
-    )
-    derived = config.get("derived") or {}
-    train = command_of(settings, (derived.get("place") or {}).get("ranks", 1))
-    again = f"python launch/consolidate.py {settings['output_dir']} --step {manifest['step']} --dtype {dtype}"
-    parts = [
-        _front_matter(settings, store),
-        f"# {name}\n\n{summary}",
-        "## Scores\n\n" + _scores(curve, manifest),
-        "## Use\n\n"
-        + _USE.replace("{new_tokens}", str(min(64, manifest["model_config"].get("n_positions", 1024) // 2))),
-        "## Data\n\n" + _data(store),
-        "## Training\n\n" + _training(settings, derived),
-        "## Validation\n\n" + _curve(curve),
-        f"## Again\n\n```\n{train}\n{again}\n```",
-    ]
-    return "\n\n".join(parts) + "\n"
+    settings, store, derived = config["settings"], config.get("store") or {}, config.get("derived") or {}
+    shown = {key: value for key, value in settings.items() if key not in _HIDDEN}
+    name, step, command = run.absolute().name, int(manifest["step"]), config.get("command")
+    rows = read_jsonl(run / METRICS)
+    curve = [row for row in rows if row.get("step", math.inf) <= step and _number(row.get("eval_loss")) is not None]
+    origin = "Trained from scratch" if settings["from_scratch"] else f"{settings['model']} fine-tuned"
+    new_tokens = min(64, manifest["model_config"].get("n_positions", 1024) // 2)
+    export = f"wikift consolidate {shlex.quote(str(settings['output_dir']))} --step {step} --dtype {dtype}"
+    return "\n\n".join([
+        _front_matter(name, settings, store, curve[-1] if curve and curve[-1]["step"] == step else {}),
+        f"# {_text(name)}",
+        f"{_text(origin)} on {_text(_dataset(settings, store))} with wikift {config['wikift']}; step {step:,}, "
+        f"{manifest.get('tokens', 0):,} tokens seen, weights in {dtype}.",
+        "## Validation", _validation(curve, step),
+        "## Use", _code(_USE.replace("{new_tokens}", str(new_tokens)), "python"),
+        "## Data", _data(store),
+        "## Training", _facts({**shown, **derived, **derived.get("place", {}), **derived.get("shape", {})}),
+        *(["## Reproduce", _code(f"{command}\n{export}")] if isinstance(command, str) else []),
+    ]) + "\n"  # fmt: skip
 
 
-def command_of(settings: dict[str, Any], ranks: int) -> str:
-    """The train command with these (recorded) settings, defaults left out."""
-    words = [f"torchrun --nproc_per_node={ranks} launch/train.py" if ranks > 1 else "python launch/train.py"]
-    for field in dataclasses.fields(TrainSettings):
-        value = settings.get(field.name, field.default)
-        if value == field.default or field.name in _WITHOUT_EFFECT or value is None:
-            continue
-        if isinstance(value, bool):
-            words.append(flag(field.name) if value else flag("no_" + field.name))
-        else:
-            words.append(f"{flag(field.name)} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}")
-    return " \\\n  ".join(words)
+def _front_matter(name: str, settings: dict[str, Any], store: dict[str, Any], scores: dict[str, Any]) -> str:
+    """Metadata of the Hub; `scores`, the validation of these weights, becomes its table of results."""
+    from huggingface_hub import EvalResult, ModelCardData
 
-
-def _front_matter(settings: dict[str, Any], store: dict[str, Any]) -> str:
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2, wikift]"]
-    base = released_name(settings["model"])
-    if base is not None and not settings["from_scratch"]:
-        lines.append(f"base_model: {'distilbert' if base == 'distilgpt2' else 'openai-community'}/{base}")
-    if store.get("dataset") in WIKITEXT:
-        lines += ["language: en", "datasets: [Salesforce/wikitext]"]
-    return "---\n" + "\n".join(lines) + "\n---"
+    base = None if settings["from_scratch"] else released_name(settings["model"])
+    on_hub = "dataset_path" not in store and store.get("dataset") != "demo"
+    dataset = store.get("dataset_name") if on_hub else None
+    results = [
+        EvalResult(
+            task_type="text-generation", dataset_type=dataset or "text", dataset_split="validation",
+            dataset_name=" ".join(_dataset(settings, store).split()), dataset_config=store.get("dataset_config"),
+            metric_type=kind.replace(" ", "_"), metric_name=kind.capitalize(), metric_value=round(value, 4),
+        )
+        for key, kind in _SCORES.items() if (value := _number(scores.get(key))) is not None
+    ]  # fmt: skip
+    data = ModelCardData(
+        language="en" if dataset == "Salesforce/wikitext" else None,
+        license=base and ("apache-2.0" if base == "distilgpt2" else "mit"),  # of the weights it started from
+        base_model=base and f"{'distilbert' if base == 'distilgpt2' else 'openai-community'}/{base}",
+        datasets=[dataset] if dataset else None, library_name="transformers", pipeline_tag="text-generation",
+        tags=["gpt2", "wikift"], metrics=["perplexity"] if results else None,
+        model_name=" ".join(name.split()), eval_results=results or None,
+    )  # fmt: skip
+    return f"---\n{data}\n---"
 
 
 def _dataset(settings: dict[str, Any], store: dict[str, Any]) -> str:
     name = str(store.get("dataset") or settings.get("dataset") or settings.get("data"))
     config = store.get("dataset_config")
-    return (Path(name).name or name) + (
-        f" ({config})" if config else ""
-    )  # a path of this machine's means nothing elsewhere
+    return Path(name).name + (f" ({config})" if config and config != name else "")
 
 
-def _scores(curve: list[dict[str, Any]], manifest: dict[str, Any]) -> str:
-    scored = [values for values in curve if _number(values.get("eval_loss")) is not None]
-    if not scored:
+def _validation(curve: list[dict[str, Any]], step: int) -> str:
+    if not curve:
         return "This checkpoint was not validated."
-    best = min(scored, key=lambda values: float(values["eval_loss"]))
-    lines = [_row("", "step", "loss", "perplexity", "word perplexity"), _row("---", "---:", "---:", "---:", "---:")]
-    for label, values in (("last", scored[-1]), ("best", best)):
-        lines.append(_row(label, f"{values['step']:,}", *_scored(values)))
-    note = "" if scored[-1]["step"] == manifest["step"] else "\n\nThis step itself was not validated."
-    return "On the validation split:\n\n" + "\n".join(lines) + note
+    best, stride = min(curve, key=lambda row: float(row["eval_loss"])), math.ceil(len(curve) / _CURVE_ROWS)
+    shown = [row for i, row in enumerate(curve) if row is best or (len(curve) - 1 - i) % stride == 0]  # the last always
+    form = {"step": ",", "tokens": ",", "loss": ".4f", "eval_loss": ".4f"} | dict.fromkeys(list(_SCORES)[1:], ",.2f")
+    cells = [[format(row[k], f) if _number(row.get(k)) is not None else "" for k, f in form.items()] for row in shown]
+    table = _table(("step", "tokens", "training loss", *(f"validation {kind}" for kind in _SCORES.values())), cells)
+    note = "" if curve[-1]["step"] == step else " This step was not validated."
+    return f"On the validation split; the lowest loss was at step {best['step']:,}.{note}\n\n{table}"
 
 
 def _data(store: dict[str, Any]) -> str:
-    facts = [
-        (key, value)
-        for key, value in store.items()
-        if isinstance(value, (str, int, float, bool)) and key not in ("format", "wikift", "dataset_path")
-    ]
     tokenizer = store.get("tokenizer")
-    if isinstance(tokenizer, dict):
-        facts += [(f"tokenizer {key}", value) for key, value in tokenizer.items() if isinstance(value, (str, int))]
-    names = {"dataset", "tokenizer name"}
-    lines = [_row("", ""), _row("---", "---")]
-    lines += [_row(key.replace("_", " "), _plain(Path(str(v)).name if key in names else v)) for key, v in facts]
-    lines += ["", _row("split", "rows", "tokens", "words", "bytes"), _row("---", "---:", "---:", "---:", "---:")]
-    for name, split in store.get("splits", {}).items():
-        lines.append(_row(name, *(f"{split.get(key, 0):,}" for key in ("rows", "tokens", "words", "bytes"))))
-    return "\n".join(lines)
+    facts = {key: value for key, value in store.items() if key not in ("format", "wikift", "dataset_path")}
+    facts |= {f"tokenizer {k}": v for k, v in tokenizer.items()} if isinstance(tokenizer, dict) else {}
+    facts |= {key: Path(str(facts[key])).name for key in ("dataset", "tokenizer name") if key in facts}
+    columns = ("rows", "tokens", "words", "bytes")
+    splits = [[name, *(f"{split.get(c, 0):,}" for c in columns)] for name, split in store.get("splits", {}).items()]
+    return _facts(facts) + "\n\n" + _table(("split", *columns), splits)
 
 
-def _training(settings: dict[str, Any], derived: dict[str, Any]) -> str:
-    hidden = _WITHOUT_EFFECT | {"output_dir", "data", "dataset", "tokenizer"}
-    facts = {key: value for key, value in settings.items() if value is not None and key not in hidden}
-    flat = {**derived, **derived.get("place", {}), **derived.get("shape", {})}
-    facts |= {key: value for key, value in flat.items() if isinstance(value, (str, int, float, bool))}
-    lines = [_row("setting", "value"), _row("---", "---")]
-    return "\n".join(lines + [_row(key.replace("_", " "), _plain(value)) for key, value in facts.items()])
+def _facts(facts: dict[str, Any]) -> str:
+    """The numbers, texts and switches of `facts` as a table."""
+    shown = {k.replace("_", " "): v for k, v in facts.items() if isinstance(v, (str, int, float))}
+    return _table(("", ""), [(k, f"{v:g}" if isinstance(v, float) else str(v)) for k, v in shown.items()], "---")
 
 
-def _curve(curve: list[dict[str, Any]]) -> str:
-    scored = [values for values in curve if _number(values.get("eval_loss")) is not None]
-    if not scored:
-        return "None was made."
-    stride = math.ceil(len(scored) / _CURVE_ROWS)
-    shown = scored[::-1][::stride][::-1]  # the last one always
-    head = ("step", "tokens", "training loss", "validation loss", "perplexity", "word perplexity")
-    lines = [_row(*head), _row(*["---:"] * len(head))]
-    for values in shown:
-        tokens, loss = values.get("tokens"), _number(values.get("loss"))
-        first = (f"{values['step']:,}", "" if tokens is None else f"{tokens:,}", "" if loss is None else f"{loss:.4f}")
-        lines.append(_row(*first, *_scored(values)))
-    return "\n".join(lines)
-
-
-def _scored(values: dict[str, Any]) -> tuple[str, str, str]:
-    perplexities = (_number(values.get(key)) for key in ("eval_perplexity", "eval_word_perplexity"))
-    first, second = ("" if value is None else f"{value:,.2f}" for value in perplexities)
-    return f"{float(values['eval_loss']):.4f}", first, second
-
-
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    from wikift.watch.log import read_metrics
-
-    return read_metrics(run / "metrics.jsonl")
+def _table(head: Sequence[str], rows: Iterable[Iterable[str]], rule: str = "---:") -> str:
+    lines = [head, [rule] * len(head), *(map(_text, row) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _text(text: str) -> str:
+    """`text` on one line, with nothing that Markdown would take for its own."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
-def _plain(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, bool) else str(value)
-    return " ".join(text.split()).replace("|", "\\|")
+def _code(text: str, language: str = "") -> str:
+    """A block of code; its fence is longer than any in `text`."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"

@@ -1,8 +1,7 @@
 """A checkpoint to a standard Hugging Face directory, tensor by tensor: memory is one tensor, whatever the model.
 
-The directory is written beside its place (`.hf.partial`), read back, and renamed in; an earlier export of the same run
-is renamed out and deleted after that, so a reader sees a whole one or none. Cost: the checkpoint is read once to verify
-its checksums, by threads beside the writing, its weights once more to be written.
+Cost: the checkpoint is read once to verify its checksums, by threads beside the writing, its weights once more to be
+written. Published by one rename (folder.py): a reader sees the earlier export or the new one, never a part.
 """
 
 from __future__ import annotations
@@ -11,211 +10,63 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from wikift import __version__
-from wikift.base import folders, hub
+from wikift.base import folders
 from wikift.base.errors import UserError
-from wikift.base.publish import stopping_by_exception
-from wikift.base.sizes import parse_size, show_bytes
-from wikift.checkpoint.reader import Checkpoint, best_checkpoint, open_checkpoint
-from wikift.commands.main import EXIT_DONE
+from wikift.base.files import show_bytes
+from wikift.base.signals import stopping_by_exception
+from wikift.checkpoint.reader import open_checkpoint
 from wikift.export.card import model_card
-from wikift.export.folder import FORMAT, check_target, published, write_json
-from wikift.export.weights import checkpoint_weights, write_weights
-from wikift.settings.fields import ConsolidateSettings
-from wikift.settings.options import parse
-from wikift.settings.run_plan import ranks_started
+from wikift.export.folder import FORMAT, check_target, published
+from wikift.export.weights import write_weights
 
 
-def main(argv: Sequence[str]) -> int:
-    """launch/consolidate.py."""
-    settings = parse(
-        ConsolidateSettings,
-        argv,
-        prog="launch/consolidate.py",
-        description="Make a standard Hugging Face directory of a run's newest (or best, or a given) checkpoint.",
-        epilog="examples:\n  python launch/consolidate.py runs/gpt2-wikitext-2-v1\n"
-        "  python launch/consolidate.py runs/gpt2-wikitext-2-v1 --best --dtype bfloat16 --out models/small",
-    )
-    if settings.run is None:
-        raise UserError("RUN_OR_CHECKPOINT: is missing; name a run, runs/NAME, or one checkpoint of it")
-    if ranks_started() > 1:
-        raise UserError(f"torchrun: started {ranks_started()} processes, this is work for one; start it with python")
-    say = (lambda text: None) if settings.quiet else print
-    source, target = Path(settings.run), Path(settings.out) if settings.out else None
-    _refuse_third_party(source)
-    out = export(
-        source,
-        target,
-        step=settings.step,
-        best=settings.best,
-        dtype=settings.dtype,
-        max_shard_size=settings.max_shard_size,
-        say=say,
-    )
-    run = source.absolute().parent.parent if folders.is_checkpoint(source) else source
-    known = folders.run_of(str(out)) is not None
-    data = "" if known else f" --data {folders.read_json(run / 'config.json').get('store_path', 'STORE')}"
-    say(f"next:  python launch/evaluate.py {out}{data}\n       python launch/generate.py {out}")
-    return EXIT_DONE
+def export(path: Path, target: Path, *, dtype: str, shard_bytes: int, say: Callable[[str], None]) -> None:
+    """Make the folder `target` of the checkpoint `path`, weights as `dtype` in files of at most `shard_bytes`.
 
-
-def export(
-    run_or_checkpoint: Path,
-    out: Path | None,
-    *,
-    step: int | None,
-    best: bool,
-    dtype: str,
-    max_shard_size: str,
-    say: Callable[[str], None],
-) -> Path:
-    """Export one checkpoint to `out` (RUN/hf where None) and return that folder.
-
-    Raises UserError for what was asked for wrongly or is damaged, EnvironmentFault where the disk is full or cannot be
-    written; in both cases an earlier export at `out` still stands.
+    Raises UserError where the checkpoint is damaged or `target` is not this run's, EnvironmentFault where the disk is
+    full or cannot be written; in both cases an earlier export at `target` still stands.
     """
-    from_checkpoint = folders.is_checkpoint(run_or_checkpoint)
-    run = run_or_checkpoint.absolute().parent.parent if from_checkpoint else run_or_checkpoint
-    shard_bytes = 0
-    problems: list[str] = []
-    try:
-        shard_bytes = parse_size(max_shard_size)
-    except UserError as error:
-        problems += error.problems
-    if step is not None and best:
-        problems.append(f"--step {step}: cannot act beside --best; leave one of the two out")
-    if from_checkpoint and (step is not None or best):
-        asked = "--best" if best else "--step"
-        problems.append(f"{asked}: cannot act, {run_or_checkpoint} is one checkpoint; name the run")
-    if not from_checkpoint and not run.is_dir():
-        problems.append(f"{run}: no such folder; name a run, runs/NAME, or one checkpoint of it")
-    if problems:
-        raise UserError(*problems)
+    run = path.parent.parent
     config = folders.run_config(run)
-    path = run_or_checkpoint if from_checkpoint else _choose(run, step, best, say)
-    target = run / "hf" if out is None else out
     record: dict[str, Any] = {"format": FORMAT, "run": _identity(run, config), "wikift": __version__}
     check_target(target, record["run"], own=target.absolute() == (run / "hf").absolute())
-
-    checkpoint = _opened(path, run)
-    tied = checkpoint.manifest["model_config"].get("tie_word_embeddings", True)
+    with _naming_other_checkpoints(path):
+        checkpoint = open_checkpoint(path)
     record |= {"step": checkpoint.step, "tokens": checkpoint.manifest.get("tokens"), "dtype": dtype}
     with stopping_by_exception(), published(target) as partial, ThreadPoolExecutor(os.cpu_count()) as pool:
         checks = [pool.submit(checkpoint.verify, name) for name in checkpoint.manifest["files"]]
         _write_model_files(run, partial, dtype)
-        weights = write_weights(checkpoint_weights(checkpoint), partial, dtype, shard_bytes, tied=tied)
+        size = write_weights(checkpoint, partial, dtype, shard_bytes)
         for check in checks:  # what was written is published only if what was read is as it was saved
-            with _other_checkpoints(path, run):
+            with _naming_other_checkpoints(path):
                 check.result()
         card = model_card(run, config, checkpoint.manifest, dtype)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        write_json(partial / folders.EXPORT_RECORD, record)
-    say(f"{target}: step {checkpoint.step:,} as {dtype}, {show_bytes(weights)} of weights")
-    return target
-
-
-def _refuse_third_party(folder: Path) -> None:
-    """Raises UserError with the command that converts `folder` where DeepSpeed or torch DCP wrote it."""
-    above = folder.parent if any(folder.glob("*_states.pt")) else folder
-    if (folder / ".metadata").is_file():
-        kind = "torch.distributed.checkpoint"
-        command = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} OUT.pt"
-    elif any(above.glob("*/*_states.pt")):
-        kind, tag = "DeepSpeed", "" if above == folder else f" -t {folder.name}"
-        command = f"python {above / 'zero_to_fp32.py'} {above} OUT{tag}"
-    else:
-        return
-    raise UserError(
-        f"{folder}: is a checkpoint of {kind}, not of wikift; convert it: {command}, then load the weights into a "
-        "model and call save_pretrained, as docs/third-party-checkpoints.md shows"
-    )
-
-
-def model_source(name: str, say: Callable[[str], None]) -> str:
-    """The directory or Hub name to load for `name`; a run without `hf` is exported first.
-
-    Raises UserError where there are no trained weights.
-    """
-    run = Path(name)
-    if not folders.has_model(name):
-        what = "has no checkpoint yet" if folders.is_run(run) else "no such folder, and no name of the Hub"
-        raise UserError(f"{name}: {what}; train it first: python launch/train.py --output-dir {name}")
-    if not run.exists():
-        hub.offline_if_unreachable()  # else the libraries try for half a minute, even where all is cached
-        return name
-    if folders.is_model(run):
-        return name
-    steps, target = folders.checkpoint_steps(run), run / "hf"
-    if not folders.is_model(target):
-        export(run, None, step=None, best=False, dtype="float32", max_shard_size="5GB", say=say)
-    else:
-        step = folders.read_json(target / folders.EXPORT_RECORD).get("step")
-        if steps and isinstance(step, int) and step < steps[-1]:
-            say(f"{target} is of step {step}, the run has come to {steps[-1]}: python launch/consolidate.py {run}")
-    return str(target)
-
-
-def _choose(run: Path, step: int | None, best: bool, say: Callable[[str], None]) -> Path:
-    """The checkpoint asked for. Raises UserError listing what there is."""
-    steps = folders.checkpoint_steps(run)
-    if not steps:
-        raise UserError(f"{run}: has no checkpoint yet; train on: python launch/train.py --output-dir {run}")
-    if step is not None:
-        if step not in steps:
-            raise UserError(
-                f"--step {step}: is not among the checkpoints of {run}: {', '.join(map(str, steps))}; take one of these"
-            )
-        return folders.checkpoint_path(run, step)
-    if not best:
-        return folders.checkpoint_path(run, steps[-1])
-    found = best_checkpoint(run)
-    if found is None:
-        listed = ", ".join(map(str, steps))
-        raise UserError(f"--best: no checkpoint of {run} was validated; leave it out, or name a --step of {listed}")
-    _say_what_was_better(run, folders.read_json(found / "manifest.json")["eval_loss"], say)
-    return found
-
-
-def _say_what_was_better(run: Path, saved: float, say: Callable[[str], None]) -> None:
-    from wikift.watch.log import read_metrics
-
-    losses = {values["step"]: values.get("eval_loss") for values in read_metrics(run / "metrics.jsonl")}
-    better = {step: loss for step, loss in losses.items() if loss is not None and loss < saved}
-    if better:
-        step = min(better, key=lambda step: better[step])
-        say(
-            f"step {step} was better ({better[step]:.4f} against {saved:.4f}), but no checkpoint was made there; train "
-            "with --save-steps as small as --eval-steps, or with --early-stopping-patience, which keeps the best"
-        )
-
-
-def _opened(path: Path, run: Path) -> Checkpoint:
-    with _other_checkpoints(path, run):
-        return open_checkpoint(path)
+        _write_json(partial / folders.EXPORT_RECORD, record)
+    say(f"{target}: step {checkpoint.step:,} as {dtype}, {show_bytes(size)} of weights")
 
 
 @contextlib.contextmanager
-def _other_checkpoints(path: Path, run: Path) -> Iterator[None]:
-    """A checkpoint that is damaged is no end: its run may have others."""
+def _naming_other_checkpoints(path: Path) -> Iterator[None]:
+    """The error of a damaged checkpoint names another one of its run."""
     try:
         yield
     except UserError as error:
-        others = [
-            step for step in folders.checkpoint_steps(run) if path.name != folders.checkpoint_path(run, step).name
-        ]
-        way_out = f"; another: --step {others[-1]}" if others else "; the run has no other checkpoint"
-        raise UserError(*(problem + way_out for problem in error.problems)) from None
+        run = path.parent.parent
+        others = [step for step in folders.checkpoint_steps(run) if folders.step_folder(run, step).name != path.name]
+        fix = f"; another: --step {others[-1]}" if others else "; the run has no other checkpoint"
+        raise UserError(*(problem + fix for problem in error.problems)) from None
 
 
 def _identity(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     """What tells this run's exports from another's: its name, seed, model and text."""
-    settings = config["settings"]
-    splits = config.get("store", {}).get("splits", {})
+    settings, splits = config["settings"], config.get("store", {}).get("splits", {})
     return {
         "name": run.absolute().name,
         "seed": settings["seed"],
@@ -225,7 +76,7 @@ def _identity(run: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_model_files(run: Path, folder: Path, dtype: str) -> None:
-    """The run's configuration with `dtype` set, and its generation configuration and tokenizer as they are."""
+    """The run's model configuration with `dtype` set, and its generation configuration and tokenizer as they are."""
     source = run / "model"
     try:
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
@@ -233,7 +84,11 @@ def _write_model_files(run: Path, folder: Path, dtype: str) -> None:
         raise UserError(f"{source}: the model's config.json cannot be read ({error}); the run is damaged") from None
     config["dtype"] = dtype
     config.pop("torch_dtype", None)  # transformers 4's name for it
-    write_json(folder / "config.json", dict(sorted(config.items())))
+    _write_json(folder / "config.json", dict(sorted(config.items())))
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name not in ("config.json", "README.md") and path.suffix != ".safetensors":
             shutil.copyfile(path, folder / path.name)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

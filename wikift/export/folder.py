@@ -1,14 +1,12 @@
-"""The directory that an export becomes: nothing foreign is overwritten, and it is shown whole or not at all.
+"""The folder that an export becomes: nothing that is not an export is overwritten, and it is complete or not there.
 
-It is written beside its place (`.NAME.partial`) and renamed in; an earlier export there is renamed out and deleted
-after that.
+It is written as `.NAME.partial` beside `target` and renamed; an earlier export is renamed first, and removed at last.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,35 +15,30 @@ from typing import Any
 
 from wikift.base import folders
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.base.files import sync_folder
-from wikift.base.sizes import show_bytes
+from wikift.base.files import show_bytes, sync_folder
 
 FORMAT = "wikift-export-1"
 
 
-def check_target(target: Path, identity: Any, *, own: bool) -> None:
-    """Raises UserError where something lies at `target` that is not an export of this run (in RUN/hf: any export)."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not target.is_dir():
+def check_target(target: Path, identity: dict[str, Any], *, own: bool) -> None:
+    """Raises UserError where `target` is something else than an export of this run; in its `own` hf/, any export."""
+    if target.is_file():
         raise UserError(f"--out {target}: is a file; name a folder")
-    try:
-        there = json.loads((target / folders.EXPORT_RECORD).read_text(encoding="utf-8"))
-        found = there["run"] if there["format"] == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError):
-        found = None
-    if found is None:
+    if not target.exists() or not any(target.iterdir()):
+        return
+    record = folders.read_json(target / folders.EXPORT_RECORD)
+    if record.get("format") != FORMAT or not isinstance(record.get("run"), dict):
         raise UserError(
             f"--out {target}: holds something that wikift did not export; name another folder or move it away"
         )
-    if found != identity and not own:
-        name = found.get("name") if isinstance(found, dict) else found
+    if record["run"] != identity and not own:
+        name = record["run"].get("name")
         raise UserError(f"--out {target}: holds the model of another run ({name}); name another folder or move it away")
 
 
 @contextlib.contextmanager
 def published(target: Path) -> Iterator[Path]:
-    """A folder to write into; it becomes `target` when all went well and is gone otherwise."""
+    """A folder to write into; it becomes `target` when all went well, and is removed otherwise."""
     partial = target.absolute().with_name(f".{target.absolute().name}.partial")
     old = partial.with_suffix(".old")
     try:
@@ -53,16 +46,17 @@ def published(target: Path) -> Iterator[Path]:
         lock = os.open(partial, os.O_RDONLY)
     except OSError as error:
         raise EnvironmentFault(
-            f"{target}: cannot be made ({error.strerror}), nothing was changed; make the model elsewhere, by "
-            "launch/consolidate.py with another --out"
+            f"{target}: cannot be made ({error.strerror}), nothing was changed; name another --out"
         ) from None
     try:
-        if not _is_ours(lock, partial):
-            raise EnvironmentFault(f"{target}: another process is making it at this moment; try again after it")
+        if not _locked(lock, partial):
+            raise EnvironmentFault(
+                f"{target}: another process is making it at this moment; run the command again after it"
+            )
         try:
-            if old.exists() and not target.exists():  # one that was killed between its two renames
+            if old.exists() and not target.exists():  # a process was killed between its two renames
                 os.rename(old, target)
-            for left in [*partial.iterdir(), *([old] if old.exists() else [])]:  # of one that was killed
+            for left in [*partial.iterdir(), *([old] if old.exists() else [])]:  # by a process that was killed
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield partial
             _swap(partial, target, old)
@@ -80,8 +74,8 @@ def published(target: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _is_ours(lock: int, partial: Path) -> bool:
-    """Take the lock on the open folder `partial`; False where another process has it, or has just published it."""
+def _locked(lock: int, partial: Path) -> bool:
+    """Lock the open folder `partial`; False where another process has locked it, or has just published it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -94,17 +88,13 @@ def _is_ours(lock: int, partial: Path) -> bool:
 def _swap(partial: Path, target: Path, old: Path) -> None:
     for path in (*partial.iterdir(), partial):
         sync_folder(path)
-    if target.exists() and any(target.iterdir()):
+    replaces = target.exists()
+    if replaces:
         os.rename(target, old)
-        try:
-            os.rename(partial, target)
-        except OSError:
-            os.rename(old, target)
-            raise
-    else:
+    try:
         os.rename(partial, target)
+    except OSError:
+        if replaces:
+            os.rename(old, target)
+        raise
     sync_folder(partial.parent)
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,11 +1,10 @@
-"""Weights to safetensors files as transformers writes them, a megabyte at a time; needs numpy, not torch."""
+"""A checkpoint's weights to safetensors files as transformers writes them, a megabyte at a time; needs no torch."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,65 +15,44 @@ from wikift.checkpoint.reader import Checkpoint
 
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 HEAD = "lm_head.weight"
-PIECE = 1 << 18  # elements read at a time: 1 MiB, which stays in a core's cache
+_PIECE = 1 << 18  # elements read at a time: 1 MiB, which stays in a core's cache
 
 Piece = np.ndarray[Any, np.dtype[np.float32]]
 
 
-@dataclass(frozen=True)
-class Weights:
-    """A model's weights: shapes by Hugging Face name in the model's order, and each one's elements.
-
-    `pieces(name)` gives the flattened tensor as 1-D fp32 arrays in order, each valid until the next is asked for.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    pieces: Callable[[str], Iterator[Piece]]
-
-
-def checkpoint_weights(checkpoint: Checkpoint) -> Weights:
-    """The weights of a checkpoint of wikift's; holds one piece in memory."""
-    buffer = np.empty(PIECE, np.float32)
-
-    def pieces(name: str) -> Iterator[Piece]:
-        count = math.prod(checkpoint.shapes[name])
-        for start in range(0, count, PIECE):
-            piece = buffer[: min(PIECE, count - start)]
-            checkpoint.read_into(name, "weight", start, memoryview(piece.view(np.uint8).data))
-            yield piece
-
-    return Weights(checkpoint.shapes, pieces)
-
-
-def write_weights(weights: Weights, folder: Path, dtype: str, shard_bytes: int, *, tied: bool) -> int:
-    """Write the weights as `save_pretrained` would, in files of at most `shard_bytes`; gives the bytes of all.
+def write_weights(checkpoint: Checkpoint, folder: Path, dtype: str, shard_bytes: int) -> int:
+    """Write the weights as `save_pretrained` would, in files of at most `shard_bytes`; returns the bytes of all.
 
     Names, order and grouping are transformers': a tensor larger than a file has one of its own, the others fill files
-    in the model's order, and within a file they lie by name. The tied head is left out, the embedding stands for it.
+    in the model's order, and are sorted by name within a file. A tied head is omitted, the embedding stands for it.
     """
     code = CODES[dtype]
-    entries = [Entry(name, code, shape) for name, shape in weights.shapes.items() if not (tied and name == HEAD)]
+    tied = checkpoint.manifest["model_config"].get("tie_word_embeddings", True)
+    entries = [Entry(name, code, shape) for name, shape in checkpoint.shapes.items() if not (tied and name == HEAD)]
+    buffer = np.empty(_PIECE, np.float32)
 
     def pieces(entry: Entry) -> Iterator[memoryview]:
-        return (rounded(piece, code) for piece in weights.pieces(entry.name))
+        count = math.prod(entry.shape)
+        for start in range(0, count, _PIECE):
+            piece = buffer[: min(_PIECE, count - start)]
+            checkpoint.read_into(entry.name, "weight", start, memoryview(piece.view(np.uint8).data))
+            yield rounded(piece, code)
 
-    groups = _shards(entries, shard_bytes)
-    names = ["model.safetensors"]
-    if len(groups) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
-    places: dict[str, str] = {}
-    for name, group in zip(names, groups, strict=True):
-        group = sorted(group)
-        size = write_pieces(folder / name, group, pieces, {"format": "pt"})
-        found, _ = read_header(folder / name)
-        if {n: (d, s) for n, (d, s, _) in found.items()} != {e.name: (e.dtype, e.shape) for e in group}:
-            raise OSError(f"{folder / name} does not read back as it was written")
-        assert size == (folder / name).stat().st_size
-        places |= {entry.name: name for entry in group}
+    shards = _shards(entries, shard_bytes)
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    weight_map: dict[str, str] = {}
+    for file, shard in zip(files, shards, strict=True):
+        write_pieces(folder / file, sorted(shard), pieces, {"format": "pt"})
+        header, _ = read_header(folder / file)
+        if {name: (kind, shape) for name, (kind, shape, _) in header.items()} != {e.name: e[1:] for e in shard}:
+            raise OSError(f"{folder / file} does not read back as it was written")
+        weight_map |= {entry.name: file for entry in shard}
     total = sum(entry.bytes for entry in entries)
-    if len(groups) > 1:
+    if len(shards) > 1:
         metadata = {"total_parameters": total // ITEM_BYTES[code], "total_size": total}
-        index = {"metadata": metadata, "weight_map": dict(sorted(places.items()))}
+        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return total
 
@@ -92,15 +70,15 @@ def rounded(piece: Piece, code: str) -> memoryview:
 
 
 def _shards(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
-    """Entries dealt out to files: in order, a new file where the next would exceed `limit` bytes."""
-    groups: list[list[Entry]] = []
+    """The entries of each file: in order, a new file where the next entry would exceed `limit` bytes."""
+    shards: list[list[Entry]] = []
     current: list[Entry] = []
     for entry in entries:
         if entry.bytes > limit:
-            groups.append([entry])
+            shards.append([entry])
             continue
         if current and sum(e.bytes for e in current) + entry.bytes > limit:
-            groups.append(current)
+            shards.append(current)
             current = []
         current.append(entry)
-    return [*groups, current] if current else groups
+    return [*shards, current] if current else shards

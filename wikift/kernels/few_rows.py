@@ -1,69 +1,39 @@
-"""GPT-2's weights as the decoder reads them, a token at a time, and the matmul that reads them."""
+"""The matmul of a few rows, which decoding makes for each token, split so that every thread has a part of it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from wikift import kernels
 
-PIECES = 16  # at most, of the input of a matmul of few rows
-_FEW_ROWS = 8  # that a matmul reads its weights for; with more its arithmetic decides
-_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+_PIECES = 16  # at most, of the input
+_FEW_ROWS = 8  # with more rows arithmetic decides, not reading the weights
 
 
-def matmul(pieces: int, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`rows` (count, input) @ `weight` (input, output) + `bias` (output,), of few rows in `pieces` of the input.
+def helps(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether splitting is faster here: other libraries than MKL take a batch of matmuls one after the other."""
+    on_mkl = device.type == "cpu" and dtype == torch.float32 and torch.backends.mkl.is_available()
+    return not kernels.plain and on_mkl and torch.get_num_threads() > 1
 
-    MKL's matmul of few rows keeps one thread at work, and packs the weights first from two rows on. Of a batch of
-    smaller ones each thread takes some: one row reads its weights at 20 to 25 GB/s for 17 (two cores with AVX2).
+
+def matmul(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`rows` (count, input) by `weight` (input, output), plus `bias`."""
+    return rows @ weight if bias is None else torch.addmm(bias, rows, weight)
+
+
+def split_matmul(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`matmul` to rounding; of few rows the sum of up to 16 matmuls, of a part of the input each.
+
+    MKL keeps one thread at work on a matmul of few rows, and packs the weights first from two rows on. Of a batch of
+    matmuls each thread takes its share: one row reads its weights at 20 to 25 GB/s for 17 (two cores with AVX2).
     """
     count, width = rows.shape
-    pieces = math.gcd(width, pieces)
-    if kernels.plain or count > _FEW_ROWS or pieces == 1:
-        return rows @ weight if bias is None else torch.addmm(bias, rows, weight)  # (count, output)
-    parts = rows.view(count, pieces, -1).transpose(0, 1)  # (pieces, count, input / pieces)
-    product = torch.bmm(parts, weight.view(pieces, -1, weight.shape[1])).sum(0)  # (count, output)
+    pieces = math.gcd(width, _PIECES)
+    if count > _FEW_ROWS or pieces == 1:
+        return matmul(rows, weight, bias)
+    parts = rows.view(count, pieces, -1).transpose(0, 1)
+    product = torch.bmm(parts, weight.view(pieces, -1, weight.shape[1])).sum(0)
     return product if bias is None else product.add_(bias)
-
-
-class Layer(NamedTuple):
-    """One layer's weights; matrices are (input, output)."""
-
-    ln_1: Any
-    ln_2: Any
-    act: Callable[[Tensor], Tensor]
-    scale: float
-    qkv: Tensor  # (width, 3 * width)
-    qkv_bias: Tensor
-    proj: Tensor  # (width, width)
-    proj_bias: Tensor
-    fc: Tensor  # (width, inner)
-    fc_bias: Tensor
-    out: Tensor  # (inner, width)
-    out_bias: Tensor
-
-
-def layer_of(model: Any, number: int) -> Layer:
-    """The weights of `model`'s layer, without gradients."""
-    block, config = model.transformer.h[number], model.config
-    scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
-    if config.scale_attn_by_inverse_layer_idx:
-        scale /= number + 1
-    tanh = config.activation_function in _TANH_GELU
-    act = (lambda x: F.gelu(x, approximate="tanh")) if tanh else block.mlp.act
-    modules = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
-    weights = [parameter.detach() for module in modules for parameter in (module.weight, module.bias)]
-    return Layer(block.ln_1, block.ln_2, act, scale, *weights)
-
-
-def relayout_head(model: Any) -> None:
-    """Lay the head in memory as a matmul of few rows reads it, without a second copy; the model computes as before."""
-    model.lm_head.weight.data = model.lm_head.weight.detach().t().contiguous().t()
-    if model.config.tie_word_embeddings:
-        model.transformer.wte.weight = model.lm_head.weight

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-# Dense bf16/fp16 operations per second, from NVIDIA's data sheets, SXM parts where there are several; first match.
+# Dense bf16/fp16 FLOP/s, from NVIDIA's data sheets, SXM parts where there are several; first match.
 _PEAK_FLOPS = (
     ("H200 NVL", 835e12), ("H200", 989.4e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989.4e12),
     ("GH200", 989.4e12), ("B200", 2250e12), ("A100", 312e12), ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12),

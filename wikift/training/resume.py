@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.base.files import replace_json
+from wikift.base.files import read_jsonl, replace_json
+from wikift.base.folders import METRICS, RUN_FILES, WANDB_ID, list_checkpoints, step_folder, step_of
 from wikift.checkpoint import reader
 from wikift.checkpoint.reader import Checkpoint
 from wikift.settings.run_plan import RunPlan, changed_settings
@@ -41,7 +42,7 @@ def planned_start(plan: RunPlan, store: TokenStore, say: Say) -> str:
 
     Raises UserError where the run would, and says what changed, as `check_same_experiment` does.
     """
-    saved = reader.list_checkpoints(plan.output_dir)
+    saved = list_checkpoints(plan.output_dir)
     if plan.resume == "never" or (plan.resume == "auto" and not saved):
         return "at step 1; what is in the output folder is kept aside" if saved else "at step 1"
     candidates = saved[::-1] if plan.resume == "auto" else [Path(plan.resume)]
@@ -96,15 +97,13 @@ def owed_line(plan: RunPlan, start: Checkpoint | None) -> dict[str, Any] | None:
         return None
     if not plan.due.evaluate(start.step):
         return None
-    from wikift.watch.log import read_metrics
-
-    lines = read_metrics(plan.output_dir / "metrics.jsonl")
-    return next((values for values in lines if values["step"] == start.step), {"step": start.step})
+    lines = read_jsonl(plan.output_dir / METRICS)
+    return next((values for values in lines if values.get("step") == start.step), {"step": start.step})
 
 
 def add_to_manifest(run: Path, start: Checkpoint | None, world: World, facts: dict[str, Any]) -> None:
     """Write `facts` into the manifest of the run's own checkpoint `start`, by one rename."""
-    own = start is not None and start.path.absolute() == reader.step_folder(run, start.step).absolute()
+    own = start is not None and start.path.absolute() == step_folder(run, start.step).absolute()
     if start is not None and own and world.rank == 0:
         replace_json(start.path / "manifest.json", {**start.manifest, **facts})
 
@@ -112,15 +111,14 @@ def add_to_manifest(run: Path, start: Checkpoint | None, world: World, facts: di
 def set_aside(run: Path, start: Checkpoint | None) -> None:
     """Move what an earlier run left, or what it wrote after `start`, into before-N: nothing of the user's is lost."""
     if start is None:
-        stale = [
-            p
-            for p in run.iterdir()
-            if p.name in ("config.json", "model", "metrics.jsonl", "samples.jsonl", "checkpoints", "hf")
-        ]
-        if not reader.list_checkpoints(run):
-            stale = [p for p in stale if p.name == "hf"]  # killed before its first checkpoint: nothing worth keeping
+        stale = [run / name for name in RUN_FILES if (run / name).exists()]
+        if not list_checkpoints(run):  # killed before its first checkpoint: nothing worth keeping
+            stale = [path for path in stale if path.name == "hf"]
+            (run / WANDB_ID).unlink(missing_ok=True)
     else:
-        stale = [p for p in reader.list_checkpoints(run) if int(p.name.removeprefix("step-")) > start.step]
+        stale = [path for path in list_checkpoints(run) if step_of(path) > start.step]
+        if stale and (run / WANDB_ID).exists():
+            stale.append(run / WANDB_ID)  # Weights & Biases drops steps that its run has already
     if stale:
         number = next(n for n in range(1, 10**6) if not (run / f"before-{n}").exists())
         aside = run / f"before-{number}"
@@ -128,8 +126,8 @@ def set_aside(run: Path, start: Checkpoint | None) -> None:
             target = aside / path.relative_to(run)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.rename(path, target)
-        if start is not None and (run / "metrics.jsonl").exists():
-            shutil.copyfile(run / "metrics.jsonl", aside / "metrics.jsonl")
+        if start is not None and (run / METRICS).exists():
+            shutil.copyfile(run / METRICS, aside / METRICS)
 
 
 @contextlib.contextmanager

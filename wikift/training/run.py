@@ -21,12 +21,15 @@ from transformers import GenerationConfig, GPT2Config
 from transformers.utils import logging as transformers_logging
 
 from wikift import __version__
+from wikift.base.command import command_line
 from wikift.base.errors import EnvironmentFault, UserError
+from wikift.base.failure import started_world
 from wikift.base.files import replace_json
+from wikift.base.folders import list_checkpoints
 from wikift.base.signals import stop_requests
-from wikift.base.world import World, be_deterministic, started_world
+from wikift.base.world import World, be_deterministic
 from wikift.checkpoint.fragment import FragmentReader, FreshStart
-from wikift.checkpoint.reader import Checkpoint, best_checkpoint, list_checkpoints
+from wikift.checkpoint.reader import Checkpoint, best_checkpoint
 from wikift.checkpoint.writer import Saver
 from wikift.data.store import TokenStore
 from wikift.engines.build import Built, Choice, Work, build_engine
@@ -41,7 +44,7 @@ from wikift.training.loop import run_steps
 from wikift.training.meter import Meter, peak_flops
 from wikift.training.resume import Say
 from wikift.training.training import Training
-from wikift.watch.log import Log, open_log
+from wikift.watch.metrics import Log, open_log
 
 
 def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
@@ -88,7 +91,8 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
     if not stopped:
         best, newest = best_checkpoint(folder), list_checkpoints(folder)[-1]
         choice = "" if best in (None, newest) else " --best"
-        say(f"done: {folder}\n  python launch/consolidate.py {folder}{choice}\n  python launch/generate.py {folder}")
+        consolidate, generate = command_line("consolidate"), command_line("generate")
+        say(f"done: {folder}\n  {consolidate} {folder}{choice}\n  {generate} {folder}")
     return stopped
 
 

@@ -1,0 +1,167 @@
+"""The consolidate command: one checkpoint of a run to a Hugging Face directory; `run` is the same for Python."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from wikift.base import folders, hub
+from wikift.base.command import command_line
+from wikift.base.errors import EXIT_DONE, UserError
+from wikift.base.files import parse_size, read_jsonl
+from wikift.checkpoint.reader import best_checkpoint
+from wikift.export.export import export
+from wikift.settings.fields import ConsolidateSettings
+from wikift.settings.options import parse_all
+from wikift.settings.run_plan import ranks_started
+
+Say = Callable[[str], None]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    parsed = parse_all(
+        ConsolidateSettings,
+        argv,
+        prog="wikift consolidate",
+        description="Make a standard Hugging Face directory of a run's newest (or best, or a given) checkpoint.",
+        epilog="examples:\n  wikift consolidate runs/gpt2-wikitext-2-v1\n"
+        "  wikift consolidate runs/gpt2-wikitext-2-v1 --best --dtype bfloat16 --out models/small",
+    )
+    parsed.checked(check)
+    settings = parsed.settings
+    say = _silent if settings.quiet else print
+    out, data = run(settings, say), ""
+    if folders.run_of(str(out)) is None:  # away from its run a model does not know its text
+        store = folders.run_config(_run_folder(str(settings.run))).get("store_path", "STORE")
+        data = f" --data {shlex.quote(store)}"
+    model = shlex.quote(str(out))
+    say(f"next:  {command_line('evaluate')} {model}{data}\n       {command_line('generate')} {model}")
+    return EXIT_DONE
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+def run(settings: ConsolidateSettings, say: Say = _silent) -> Path:
+    """Make the directory and return it; `say` is called with what was chosen and made.
+
+    Raises UserError for every problem of the settings and for a damaged checkpoint, EnvironmentFault where the disk is
+    full or cannot be written; in both cases an earlier export still stands.
+    """
+    check(settings)
+    source = Path(str(settings.run))
+    folder = _run_folder(str(settings.run))
+    checkpoint = source if folders.is_checkpoint(source) else _choose(folder, settings, say)
+    target = Path(settings.out) if settings.out else folder / "hf"
+    export(checkpoint, target, dtype=settings.dtype, shard_bytes=parse_size(settings.max_shard_size), say=say)
+    return target
+
+
+def model_source(name: str, say: Say) -> str:
+    """The directory or Hub name to load for `name`; a run without `hf` is exported first.
+
+    Raises UserError where there are no trained weights.
+    """
+    path = Path(name)
+    folders.check_model(name)
+    if not path.exists():
+        hub.offline_if_unreachable()  # else the libraries try for half a minute, even where all is cached
+        return name
+    if folders.is_model(path):
+        return name
+    target = path / "hf"
+    if not folders.is_model(target):
+        return str(run(ConsolidateSettings(run=name), say))
+    steps, step = folders.checkpoint_steps(path), folders.read_json(target / folders.EXPORT_RECORD).get("step")
+    if steps and isinstance(step, int) and step < steps[-1]:
+        command = f"{command_line('consolidate')} {shlex.quote(name)}"
+        say(f"{target} is of step {step}, the run has come to {steps[-1]}: {command}")
+    return str(target)
+
+
+def _run_folder(name: str) -> Path:
+    """The run that `name`, a run or a checkpoint of one, is about."""
+    return Path(name).parent.parent if folders.is_checkpoint(Path(name)) else Path(name)
+
+
+def check(settings: ConsolidateSettings) -> None:
+    """Raises UserError with every problem that shows without opening a checkpoint."""
+    problems = []
+    if (ranks := ranks_started()) > 1:
+        problems.append(f"torchrun: started {ranks} processes, this is work for one; start it with python")
+    try:
+        parse_size(settings.max_shard_size)
+    except UserError as error:
+        problems += error.problems
+    if settings.step is not None and settings.best:
+        problems.append(f"--step {settings.step}: has no effect with --best; omit one of the two")
+    if settings.run is None:
+        problems.append("RUN_OR_CHECKPOINT: is missing; name a run, runs/NAME, or one checkpoint of it")
+    else:
+        problems += _source_problems(Path(settings.run), settings)
+    if problems:
+        raise UserError(*problems)
+
+
+def _source_problems(source: Path, settings: ConsolidateSettings) -> list[str]:
+    if folders.is_checkpoint(source):
+        if settings.step is None and not settings.best:
+            return []
+        setting = "--best" if settings.best else "--step"
+        return [f"{setting}: has no effect, {source} is one checkpoint; name the run"]
+    if not source.is_dir():
+        return [f"{source}: no such folder; name a run, runs/NAME, or one checkpoint of it"]
+    if (third_party := _third_party(source)) is not None:
+        kind, command = third_party
+        return [
+            f"{source}: is a checkpoint of {kind}, not of wikift; convert it: {command}, then load the weights into a "
+            "model and call save_pretrained, as docs/how-to/third-party-checkpoints.md shows"
+        ]
+    try:
+        folders.run_config(source)
+    except UserError as error:
+        return list(error.problems)
+    return []
+
+
+def _third_party(folder: Path) -> tuple[str, str] | None:
+    """Which program wrote the checkpoint `folder`, and the command that converts it; None where it is neither's."""
+    if (folder / ".metadata").is_file():
+        command = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {shlex.quote(str(folder))} OUT.pt"
+        return "torch.distributed.checkpoint", command
+    above = folder.parent if any(folder.glob("*_states.pt")) else folder
+    if any(above.glob("*/*_states.pt")):
+        tag = "" if above == folder else f" -t {shlex.quote(folder.name)}"
+        return "DeepSpeed", f"python {shlex.quote(f'{above}/zero_to_fp32.py')} {shlex.quote(str(above))} OUT{tag}"
+    return None
+
+
+def _choose(folder: Path, settings: ConsolidateSettings, say: Say) -> Path:
+    """The run's checkpoint asked for. Raises UserError listing those it has."""
+    steps = folders.checkpoint_steps(folder)
+    listed = ", ".join(map(str, steps))
+    if not steps:
+        raise UserError(
+            f"{folder}: has no checkpoint yet; train it further: {command_line('train')} --output-dir "
+            f"{shlex.quote(str(folder))}"
+        )
+    if settings.step is not None and settings.step not in steps:
+        raise UserError(f"--step {settings.step}: is not among the checkpoints of {folder}: {listed}; use one of these")
+    if not settings.best:
+        return folders.step_folder(folder, steps[-1] if settings.step is None else settings.step)
+    best = best_checkpoint(folder)
+    if best is None:
+        raise UserError(f"--best: no checkpoint of {folder} was validated; omit it, or name a --step of {listed}")
+    saved = folders.read_json(best / "manifest.json")["eval_loss"]
+    validated = [row for row in read_jsonl(folder / folders.METRICS) if row.get("eval_loss") is not None]
+    lowest = min(validated, key=lambda row: row["eval_loss"], default={"eval_loss": saved})
+    if lowest["eval_loss"] < saved:
+        say(
+            f"step {lowest['step']} was better ({lowest['eval_loss']:.4f} against {saved:.4f}), but no checkpoint was "
+            "made there; train with --save-steps as small as --eval-steps, or with --early-stopping-patience, which "
+            "keeps the best"
+        )
+    return best

@@ -1,0 +1,107 @@
+"""metrics.jsonl is the truth; the terminal and Weights & Biases are views of it. Only rank 0 has any of them.
+
+One line of metrics.jsonl is one step: what was measured of the step and, where one was due, of the validation after
+it. A resumed run first removes the lines after its checkpoint, so no step is there twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from wikift.base.errors import EnvironmentFault
+from wikift.base.files import read_jsonl, replace_text
+from wikift.base.folders import METRICS, SAMPLES
+from wikift.watch.terminal import Terminal, open_terminal
+from wikift.watch.trackers import WandbRun, open_wandb
+
+
+class Log:
+    """What a run tells. Without a file (other ranks) and views every method does nothing."""
+
+    def __init__(
+        self, file: TextIO | None = None, terminal: Terminal | None = None, wandb_run: WandbRun | None = None
+    ) -> None:
+        self.file, self.terminal, self.wandb_run = file, terminal, wandb_run
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+        if self.terminal is not None:
+            self.terminal.say(text)
+
+    def tick(self, **values: Any) -> None:
+        """Refresh the live view."""
+        if self.terminal is not None:
+            self.terminal.tick(values)
+
+    def record(self, values: dict[str, Any]) -> None:
+        """One step's line, into the file and every view. Raises EnvironmentFault where the disk is full."""
+        if self.file is None:
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with _writing(Path(self.file.name)):
+            self.file.write(json.dumps(finite) + "\n")
+            self.file.flush()
+        if self.wandb_run is not None:
+            self.wandb_run.record(values)
+        if self.terminal is not None:
+            self.terminal.record(values)
+
+    def samples(self, step: int, prompts: Sequence[str], texts: Sequence[str]) -> None:
+        """What the model writes at `step`: a line per prompt in samples.jsonl beside the metrics, a table in wandb."""
+        if self.file is None:
+            return
+        rows = [{"step": step, "prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
+        path = Path(self.file.name).with_name(SAMPLES)
+        with _writing(path), open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if self.wandb_run is not None:
+            self.wandb_run.samples(step, rows)
+        first = " ".join((prompts[0] + texts[0]).split())
+        self.say(f"step {step:,} writes: {first[:200]}")
+
+
+@contextlib.contextmanager
+def open_log(
+    run: Path, *, after_step: int, steps: int, quiet: bool, wandb: bool, settings: dict[str, Any]
+) -> Iterator[Log]:
+    """Rank 0's log of a run that resumes after `after_step`.
+
+    Raises EnvironmentFault where metrics.jsonl cannot be written (its lines stay as they are) or wandb cannot start.
+    """
+    path = run / METRICS
+    with contextlib.ExitStack() as stack:
+        with _writing(path):
+            keep_until(path, after_step)
+            keep_until(run / SAMPLES, after_step)
+            file = stack.enter_context(open(path, "a", encoding="utf-8"))
+        wandb_run = stack.enter_context(open_wandb(run, settings, quiet)) if wandb else None
+        terminal = None if quiet else stack.enter_context(open_terminal(steps))
+        yield Log(file, terminal, wandb_run)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of metrics.jsonl or samples.jsonl."""
+    return [values for values in read_jsonl(path) if isinstance(values.get("step"), int)]
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Remove the lines after `step`, and an incomplete one, by one rename."""
+    if path.exists():
+        kept = [values for values in read_metrics(path) if values["step"] <= step]
+        replace_text(path, "".join(json.dumps(values, ensure_ascii=False) + "\n" for values in kept))
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{path} cannot be written ({error.strerror}); make room or fix its permissions, then run the same "
+            "command again to resume"
+        ) from None
