@@ -4,13 +4,14 @@
 # make bench   the benchmarks in small, in an environment of its own, ten minutes; says what became slower
 # make test-long   what takes longer: offloading, large models, more of the engines
 # make check   ruff and mypy
+# make docs    the documentation as a website, in site/
 # make pins    requirements.txt anew from setup.cfg
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: install bench demo test test-agreement check pins test-long
+.PHONY: install bench demo docs test test-agreement check pins test-long
 .DELETE_ON_ERROR:
 
 install: .venv/installed
@@ -70,6 +71,15 @@ check: .venv/test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy wikift
+
+DOCS := .venv/docs
+$(DOCS)/installed: docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	@touch $@
+
+docs: $(DOCS)/installed
+	NO_MKDOCS_2_WARNING=true $(DOCS)/bin/mkdocs build --strict --quiet
 
 pins:
 	{ echo "# uv pip compile --universal --python-version 3.10 --no-header --no-annotate setup.cfg -o requirements.txt"; \

@@ -5,7 +5,7 @@
 Results go to benchmarks/results/bench/DATE-TIME/; keep the folders of a state that later ones are to be compared with.
 Exit code 1 where a benchmark failed, or something is worse than in the newest results there of the same machine and
 settings by more than the noise (benchmarks.compare says what that is), twice: what dropped is run again. The full
-benchmarks, for docs/performance.md, are started one by one.
+benchmarks, for docs/explanation/performance.md, are started one by one.
 """
 
 from __future__ import annotations

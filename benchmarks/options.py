@@ -1,4 +1,4 @@
-"""What helps fine-tuning? Each option against the defaults, over seeds, on a small model: docs/experiments.md.
+"""What helps fine-tuning? Each option against the defaults, over seeds, on a small model.
 
     python -m benchmarks.options [--steps 150] [--seeds 1 2 3] [--only NAME ...]
 

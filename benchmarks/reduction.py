@@ -1,4 +1,4 @@
-"""What adding up the gradients in bf16 does to the loss: docs/experiments.md.
+"""What adding up the gradients in bf16 does to the loss: docs/explanation/experiments.md.
 
     python -m benchmarks.reduction [--steps 150] [--seeds 1 2 3]
 

@@ -3,7 +3,7 @@
     python -m benchmarks.scaling_paper [--run gpt2=0.140 ...] [--gpus 8 64 512] [--node-gb-per-s 400] ...
 
 The volumes are counted on real ranks by tests/engines/test_traffic.py. Everything about the machine is an argument,
-nothing is measured here; the formula and its assumptions are in docs/scaling.md.
+nothing is measured here; the formula and its assumptions are in docs/explanation/scaling.md.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def efficiency(
 ) -> float:
     """Share of the time of a step on `gpus` that is not waiting for the others; `step`: seconds of one GPU's work.
 
-    A backward pass takes two thirds of a micro-batch. What can be exchanged beside the work is; see docs/scaling.md.
+    A backward pass takes two thirds of a micro-batch. What can be exchanged meanwhile is hidden.
     """
     volumes = exchanged(engine, model, accumulation, weight, gradient)
     micro = step / accumulation
@@ -163,7 +163,7 @@ def paper(given: argparse.Namespace) -> None:
     settings = {
         key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in vars(given).items()
     }
-    how = "Expected efficiency by the formula of docs/scaling.md"
+    how = "Expected efficiency by the formula of docs/explanation/scaling.md"
     about = {"none": "a formula, nothing is measured"}
     write("scaling_paper", "Many GPUs, on paper", lines, figures, settings=settings, about=about, how=how)
 
@@ -183,7 +183,7 @@ def main() -> None:
     paper(parser.parse_args())
 
 
-# 65,536 tokens a GPU and step on H100s with llm.c, published: 0.140 s; at 188k and at 48.5k tokens/s (docs/scaling.md).
+# 65,536 tokens a GPU and step on H100s with llm.c, published: 0.140 s; at 188k and at 48.5k tokens/s
 PUBLISHED = ["gpt2=0.140", "gpt2-medium=0.349", "gpt2-xl=1.351"]
 
 if __name__ == "__main__":

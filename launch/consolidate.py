@@ -1,12 +1,11 @@
-"""Make a Hugging Face directory of a checkpoint. `--help` tells the rest."""
+"""`wikift consolidate` from a checkout, and for launchers that take a script: see --help."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from wikift.commands.consolidate import main
-from wikift.commands.main import run
+from wikift.commands.main import main, run
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ["consolidate", *sys.argv[1:]])

@@ -1,12 +1,11 @@
-"""Perplexity and bits per byte of models on a token store. `--help` tells the rest."""
+"""`wikift evaluate` from a checkout, and for launchers that take a script: see --help."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from wikift.commands.evaluate import main
-from wikift.commands.main import run
+from wikift.commands.main import main, run
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ["evaluate", *sys.argv[1:]])

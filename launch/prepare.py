@@ -1,12 +1,11 @@
-"""Text to a token store: see `python launch/prepare.py --help`."""
+"""`wikift prepare` from a checkout, and for launchers that take a script: see --help."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from wikift.commands.main import run
-from wikift.commands.prepare import main
+from wikift.commands.main import main, run
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ["prepare", *sys.argv[1:]])

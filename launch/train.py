@@ -1,12 +1,11 @@
-"""Fine-tune GPT-2, or train it from scratch: see --help."""
+"""`wikift train` from a checkout, and for launchers that take a script: see --help."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from wikift.commands.main import run
-from wikift.commands.train import main
+from wikift.commands.main import main, run
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ["train", *sys.argv[1:]])

@@ -41,11 +41,11 @@ LIBRARY_HOMES = {
     "datasets": {"data"},
     "pyarrow": {"data"},
     "tokenizers": {"data"},
-    "argparse": {"settings.options"},
+    "argparse": {"settings.arguments"},
 }
 # No torch behind these, whatever they import, unless a function asks for it.
 WITHOUT_TORCH = ("commands", "settings", "base", "data.store", "checkpoint.reader", "export")
-HAS_TORCH = ("base.world",)
+HAS_TORCH = ("base.world", "base.failure")  # who am I among the ranks, and how one that fails ends all
 
 MOST_LINES = {"package": 10_000, "core": 2_000, "file": 280, "function": 60, "parameters": 7}
 CORE = ("training/run", "training/loop", "engines/base", "engines/single", "engines/optim", "model/gpt2", "data/store",
@@ -53,29 +53,13 @@ CORE = ("training/run", "training/loop", "engines/base", "engines/single", "engi
 
 # Today's breaches: these lists only shrink.
 IMPORT_BREACHES: set[str] = {
-    "base.shape imports settings.options",
-    "base.world imports commands.main",
-    "base.world imports itself in a circle",
-    "commands.main imports itself in a circle",
-    "data.recipe imports settings.fields",
-    "data.sources imports settings.fields",
-    "data.user_files imports settings.fields",
-    "generation.answers imports settings.fields",
-    "generation.answers imports settings.options",
     "generation.writer imports engines.build",
-    "generation.writer imports settings.fields",
 }
 BUDGET_BREACHES: set[str] = {
-    "base/world: too long",
     "data/batches: micro_batches has too many parameters",
-    "data/encode: too long",
-    "data/sources: too long",
     "engines/fsdp: __init__ has too many parameters",
-    "generation/answers: print_answer has too many parameters",
     "package: too long",
     "settings/fields: too long",
-    "settings/options: option has too many parameters",
-    "settings/options: too long",
 }
 
 

@@ -30,7 +30,7 @@ def tiny_store(folder: Path, *, train: int = 409, validation: int = 61, seed: in
 
 
 def arguments(store: Path, run: Path, **settings: Any) -> list[str]:
-    """A command line of launch/train.py: 12 steps of 8 blocks from scratch, dropout on, an epoch in 6.4 steps."""
+    """A command line of wikift train: 12 steps of 8 blocks from scratch, dropout on, an epoch in 6.4 steps."""
     words: dict[str, Any] = {
         "data": store, "output_dir": run, "from_scratch": True, "config_overrides": SHAPE, "block_size": 8,
         "global_batch_size": 8, "max_steps": 12, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 4,

@@ -46,7 +46,7 @@ def text_store(folder: Path, *, vocabulary: int = 320, repeat: int = 6) -> Token
 
 
 def trained_run(folder: Path, store: Path, **settings: Any) -> Path:
-    """A run of launch/train.py in this process: 12 steps, checkpoints at 4, 8 and 12, positions for 32 tokens."""
+    """A run of wikift train in this process: 12 steps, checkpoints at 4, 8 and 12, positions for 32 tokens."""
     from wikift.commands.train import main
 
     shape = "n_layer=2,n_head=2,n_embd=32,n_positions=32"

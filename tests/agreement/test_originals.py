@@ -70,7 +70,7 @@ def rows_of(text: Path) -> list[str]:
 def measured(model: Path, text: Path, capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
     capsys.readouterr()
     line = [str(model), "--dataset", str(text), "--split", "validation", "--json", "--quiet"]
-    assert main([*line, "--device", "cpu", "--precision", "fp32", *words]) == 0
+    assert main([*line, "--device", "cpu", *words]) == 0
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
@@ -117,7 +117,7 @@ def test_lm_eval(model: Path, text: Path, folder: Path, capsys: pytest.CaptureFi
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(task), include_defaults=False)
-    lm = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=4)
+    lm = HFLM(pretrained=str(model), device="cpu", dtype="auto", batch_size=4)
     theirs = lm_eval.simple_evaluate(lm, tasks=["wikitext_local"], task_manager=manager, bootstrap_iters=0)
     numbers = theirs["results"]["wikitext_local"]
     (ours,) = measured(model, text, capsys, "--protocol", "lm-eval")

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,7 +20,7 @@ import pytest
 
 from wikift.base import publish
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.base.publish import make_once
+from wikift.base.publish import folder_lock, make_once, publish_folder
 
 
 def fill(folder: Path) -> None:
@@ -29,7 +31,7 @@ def fill(folder: Path) -> None:
 
 def once(out: Path, make: Any = fill) -> list[str]:
     said: list[str] = []
-    make_once(out, make, is_made=lambda: (out / "store.json").exists(), say=said.append)
+    make_once(out, make, is_made=(out / "store.json").exists, wait=lambda: said.append("waiting"))
     return said
 
 
@@ -68,16 +70,29 @@ def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path) -> None:
     assert everything(tmp_path) == ["out", "out/inner", "out/part", "out/store.json"]
 
 
-def test_a_lock_on_a_folder_that_has_gone_is_none(tmp_path: Path) -> None:
-    partial = tmp_path / ".out.partial"
-    partial.mkdir()
-    descriptor = os.open(partial, os.O_RDONLY)
-    assert publish._lock(descriptor, partial) == "ours"
-    partial.rename(tmp_path / "out")  # published meanwhile
-    assert publish._lock(descriptor, partial) == "gone"
-    partial.mkdir()  # and another process began anew
-    assert publish._lock(descriptor, partial) == "gone"
-    os.close(descriptor)
+def test_a_lock_whose_file_was_removed_is_not_held_twice(tmp_path: Path) -> None:
+    """Who waits for a lock gets the one of the file that is there, not of that which the holder removed at its end."""
+    order: list[str] = []
+
+    def second() -> None:
+        with folder_lock(tmp_path / "out", on_wait=lambda: order.append("waits")):
+            order.append("second")
+            time.sleep(1)
+            order.append("second ends")
+
+    thread = threading.Thread(target=second)
+    with folder_lock(tmp_path / "out"):
+        thread.start()
+        time.sleep(0.3)
+        order.append("first ends")
+    time.sleep(1)
+    with folder_lock(tmp_path / "out"):
+        order.append("third")
+    thread.join()
+    assert order == ["waits", "first ends", "second", "second ends", "third"]
+    assert everything(tmp_path) == []
+    with folder_lock(tmp_path / "out"), pytest.raises(TimeoutError):
+        folder_lock(tmp_path / "out", timeout_seconds=0.1).__enter__()
 
 
 def waiting(out: Path, seconds: float, pipe: Any, local_rank: str = "0") -> None:
@@ -110,7 +125,7 @@ def test_one_works_and_the_others_wait(tmp_path: Path) -> None:
     assert received(pipe) == "making"
     others = [started(out, 0) for _ in range(2)]
     for process, other in others:
-        assert received(other) == [f"waiting for another process that is preparing {out}"]
+        assert received(other) == ["waiting"]
         process.join()
     assert received(pipe) == []
     first.join()
@@ -126,7 +141,7 @@ def test_who_waits_takes_over_from_a_killed_one(tmp_path: Path) -> None:
     assert not other.poll(2), "it waits"
     first.kill()
     assert received(other) == "making"
-    assert received(other) == [f"waiting for another process that is preparing {out}"]
+    assert received(other) == ["waiting"]
     second.join()
     assert everything(tmp_path) == ["out", "out/inner", "out/part", "out/store.json"]
 
@@ -147,7 +162,7 @@ def test_who_waits_takes_over_from_one_that_failed(tmp_path: Path) -> None:
     thread = threading.Thread(target=first)
     thread.start()
     assert go.wait(10)
-    assert once(out) == [f"waiting for another process that is preparing {out}"]
+    assert once(out) == ["waiting"]
     thread.join()
     assert (out / "store.json").exists()
 
@@ -159,7 +174,7 @@ def test_of_the_ranks_of_a_machine_the_first_prepares(tmp_path: Path) -> None:
     first, pipe = started(out, 0)
     assert received(pipe) == "making"
     assert received(pipe) == []
-    assert received(other) == [f"waiting for another process that is preparing {out}"]
+    assert received(other) == ["waiting"]
     first.join()
     second.join()
     assert (out / "part").read_text() == str(first.pid)
@@ -192,10 +207,10 @@ def test_without_locks_the_first_to_finish_wins(tmp_path: Path, number: int) -> 
         (folder / "part").write_text("the other's")
 
     # the second process is this one again, so give it a name of its own
-    names = iter([1, 2])
+    names = itertools.count()
     with (
         mock.patch.object(fcntl, "flock", side_effect=OSError(number, "no locks here")),
-        mock.patch.object(publish.os, "getpid", side_effect=lambda: next(names, 3)),
+        mock.patch.object(publish.os, "uname", side_effect=lambda: SimpleNamespace(nodename=f"host-{next(names)}")),
     ):
         once(out, overtaken)
     assert (out / "part").read_text() == "the other's"
@@ -260,3 +275,37 @@ def test_ignored_signals_stay_ignored(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGHUP, before)
     assert (tmp_path / "out" / "store.json").exists()
+
+
+@pytest.mark.parametrize("fault", [None, ValueError("bug"), KeyboardInterrupt()])
+def test_a_folder_is_replaced_in_full_or_stays(tmp_path: Path, fault: BaseException | None) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("")
+
+    def replace() -> None:
+        with publish_folder(out, replace=True) as partial:
+            fill(partial)
+            if fault is not None:
+                raise fault
+
+    if fault is None:
+        replace()
+    else:
+        with pytest.raises(type(fault)):
+            replace()
+    assert everything(out) == (["old"] if fault is not None else ["inner", "part", "store.json"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_process_killed_between_two_renames_loses_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "old").write_text("")
+
+    def broken() -> None:
+        with publish_folder(tmp_path / "out", replace=True):
+            raise ValueError("bug")
+
+    with pytest.raises(ValueError, match="bug"):
+        broken()
+    assert everything(tmp_path) == ["out", "out/old"]

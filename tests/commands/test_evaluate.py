@@ -1,4 +1,4 @@
-"""launch/evaluate.py, from the command line to its output. Run: pytest tests/commands/test_evaluate.py"""
+"""wikift evaluate, from the command line to its output. Run: pytest tests/commands/test_evaluate.py"""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.trained import text_store, trained_run
 from wikift.base.errors import UserError
 from wikift.commands.evaluate import main, run
-from wikift.data.store import TokenStore
+from wikift.data.store import Encoded, TokenStore, write_store
 from wikift.model.gpt2 import load_model
 from wikift.settings.fields import EvaluateSettings
 
@@ -153,34 +154,36 @@ def test_torchrun_gives_the_same_number_once(made: tuple[TokenStore, Path], caps
     assert together["nll"] == pytest.approx(alone["nll"], rel=1e-6)
 
 
-def test_what_is_wrong_is_said_all_at_once(made: tuple[TokenStore, Path], tmp_path: Path) -> None:
+def test_what_is_wrong_is_refused(made: tuple[TokenStore, Path], tmp_path: Path) -> None:
+    """What depends on a run and its store; all else is in test_wrong.py."""
     store, run = made
-    other = text_store(tmp_path / "other", vocabulary=300)
     empty = tmp_path / "empty"
     (empty / "checkpoints").mkdir(parents=True)
     (empty / "config.json").write_text('{"wikift": "0", "settings": {}, "store_path": "nowhere"}')
-    lines: list[tuple[list[str], list[str]]] = [
-        ([], ["MODEL: is missing"]),
-        ([str(run), "--split", "train2"], ["--split train2", "train, validation, test"]),
-        ([str(run), "--context", "64"], ["--context 64", "32 positions"]),
-        ([str(run), "--stride", "33"], ["--stride 33", "32"]),
-        ([str(run), "--context", "8", "--stride", "9"], ["--stride 9", "--context 8"]),
-        (
-            [str(run), "--context", "0", "--per-device-eval-batch-size", "-1"],
-            ["--context 0", "--per-device-eval-batch-size -1"],
-        ),
-        ([str(run), "--data", str(tmp_path / "none")], ["--data", "none"]),
-        ([str(run), "--data", str(other.path)], ["tokenizer", str(other.path)]),
-        (["gpt2"], ["--data: is missing", "gpt2"]),
-        (["no/such/model", "--data", str(store.path)], ["no/such/model"]),
-        ([str(empty)], [str(empty), "launch/train.py"]),
-        ([str(store.path)], [str(store.path), "neither a model nor a run"]),
-        ([str(run / "config.json")], ["is a file"]),
-        ([str(run / "checkpoints" / "step-00000012")], ["is a checkpoint", "consolidate"]),
-        ([str(run), "--bogus", "1", "--stride", "x"], ["--bogus", "--stride x"]),
+    one = write_store(
+        tmp_path / "one",
+        {"validation": [Encoded(np.array([5], np.uint16), 1, 2, 1)]},
+        vocab_size=store.vocab_size,
+        eos_token_id=0,
+        tokenizer_fingerprint=store.tokenizer_fingerprint,
+    )
+    lines: list[tuple[list[Any], list[str]]] = [
+        ([run, "--split", "train2"], ["--split train2", "train, validation, test"]),
+        ([run, "--per-device-eval-batch-size", "-1"], ["--per-device-eval-batch-size -1"]),
+        (["no/such/model", "--data", store.path], ["no/such/model"]),
+        ([empty], [str(empty), "launch/train.py"]),
+        ([store.path], [str(store.path), "neither a model nor a run"]),
+        ([run / "checkpoints" / "step-00000012"], ["is a checkpoint", "consolidate"]),
+        ([run, "--data", one.path], ["--split", "no token to predict"]),
+        ([run, "--data", one.path, "--split", "validation"], ["--split validation", "no token to predict"]),
+        ([run, "--protocol", "lm-eval", "--stride", "8"], ["--stride 8: has no effect"]),
+        ([run, "--protocol", "paper"], ["--protocol paper: needs the text", "--dataset"]),
+        ([run, run, "--json", "--csv"], ["is named twice", "--csv: --json is given too"]),
+        ([run, "--text-column", "x"], ["--text-column x: has no effect without --dataset"]),
+        ([run, "--dataset", "demo", "--data", store.path], ["--data", "has no effect, --dataset demo is given"]),
     ]
-    for words, expected in lines:
+    for line, expected in lines:
         with pytest.raises(UserError) as raised:
-            main(words)
+            main([str(word) for word in line])
         for part in expected:
-            assert part in str(raised.value), words
+            assert part in str(raised.value), line

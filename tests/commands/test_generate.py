@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -17,18 +18,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from tests.terminal import Terminal
+from tests.tiny import arguments
 from tests.trained import text_store, trained_run
 from wikift.base import folders
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.commands.generate import main
 from wikift.data.tokenizer import train
 from wikift.generation import prompts
+from wikift.generation.sampler import Sampling
 from wikift.generation.stream import Stream
 from wikift.generation.writer import Writer, load_writer
-from wikift.settings.fields import GenerateSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATE = [sys.executable, str(ROOT / "launch" / "generate.py")]
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
 SCRIPT = "Hänsch — 東京 🜚 ﷺ…\nend"
 
 
@@ -70,8 +74,8 @@ def writer_of(folder: Path) -> Writer:
     return load_writer(str(folder), "cpu")
 
 
-def asked(**values: Any) -> GenerateSettings:
-    return GenerateSettings(**values)
+def asked(**values: Any) -> Sampling:
+    return Sampling(**{"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1, **values})
 
 
 # --- one answer ----------------------------------------------------------------------------------------------------
@@ -138,7 +142,8 @@ def test_a_scripted_model_is_quoted_to_its_end(
     assert found["new_tokens"] == len(SCRIPT.encode()) + 1
     assert found["prompt"] == ""
     assert found["seconds"] > 0
-    assert [found[name] for name in ("temperature", "top_k", "top_p", "seed")] == [float(temperature), 50, 0.95, 42]
+    used = [found[name] for name in ("temperature", "top_k", "top_p", "repetition_penalty", "seed")]
+    assert used == ([0.0, 0, 1.0, 1.0, 42] if temperature == "0" else [0.8, 50, 0.95, 1.1, 42])
     assert main(words) == 0
     assert capsys.readouterr().out == SCRIPT + "\n"
 
@@ -173,14 +178,33 @@ def test_same_seed_same_text(made: Path) -> None:
     )
 
 
-def test_greedy_is_the_models_own(made: Path) -> None:
-    writer = writer_of(made / "hf")
-    ids = writer.tokenizer("The Ren")["input_ids"]
-    for _ in range(10):
-        with torch.no_grad():
-            ids.append(int(writer.model(torch.tensor([ids])).logits[0, -1].argmax()))
-    found = writer.answer("The Ren", asked(temperature=0, repetition_penalty=1.0, max_new_tokens=10), 0)
-    assert "The Ren" + found.text == writer.tokenizer.decode(ids).removesuffix("\ufffd")
+@pytest.mark.parametrize("penalty", [None, 1.7])
+def test_temperature_0_is_generate_without_sampling(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], penalty: float | None
+) -> None:
+    """The command's own defaults are those of drawing: none of them may act here, unlike a penalty that was typed."""
+    torch.manual_seed(1)
+    model = GPT2LMHeadModel(GPT2Config(**SHAPE, vocab_size=320, initializer_range=0.3)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(made / "hf")
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path)
+    words = [str(tmp_path), "--temperature", "0", "--max-new-tokens", "30", "--json", "--device", "cpu"]
+    typed = [] if penalty is None else ["--repetition-penalty", str(penalty)]
+    texts = []
+    for prompt in ("The Renaissance", "Maria", "The theory of relativity describes space and time"):
+        ids = tokenizer(prompt, return_tensors="pt")
+        wanted = {} if penalty is None else {"repetition_penalty": penalty}
+        new = model.generate(**ids, do_sample=False, max_new_tokens=30, pad_token_id=0, **wanted)[0]
+        expected = tokenizer.decode(new[ids["input_ids"].shape[1] :], skip_special_tokens=True).removesuffix("\ufffd")
+        capsys.readouterr()
+        assert main([*words, *typed, "--prompt", prompt]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["text"], found["repetition_penalty"]) == (expected, penalty or 1.0)
+        texts.append(expected)
+        if penalty is None:  # the case is one in which the default of drawing would tell
+            assert main([*words, "--repetition-penalty", "1.1", "--prompt", prompt]) == 0
+            texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert len(set(texts)) > len(texts) // 2
 
 
 def test_what_does_not_fit_the_context_is_said(made: Path) -> None:
@@ -222,6 +246,15 @@ def test_a_published_models_own_sampling_does_not_mix_in(
         texts.append(json.loads(out)["text"])
         assert all(line.startswith("wikift: ") for line in err.splitlines()), "no library speaks on the terminal"
     assert texts[0] == texts[1]
+
+
+def test_a_model_without_a_tokenizer(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (made / "hf").iterdir():
+        if "token" not in path.name and path.name not in ("vocab.json", "merges.txt"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match=r"has no tokenizer \(tokenizer.json, or vocab.json and merges.txt\); copy"):
+        main([str(tmp_path), "--prompt", "a", "--device", "cpu"])
+    assert capsys.readouterr().out == ""
 
 
 def test_tokenizer_and_model_must_belong_together(made: Path, tmp_path: Path) -> None:
@@ -319,6 +352,12 @@ def test_wrong_command_lines(made: Path, tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "blank.txt").write_text(" \n\n")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "notes.txt").write_text("mine")
+    checkpoint = tmp_path / "runs" / "small" / "checkpoints" / "step-00000012"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    for name in ("small", "empty"):
+        (tmp_path / "runs" / name).mkdir(exist_ok=True)
+        (tmp_path / "runs" / name / "config.json").write_bytes((made / "config.json").read_bytes())
     run = str(made)
     lines: list[tuple[list[str], list[str]]] = [
         ([run, "--prompt", "a", "--examples"], ["--prompt and --examples"]),
@@ -340,12 +379,16 @@ def test_wrong_command_lines(made: Path, tmp_path: Path, monkeypatch: pytest.Mon
         (["foreign"], ["neither a model nor a run"]),
         (["latin.txt"], ["is a file"]),
         ([str(made / "checkpoints" / "step-00000012")], ["is a checkpoint", "consolidate"]),
-        (["runs/none", "--no-train"], ["launch/train.py --output-dir runs/none\n", "launch/generate.py runs/none"]),
-        (["--no-train"], ["no trained model yet", "launch/train.py\n", "launch/generate.py runs/gpt2-wikitext-2-v1"]),
-        (["runs/none", "--no-train", "--", "--seed", "1"], ["--no-train"]),
-        (["runs/none", "--", "--learning-rate", "-1", "--dropout", "2"], ["--learning-rate -1", "--dropout 2"]),
-        (["runs/none", "--", "--output-dir", "runs/other"], ["--output-dir runs/other", "runs/none"]),
-        (["runs/none", "--", "--bogus"], ["--bogus"]),
+        ([run, "--temperature", "0", "--top-k", "9", "--top-p", "0.5", "--seed", "1"],
+         ["--top-k 9: has no effect at --temperature 0", "--top-p 0.5: has no", "--seed 1: has no"]),
+        (["gtp2"], ["gtp2: no such folder", "(did you mean gpt2?)"]),
+        (["runs/smal"], ["runs/smal: no such folder", "(did you mean runs/small?)"]),
+        (["runs/small/hf"], ["runs/small/hf: is not there yet; make it: python launch/consolidate.py runs/small"]),
+        (["runs/empty"], ["runs/empty: has no checkpoint yet; train it first: python launch/train.py --output-dir"]),
+        (["zzz/y/hf"], ["zzz/y/hf: no such folder", "python launch/train.py --output-dir zzz/y"]),
+        (["zzz/y/x"], ["zzz/y/x: no such folder", "python launch/train.py --output-dir zzz/y/x"]),
+        ([run, "--", "--seed", "1"], ["--: what follows is for a training, and there is none for"]),
+        ([run, "--no-train", "--", "--seed", "1"], ["--no-train"]),
     ]  # fmt: skip
     before = sorted(tmp_path.rglob("*"))
     for words, expected in lines:
@@ -362,9 +405,9 @@ def test_user_errors_come_before_torch(tmp_path: Path) -> None:
         "try: run(main, sys.argv[1:])\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
     )
     for module, words in (
-        ("generate", ["runs/none", "--no-train", "--temperature", "-1"]),
-        ("consolidate", ["runs/none"]),
-        ("evaluate", ["runs/none"]),
+        ("commands.generate", ["runs/none", "--temperature", "-1"]),
+        ("commands.consolidate", ["runs/none"]),
+        ("commands.evaluate", ["runs/none"]),
     ):
         command = [sys.executable, "-c", code.format(module), *words]
         done = subprocess.run(
@@ -408,3 +451,77 @@ def test_the_newest_run_is_the_default(
     record.write_text(json.dumps({**json.loads(record.read_text()), "step": 8}))
     assert main(["--prompt", "a", "--max-new-tokens", "1", "--device", "cpu"]) == 0
     assert "runs/new/hf is of step 8, the run has come to 12" in capsys.readouterr().err
+
+
+# --- no model yet --------------------------------------------------------------------------------------------------
+
+
+def training(folder: Path, **values: Any) -> list[str]:
+    """Arguments of a training into runs/new."""
+    text_store(folder / "store")
+    shape = "n_layer=2,n_head=2,n_embd=32,n_positions=32"
+    return arguments(folder / "store", Path("runs/new"), config_overrides=shape, block_size=16, **values)
+
+
+def test_training_comes_first_where_no_model_is_named_and_none_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wrong = [*training(tmp_path), "--learning-rate", "-1", "--dropout", "2"]
+    for words, expected in (
+        (["--no-train"], ["no trained model yet", "launch/train.py\n", "launch/generate.py runs/gpt2-wikitext-2-v1"]),
+        (["--prompt", "The", "--", *wrong], ["--learning-rate -1", "--dropout 2"]),
+        (["--prompt", "The", "--", *training(tmp_path), "--dry-run"], ["left no checkpoint"]),
+    ):
+        with pytest.raises(UserError) as raised:
+            main(words)
+        assert all(part in str(raised.value) for part in expected), words
+    capfd.readouterr()
+    words = ["--prompt", "The", "--json", "--device", "cpu", "--", *training(tmp_path, quiet=False)]
+    assert main(words) == 0
+    out, err = capfd.readouterr()
+    found = json.loads(out)  # the training's own words went to standard error
+    assert found["model"] == "runs/new/hf"
+    assert "no trained model yet" in err
+    assert "python launch/train.py --data" in err
+    assert "step 12/12" in err
+    assert folders.checkpoint_steps(Path("runs/new"))[-1] == 12
+    assert main(words) == 0  # again: it is there
+    again, err = capfd.readouterr()
+    assert json.loads(again)["text"] == found["text"]
+    assert "nothing is trained" in err
+    for path in (tmp_path / "store").glob("train*"):
+        path.unlink()
+    os.rename("runs", "elsewhere")
+    assert main(words) == 2, "the training's own exit code"
+
+
+def test_a_stopped_training_is_saved_and_its_exit_code_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--prompt", "The", "--json", "--device", "cpu", "--"]
+    long = training(tmp_path, max_steps=10**6, save_steps=10**6, eval_steps=10**6)
+    child = subprocess.Popen(
+        [*GENERATE, *words, *long], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    metrics = Path("runs/new/metrics.jsonl")
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    child.send_signal(signal.SIGTERM)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 75, err
+    assert out == b""
+    assert b"the training is saved; resume it" in err
+    assert len(folders.checkpoint_steps(Path("runs/new"))) == 1
+
+
+def test_on_a_terminal_it_asks_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    terminal = Terminal([*GENERATE, "--prompt", "a"])
+    terminal.wait_for(r"train it now\? \[Y/n\] ")
+    terminal.send("n\n")
+    terminal.wait_for(r"python launch/generate.py runs/gpt2-wikitext-2-v1")
+    assert terminal.exit_code() == 2
+    assert list(tmp_path.iterdir()) == []

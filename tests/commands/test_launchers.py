@@ -27,8 +27,7 @@ NOISE = r"\[W.*(?:The hostname of the client socket cannot be retrieved|Unable t
 # what a run of four steps says on a terminal, from the first line to the last
 WORDS = (
     "gpt2 from scratch: ", "engine ", "fp32 on cpu (", "8 blocks a step = 2 processes x ", "step 1/4  loss ",
-    "step 2/4  loss ", "step 3/4  loss ", "step 4/4  loss ", "done: ", "  python launch/consolidate.py ",
-    "  python launch/generate.py ",
+    "step 2/4  loss ", "step 3/4  loss ", "step 4/4  loss ", "done: ", "  {} ", "  {} ",
 )  # fmt: skip
 
 
@@ -50,9 +49,11 @@ def in_ranks(words: list[str]) -> None:
     assert main(words) == 0
 
 
-def check(run: Path, ddp: Path, output: str, engine: str) -> None:
+def check(run: Path, ddp: Path, output: str, engine: str, form: str = f"python {ROOT}/launch/{{}}.py") -> None:
+    """`form` is how the next commands are written: as this one was typed."""
+    words = [*WORDS[:-2], *(f"  {form.format(name)} " for name in ("consolidate", "generate"))]
     lines = [text for text in output.splitlines() if not re.match(NOISE, text)]
-    assert [text for text, word in zip(lines, WORDS, strict=True) if not text.startswith(word)] == [], output
+    assert [text for text, word in zip(lines, words, strict=True) if not text.startswith(word)] == [], output
     assert lines[1].startswith(f"engine {engine} (")
     for here, there in zip(metrics(run), metrics(ddp), strict=True):
         assert abs(here["loss"] - there["loss"]) <= TOLERANCE
@@ -91,7 +92,8 @@ def test_every_file_trains_as_ddp_does(
         output = capfd.readouterr().out
     else:
         output = launched(launcher, words)
-    check(folder / name, folder / "ddp", output, name.partition("_")[0])
+    form = {"form": "wikift {}"} if launcher is None else {}
+    check(folder / name, folder / "ddp", output, name.partition("_")[0], **form)
 
 
 def test_every_file_is_among_them() -> None:

@@ -118,7 +118,7 @@ from wikift.commands.main import run
 from wikift.base.errors import UserError
 
 def main(argv):
-    from wikift.base.world import started_world
+    from wikift.base.failure import started_world
     with started_world("cpu") as world:
         world.barrier()
         if world.rank == 1 and argv == ["raise"]:

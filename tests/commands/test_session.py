@@ -46,26 +46,29 @@ def in_a_pipe(made: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, *word
     return main([str(made), "--device", "cpu", *words])
 
 
+@pytest.mark.parametrize("leave", [b"/quit", b"/exit", b"quit", b" exit "])
 def test_a_pipe_of_prompts_and_commands(
-    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], leave: bytes
 ) -> None:
     content = (
         b"/set max-new-tokens 4\n/set temperature 0\nWarsaw\r\n\n"
-        b"/set temperature hot\n/set top_p 7\n/set nothing 1\n/set x\n/unknown\n/show\nH\xe4nsch\n/help\n/quit\nnever\n"
+        b"/set temperature hot\n/set top_p 7\n/set nothing 1\n/set top_k 7\n/set\n/unknown\n"
+        b"/show\nH\xe4nsch\n/help\n" + leave + b"\nnever\n"
     )
     assert in_a_pipe(made, monkeypatch, content) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0].startswith("Warsaw")
-    assert re.search(r"^temperature +0\.0$", out, re.M)
-    assert re.search(r"^max_new_tokens +4$", out, re.M)
+    assert re.search(r"^temperature +0\.0 *$", out, re.M)
+    assert re.search(r"^repetition_penalty +1\.0 *$", out, re.M)
+    assert re.search(r"^max_new_tokens +4 *$", out, re.M)
     assert "\nH\ufffdnsch" in out
-    assert "/set NAME VALUE" in out
+    assert re.search(r"^/set NAME VALUE +change a setting", out, re.M)
     assert "> " not in out
     assert "never" not in out
     problems = [line for line in err.splitlines() if not line.startswith("wikift: ")]
     assert [line.split(":")[0].split(",")[0] for line in problems] == [
-        "--temperature hot", "--top-p 7", "nothing", "/set NAME VALUE", "/unknown",
+        "--temperature hot", "--top-p 7", "--top-p 7", "/set nothing", "--top-k 7", "/set ", "/unknown",
     ]  # fmt: skip
 
 
@@ -85,6 +88,7 @@ def test_setting_values() -> None:
     before = asked()
     assert set_value(before, "top-k", "7").top_k == 7
     assert set_value(before, "top_k", "7").prompt is None
+    assert set_value(set_value(before, "top_k", "7"), "top_k", "") == before, "back to the default"
     for name, value in (("top_k", "1.5"), ("top_k", "-1"), ("prompt", "x"), ("json", "true"), ("", "")):
         with pytest.raises(UserError):
             set_value(before, name, value)
@@ -146,8 +150,8 @@ def test_seed_retry_and_save(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").write_text("mine")
     content = (
-        b"/retry\n/save early\nThe\n/retry\n/seed 42\n/retry\n/seed x\n/seed\n"
-        b"/save out.jsonl\n/save there\n/save no/such\n/set temperature 0\n/retry"
+        b"/retry\n/save early\nThe\n/retry\n/seed 42\n/retry\n/seed x\n"
+        b"/save out.jsonl\n/save there\n/save no/such\n/set temperature 0\n/set seed\n/set temperature 0\n/retry"
     )
     assert in_a_pipe(made, monkeypatch, content, "--json", "--max-new-tokens", "8") == 0
     out, err = capsys.readouterr()
@@ -159,8 +163,8 @@ def test_seed_retry_and_save(
     assert (tmp_path / "there").read_text() == "mine"
     problems = [line for line in err.splitlines() if not line.startswith("wikift: ")]
     assert [line.partition(":")[0] for line in problems] == [
-        "/retry", "/save FILE, once there is an answer", "--seed x", "/seed N, N a whole number", "out.jsonl",
-        "/save there", "/save no/such",
+        "/retry", "/save FILE, once there is an answer", "--seed x", "out.jsonl", "/save there", "/save no/such",
+        "--seed 42",
     ]  # fmt: skip
     assert len(re.findall(r"^wikift: 8 tokens in .* tokens/s$", err, re.M)) == 4
     assert err.count("the same prompt gives the same text at temperature 0") == 1

@@ -1,4 +1,4 @@
-"""What launch/train.py offers beside the contract: precision, checkpointing, compile, own text, what is said.
+"""What wikift train offers beside the contract: precision, checkpointing, compile, own text, what is said.
 
 pytest tests/commands/test_train.py
 """

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import multiprocessing
-import os
-import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -19,47 +17,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from tests.data.hostile import HANDPICKED, TEXTS
 from tests.real import GPT2_TOKENIZER, needs_data, validation_rows
-from wikift.base.errors import EnvironmentFault
+from wikift.base.errors import UserError
+from wikift.data import cuts as cutting
 from wikift.data import encode, tokenizer
-from wikift.data.encode import Chunk, Cuts, chunks, cut_rule, encoder, pieces, training_texts
+from wikift.data.cuts import Cuts, cut_rule, pieces, training_texts
+from wikift.data.encode import Chunk, chunks, encode_all
 from wikift.data.store import Encoded
 from wikift.data.texts import Texts
-
-# fmt: off
-HANDPICKED = [
-    "", " ", "\n", "\r\n", "\t \u00a0 ", "don't DON'T we've 'tis '' 's'", "a  b   c    ", " a", "a ",
-    "\u200b\u200d\ufeff", "e\u0301\u0301\u0301", "👩‍👩‍👧‍👦🏳️‍🌈", "\x00\x01\x7f\x85\xa0", "<|endoftext|>",
-    "a<|endoftext|> b", "<|endoftext|", "मनीष नमस्ते", "สวัสดีครับ", "שלום עולם", "العربية ـــ", "漢字かな交じり文。テスト",
-    "\U0001d518\U0001d52b\U0001d526 \U00010380", "½ Ⅷ ٣ \u09ea 1,234.5", "\u2028\u2029\x1c\x1d", "ﷺ" * 5,
-    "A\u030a Å \u212b",
-    "\U0010ffff\ue000\ufdd0", "a\u00adb", "@-@ , . = = = <unk>", "=" * 50, " " * 50 + "x", "😀" * 20,
-]
-FRAGMENTS = st.sampled_from([
-    *"abzAZ019 '.,!-\n\t\r", "  ", "   ", "'s", "'ll", "'re", "n't", "é", "ß", "ǅ", "ʰ", "\u0301", "漢", "。", "か",
-    "한",
-    "\u0627", "\u0640", "м", "😀", "\u200d", "\u00a0", "\u2003", "\u3000", "\x85", "\x1c", "\x0b", "\u2028", "½", "٣",
-    "<|endoftext|>", "<|end", "oftext|>", "|>", "<",
-])
-# fmt: on
-TEXTS = st.lists(FRAGMENTS | st.text(max_size=2), max_size=60).map("".join)
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.SavedTokenizer:
-    """A trained BPE with merges over all that the tests throw at it."""
-    texts = [
-        "the cat's don't we'll  three   spaces a1 b2, (x) the then there\n" * 20,
-        *HANDPICKED * 3,
-        "aaaa" * 9,
-        "=" * 40,
-    ]
-    return tokenizer.train(texts, 420, tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="session")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.SavedTokenizer:
-    return tokenizer.load(str(GPT2_TOKENIZER), tmp_path_factory.mktemp("gpt2"))
 
 
 def whole(saved: tokenizer.SavedTokenizer, text: str) -> list[int]:
@@ -97,10 +63,13 @@ def ids_of(parts: Iterable[Encoded]) -> list[int]:
     return [int(i) for part in parts for i in part.ids]
 
 
-def small_limits(long: int, hopeless: int, search: int = 5) -> Any:
-    return mock.patch.multiple(
-        encode, LONG_CHARACTERS=long, HOPELESS_CHARACTERS=hopeless, CHUNK_CHARACTERS=50, _SEARCH_CHARACTERS=search
-    )
+@contextlib.contextmanager
+def small_limits(long: int, hopeless: int, search: int = 5) -> Iterator[None]:
+    with (
+        mock.patch.multiple(cutting, LONG_CHARACTERS=long, HOPELESS_CHARACTERS=hopeless, _SEARCH_CHARACTERS=search),
+        mock.patch.object(encode, "CHUNK_CHARACTERS", 50),
+    ):
+        yield
 
 
 def check_cuts(saved: tokenizer.SavedTokenizer, text: str, long: int, arrive: list[int]) -> None:
@@ -141,7 +110,7 @@ def test_long_rows_are_cut_where_they_can_be(small: tokenizer.SavedTokenizer) ->
     cuts = cut_rule(small.file)
     parts = list(pieces([(text, True)], cuts))
     assert len(parts) > 8
-    assert max(len(part) for part, _, _ in parts) <= encode.LONG_CHARACTERS
+    assert max(len(part) for part, _, _ in parts) <= cutting.LONG_CHARACTERS
     assert "".join(part for part, _, _ in parts) == text
     assert [end for _, end, _ in parts] == [False] * (len(parts) - 1) + [True]
     assert (cuts.exact, cuts.inexact) == (1, 0)
@@ -220,21 +189,14 @@ def some_rows(count: int = 400) -> list[tuple[str, bool]]:
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_workers_do_not_show_in_the_result(small: tokenizer.SavedTokenizer, workers: int) -> None:
     expected = encoded(small, some_rows(), cut_rule(small.file))
-    with (
-        mock.patch.object(encode, "CHUNK_CHARACTERS", 900),
-        encoder(small.file, eos_token_id=None, dtype="uint16", workers=workers) as encode_all,
-    ):
-        first = list(encode_all(chunks(batches(some_rows()), cut_rule(small.file))))
-        second = list(encode_all(chunks(batches(some_rows()[:3]), cut_rule(small.file))))
-        started = len(multiprocessing.active_children())
-    assert len(first) > encode.INLINE_CHUNKS, "enough for processes to be started"
-    assert started == (workers if workers > 1 else 0)
-    assert ids_of(first) == ids_of(expected)
-    assert second[0].rows == 3
-    assert not multiprocessing.active_children()
+    with mock.patch.object(encode, "CHUNK_CHARACTERS", 900):
+        parts = chunks(batches(some_rows()), cut_rule(small.file))
+        found = list(encode_all(parts, encode.chunk_encoder(small.file, None, "uint16"), workers))
+    assert len(found) > 2 * workers + 1, "more than are in flight"
+    assert ids_of(found) == ids_of(expected)
 
 
-def test_chunks_in_flight_are_bounded(small: tokenizer.SavedTokenizer) -> None:
+def test_chunks_in_flight_are_bounded_and_an_error_ends_the_threads(small: tokenizer.SavedTokenizer) -> None:
     taken = 0
 
     def source() -> Iterator[Chunk]:
@@ -242,36 +204,22 @@ def test_chunks_in_flight_are_bounded(small: tokenizer.SavedTokenizer) -> None:
         for _ in range(200):
             taken += 1
             yield Chunk(Texts.of(["some text"]), np.array([True]), 0)
+        raise UserError("line 201: is bad")
 
-    with encoder(small.file, eos_token_id=None, dtype="uint16", workers=2) as encode_all:
-        for number, _ in enumerate(encode_all(source())):
-            assert taken - number <= 2 * 2 + 1 + encode.INLINE_CHUNKS
-    assert taken == 200
-
-
-def test_a_killed_worker_is_the_environments_fault(small: tokenizer.SavedTokenizer) -> None:
-    def endless() -> Iterator[Chunk]:
-        while True:
-            yield Chunk(Texts.of(["some text " * 100]), np.array([True]), 0)
-
-    def with_a_victim() -> None:
-        with encoder(small.file, eos_token_id=None, dtype="uint16", workers=2) as encode_all:
-            for number, _ in enumerate(encode_all(endless())):
-                if number == 5:
-                    victim = multiprocessing.active_children()[0].pid
-                    assert victim is not None
-                    os.kill(victim, signal.SIGKILL)
-
-    with pytest.raises(EnvironmentFault, match=r"a tokenizing process was killed.*nothing was kept.*fewer --workers"):
-        with_a_victim()
-    assert not multiprocessing.active_children()
+    encode_chunk = encode.chunk_encoder(small.file, None, "uint16")
+    found = encode_all(source(), encode_chunk, 2)
+    for number, _ in enumerate(itertools.islice(found, 195)):
+        assert taken - number <= 2 * 2 + 1
+    with pytest.raises(UserError, match="line 201"):
+        list(found)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
 
 
 def test_training_texts_are_the_text_in_pieces() -> None:
     text = "a word " * 30_000
     found = list(training_texts([(text, False), ("x" * 10, True), ("\n", True)], tokenizer.EOS))
     assert "".join(found) == text + "x" * 10 + "\n"
-    assert max(map(len, found)) <= encode.LONG_CHARACTERS
+    assert max(map(len, found)) <= cutting.LONG_CHARACTERS
 
 
 def test_memory_of_a_long_row_is_bounded(small: tokenizer.SavedTokenizer) -> None:

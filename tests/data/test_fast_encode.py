@@ -16,33 +16,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from tests.data.test_encode import HANDPICKED, TEXTS, batches, ids_of, some_rows
+from tests.data.hostile import HANDPICKED, TEXTS
+from tests.data.test_encode import batches, ids_of, some_rows
 from tests.ranks import run_ranks
-from tests.real import GPT2_TOKENIZER, ROOT, needs_data, validation_rows
-from wikift.base.errors import UserError
-from wikift.data import encode, tokenizer
-from wikift.data import fast_encode as fastencode
-from wikift.data.encode import Chunk, chunks, cut_rule
+from tests.real import ROOT, needs_data, validation_rows
+from wikift.data import encode, fast_encode, tokenizer
+from wikift.data.cuts import Cuts, cut_rule
+from wikift.data.encode import Chunk, chunks, encode_all
 from wikift.data.store import open_store
 from wikift.data.texts import Texts, count_words
 
 needs_gigatoken = pytest.mark.skipif(
-    fastencode.why_not(encode.Cuts(unsplit=())) is not None, reason="gigatoken is not installed"
+    fast_encode.why_not(Cuts(unsplit=())) is not None, reason="gigatoken is not installed"
 )
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.SavedTokenizer:
-    texts = ["the cat's don't we'll  three   spaces a1 b2, (x) the then there\n" * 20, *HANDPICKED * 3]
-    return tokenizer.train(texts, 420, tmp_path_factory.mktemp("tokenizer"))
 
 
 def both(saved: tokenizer.SavedTokenizer, rows: list[tuple[str, bool]], workers: int, eos: int | None) -> None:
     """The two encoders give the same ids and counts for `rows`."""
     slow = encode.chunk_encoder(saved.file, eos, "uint16")
     expected = [slow(chunk) for chunk in chunks(batches(rows), cut_rule(saved.file))]
-    with fastencode.fast_encoder(saved.file, eos_token_id=eos, dtype="uint16", workers=workers) as fast:
-        found = list(fast(chunks(batches(rows), cut_rule(saved.file))))
+    fast = fast_encode.fast_chunk_encoder(saved.file, eos, "uint16")
+    found = list(encode_all(chunks(batches(rows), cut_rule(saved.file)), fast, workers))
     assert ids_of(found) == ids_of(expected)
     assert all(part.ids.dtype == np.dtype("<u2") for part in found)
     for count in ("rows", "words", "bytes"):
@@ -59,8 +53,7 @@ def test_ids_and_counts_are_those_of_tokenizers(small: tokenizer.SavedTokenizer,
 
 @needs_gigatoken
 @needs_data
-def test_real_rows_have_gpt2s_ids(tmp_path: Path) -> None:
-    gpt2 = tokenizer.load(str(GPT2_TOKENIZER), tmp_path)
+def test_real_rows_have_gpt2s_ids(gpt2: tokenizer.SavedTokenizer) -> None:
     both(gpt2, [(row, True) for row in [*validation_rows(), *HANDPICKED]], 2, gpt2.eos_token_id)
 
 
@@ -70,11 +63,11 @@ def test_real_rows_have_gpt2s_ids(tmp_path: Path) -> None:
 def test_any_text_has_the_same_ids(small: tokenizer.SavedTokenizer, texts: list[str]) -> None:
     chunk = Chunk(Texts.of(texts), np.ones(len(texts), np.bool_), 0)
     if "fast" not in _ENCODERS:
-        _ENCODERS["fast"] = fastencode.fast_chunk_encoder(small.file, None, "uint16", 1 << 30)
+        _ENCODERS["fast"] = fast_encode.fast_chunk_encoder(small.file, None, "uint16")
         _ENCODERS["slow"] = encode.chunk_encoder(small.file, None, "uint16")
     try:
         found = _ENCODERS["fast"](chunk).ids.tolist()
-    except fastencode.Disagreement:  # over a character that is too new for one of the two
+    except fast_encode.Disagreement:  # over a character that is too new for one of the two
         if all(unicodedata.ucd_3_2_0.category(character) != "Cn" for character in "".join(texts)):
             raise
         return
@@ -89,15 +82,15 @@ def test_a_character_that_one_of_the_two_does_not_know_is_found(small: tokenizer
     rows[4321] = f"the {new}'s then\n"
     chunk = Chunk(Texts.of(rows), np.ones(len(rows), np.bool_), 0)
     try:
-        found = fastencode.fast_chunk_encoder(small.file, None, "uint16", 1 << 30)(chunk).ids.tolist()
-    except fastencode.Disagreement:
+        found = fast_encode.fast_chunk_encoder(small.file, None, "uint16")(chunk).ids.tolist()
+    except fast_encode.Disagreement:
         return
     assert found == encode.chunk_encoder(small.file, None, "uint16")(chunk).ids.tolist()
 
 
 def test_the_characters_beyond_ascii_are_all_seen() -> None:
     for text in ("", "plain", "é", "1234567é89", "12345é6漢7\U000323b08ab", "éé漢漢😀" * 9 + "x" * 5 + "ü"):
-        found = fastencode._beyond_ascii(np.frombuffer(text.encode(), np.uint8))
+        found = fast_encode._beyond_ascii(np.frombuffer(text.encode(), np.uint8))
         assert [chr(code) for code in found] == [character for character in text if character > "\x7f"]
 
 
@@ -111,14 +104,12 @@ def memory_of_digits(file: str, cache_bytes: int) -> float:
         for _ in range(80):
             yield Texts.of(f"{source.randrange(10**9)}\n" for _ in range(100_000))
 
-    start = fastencode._resident_bytes()
-    with (
-        mock.patch.object(fastencode, "CACHE_BYTES", cache_bytes),
-        fastencode.fast_encoder(Path(file), eos_token_id=None, dtype="uint16", workers=2) as fast,
-    ):
-        rule = cut_rule(Path(file))
-        for _ in fast(chunks(((texts, np.ones(len(texts), np.bool_)) for texts in numbers()), rule)):
-            most = max(most, fastencode._resident_bytes() - start)
+    start = fast_encode._resident_bytes()
+    with mock.patch.object(fast_encode, "CACHE_BYTES", cache_bytes):
+        fast = fast_encode.fast_chunk_encoder(Path(file), None, "uint16")
+        rows = chunks(((texts, np.ones(len(texts), np.bool_)) for texts in numbers()), cut_rule(Path(file)))
+        for _ in encode_all(rows, fast, 2):
+            most = max(most, fast_encode._resident_bytes() - start)
     return most
 
 
@@ -135,15 +126,18 @@ _ENCODERS: dict[str, encode.EncodeChunk] = {}
 @needs_gigatoken
 def test_a_tokenizer_started_anew_gives_the_same_ids(small: tokenizer.SavedTokenizer) -> None:
     chunk = Chunk(Texts.of(["a cat then there\n"] * 50), np.ones(50, np.bool_), 0)
-    with mock.patch.object(fastencode, "_LEAST_BYTES_BETWEEN", 0), mock.patch.object(fastencode, "_load") as load:
+    with (
+        mock.patch.multiple(fast_encode, _LEAST_BYTES_BETWEEN=0, CACHE_BYTES=-(1 << 60)),
+        mock.patch.object(fast_encode, "_load") as load,
+    ):
         load.side_effect = lambda file: original(file)
-        fast = fastencode.fast_chunk_encoder(small.file, None, "uint16", -(1 << 60))
+        fast = fast_encode.fast_chunk_encoder(small.file, None, "uint16")
         found = [fast(chunk).ids.tolist() for _ in range(3)]
-    assert load.call_count == 4
+    assert load.call_count == 5, "at the start, after the hostile strings and after each chunk"
     assert found[0] == found[1] == found[2]
 
 
-original = fastencode._load
+original = fast_encode._load
 
 
 @needs_gigatoken
@@ -152,11 +146,11 @@ def test_other_ids_are_found_and_the_store_is_that_of_tokenizers(tmp_path: Path)
     rows = "".join(f"the cat and the dog number {i} ran away\n" for i in range(3000))
     (tmp_path / "t.txt").write_text(rows)
     program = (
-        "import sys; from pathlib import Path; from wikift.commands import prepare; "
-        "from wikift.data import fast_encode as fastencode; prepare._SLOW_BYTES = 0\n"
+        "import sys; from pathlib import Path; from wikift.commands.prepare import main; "
+        "from wikift.data import prepare; prepare.SLOW_BYTES = 0\n"
         "if sys.argv[1] == 'false':\n"
         "    from tests.data.test_fast_encode import falsely_after_the_start; falsely_after_the_start()\n"
-        "sys.exit(prepare.main(sys.argv[2:]))"
+        "sys.exit(main(sys.argv[2:]))"
     )
 
     def prepared(kind: str) -> tuple[str, str]:
@@ -177,7 +171,7 @@ def test_other_ids_are_found_and_the_store_is_that_of_tokenizers(tmp_path: Path)
 
 def falsely_after_the_start() -> None:
     """Let gigatoken's third chunk and those that follow have a wrong id in each row."""
-    right, calls = fastencode._encode, [0]
+    right, calls = fast_encode._encode, [0]
 
     def wrong(fast: object, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
         ids, ends = right(fast, texts)
@@ -185,7 +179,7 @@ def falsely_after_the_start() -> None:
         return (ids + 1, ends) if calls[0] > 2 else (ids, ends)
 
     encode.CHUNK_CHARACTERS = 20_000
-    fastencode._encode = wrong
+    fast_encode._encode = wrong
 
 
 @needs_gigatoken
@@ -194,61 +188,45 @@ def test_a_tokenizer_that_it_cannot_read_is_a_disagreement(small: tokenizer.Save
     file = tmp_path / "tokenizer.json"
     broken.save(str(file))
     file.write_text(file.read_text().replace('"type": "BPE"', '"type": "Unheard"').replace('"BPE"', '"Unheard"'))
-    with pytest.raises(fastencode.Disagreement, match="cannot read"):
-        fastencode._load(file)
+    with pytest.raises(fast_encode.Disagreement, match="cannot read"):
+        fast_encode._load(file)
 
 
 @needs_gigatoken
 def test_every_hostile_string_is_compared_at_the_start(small: tokenizer.SavedTokenizer) -> None:
     """Other ids for the last of them alone are a disagreement before any text is read."""
-    right = fastencode._encode
+    right = fast_encode._encode
 
     def wrong(fast: object, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
         ids, ends = right(fast, texts)
         return np.append(ids[:-1], ids[-1] + 1), ends
 
     with (
-        mock.patch.object(fastencode, "_encode", wrong),
-        pytest.raises(fastencode.Disagreement, match="other ids"),
-        fastencode.fast_encoder(small.file, eos_token_id=None, dtype="uint16", workers=1),
+        mock.patch.object(fast_encode, "_encode", wrong),
+        pytest.raises(fast_encode.Disagreement, match="other ids"),
     ):
-        pass
+        fast_encode.fast_chunk_encoder(small.file, None, "uint16")
 
 
 @needs_gigatoken
 def test_long_texts_are_compared_too(small: tokenizer.SavedTokenizer) -> None:
     chunk = Chunk(Texts.of(["the cat then " * 3000] * 2), np.ones(2, np.bool_), 0)
-    right = fastencode._encode
-    encode_chunk = fastencode.fast_chunk_encoder(small.file, None, "uint16", 1 << 30)
+    right = fast_encode._encode
+    encode_chunk = fast_encode.fast_chunk_encoder(small.file, None, "uint16")
     encode_chunk(chunk)
     with (
         mock.patch.object(
-            fastencode, "_encode", lambda fast, texts: (right(fast, texts)[0] + 1, right(fast, texts)[1])
+            fast_encode, "_encode", lambda fast, texts: (right(fast, texts)[0] + 1, right(fast, texts)[1])
         ),
-        pytest.raises(fastencode.Disagreement, match="other ids"),
+        pytest.raises(fast_encode.Disagreement, match="other ids"),
     ):
         encode_chunk(chunk)
 
 
-@needs_gigatoken
-def test_an_error_in_the_texts_comes_through(small: tokenizer.SavedTokenizer) -> None:
-    def bad():
-        yield from batches(some_rows())
-        raise UserError("line 3: is bad")
-
-    with (
-        pytest.raises(UserError, match="line 3"),
-        fastencode.fast_encoder(small.file, eos_token_id=None, dtype="uint16", workers=2) as fast,
-    ):
-        list(fast(chunks(bad(), cut_rule(small.file))))
-
-
 def test_only_where_it_may_be_used() -> None:
-    assert "GPT-2's kind" in (
-        fastencode.why_not(encode.Cuts(unsplit=None)) or "gigatoken is not installed GPT-2's kind"
-    )
+    assert "GPT-2's kind" in (fast_encode.why_not(Cuts(unsplit=None)) or "gigatoken is not installed GPT-2's kind")
     with mock.patch("importlib.util.find_spec", return_value=None):
-        assert fastencode.why_not(encode.Cuts(unsplit=())) == "gigatoken is not installed"
+        assert fast_encode.why_not(Cuts(unsplit=())) == "gigatoken is not installed"
 
 
 WHITE = [c for c in map(chr, range(0x110000)) if c.isspace()]

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from tests.data.test_readers import parquet
 from tests.real import ROOT, WIKITEXT_MIRROR, needs_data, validation_rows
 from wikift.base.errors import UserError
-from wikift.data.sources import Corpus, corpus_problems, open_corpus
-from wikift.settings.fields import DataSettings
+from wikift.data.corpus import Corpus
+from wikift.data.sources import Source, open_source, source_problems
 
 
 def opened(path: Path | str, *, seed: int = 42, **others: Any) -> Corpus:
-    return open_corpus(DataSettings(dataset=str(path), **others), seed)
+    return open_source(Source(str(path), seed=seed, **others))
 
 
 def rows_of(corpus: Corpus, split: str) -> list[str]:
@@ -82,7 +82,7 @@ def test_several_files_of_a_split_and_lines_that_end_with_them(tmp_path: Path) -
 
 
 PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
-    "nothing of that name": ({}, "none.txt", {}, r"--dataset \S*none.txt: no such file or folder; mend the path"),
+    "nothing of that name": ({}, "none.txt", {}, r"--dataset \S*none.txt: no such file or folder; fix the path"),
     "nothing fitting": (
         {"a.md": "", "b.pdf": ""}, "", {},
         r"has no train, validation or test with .txt, .jsonl, .parquet \(there: a.md, b.pdf\); name the files train",
@@ -91,23 +91,23 @@ PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
     "unknown ending": ({"a.csv": "x"}, "a.csv", {}, "wikift reads .txt, .jsonl, .parquet, not .csv; convert the text"),
     "no ending": ({"corpus": "x"}, "corpus", {}, "not files without an ending"),
     "mixed": ({"train.txt": "x", "test.jsonl": "{}"}, "", {}, r"mixes .jsonl and .txt; keep one kind of file"),
-    "config of a file": ({"a.txt": "x"}, "a.txt", {"dataset_config": "c"}, "-config c: cannot act, .* is one file"),
+    "config of a file": ({"a.txt": "x"}, "a.txt", {"config": "c"}, "-config c: has no effect, .* is one file"),
     "config of a folder": (
-        {"train.txt": "x"}, "", {"dataset_config": "c"}, "-config c: cannot act, .* has no configurations"
+        {"train.txt": "x"}, "", {"config": "c"}, "-config c: has no effect, .* has no configurations"
     ),
-    "column of text": ({"a.txt": "x"}, "a.txt", {"text_column": "c"}, "--text-column c: cannot act, .* has no columns"),
+    "column of text": ({"a.txt": "x"}, "a.txt", {"text_column": "c"}, "-column c: has no effect, .* has no columns"),
     "fraction of nothing": (
         {"train.txt": "x", "validation.txt": "x"}, "", {"validation_fraction": 0.1},
-        "--validation-fraction 0.1: cannot act, .* has a validation split of its own; leave it out",
+        "--validation-fraction 0.1: has no effect, .* has a validation split of its own; omit it",
     ),
     "fraction without train": (
-        {"test.txt": "x"}, "", {"validation_fraction": 0.1}, "cannot act, .* has no train split to cut"
+        {"test.txt": "x"}, "", {"validation_fraction": 0.1}, "has no effect, .* has no train split to cut"
     ),
-    "broken README": ({"README.md": "---\nconfigs: [\n---\n"}, "", {}, r"README.md: its front matter is not YAML"),
-    "odd README": ({"README.md": "---\nconfigs:\n- name: x\n---\n"}, "", {}, "lack config_name or data_files"),
+    "broken README": ({"README.md": "---\nconfigs: [\n---\n"}, "", {}, r"that is there \(while parsing a flow"),
+    "odd README": ({"README.md": "---\nconfigs:\n- name: x\n---\n"}, "", {}, "Each config must include `config_name`"),
     "README of files that are gone": (
         {"README.md": "---\nconfigs:\n- config_name: x\n  data_files: x/train-*\n---\n"}, "", {},
-        r"README.md names x/train-\*, which is not there; copy it again",
+        r"README.md names no dataset that is there \(.*data files.*; copy the folder again",
     ),
 }  # fmt: skip
 
@@ -116,16 +116,16 @@ PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
 def test_path_faults(tmp_path: Path, files: dict[str, str], name: str, others: dict[str, Any], message: str) -> None:
     for file, text in files.items():
         (tmp_path / file).write_text(text)
-    problems = corpus_problems(DataSettings(dataset=str(tmp_path / name), **others))
+    problems = source_problems(Source(str(tmp_path / name), **others))
     with pytest.raises(UserError, match=message):
         raise UserError(*problems)
 
 
 def test_names_that_are_nearly_right() -> None:
     for name, meant in (("wikitext-103", "wikitext-103-v1"), ("wikitext-2-raw", "wikitext-2-raw-v1"), ("dmeo", "demo")):
-        (problem,) = corpus_problems(DataSettings(dataset=name))
+        (problem,) = source_problems(Source(name))
         assert problem == f"--dataset {name}: no such file, folder or dataset; did you mean {meant}?"
-    assert corpus_problems(DataSettings(dataset="someone/corpus", dataset_config="any")) == []
+    assert source_problems(Source("someone/corpus", config="any")) == []
 
 
 # --- the Hub -----------------------------------------------------------------------------------------------------
@@ -133,12 +133,13 @@ def test_names_that_are_nearly_right() -> None:
 
 @needs_data
 def test_a_folder_in_the_hubs_layout() -> None:
-    (problem,) = corpus_problems(DataSettings(dataset=str(WIKITEXT_MIRROR)))
-    assert problem.endswith("has several (wikitext-2-v1, wikitext-103-v1); choose one")
-    assert problem.startswith("--dataset-config: must be given")
-    (problem,) = corpus_problems(DataSettings(dataset=str(WIKITEXT_MIRROR), dataset_config="wikitext-103"))
-    assert problem.endswith("it has wikitext-2-v1, wikitext-103-v1")
-    corpus = opened(WIKITEXT_MIRROR, dataset_config="wikitext-2-v1")
+    (problem,) = source_problems(Source(str(WIKITEXT_MIRROR)))
+    assert problem == (
+        "--dataset-config: must be given, the dataset has several; choose one of wikitext-2-v1, wikitext-103-v1"
+    )
+    (problem,) = source_problems(Source(str(WIKITEXT_MIRROR), config="wikitext-103"))
+    assert problem.endswith("has no such one; choose one of wikitext-2-v1, wikitext-103-v1")
+    corpus = opened(WIKITEXT_MIRROR, config="wikitext-2-v1")
     assert list(corpus.splits) == ["train", "validation", "test"]
     assert (corpus.config, corpus.rows_are_documents, corpus.rows_are_lines) == ("wikitext-2-v1", False, False)
     assert rows_of(corpus, "validation") == validation_rows()
@@ -148,8 +149,8 @@ def test_a_folder_in_the_hubs_layout() -> None:
 def test_configurations_of_readme_and_subfolders(tmp_path: Path) -> None:
     for config in ("en", "de"):
         written(tmp_path / config, train__jsonl=f'{{"text": "{config}"}}\n', validation__jsonl='{"text": "v"}\n')
-    assert rows_of(opened(tmp_path, dataset_config="de"), "train") == ["de"]
-    assert opened(tmp_path, dataset_config="de").rows_are_documents
+    assert rows_of(opened(tmp_path, config="de"), "train") == ["de"]
+    assert opened(tmp_path, config="de").rows_are_documents
     readme = (
         "---\nlicense: mit\nconfigs:\n- config_name: only\n  data_files:\n  - split: train\n    path: en/train.jsonl\n"
     )
@@ -175,16 +176,15 @@ def test_wikitext_comes_from_the_datasets_cache(tmp_path: Path) -> None:
         for file in (version / ("b" * 40)).glob("*.arrow"):
             file.rename(file.with_name(file.name.replace("wikitext-mirror", "wikitext")))
         made.parents[3].rename(made.parents[4] / "Salesforce___wikitext")
-        from wikift.settings.fields import DataSettings
-        from wikift.data.sources import open_corpus
+        from wikift.data.sources import Source, open_source
         from wikift.base.errors import EnvironmentFault
-        corpus = open_corpus(DataSettings(dataset="wikitext-2-v1"), 0)
+        corpus = open_source(Source("wikitext-2-v1"))
         rows = [text for text, ends in corpus.texts("validation") if ends]
         print(corpus.name, corpus.config, corpus.revision, list(corpus.splits), corpus.rows_are_documents, len(rows))
-        corpus = open_corpus(DataSettings(dataset="Salesforce/wikitext"), 0)
+        corpus = open_source(Source("Salesforce/wikitext"))
         print(corpus.config, corpus.rows_are_documents)
         try:
-            open_corpus(DataSettings(dataset="wikitext-103-v1"), 0)
+            open_source(Source("wikitext-103-v1"))
         except EnvironmentFault as error:
             print(error)
     """

@@ -157,7 +157,7 @@ def test_damage_is_told_by_opening(tmp_path: Path, damage: Callable[[Path], None
 
 
 def test_missing_and_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no such folder; make it with python launch/prepare.py --out .*none"):
+    with pytest.raises(UserError, match=r"no such folder; make it with wikift prepare --out .*none"):
         open_store(tmp_path / "none")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file, not a token store"):

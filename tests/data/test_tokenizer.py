@@ -9,14 +9,20 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from tests.real import GPT2_TOKENIZER, ROOT, needs_data
 from wikift.base.errors import EnvironmentFault, UserError
+from wikift.commands import prepare
 from wikift.data import tokenizer
-from wikift.data.tokenizer import EOS, tokenizer_fingerprint, tokenizer_problems
+from wikift.data.store import open_store
+from wikift.data.tokenizer import CONFIG, EOS, FILE, tokenizer_fingerprint, tokenizer_problems
 
 TEXTS = [
     f"The {animal} didn't see {n} of the {animal}s , and it 's fine .\n"
@@ -51,7 +57,6 @@ def test_training_depends_on_the_text_only(tmp_path: Path) -> None:
 
 def test_stock_transformers_reads_it_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     import transformers
-    from tokenizers import Tokenizer
 
     saved = tokenizer.train(TEXTS, 320, tmp_path)
     transformers.utils.logging.enable_propagation()
@@ -92,17 +97,6 @@ def test_an_error_in_the_texts_comes_through(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="line 7: not UTF-8"):
         tokenizer.train(texts(), 400, tmp_path)
-
-
-@needs_data
-def test_a_folder_is_copied_with_the_same_ids(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    saved = tokenizer.load(str(GPT2_TOKENIZER), tmp_path / "copy")
-    assert (saved.vocab_size, saved.eos_token_id, saved.name) == (50257, 50256, "gpt2-tokenizer")
-    theirs = AutoTokenizer.from_pretrained(GPT2_TOKENIZER)
-    ours = AutoTokenizer.from_pretrained(tmp_path / "copy")
-    assert ours(PROBE)["input_ids"] == theirs(PROBE)["input_ids"]
 
 
 @needs_data
@@ -148,7 +142,7 @@ def test_a_fingerprint_changes_with_what_decides_ids(tmp_path: Path) -> None:
         {"pre_tokenizer": {**original["pre_tokenizer"], "add_prefix_space": True}},
         {"added_tokens": []},
         {"added_tokens": [{**original["added_tokens"][0], "lstrip": True}]},
-        {"added_tokens": [*original["added_tokens"], {"id": 300, "content": "[PAD]"}]},
+        {"added_tokens": [*original["added_tokens"], {**original["added_tokens"][0], "id": 300, "content": "[PAD]"}]},
     ):
         fingerprint = changed(**parts)
         assert fingerprint not in seen, parts
@@ -164,7 +158,7 @@ def test_folders_and_names_that_are_no_tokenizer(tmp_path: Path) -> None:
     for name, message in {
         "empty": r"empty: has no tokenizer.json, nor vocab.json with merges.txt \(there: nothing\); name a folder that",
         "half": r"half: has no tokenizer.json, nor vocab.json with merges.txt \(there: vocab.json\)",
-        "file": "file: is a file; name the folder that it lies in",
+        "file": "file: is a file; name the folder that it is in",
         "none": "none: no such folder; name one, a tokenizer of the Hub such as gpt2, or train:SIZE",
     }.items():
         (problem,) = tokenizer_problems(str(tmp_path / name))
@@ -183,7 +177,7 @@ def test_a_folder_that_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "tokenizer.json").write_text('{"version": "1.0", "model"')
     with pytest.raises(UserError, match=r"^--tokenizer .*bad: cannot be loaded \(.+\)"):
-        tokenizer.load(str(tmp_path / "bad"), tmp_path / "copy")
+        tokenizer.load_tokenizer(str(tmp_path / "bad"), tmp_path / "copy")
     with pytest.raises(UserError, match=r"^--model .*bad: its tokenizer cannot be read \(.+\)"):
         tokenizer_fingerprint(tmp_path / "bad", setting="--model")
 
@@ -193,7 +187,7 @@ def test_a_tokenizer_written_in_python_is_refused(tmp_path: Path) -> None:
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CTRLTokenizer"}')
     with pytest.raises(UserError, match=r"is written in Python only \(CTRLTokenizer\); wikift needs a fast one"):
-        tokenizer.load(str(tmp_path), tmp_path / "copy")
+        tokenizer.load_tokenizer(str(tmp_path), tmp_path / "copy")
 
 
 def test_a_tokenizer_without_end_of_text_is_refused(tmp_path: Path) -> None:
@@ -202,7 +196,7 @@ def test_a_tokenizer_without_end_of_text_is_refused(tmp_path: Path) -> None:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config["model_max_length"]}
     (saved.folder / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"t: has no end-of-text \(eos\) token; GPT-2's is <\|endoftext\|>"):
-        tokenizer.load(str(saved.folder), tmp_path / "copy")
+        tokenizer.load_tokenizer(str(saved.folder), tmp_path / "copy")
 
 
 def test_a_name_out_of_reach_is_the_environments_fault(tmp_path: Path) -> None:
@@ -211,7 +205,7 @@ def test_a_name_out_of_reach_is_the_environments_fault(tmp_path: Path) -> None:
         "--tokenizer no-such/tokenizer: is neither in the Hugging Face cache nor to be had.*Connect to the network"
     )
     with pytest.raises(EnvironmentFault, match=message) as caught:
-        tokenizer.load("no-such/tokenizer", tmp_path / "copy")
+        tokenizer.load_tokenizer("no-such/tokenizer", tmp_path / "copy")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "copy").exists()
 
@@ -225,11 +219,224 @@ def test_a_name_is_taken_from_the_cache(tmp_path: Path) -> None:
     (tmp_path / "hub" / "models--gpt2" / "refs").mkdir()
     (tmp_path / "hub" / "models--gpt2" / "refs" / "main").write_text("0" * 40)
     code = (
-        "import sys; from pathlib import Path; from wikift.data.tokenizer import load;"
-        "saved = load('gpt2', Path(sys.argv[1])); print(saved.name, saved.fingerprint)"
+        "import sys; from pathlib import Path; from wikift.data.tokenizer import load_tokenizer;"
+        "saved = load_tokenizer('gpt2', Path(sys.argv[1])); print(saved.name, saved.fingerprint)"
     )
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", code, str(tmp_path / "copy")]
     out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=100)
     assert out.stdout.split() == ["gpt2", tokenizer_fingerprint(GPT2_TOKENIZER)]
     assert out.stderr == ""
+
+
+# --- GPT-2's own kind, without transformers, and other kinds --------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tokenizer.train(TEXTS, 320, tmp_path / "mine").folder
+
+
+def edit(name: str, change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    """A change of one of the JSON files."""
+
+    def act(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+
+    return act
+
+
+def config(**values: Any) -> Callable[[Path], None]:
+    return edit(CONFIG, lambda content: content.update(values))
+
+
+def top(**values: Any) -> Callable[[Path], None]:
+    return edit(FILE, lambda content: content.update(values))
+
+
+def bpe(**values: Any) -> Callable[[Path], None]:
+    return edit(FILE, lambda content: content["model"].update(values))
+
+
+def pair_of_files(folder: Path) -> None:
+    model = json.loads((folder / FILE).read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = "".join(f"{a} {b}\n" for a, b in model["merges"])
+    (folder / "merges.txt").write_text("#version: 0.2\n" + merges)
+    (folder / FILE).unlink()
+
+
+def older_spelling(folder: Path) -> None:
+    """As in the repository gpt2 of the Hub: merges in one string, the class told by the model's type."""
+    edit(FILE, lambda content: content["model"].update(merges=[" ".join(pair) for pair in content["model"]["merges"]]))(
+        folder
+    )
+    edit(FILE, lambda content: content["added_tokens"][0].update(normalized=True))(folder)
+    (folder / CONFIG).write_text('{"model_max_length": 1024}')
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+
+
+def resaved(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+
+
+def other_end(folder: Path) -> None:
+    for file in (FILE, CONFIG):
+        (folder / file).write_text((folder / file).read_text().replace(EOS, "<end>"))
+
+
+PLAIN = {
+    "as it was trained": lambda folder: None,
+    "vocab.json and merges.txt": pair_of_files,
+    "the Hub's gpt2": older_spelling,
+    "saved by transformers": resaved,
+    "another end of text": other_end,
+    "another decoder": top(decoder={"type": "Fuse"}),
+    "settings without effect": config(pad_token=None, errors="replace", model_max_length=77),
+}
+
+
+def same_as_by_transformers(source: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    stock = AutoTokenizer.from_pretrained(source)
+    stock.save_pretrained(tmp_path / "stock")
+    with mock.patch.object(tokenizer, "_by_transformers", side_effect=AssertionError("is not needed")):
+        saved = tokenizer.load_tokenizer(str(source), tmp_path / "copy")
+    assert saved.fingerprint == tokenizer.tokenizer_fingerprint(tmp_path / "stock")
+    assert saved.fingerprint == tokenizer.tokenizer_fingerprint(tmp_path / "copy")
+    assert (saved.eos_token_id, saved.vocab_size) == (stock.eos_token_id, len(stock))
+    copy = AutoTokenizer.from_pretrained(tmp_path / "copy")
+    assert type(copy) is type(stock)
+    for name in ("special_tokens_map", "model_max_length", "padding_side", "truncation_side", "add_prefix_space"):
+        assert getattr(copy, name) == getattr(stock, name), name
+    for text in [PROBE, *TEXTS[:5], ""]:
+        ids = stock(text)["input_ids"]
+        assert copy(text)["input_ids"] == ids
+        assert copy.decode(ids) == stock.decode(ids)
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_a_plain_copy_is_that_of_transformers(kind: str, folder: Path, tmp_path: Path) -> None:
+    PLAIN[kind](folder)
+    same_as_by_transformers(folder, tmp_path)
+
+
+@needs_data
+def test_gpt2s_own_files(tmp_path: Path) -> None:
+    same_as_by_transformers(GPT2_TOKENIZER, tmp_path)
+    saved = tokenizer.load_tokenizer(str(GPT2_TOKENIZER), tmp_path / "again")
+    assert (saved.vocab_size, saved.eos_token_id, saved.name) == (50257, 50256, "gpt2-tokenizer")
+    for name in ("vocab.json", "merges.txt"):  # and nothing else
+        (tmp_path / "bare").mkdir(exist_ok=True)
+        shutil.copy(GPT2_TOKENIZER / name, tmp_path / "bare")
+    assert tokenizer.load_tokenizer(str(tmp_path / "bare"), tmp_path / "c").fingerprint == saved.fingerprint
+    assert tokenizer_fingerprint(tmp_path / "bare") == saved.fingerprint
+
+
+def add_token(content: dict[str, Any]) -> None:
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 320, "content": "<pad>"})
+
+
+LEFT = {
+    "a token more": edit(FILE, add_token),
+    "a pad token": config(pad_token="<pad>"),
+    "another beginning": config(bos_token="a"),
+    "an end that strips": config(eos_token={"content": EOS, "lstrip": True}),
+    "an added end that strips": edit(FILE, lambda content: content["added_tokens"][0].update(rstrip=True)),
+    "a space before": config(add_prefix_space=True),
+    "a beginning put before": config(add_bos_token=True),
+    "another class": config(tokenizer_class="PreTrainedTokenizerFast"),
+    "no class": edit(CONFIG, lambda content: content.pop("tokenizer_class")),  # type: ignore[arg-type, return-value]
+    "a setting unheard of": config(chat_template="{{ messages }}"),
+    "special_tokens_map.json": lambda folder: (folder / "special_tokens_map.json").write_text("{}"),
+    "another model": lambda folder: (folder / "config.json").write_text('{"model_type": "opt"}'),
+    "a normalizer": top(normalizer={"type": "NFC"}),
+    "other words": top(pre_tokenizer={"type": "Whitespace"}),
+    "something after": top(
+        post_processor={"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {"a": {}}}
+    ),
+    "dropout": bpe(dropout=0.1),
+    "another kind": bpe(type="WordLevel"),
+    "merges of nothing": bpe(merges=[["zz", "zz"]]),
+    "not JSON": lambda folder: (folder / FILE).write_text("{"),
+    "a list": lambda folder: (folder / FILE).write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("kind", LEFT)
+def test_whatever_else_could_act_is_left_to_transformers(kind: str, folder: Path, tmp_path: Path) -> None:
+    LEFT[kind](folder)
+    with (
+        mock.patch.object(tokenizer, "_by_transformers", side_effect=UserError("by transformers")),
+        pytest.raises(UserError, match="by transformers"),
+    ):
+        tokenizer.load_tokenizer(str(folder), tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_preparing_imports_no_more_than_it_needs(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("".join(TEXTS))
+    words = ["--dataset", tmp_path / "t.txt", "--tokenizer", folder, "--out", tmp_path / "out", "--quiet"]
+    code = (
+        "import sys; from wikift.commands.prepare import main; main(sys.argv[1:]);"
+        "print(*{'torch', 'transformers', 'datasets', 'pandas'} & {*sys.modules})"
+    )
+    command = [sys.executable, "-c", code, *map(str, words)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=100)
+    assert ran.stdout.split() == []
+
+
+def unigram() -> Tokenizer:  # T5's kind
+    made = Tokenizer(models.Unigram())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    made.normalizer = normalizers.NFKC()
+    made.train_from_iterator(TEXTS, trainers.UnigramTrainer(vocab_size=120, special_tokens=SPECIAL, unk_token="<unk>"))
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return made
+
+
+def word_piece() -> Tokenizer:  # BERT's kind
+    made = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    made.train_from_iterator(TEXTS, trainers.WordPieceTrainer(vocab_size=120, special_tokens=SPECIAL))
+    return made
+
+
+def llama() -> Tokenizer:
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
+    made.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=400, special_tokens=special))
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    return made
+
+
+SPECIAL = ["<unk>", "</s>", "<s>"]
+
+
+@pytest.mark.parametrize("kind", [unigram, word_piece, llama])
+def test_tokenizers_of_other_kinds(kind: Callable[[], Tokenizer], tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    made = PreTrainedTokenizerFast(tokenizer_object=kind(), unk_token="<unk>", eos_token="</s>", bos_token="<s>")
+    made.save_pretrained(tmp_path / "made")
+    (tmp_path / "in").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "in" / f"{split}.txt").write_text("".join(TEXTS))
+    words = ["--dataset", tmp_path / "in", "--tokenizer", tmp_path / "made", "--out", tmp_path / "out", "--quiet"]
+    assert prepare.main([str(word) for word in words]) == 0
+    store = open_store(tmp_path / "out", verify=True)
+    assert (store.eos_token_id, store.vocab_size) == (1, len(made))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
+    ids = [i for text in TEXTS for i in theirs(text, add_special_tokens=False)["input_ids"]]
+    assert store.tokens("train").tolist() == ids
+    assert tokenizer_fingerprint(tmp_path / "made") == tokenizer_fingerprint(theirs) == store.tokenizer_fingerprint
+    content = json.loads((tmp_path / "made" / FILE).read_text())
+    content["model"] |= {unigram: {"unk_id": None}, word_piece: {"unk_token": "</s>"}, llama: {"fuse_unk": False}}[kind]
+    (tmp_path / "made" / FILE).write_text(json.dumps(content))
+    assert tokenizer_fingerprint(tmp_path / "made") != store.tokenizer_fingerprint

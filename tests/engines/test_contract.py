@@ -248,7 +248,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(("fault", "kind", "caught_by"), FAULTS)
 def test_a_fault_put_in_is_caught(reference: Measured, fault: str, kind: str, caught_by: str) -> None:
-    """STYLE.md's faults and two more, each with accumulation 2 on two ranks; docs/correctness.md has the table."""
+    """STYLE.md's faults and two more, accumulation 2 on two ranks; the table is in docs/explanation/correctness.md."""
     with pytest.raises(AssertionError, match=caught_by):
         assert_same(run_ranks(measure, 2, kind, 1, 2, fault), reference)
 

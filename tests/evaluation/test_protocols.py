@@ -18,12 +18,11 @@ from hypothesis import strategies as st
 from tests.ranks import run_ranks
 from tests.trained import SENTENCES
 from wikift.commands.evaluate import main
-from wikift.data.sources import open_corpus
+from wikift.data.sources import Source, open_source
 from wikift.evaluation import detokenize
-from wikift.evaluation.detokenize import detokenized, detokenized_parts, safe_place
+from wikift.evaluation.detokenize import detokenized, detokenized_parts, safe_cut
 from wikift.evaluation.documents import Counts, joined_rows, numbered_rows, page_texts, pages, row_texts
 from wikift.evaluation.text import encoded
-from wikift.settings.fields import DataSettings
 
 TEXT = """ ~
  = First = ~
@@ -62,7 +61,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def corpus_of(path: Path) -> Any:
-    return open_corpus(DataSettings(dataset=str(path)), 0, cut=False)
+    return open_source(Source(str(path)), cut=False)
 
 
 def test_pages_are_lm_evals(text: Path) -> None:
@@ -102,8 +101,8 @@ pieces_of_text = st.sampled_from([*"ab9 '\"()[]{}.,\n", " @-@ ", " N ", "s '", "
 
 @given(st.lists(pieces_of_text, max_size=60).map("".join))
 def test_a_long_page_in_parts_is_the_page(page: str) -> None:
-    place = safe_place(page)
-    assert detokenized(page[:place]) + detokenized(page[place:]) == detokenized(page)
+    cut = safe_cut(page)
+    assert detokenized(page[:cut]) + detokenized(page[cut:]) == detokenized(page)
 
 
 def test_a_page_of_any_length_is_detokenized_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +131,7 @@ def test_ids_are_those_of_the_whole_text(model: Path, text: Path) -> None:
 def evaluated(model: Path, text: Path, out: Path) -> None:
     import contextlib
 
-    words = [str(model), "--dataset", str(text), "--json", "--quiet", "--device", "cpu", "--precision", "fp32"]
+    words = [str(model), "--dataset", str(text), "--json", "--quiet", "--device", "cpu"]
     with open(out, "a") as file, contextlib.redirect_stdout(file):
         assert main(words) == 0
 

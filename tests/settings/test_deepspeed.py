@@ -22,7 +22,7 @@ from wikift.settings.batch_layout import BatchLayout
 from wikift.settings.deepspeed import Merged, engine_config, merge, read
 from wikift.settings.deepspeed_checks import PASSED
 from wikift.settings.fields import EXCLUSIVE, TrainSettings
-from wikift.settings.options import parse
+from wikift.settings.options import parse_all
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = {path.name: json.loads(path.read_text()) for path in sorted((ROOT / "ds_configs").glob("*.json"))}
@@ -119,10 +119,10 @@ def written(config: Any, folder: Path) -> str:
 
 
 def merged(config: Any, folder: Path, line: str = "") -> Merged:
-    said: dict[str, str] = {}
     words = [*line.split(), "--deepspeed", written(config, folder)]
-    settings = parse(TrainSettings, words, prog="train.py", description="", exclusive=EXCLUSIVE, said=said)
-    return merge(settings, said)
+    parsed = parse_all(TrainSettings, words, prog="train.py", exclusive=EXCLUSIVE)
+    parsed.refuse(())
+    return merge(parsed.settings, parsed.typed)
 
 
 def with_key(key: str, value: Any, base: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -570,7 +570,7 @@ def test_the_memory_table_is_what_its_formulas_give() -> None:
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero3
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero2
 
-    text = (ROOT / "ds_configs" / "README.md").read_text().partition("## Memory per GPU")[2]
+    text = (ROOT / "docs/how-to/out-of-memory.md").read_text().partition("## Memory per GPU")[2]
     head, _, *lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")][:10]
     for column, model in enumerate(head[1:], 1):
         shape = shape_of(model.strip())

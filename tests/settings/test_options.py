@@ -28,7 +28,7 @@ from wikift.settings.fields import (
     PrepareSettings,
     TrainSettings,
 )
-from wikift.settings.options import flag, option, parse
+from wikift.settings.options import flag, option, parse, parse_all
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 Main = Callable[[Sequence[str]], int]
@@ -139,10 +139,8 @@ def test_toml_and_json_say_the_same_and_the_command_line_wins(tmp_path: Path) ->
 def test_how_each_setting_was_given_is_told(tmp_path: Path) -> None:
     file = tmp_path / "my.toml"
     file.write_text("seed = 7\nmax-steps = 9\n")
-    said: dict[str, str] = {}
     words = ["--config", str(file), "--max_steps=5", "--model", "gpt2"]
-    parse(TrainSettings, words, prog="train.py", description="", said=said)
-    assert said == {
+    assert parse_all(TrainSettings, words, prog="train.py").typed == {
         "config": f"--config {file}",
         "max_steps": "--max-steps 5",
         "model": "--model gpt2",

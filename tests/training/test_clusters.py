@@ -24,6 +24,7 @@ import pytest
 import yaml
 
 from tests.ranks import run_ranks
+from tests.test_readme import wikift_command
 from tests.tiny import arguments, curve, metrics, tiny_store
 from wikift.base.folders import list_checkpoints
 from wikift.settings import options as cli
@@ -198,44 +199,8 @@ def test_a_host_without_the_store_ends_all(hosts: list[Host], tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
-def document() -> str:
-    return (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
-
-
-def commands() -> list[str]:
-    blocks = re.findall(r"^```sh\n(.*?)^```", document(), re.MULTILINE | re.DOTALL)
-    return [command for block in blocks for command in block.splitlines()]
-
-
-@pytest.mark.parametrize("command", commands())
-def test_every_command_of_the_document_parses(command: str) -> None:
-    check_command(shlex.split(command))
-
-
-def check_command(words: list[str]) -> None:
-    """The launcher and launch/train.py know every option."""
-    launcher, *words = words
-    if launcher == "torchrun":
-        from torch.distributed.run import get_args_parser
-
-        parsed = get_args_parser().parse_args(words)
-        script, rest = parsed.training_script, parsed.training_script_args
-    elif launcher == "deepspeed":
-        from deepspeed.launcher.runner import parse_args
-
-        parsed = parse_args(words)
-        script, rest = parsed.user_script, parsed.user_args
-    else:
-        assert launcher == "sbatch"
-        script, rest = "launch/train.py", words[1:]
-        assert (ROOT / words[0]).is_file()
-    assert script == "launch/train.py"
-    settings = cli.parse(TrainSettings, rest, prog=script, description="")
-    assert (ROOT / (settings.deepspeed or "README.md")).is_file()
-
-
 def test_the_job_for_kubernetes_is_whole() -> None:
-    job = yaml.safe_load((ROOT / "docs" / "pytorchjob.yaml").read_text(encoding="utf-8"))
+    job = yaml.safe_load((ROOT / "docs/how-to/pytorchjob.yaml").read_text(encoding="utf-8"))
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     replicas = job["spec"]["pytorchReplicaSpecs"]
     assert set(replicas) == {"Master", "Worker"}
@@ -251,7 +216,11 @@ def test_the_job_for_kubernetes_is_whole() -> None:
         assert words["--output-dir"].startswith("/shared/")
         (seconds,) = (int(word["value"]) for word in container["env"])
         assert seconds < pod["terminationGracePeriodSeconds"]
-        check_command([re.sub(r"\$\(\w+\)", "0", word) for word in container["command"]])
+        found = wikift_command(re.sub(r"\$\(\w+\)", "0", shlex.join(container["command"])))
+        assert found is not None
+        assert found[0] == "train"
+        settings = cli.parse(TrainSettings, found[1], prog="train", description="")
+        assert (ROOT / str(settings.deepspeed)).is_file()
 
 
 SLURM = {
@@ -263,7 +232,7 @@ SLURM = {
 
 def test_the_sbatch_file_requeues_what_is_not_done_and_goes_on(tmp_path: Path) -> None:
     """Real bash, real torchrun with two processes; Slurm's three commands are stand-ins. Slurm itself is not here."""
-    script, run, calls = ROOT / "docs" / "slurm.sbatch", tmp_path / "run", tmp_path / "calls"
+    script, run, calls = ROOT / "docs/how-to/slurm.sbatch", tmp_path / "run", tmp_path / "calls"
     subprocess.run(["bash", "-n", script], check=True, timeout=20)
     (tmp_path / "bin").mkdir()
     for name, text in {**SLURM, "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"'}.items():

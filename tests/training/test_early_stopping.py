@@ -74,7 +74,7 @@ def test_the_run_ends_where_the_losses_say_and_keeps_the_best(
         assert curve(run) == [values for values in curve(whole) if values[0] <= end]
         said = capsys.readouterr().out
         assert f"stopped early at step {end}: 3 validations in a row were no better than" in said
-        assert f"launch/consolidate.py {run} --best" in said
+        assert f"wikift consolidate {run} --best" in said
     steps = [int(path.name.removeprefix("step-")) for path in list_checkpoints(run)]
     assert steps[-1] == end, "where it stopped is saved, so that a larger patience can go on"
     best = best_checkpoint(run)

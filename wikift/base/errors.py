@@ -1,4 +1,4 @@
-"""The two ways a command may fail without being wrong itself.
+"""The two ways a command may fail without being wrong itself, and the exit codes.
 
     Exception
       UserError           a setting or a file of the user's: exit code 2, every problem listed, no traceback
@@ -6,6 +6,17 @@
 
 Everything else that escapes is a fault of wikift's and keeps its traceback.
 """
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+
+EXIT_DONE = 0
+EXIT_FAULT = 1
+EXIT_USER = 2
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, all saved, the same command resumes
 
 
 class UserError(Exception):
@@ -25,3 +36,17 @@ def one_line(error: BaseException, length: int = 160) -> str:
     """An error's message in one line of at most `length` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def report(error: UserError) -> int:
+    """Print every problem of the user's; returns the exit code."""
+    count = len(error.problems)
+    head = "wikift: " + ("one problem" if count == 1 else f"{count} problems")
+    print(head, *(f"  {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+    return EXIT_USER
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """` (did you mean ...?)` where one of `known` looks like `word`, else nothing."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" (did you mean {near[0]}?)" if near else ""

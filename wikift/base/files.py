@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from wikift.base.errors import UserError
+from wikift.base.errors import EnvironmentFault, UserError
 
 _BLOCK_BYTES = 1 << 20
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_HERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG)
 
 
 def sha256_of(path: Path) -> str:
@@ -104,3 +108,24 @@ def parse_size(text: str) -> int:
 def show_bytes(count: int) -> str:
     """5.00 GB, 12.3 MB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+@contextmanager
+def faults_of_writing(out: Path) -> Iterator[None]:
+    """OSErrors of writing `out` as messages for the user."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise EnvironmentFault(
+                f"{out}: the disk is full ({error.strerror}); nothing was kept. Free space, or put it on another disk, "
+                "and run the command again"
+            ) from None
+        below = str(error.filename).startswith(str(out.parent))
+        if error.errno in _NOT_HERE or (error.errno == errno.ENOENT and below):  # nothing can be made in /proc
+            raise UserError(f"{out}: cannot be written ({error.strerror}); name another folder") from None
+        if error.errno == errno.EIO:
+            raise EnvironmentFault(
+                f"{out}: the disk fails ({error}); nothing was kept. Put it on another disk"
+            ) from None
+        raise

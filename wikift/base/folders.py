@@ -9,11 +9,13 @@ RUN/wandb-id.txt     the Weights & Biases run      RUN/before-1/ ...  an earlier
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
-from wikift.base.errors import UserError
-from wikift.base.shape import released_name
+from wikift.base.command import command_line
+from wikift.base.errors import UserError, nearest
+from wikift.base.shape import RELEASED, released_name
 
 METRICS, SAMPLES, WANDB_ID = "metrics.jsonl", "samples.jsonl", "wandb-id.txt"
 # In the order in which they are set aside: interrupted half-way, what is left is still a run's folder
@@ -68,7 +70,9 @@ def run_config(run: Path) -> dict[str, Any]:
     """A run's `config.json`. Raises UserError where `run` is not a run's folder."""
     config = read_json(run / "config.json")
     if "wikift" not in config:
-        raise UserError(f"{run}: is not a run's folder (no config.json of launch/train.py in it); name one, runs/NAME")
+        raise UserError(
+            f"{run}: is not a run's folder (no config.json of {command_line('train')} in it); name one, runs/NAME"
+        )
     return config
 
 
@@ -99,12 +103,29 @@ def has_model(name: str) -> bool:
         return is_model(path) or is_model(path / "hf") or bool(list_checkpoints(path))
     if is_checkpoint(path):
         raise UserError(
-            f"{name}: is a checkpoint; make a model of it first: python launch/consolidate.py {name} --out DIR"
+            f"{name}: is a checkpoint; make a model of it first: {command_line('consolidate')} {name} --out DIR"
         )
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         kind = "holds neither a model nor a run" if path.is_dir() else "is a file"
         raise UserError(f"{name}: {kind}; name a Hugging Face directory, a run (runs/NAME) or a Hub name")
     return not path.exists() and is_hub_name(name)
+
+
+def check_model(name: str) -> None:
+    """Raises UserError where `name` leads to no trained weights: with the command that makes them, or what is near."""
+    if has_model(name):
+        return
+    path = Path(name)
+    if path.name == "hf" and checkpoint_steps(path.parent):
+        raise UserError(
+            f"{name}: is not there yet; make it: {command_line('consolidate')} {shlex.quote(str(path.parent))}"
+        )
+    run = path.parent if path.name == "hf" else path
+    train = f"train it first: {command_line('train')} --output-dir {shlex.quote(str(run))}"
+    if is_run(path):
+        raise UserError(f"{name}: has no checkpoint yet; {train}")
+    near = nearest(name, [*RELEASED, *(str(run) for run in Path("runs").glob("*") if run.is_dir())])
+    raise UserError(f"{name}: no such folder, and no name of the Hub{near or '; ' + train}")
 
 
 def run_of(name: str) -> Path | None:

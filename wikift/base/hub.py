@@ -84,3 +84,14 @@ def as_os_error(error: Exception) -> Exception:
     """Rust libraries put the number of a system's error into a text; give it back its class."""
     found = re.search(r"os error (\d+)", str(error))
     return OSError(int(found[1]), os.strerror(int(found[1]))) if found else error
+
+
+def no_progress_bars() -> None:
+    """Let the Hub's libraries, where they are imported from now on, show none unless the user's environment does."""
+    for library in ("HF_HUB", "HF_DATASETS"):
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+
+
+def keep_tokenizers_to_one_thread() -> None:
+    """Threads of our own call it. Also, where it was never told the library warns about every later fork."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -8,8 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from wikift.base.errors import UserError
-from wikift.settings.options import nearest
+from wikift.base.errors import UserError, nearest
 
 # layers, heads, width: the released models (Radford et al. 2019, table 2; Sanh et al. 2019 for distilgpt2)
 _RELEASED = {

@@ -1,4 +1,4 @@
-"""Who am I among the processes: start, stop, sums over ranks, seeds, and how a failing rank ends all of them.
+"""Who am I among the processes: start, stop, sums over ranks, seeds.
 
 The launcher sets RANK, WORLD_SIZE, LOCAL_RANK, the rendezvous and LOCAL_WORLD_SIZE (torchrun) or LOCAL_SIZE
 (DeepSpeed's); without one there is a single process and no process group. CUDA ranks get gloo beside nccl, so that
@@ -7,34 +7,22 @@ small numbers on the host never wait for the device.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import hashlib
 import os
-import signal
-import socket
-import sys
-import threading
-import time
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from wikift.base.errors import EnvironmentFault, UserError
-from wikift.commands.main import EXIT_FAULT, EXIT_USER, report
+from wikift.base.errors import UserError
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
-_FAILED = "wikift/failed"
 _NVIDIA_DRIVER = Path("/dev/nvidiactl")
-_GRACE_SECONDS = 5.0
-_TELL = datetime.timedelta(seconds=20)
 
 
 @dataclass(frozen=True)
@@ -62,16 +50,16 @@ class World:
             dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value)
 
-    def agree(self, word: int, numbers: Sequence[float] = ()) -> tuple[int, list[float]]:
-        """The highest of the ranks' words and the sums of their numbers, in one all-reduce on the host; collective."""
+    def agree(self, code: int, numbers: Sequence[float] = ()) -> tuple[int, list[float]]:
+        """The highest of the ranks' codes and the sums of their numbers, in one all-reduce on the host; collective."""
         if self.size == 1:
-            return word, list(numbers)
-        words = [0.0] * self.size
-        words[self.rank] = float(word)  # each has a place of its own, so that one sum does for both
-        given = torch.tensor([*numbers, *words], dtype=torch.float64)
-        dist.all_reduce(given)
-        found = given.tolist()
-        return int(max(found[len(numbers) :])), found[: len(numbers)]
+            return code, list(numbers)
+        codes = [0.0] * self.size
+        codes[self.rank] = float(code)  # each has an index of its own, so that one sum does for both
+        total = torch.tensor([*numbers, *codes], dtype=torch.float64)
+        dist.all_reduce(total)
+        sums = total.tolist()
+        return int(max(sums[len(numbers) :])), sums[: len(numbers)]
 
     def barrier(self) -> None:
         """Wait for all ranks, on the host."""
@@ -104,27 +92,27 @@ def start_world(device: str = "auto") -> World:
 
     `device` is auto, cpu or cuda. Raises UserError where CUDA is asked for and absent, or has fewer devices than ranks.
     """
-    local_rank, local_size = _local_place()
-    place = _device(device, local_rank, local_size)
+    local_rank, local_size = _local_rank()
+    chosen = _device(device, local_rank, local_size)
     if local_size > 1:
         # torchrun gives every rank one thread, DeepSpeed's launcher all cores; share them out instead, beside a GPU
         # too, for an optimizer that is offloaded
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if dist.is_initialized():
-        return World(dist.get_rank(), dist.get_world_size(), local_rank, place, local_size)
+        return World(dist.get_rank(), dist.get_world_size(), local_rank, chosen, local_size)
     if "RANK" not in os.environ:
-        return World(device=place)
+        return World(device=chosen)
     store, rank, size = next(iter(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
     dist.init_process_group(
-        _backend(place),
+        _backend(chosen),
         store=torch.distributed.distributed_c10d.PrefixStore("wikift/group", store),
         rank=rank,
         world_size=size,
         timeout=COLLECTIVE_TIMEOUT,
         # for one rank it makes NCCL fail in later groups (deepspeedai/DeepSpeed#8248)
-        device_id=place if place.type == "cuda" and size > 1 else None,
+        device_id=chosen if chosen.type == "cuda" and size > 1 else None,
     )
-    return World(rank, size, local_rank, place, local_size)
+    return World(rank, size, local_rank, chosen, local_size)
 
 
 def join_group(world: World) -> None:
@@ -149,61 +137,7 @@ def stop_world() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
-@contextlib.contextmanager
-def started_world(device: str = "auto") -> Iterator[World]:
-    """`start_world`, and at the end `stop_world`. A rank that raises says why first, then ends all the others.
-
-    Without this a rank that raised would leave the others in a collective until its timeout of half an hour.
-    """
-    if "MASTER_ADDR" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield start_world(device)
-        stop_world()
-        return
-    rank = int(os.environ["RANK"])
-    with _meeting(rank):  # a client of its own: the process group's may be busy in a blocking call
-        store = _words_store(COLLECTIVE_TIMEOUT)
-    _start_watching(store, rank)  # before the others are waited for: one may have failed already
-    try:
-        with _meeting(rank):
-            world = start_world(device)
-        yield world
-    except Exception as error:
-        _fail(error, store, rank)
-    stop_world()
-
-
-@contextlib.contextmanager
-def _meeting(rank: int) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise EnvironmentFault(
-            f"rank {rank} could not meet the others ({error}); docs/clusters.md tells what to set for the network"
-        ) from None
-
-
-def tell_other_hosts() -> None:
-    """Before a process group exists: tell the processes of other hosts, which wait for this one, that it has failed.
-
-    Says nothing and gives up after 20 seconds where nobody listens: they have failed too.
-    """
-    where = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
-    deadline = time.monotonic() + _TELL.total_seconds()
-    while time.monotonic() < deadline:
-        with contextlib.suppress(Exception), socket.create_connection(where, timeout=1.0):
-            _first_failure(_words_store(_TELL), int(os.environ["RANK"]), wait=False)
-            return
-        time.sleep(0.5)
-
-
-def _words_store(timeout: datetime.timedelta) -> Any:
-    """Where the ranks leave word of a failure."""
-    return torch.distributed.distributed_c10d.PrefixStore(
-        "wikift", next(iter(rendezvous("env://", timeout=timeout)))[0]
-    )
-
-
-def _local_place() -> tuple[int, int]:
+def _local_rank() -> tuple[int, int]:
     """(rank, number of ranks) on this host."""
     size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")
     return int(os.environ.get("LOCAL_RANK", "0")), int(size)
@@ -240,72 +174,3 @@ def _device(requested: str, local_rank: int, local_size: int) -> torch.device:
         )
     torch.cuda.set_device(device)
     return device
-
-
-def _start_watching(store: Any, rank: int) -> None:
-    """A thread that ends this process when another rank has failed, and stops it gently when the launcher is gone."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while True:
-            time.sleep(1.0)
-            if os.getppid() != parent:  # torchrun was killed: an orphan would train on, unseen
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-            with contextlib.suppress(Exception):  # a store that is gone is what the main thread reports
-                if (failed := _failed_rank(store)) not in (None, rank):
-                    time.sleep(_GRACE_SECONDS)  # the main thread has left by then, unless it waits without end
-                    print(f"wikift: rank {rank} stops, rank {failed} failed", file=sys.stderr, flush=True)
-                    os._exit(EXIT_FAULT)
-
-    threading.Thread(target=watch, name="wikift-watch", daemon=True).start()
-
-
-def _failed_rank(store: Any) -> int | None:
-    return int(store.get(_FAILED)) if store.check([_FAILED]) else None
-
-
-def _fail(error: Exception, store: Any, rank: int) -> NoReturn:
-    """Say why, tell the others, leave at once: destructors of a broken process group may wait for ever."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher that notices too must not end it before it has spoken
-    # A lost peer has a cause elsewhere, and a wrong setting is wrong on every rank: let the one speak that knows.
-    secondary = _is_lost_peer(error) or (isinstance(error, (UserError, EnvironmentFault)) and rank != 0)
-    first = _first_failure(store, rank, wait=secondary)
-    if _is_lost_peer(error) and first is None:
-        print(
-            f"wikift: rank {rank} lost another process, which left no word (killed, or out of memory?); "
-            "run the same command again to go on from the newest checkpoint",
-            file=sys.stderr,
-        )
-    elif first not in (None, rank):
-        if not isinstance(error, (UserError, EnvironmentFault)):
-            print(f"wikift: rank {rank} stops, rank {first} failed", file=sys.stderr)
-    elif isinstance(error, UserError):
-        report(error)
-    elif isinstance(error, EnvironmentFault):
-        print(f"wikift: {error}", file=sys.stderr)
-    else:
-        print(f"wikift: rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, end="")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if first != rank:
-        time.sleep(1.0)  # the launcher names the rank that left first as the cause
-    os._exit(EXIT_USER if isinstance(error, UserError) else EXIT_FAULT)
-
-
-def _first_failure(store: Any, rank: int, *, wait: bool) -> int | None:
-    """The rank that failed first, this one where it does not `wait` for another's word; None where none said so."""
-    deadline = time.monotonic() + (_GRACE_SECONDS if wait else 0.0)
-    try:
-        while (first := _failed_rank(store)) is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if first is None:
-            store.set(_FAILED, str(rank))
-            first = None if wait else rank
-        return first
-    except Exception:  # the store went with its host
-        return None if wait else rank
-
-
-def _is_lost_peer(error: Exception) -> bool:
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

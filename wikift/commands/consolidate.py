@@ -1,4 +1,4 @@
-"""launch/consolidate.py: one checkpoint of a run to a Hugging Face directory; `run` is the same for Python."""
+"""The consolidate command: one checkpoint of a run to a Hugging Face directory; `run` is the same for Python."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from wikift.base import folders, hub
-from wikift.base.errors import UserError
+from wikift.base.command import command_line
+from wikift.base.errors import EXIT_DONE, UserError
 from wikift.base.files import parse_size, read_jsonl
 from wikift.checkpoint.reader import best_checkpoint
-from wikift.commands.main import EXIT_DONE
 from wikift.export.export import export
 from wikift.settings.fields import ConsolidateSettings
-from wikift.settings.options import parse
+from wikift.settings.options import parse_all
 from wikift.settings.run_plan import ranks_started
 
 Say = Callable[[str], None]
@@ -21,21 +21,23 @@ Say = Callable[[str], None]
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    settings = parse(
+    parsed = parse_all(
         ConsolidateSettings,
         argv,
-        prog="launch/consolidate.py",
+        prog="wikift consolidate",
         description="Make a standard Hugging Face directory of a run's newest (or best, or a given) checkpoint.",
-        epilog="examples:\n  python launch/consolidate.py runs/gpt2-wikitext-2-v1\n"
-        "  python launch/consolidate.py runs/gpt2-wikitext-2-v1 --best --dtype bfloat16 --out models/small",
+        epilog="examples:\n  wikift consolidate runs/gpt2-wikitext-2-v1\n"
+        "  wikift consolidate runs/gpt2-wikitext-2-v1 --best --dtype bfloat16 --out models/small",
     )
+    parsed.checked(_check)
+    settings = parsed.settings
     say = _silent if settings.quiet else print
     out, data = run(settings, say), ""
     if folders.run_of(str(out)) is None:  # away from its run a model does not know its text
         store = folders.run_config(_run_folder(str(settings.run))).get("store_path", "STORE")
         data = f" --data {shlex.quote(store)}"
     model = shlex.quote(str(out))
-    say(f"next:  python launch/evaluate.py {model}{data}\n       python launch/generate.py {model}")
+    say(f"next:  {command_line('evaluate')} {model}{data}\n       {command_line('generate')} {model}")
     return EXIT_DONE
 
 
@@ -64,9 +66,7 @@ def model_source(name: str, say: Say) -> str:
     Raises UserError where there are no trained weights.
     """
     path = Path(name)
-    if not folders.has_model(name):
-        problem = "has no checkpoint yet" if folders.is_run(path) else "no such folder, and no name of the Hub"
-        raise UserError(f"{name}: {problem}; train it first: python launch/train.py --output-dir {shlex.quote(name)}")
+    folders.check_model(name)
     if not path.exists():
         hub.offline_if_unreachable()  # else the libraries try for half a minute, even where all is cached
         return name
@@ -77,7 +77,7 @@ def model_source(name: str, say: Say) -> str:
         return str(run(ConsolidateSettings(run=name), say))
     steps, step = folders.checkpoint_steps(path), folders.read_json(target / folders.EXPORT_RECORD).get("step")
     if steps and isinstance(step, int) and step < steps[-1]:
-        command = f"python launch/consolidate.py {shlex.quote(name)}"
+        command = f"{command_line('consolidate')} {shlex.quote(name)}"
         say(f"{target} is of step {step}, the run has come to {steps[-1]}: {command}")
     return str(target)
 
@@ -118,7 +118,7 @@ def _source_problems(source: Path, settings: ConsolidateSettings) -> list[str]:
         kind, command = third_party
         return [
             f"{source}: is a checkpoint of {kind}, not of wikift; convert it: {command}, then load the weights into a "
-            "model and call save_pretrained, as docs/third-party-checkpoints.md shows"
+            "model and call save_pretrained, as docs/how-to/third-party-checkpoints.md shows"
         ]
     try:
         folders.run_config(source)
@@ -145,7 +145,7 @@ def _choose(folder: Path, settings: ConsolidateSettings, say: Say) -> Path:
     listed = ", ".join(map(str, steps))
     if not steps:
         raise UserError(
-            f"{folder}: has no checkpoint yet; train it further: python launch/train.py --output-dir "
+            f"{folder}: has no checkpoint yet; train it further: {command_line('train')} --output-dir "
             f"{shlex.quote(str(folder))}"
         )
     if settings.step is not None and settings.step not in steps:

@@ -1,4 +1,4 @@
-"""launch/evaluate.py: models scored by the field's protocols on one text, as a table, JSON or CSV.
+"""The evaluate command: models scored by the field's protocols on one text, as a table, JSON or CSV.
 
 `run` is the same for Python: settings to results, and nothing is printed.
 """
@@ -14,28 +14,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wikift.base import folders
+from wikift.base.command import command_line
 from wikift.base.console import Progress
-from wikift.base.errors import UserError
+from wikift.base.errors import EXIT_DONE, UserError
 from wikift.base.shape import shape_of
 from wikift.commands.consolidate import model_source
-from wikift.commands.main import EXIT_DONE
+from wikift.data.sources import Source, source_problems
 from wikift.data.store import TokenStore, check_tokenizer, open_store
 from wikift.evaluation.protocols import PROTOCOLS, Protocol, loaded_scorer, measure, setups
 from wikift.evaluation.report import Result, as_csv, as_json, table
-from wikift.evaluation.text import Source, Text, source_problems, text_of_dataset, text_of_store
+from wikift.evaluation.text import Text, text_of_dataset, text_of_store
 from wikift.settings.checks import check_data
 from wikift.settings.fields import DataSettings, EvaluateSettings
-from wikift.settings.options import flag, parse
+from wikift.settings.options import flag, parse_all
 
 if TYPE_CHECKING:
     from wikift.base.world import World
 
 
 EPILOG = """examples:
-  python launch/evaluate.py runs/gpt2-wikitext-2-v1
-  python launch/evaluate.py gpt2 runs/mine/hf --dataset wikitext-103-raw-v1 --split test
-  python launch/evaluate.py gpt2 --dataset wikitext-2-raw-v1 --protocol lm-eval --split test
-  torchrun --nproc_per_node=4 launch/evaluate.py gpt2-xl --data data/wikitext-103-raw-v1-gpt2 --context 1024 --stride 64
+  wikift evaluate runs/gpt2-wikitext-2-v1
+  wikift evaluate gpt2 runs/mine/hf --dataset wikitext-103-raw-v1 --split test
+  wikift evaluate gpt2 --dataset wikitext-2-raw-v1 --protocol lm-eval --split test
+  torchrun --nproc_per_node=4 -m wikift evaluate gpt2-xl --data data/wikitext-103-raw-v1-gpt2 --context 1024 --stride 64
 
 protocols:
   hf-doc   transformers' page on perplexity: rows joined by blank lines, strides 1024 and 512, per token
@@ -47,18 +48,18 @@ protocols:
 
 
 def main(argv: Sequence[str]) -> int:
-    """launch/evaluate.py, on one process or under torchrun."""
-    settings = parse(
+    """The command, on one process or under torchrun."""
+    parsed = parse_all(
         EvaluateSettings,
         argv,
-        prog="launch/evaluate.py",
+        prog="wikift evaluate",
         description="Perplexity of models by the field's protocols, side by side: without --protocol, all that the "
         "text allows.",
         epilog=EPILOG,
     )
-    store = _check(settings)
+    store, settings = parsed.checked(_check), parsed.settings
 
-    from wikift.base.world import started_world
+    from wikift.base.failure import started_world
 
     with started_world(settings.device) as world:
         text = _text(settings, store)
@@ -79,7 +80,7 @@ def run(settings: EvaluateSettings) -> list[Result]:
     """The results, model by model, the same on every rank. Raises UserError with every problem of the settings."""
     store = _check(settings)
 
-    from wikift.base.world import started_world
+    from wikift.base.failure import started_world
 
     with started_world(settings.device) as world:
         return list(_results(dataclasses.replace(settings, quiet=True), _text(settings, store), world))
@@ -198,7 +199,7 @@ def _store(settings: EvaluateSettings) -> TokenStore | None:
     if not stores:
         raise UserError(
             f"--data: is missing, {settings.models[0]} is no run that would know its store; name one of "
-            "launch/prepare.py, or a text with --dataset"
+            f"{command_line('prepare')}, or a text with --dataset"
         )
     if len({store.fingerprint for store in stores}) > 1:
         raise UserError("--data: is missing, the runs were trained on different stores; name one for all of them")
@@ -219,8 +220,7 @@ def _text(settings: EvaluateSettings, store: TokenStore | None) -> Text:
 
 
 def _check_model(name: str, settings: EvaluateSettings, store: TokenStore | None) -> None:
-    if not folders.has_model(name):
-        raise UserError(f"{name}: has no trained model; train it first: python launch/train.py --output-dir {name}")
+    folders.check_model(name)
     folder = Path(name) / "model" if folders.is_run(Path(name)) else Path(name)
     shape = shape_of(str(folder) if folder.is_dir() else name)
     if shape is not None and (problems := _window_problems(name, settings, shape.n_positions)):

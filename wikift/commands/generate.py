@@ -1,110 +1,148 @@
-"""launch/generate.py: prompts to text, streamed as it is made.
+"""The generate command: prompts to text, streamed as it is made.
 
-Where prompts come from is `prompts`, the interactive loop is `session`, one answer is `sampling`; a run without a model
-is trained first (`first_training`). All that can be wrong with a command line is said before torch loads.
+The interactive loop is `session`, one answer is `writer`. A user's mistake is reported before torch is imported.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import shlex
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wikift.base import folders
-from wikift.base.errors import UserError
+from wikift.base.command import command_line, program_of
+from wikift.base.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 from wikift.base.files import read_lines
+from wikift.commands.answers import print_answer, print_answers, sampling_of, speed
 from wikift.commands.consolidate import model_source
-from wikift.commands.main import EXIT_DONE
 from wikift.generation import prompts
-from wikift.generation.answers import check_sampling, print_answer, print_answers, speed
-from wikift.settings.fields import GenerateSettings
-from wikift.settings.options import parse
-from wikift.settings.run_plan import ranks_started
+from wikift.settings.checks import check_train, problems_of
+from wikift.settings.fields import EXCLUSIVE, GenerateSettings, TrainSettings
+from wikift.settings.generate_checks import check_sampling
+from wikift.settings.options import Parsed, parse_all
+from wikift.settings.run_plan import ranks_started, resolve
 
 if TYPE_CHECKING:
     from wikift.generation.writer import Answer, Writer
 
-DESCRIPTION = "Let a trained model go on from a prompt. Without a prompt it is interactive."
+Say = Callable[[str], None]
+
+DESCRIPTION = "Let a trained model continue a prompt. Without a prompt it is interactive."
 EPILOG = """examples:
-  python launch/generate.py                              the newest run, interactive
-  python launch/generate.py runs/NAME --prompt "The Renaissance was"
-  python launch/generate.py runs/NAME --examples --json --seed 7
-  python launch/generate.py runs/NAME --prompts-file FILE --batch-size 32 --stop "\\n" --json
-  python launch/generate.py runs/NAME -- --dataset demo --from-scratch
-                     where runs/NAME has no model yet: what follows -- goes to launch/train.py"""
+  wikift generate                              the newest run, interactive
+  wikift generate runs/NAME --prompt "The Renaissance was"
+  wikift generate runs/NAME --examples --json --seed 7
+  wikift generate runs/NAME --prompts-file FILE --batch-size 32 --stop "\\n" --json
+  wikift generate -- --dataset demo --from-scratch
+                     where runs/ has no model yet: what follows -- goes to wikift train"""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; gives its exit code."""
-    words, training = _split(argv)
-    settings = parse(GenerateSettings, words, prog="launch/generate.py", description=DESCRIPTION, epilog=EPILOG)
-    settings = dataclasses.replace(settings, stop=tuple(map(prompts.escapes, settings.stop)))
-    asked = _check(settings, training)
+    """Run the command; returns its exit code."""
+    arguments = list(argv)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    training = arguments[end + 1 :] if end < len(arguments) else None
+    parsed = parse_all(
+        GenerateSettings, arguments[:end], prog="wikift generate", description=DESCRIPTION, epilog=EPILOG
+    )
+    texts = parsed.checked(lambda settings: _check(settings, training))
+    settings = dataclasses.replace(parsed.settings, stop=tuple(map(prompts.escapes, parsed.settings.stop)))
     for stream in (sys.stdin, sys.stdout):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # what a terminal cannot show, or a pipe cannot mean, is no reason to end
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show, or a pipe cannot mean, does not end us
             stream.reconfigure(errors="replace")
-    name = settings.model
-    if name is None and (newest := folders.newest_run()) is not None:
-        name = str(newest)
-    if name is None or not folders.has_model(name):
-        from wikift.commands.first_training import train_first
-
-        code, name = train_first(name, training or [], allowed=settings.train, quiet=settings.quiet)
+    name = settings.model or str(folders.newest_run() or "")
+    if not name:
+        code, name = _train_first(training or [], settings)
         if code != EXIT_DONE:
             return code
-    elif training and not settings.quiet:
-        print(f"wikift: {name} has a model, so nothing is trained and what follows -- is not used", file=sys.stderr)
-    return _answer_all(settings, name, asked)
-
-
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """This command's arguments, and those behind a lone `--` (None without one)."""
-    words = list(argv)
-    if "--" not in words:
-        return words, None
-    place = words.index("--")
-    return words[:place], words[place + 1 :]
+    elif training:
+        _sayer(settings)(f"{name} has a model, so nothing is trained and what follows -- is not used")
+    return _answer_all(settings, name, texts)
 
 
 def _check(settings: GenerateSettings, training: list[str] | None) -> list[str] | None:
     """The prompts asked for, None for an interactive session. Raises UserError with all that is wrong."""
     problems = check_sampling(settings)
-    given = {
+    sources = {
         "--prompt": settings.prompt is not None,
         "--prompts-file": settings.prompts_file is not None,
         "--examples": settings.examples,
     }
-    chosen = [name for name, there in given.items() if there]
+    chosen = [name for name, used in sources.items() if used]
     if len(chosen) > 1:
-        problems.append(f"{' and '.join(chosen)}: each says what to answer; leave all but one out")
+        problems.append(f"{' and '.join(chosen)}: each says what to answer; keep one of them")
     if ranks_started() > 1:
         problems.append(f"torchrun: started {ranks_started()} processes, this is work for one; start it with python")
     if training is not None and not settings.train:
-        problems.append("--no-train: what follows -- is for a training; leave one of the two out")
-    asked: list[str] | None = None
-    try:
-        if settings.prompts_file is not None:
-            asked = read_lines(Path(settings.prompts_file), "--prompts-file")
-    except UserError as error:
-        problems += error.problems
+        problems.append("--no-train: what follows -- is for a training; remove one of the two")
+    elif training is not None and settings.model is not None:
+        problems.append(f"--: what follows is for a training, and there is none for {settings.model}; remove it")
+    if settings.model is not None:
+        problems += problems_of(lambda: folders.check_model(str(settings.model)))
+    texts = list(prompts.EXAMPLES) if settings.examples else None
+    if settings.prompt is not None:
+        texts = [prompts.clean(settings.prompt)]
+    if settings.prompts_file is not None:
+        path = Path(settings.prompts_file)
+        problems += problems_of(lambda: read_lines(path, "--prompts-file"))
+        texts = read_lines(path, "--prompts-file") if not problems else None
     if problems:
         raise UserError(*problems)
-    if settings.prompt is not None:
-        asked = [prompts.clean(settings.prompt)]
-    return list(prompts.EXAMPLES) if settings.examples else asked
+    return texts
 
 
-def _answer_all(settings: GenerateSettings, name: str, asked: list[str] | None) -> int:
-    def say(text: str) -> None:
-        if not settings.quiet:
-            print(f"wikift: {text}", file=sys.stderr, flush=True)
+def _sayer(settings: GenerateSettings) -> Callable[[str], None]:
+    return lambda text: None if settings.quiet else print(f"wikift: {text}", file=sys.stderr, flush=True)
 
+
+def _train_first(arguments: list[str], settings: GenerateSettings) -> tuple[int, str]:
+    """Train in a process of its own, which frees its memory at its end; returns (exit code, the run's folder).
+
+    Asks first on a terminal. Raises UserError where training is not allowed or not wanted, or left no model.
+    """
+    parsed = parse_all(TrainSettings, arguments, prog="wikift train", exclusive=EXCLUSIVE)
+    resolved = resolve(parsed.settings, 1)
+    parsed.refuse(check_train(resolved, 1, launched=False))
+    run = str(resolved.output_dir)
+    train = f"{command_line('train')} {shlex.join(arguments)}".rstrip()
+    generate = f"{command_line('generate')} {shlex.quote(run)}"
+    asks = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+    if settings.train:
+        print(f"wikift: no trained model yet; training one first:\n  {train}", file=sys.stderr, flush=True)
+    if settings.train and asks:
+        print("train it now? [Y/n] ", end="", file=sys.stderr, flush=True)
+    if not settings.train or (asks and sys.stdin.readline().strip().lower() not in ("", "y", "yes")):
+        raise UserError(f"no trained model yet; make one and try again:\n    {train}\n    {generate}")
+    quiet = ["--quiet"] if settings.quiet and not parsed.settings.quiet else []
+    child: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int, frame: object) -> None:
+        if child and number != signal.SIGINT:  # Ctrl-C reaches it from the terminal
+            child[0].send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    # a pipe's lines are prompts and its output is for answers, so the training gets neither
+    output = None if sys.stdout.isatty() else sys.stderr.fileno()
+    child += [subprocess.Popen([*program_of("train"), *arguments, *quiet], stdin=subprocess.DEVNULL, stdout=output)]
+    exit_code = child[0].wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if exit_code == EXIT_DONE and not (folders.is_run(Path(run)) and folders.has_model(run)):
+        raise UserError(f"{run}: the training left no checkpoint there (a --dry-run?); nothing to answer from")
+    if exit_code == EXIT_INTERRUPTED:
+        print(f"wikift: the training is saved; resume it:\n  {train}\n  {generate}", file=sys.stderr)
+    return 128 - exit_code if exit_code < 0 else exit_code, run
+
+
+def _answer_all(settings: GenerateSettings, name: str, texts: list[str] | None) -> int:
+    say = _sayer(settings)
     source = model_source(name, say)
     from wikift.generation.writer import load_writer
 
@@ -112,37 +150,52 @@ def _answer_all(settings: GenerateSettings, name: str, asked: list[str] | None) 
     if writer.warning:
         say(writer.warning)
     say(f"{source}, {writer.parameters:,} parameters on {writer.device}")
-    if asked is None:
+    if texts is None:
         from wikift.commands.session import converse
 
         return converse(writer, settings, source, say)
-    if len(asked) == 1:
-        say(speed(print_answer(writer, asked[0], settings, 0, source, say, echo=not settings.quiet)))
-        return EXIT_DONE
-    _answer_batches(writer, asked, settings, source, say)
+    if len(texts) == 1:
+        say(speed(print_answer(writer, (0, texts[0]), settings, source, say, echo=not settings.quiet)))
+    else:
+        _answer_batches(writer, texts, settings, source, say)
     return EXIT_DONE
 
 
-def _answer_batches(
-    writer: Writer, asked: list[str], settings: GenerateSettings, source: str, say: Callable[[str], None]
-) -> None:
-    """Batches of prompts of like length, the shortest first; an answer is printed when all before it are."""
-    started = time.perf_counter()
+def texts(parsed: Parsed[GenerateSettings], prompts_asked: Sequence[str]) -> Iterator[list[Answer]]:
+    """For Python: the answers to each of the prompts, in order; nothing is printed."""
+    parsed.checked(lambda settings: _check(settings, None))
+    settings = dataclasses.replace(parsed.settings, stop=tuple(map(prompts.escapes, parsed.settings.stop)))
+    source = model_source(str(settings.model), lambda text: None)
+    from wikift.generation.writer import load_writer
+
+    writer = load_writer(source, settings.device, settings.precision, settings.compile)
+    yield from _in_order(writer, prompts_asked, settings, lambda text: None)
+
+
+def _answer_batches(writer: Writer, texts: list[str], settings: GenerateSettings, source: str, say: Say) -> None:
+    started, tokens = time.perf_counter(), 0
+    for number, answers in enumerate(_in_order(writer, texts, settings, say)):
+        tokens += sum(answer.new_tokens for answer in answers)
+        print_answers(answers, settings, source, echo=not settings.quiet, first=number == 0)
+    seconds = time.perf_counter() - started
+    say(f"{len(texts):,} prompts, {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.1f} tokens/s")
+
+
+def _in_order(writer: Writer, texts: Sequence[str], settings: GenerateSettings, say: Say) -> Iterator[list[Answer]]:
+    """Batches of prompts of like length, the shortest first; answers are passed on when all before them are."""
     # characters tell the length well enough, and an order made of tokens would encode every prompt twice
-    order = sorted(range(len(asked)), key=lambda number: len(asked[number]))
-    together = max(1, settings.batch_size // settings.num_return_sequences)
+    order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+    several = settings.num_return_sequences
+    together = max(1, settings.batch_size // several)
     ready: dict[int, list[Answer]] = {}
-    printed = tokens = 0
-    for batch in (order[place : place + together] for place in range(0, len(order), together)):
+    passed = 0
+    for batch in (order[first : first + together] for first in range(0, len(order), together)):
         notes: list[str] = []
-        found = writer.answers([(number, asked[number]) for number in batch], settings, note=notes.append)
+        numbered = [(number, texts[number]) for number in batch]
+        answers = writer.answers(numbered, sampling_of(settings), note=notes.append)
         for text in dict.fromkeys(notes):
             say(text)
-        several = settings.num_return_sequences
-        ready.update({number: found[k * several : (k + 1) * several] for k, number in enumerate(batch)})
-        tokens += sum(answer.new_tokens for answer in found)
-        while printed in ready:
-            print_answers(ready.pop(printed), settings, source, echo=not settings.quiet, first=printed == 0)
-            printed += 1
-    seconds = time.perf_counter() - started
-    say(f"{len(asked):,} prompts, {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.1f} tokens/s")
+        ready.update({number: answers[k * several : (k + 1) * several] for k, number in enumerate(batch)})
+        while passed in ready:
+            yield ready.pop(passed)
+            passed += 1

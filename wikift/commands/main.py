@@ -1,19 +1,64 @@
-"""One command to its exit code: the two kinds of expected failure are printed without a traceback."""
+"""`wikift COMMAND ...`: which command, and how it ends. Expected failures are printed without a traceback."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import time
 import typing
 from collections.abc import Callable, Sequence
 
-from wikift.base.errors import EnvironmentFault, UserError
+from wikift import __version__
+from wikift.base.command import as_typed
+from wikift.base.errors import (
+    EXIT_DONE,
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    EXIT_USER,
+    EnvironmentFault,
+    UserError,
+    nearest,
+    report,
+)
 
-EXIT_DONE = 0
-EXIT_FAULT = 1
-EXIT_USER = 2
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, all saved, "try again" goes on
+COMMANDS = {  # name: its module, what it does
+    "prepare": ("wikift.commands.prepare", "text to a token store"),
+    "train": ("wikift.commands.train", "fine-tune GPT-2, or train it from scratch; the same command resumes"),
+    "plan": ("wikift.commands.train", "what `train` with these settings would do: train --dry-run"),
+    "consolidate": ("wikift.commands.consolidate", "a run's checkpoint to a Hugging Face directory"),
+    "evaluate": ("wikift.commands.evaluate", "perplexity of models by the field's protocols"),
+    "generate": ("wikift.commands.generate", "prompts to text, interactive without one"),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """`wikift COMMAND ...`; returns the exit code."""
+    name, options = (argv[0], list(argv[1:])) if argv else ("--help", [])
+    if name in ("-h", "--help"):
+        print(_help())
+        return EXIT_DONE
+    if name == "--version":
+        print(f"wikift {__version__}")
+        return EXIT_DONE
+    if name not in COMMANDS:
+        raise UserError(f"{name}: no such command{nearest(name, list(COMMANDS))}; one of {', '.join(COMMANDS)}")
+    command = importlib.import_module(COMMANDS[name][0]).main
+    return int(command([*options, "--dry-run"] if name == "plan" else options))
+
+
+def _help() -> str:
+    program = as_typed("wikift train").removesuffix(" train")
+    lines = [f"  {name:<12} {about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join([
+        f"usage: {program} COMMAND [options]", "", "GPT-2 and WikiText, from raw text to a fine-tuned model.", "",
+        "commands:", *lines, "", f"`{program} COMMAND --help` lists a command's settings; --version prints the version",
+    ])  # fmt: skip
+
+
+def start() -> typing.NoReturn:
+    """The program `wikift`, and `python -m wikift`."""
+    run(main)
 
 
 def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> typing.NoReturn:
@@ -37,7 +82,7 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
         print("wikift: interrupted", file=sys.stderr)
         code = 130
     if code not in (EXIT_DONE, EXIT_INTERRUPTED) and _several_hosts():
-        from wikift.base.world import tell_other_hosts
+        from wikift.base.failure import tell_other_hosts
 
         tell_other_hosts()
     if "RANK" in os.environ:  # a process group's destructors may never end: see world.stop_world
@@ -50,11 +95,3 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
 def _several_hosts() -> bool:
     local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")
     return "MASTER_ADDR" in os.environ and os.environ.get("WORLD_SIZE", "1") != local
-
-
-def report(error: UserError) -> int:
-    """Print every problem of the user's; gives the exit code."""
-    count = len(error.problems)
-    head = "wikift: " + ("one problem" if count == 1 else f"{count} problems")
-    print(head, *(f"  {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-    return EXIT_USER

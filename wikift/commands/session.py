@@ -1,10 +1,11 @@
-"""The interactive session of launch/generate.py: a prompt, commands that begin with `/`, history, Ctrl-C and Ctrl-D.
+"""The interactive session of `wikift generate`: a prompt a line, commands that begin with `/`.
 
 On a terminal lines are edited and remembered by `readline`; in a pipe each line that is not blank is a prompt.
 """
 
 from __future__ import annotations
 
+import cmd
 import contextlib
 import dataclasses
 import os
@@ -15,159 +16,147 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wikift.base.errors import UserError
-from wikift.commands.main import EXIT_DONE
+from rich.console import Console
+from rich.table import Table
+
+from wikift.base.errors import EXIT_DONE, UserError
+from wikift.commands.answers import as_json, print_answer, speed
 from wikift.generation import prompts
-from wikift.generation.answers import SAMPLING, as_json, check_sampling, print_answer, speed
 from wikift.settings import options as cli
 from wikift.settings.fields import GenerateSettings
+from wikift.settings.generate_checks import SAMPLING, check_sampling, with_defaults
 
 if TYPE_CHECKING:
     from wikift.generation.writer import Writer
 
-HELP = """\
-TEXT             the model goes on from there
-/set NAME VALUE  change a setting (/set stop takes the stop strings away)
-/seed N          begin the answers of seed N anew
-/retry           answer the last prompt again, with other random numbers
-/save FILE       write all answers so far to a new file, as lines of JSON
-/show            the settings and their values
-/help            this
-/quit, Ctrl-D    leave      Ctrl-C stops the text"""
+_LEAVE = ("exit", "quit", "/exit", "/quit")
 _HISTORY_LINES = 1000
 
 
-@dataclasses.dataclass(frozen=True)
-class _State:
-    """What the commands of a session change: the settings, the answers under this seed, and what was said."""
-
-    settings: GenerateSettings
-    source: str
-    number: int = 0
-    prompt: str | None = None
-    lines: tuple[str, ...] = ()
-
-
 def converse(writer: Writer, settings: GenerateSettings, source: str, say: Callable[[str], None]) -> int:
-    """Answer line after line until the input ends; gives the exit code."""
+    """Answer line after line until the input ends; returns the exit code."""
     terminal = sys.stdin is not None and sys.stdin.isatty()
-    if terminal and not settings.quiet:
-        print("/help lists the commands, Ctrl-D leaves", file=sys.stderr)
-    state = _State(settings, source)
-    with _history() if terminal and sys.stdout.isatty() else contextlib.nullcontext():
-        for line in _lines(terminal):
-            if line.split()[:1] in (["/quit"], ["/exit"]):
-                break
-            if line.split() == ["/retry"]:
-                if state.prompt is None:
-                    print("/retry: there was no prompt yet", file=sys.stderr)
-                else:
-                    state = _answer(writer, state, state.prompt, say, terminal)
-            elif line.startswith("/"):
-                state = _command(line, state)
-            elif line.strip():
-                state = _answer(writer, state, line, say, terminal)
-    return EXIT_DONE
+    session = _Session(writer, settings, source, say, terminal)
+    if not terminal:
+        any(session.onecmd(line.rstrip("\r\n")) for line in sys.stdin or ())
+        return EXIT_DONE
+    say("/help lists the commands, Ctrl-D leaves")
+    with _history():
+        while True:
+            try:
+                session.cmdloop()
+                return EXIT_DONE
+            except KeyboardInterrupt:  # drops the line begun
+                print("\n/quit or Ctrl-D leaves", file=sys.stderr)
 
 
-def _answer(writer: Writer, state: _State, prompt: str, say: Callable[[str], None], terminal: bool) -> _State:
-    settings = state.settings
-    if prompt == state.prompt and settings.temperature == 0 and settings.num_beams == 1:
-        say("the same prompt gives the same text at temperature 0; /set temperature 0.8 draws")
-    with _interruptible() if terminal else contextlib.nullcontext(lambda: False) as stopped:
-        echo = not terminal and not settings.quiet
-        found = print_answer(writer, prompt, settings, state.number, state.source, say, echo=echo, stopped=stopped)
-    say(speed(found))
-    lines = (*state.lines, *(as_json(answer, settings, state.source) for answer in found))
-    return dataclasses.replace(state, number=state.number + 1, prompt=prompt, lines=lines)
+class _Session(cmd.Cmd):
+    """The settings, the answers under this seed, and what was answered. A command /NAME is the method do_NAME."""
+
+    def __init__(
+        self, writer: Writer, settings: GenerateSettings, source: str, say: Callable[[str], None], terminal: bool
+    ) -> None:
+        super().__init__()
+        self.writer, self.settings, self.source, self.say, self.terminal = writer, settings, source, say, terminal
+        self.prompt = "> " if sys.stdout.isatty() else ""  # a file gets answers only
+        self.number, self.last, self.saved = 0, "", list[str]()
+
+    def onecmd(self, line: str) -> bool:
+        """Answer or obey one line; whether it was the last."""
+        name, _, rest = line.strip().partition(" ")
+        if line.strip() in _LEAVE or (self.terminal and line == "EOF"):  # cmd.Cmd's word for Ctrl-D
+            print(end="\n" if line == "EOF" else "")
+            return True
+        command = getattr(self, f"do_{name[1:]}", None) if name.startswith("/") else self.answer
+        try:
+            if command is None:
+                raise UserError(f"{name}: no such command; /help lists them")
+            if line.strip():
+                command(line if command == self.answer else rest.strip())
+        except UserError as error:
+            print(error, file=sys.stderr)
+        return False
+
+    def answer(self, prompt: str) -> None:
+        """The model continues it."""
+        if prompt == self.last and self.settings.temperature == 0 and self.settings.num_beams == 1:
+            self.say("the same prompt gives the same text at temperature 0; /set temperature 0.8 draws")
+        with _interruptible() if self.terminal else contextlib.nullcontext(lambda: False) as stopped:
+            echo = not self.terminal and not self.settings.quiet
+            answers = print_answer(
+                self.writer, (self.number, prompt), self.settings, self.source, self.say, echo=echo, stopped=stopped
+            )
+        self.say(speed(answers))
+        self.saved += [as_json(answer, self.settings, self.source) for answer in answers]
+        self.number, self.last = self.number + 1, prompt
+
+    def do_set(self, text: str) -> None:
+        """NAME VALUE|change a setting; without a value, back to its default"""
+        name, _, value = text.partition(" ")
+        self.settings = set_value(self.settings, name, value.strip())
+        if name == "seed":  # a seed set begins that seed's answers from the first
+            self.number = 0
+
+    def do_seed(self, text: str) -> None:
+        """N|begin the answers of seed N from the first"""
+        self.do_set(f"seed {text}")
+
+    def do_retry(self, text: str) -> None:
+        """|answer the last prompt again, with other random numbers"""
+        if not self.last:
+            raise UserError("/retry: there was no prompt yet")
+        self.answer(self.last)
+
+    def do_save(self, name: str) -> None:
+        """FILE|write all answers so far to a new file, as lines of JSON"""
+        if not name or not self.saved:
+            raise UserError("/save FILE, once there is an answer")
+        try:
+            with Path(name).expanduser().open("x", encoding="utf-8", errors="replace") as file:
+                file.writelines(f"{line}\n" for line in self.saved)
+        except FileExistsError:
+            raise UserError(f"/save {name}: exists; name another file") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"/save {name}: cannot be written ({reason}); name another file") from None
+        print(f"{name}: {len(self.saved)} answers", file=sys.stderr)
+
+    def do_show(self, text: str) -> None:
+        """|the settings and their values"""
+        values = with_defaults(self.settings)
+        _print_table((name, str(getattr(values, name))) for name in SAMPLING)
+
+    def do_help(self, text: str) -> None:
+        """|this"""
+        commands = [("TEXT", "the model continues it")]
+        for name in ("set", "seed", "retry", "save", "show", "help"):
+            words, _, meaning = (getattr(self, f"do_{name}").__doc__ or "").partition("|")
+            commands.append((f"/{name} {words}", meaning))
+        _print_table([*commands, ("/quit, Ctrl-D", "leave"), ("Ctrl-C", "stop the text")])
 
 
 def set_value(settings: GenerateSettings, name: str, value: str) -> GenerateSettings:
     """`settings` with one of SAMPLING changed. Raises UserError in the words of the command line."""
     field = name.lstrip("-").replace("-", "_")
     if field not in SAMPLING:
-        raise UserError(f"{name}: is none of {', '.join(SAMPLING)}")
-    if field == "stop":
-        changed = dataclasses.replace(settings, stop=(prompts.escapes(value),) if value else ())
-    else:
-        read = cli.parse(GenerateSettings, [cli.flag(field) + "=" + value], prog="/set", description="")
-        changed = dataclasses.replace(settings, **{field: getattr(read, field)})
+        raise UserError(f"/set {name}: NAME VALUE, NAME one of {', '.join(SAMPLING)}")
+    new = getattr(GenerateSettings(), field)
+    if field == "stop" and value:
+        new = (prompts.escapes(value),)
+    elif value:
+        parsed = cli.parse(GenerateSettings, [cli.flag(field) + "=" + value], prog="/set", description="")
+        new = getattr(parsed, field)
+    changed = dataclasses.replace(settings, **{field: new})
     if problems := check_sampling(changed):
         raise UserError(*problems)
     return changed
 
 
-def _command(line: str, state: _State) -> _State:
-    name, *words = line.split()
-    settings = state.settings
-    if name == "/seed" and len(words) == 1:
-        name, words = "/set", ["seed", *words]
-    if name == "/set" and (len(words) == 2 or words[:1] == ["stop"]):
-        try:
-            settings = set_value(settings, words[0], " ".join(words[1:]))
-        except UserError as error:
-            print(error, file=sys.stderr)
-            return state
-        number = 0 if words[0] == "seed" else state.number  # a seed set begins that seed's answers anew
-        return dataclasses.replace(state, settings=settings, number=number)
-    if name == "/set":
-        print(f"/set NAME VALUE, NAME one of {', '.join(SAMPLING)}", file=sys.stderr)
-    elif name == "/seed":
-        print("/seed N, N a whole number", file=sys.stderr)
-    elif name == "/save":
-        _save(line.partition("/save")[2].strip(), state)
-    elif name == "/show":
-        values = {field: getattr(settings, field) for field in SAMPLING}
-        print(
-            *(
-                f"{field:<22}{value if field != 'stop' else ', '.join(map(repr, value)) or 'none'}"
-                for field, value in values.items()
-            ),
-            sep="\n",
-        )
-    elif name == "/help":
-        print(HELP)
-    else:
-        print(f"{name}: no such command; /help lists them", file=sys.stderr)
-    return state
-
-
-def _save(name: str, state: _State) -> None:
-    """All answers of the session to a file that is not there yet."""
-    if not name or not state.lines:
-        print("/save FILE, once there is an answer", file=sys.stderr)
-        return
-    try:
-        with Path(name).expanduser().open("x", encoding="utf-8", errors="replace") as file:
-            file.writelines(f"{line}\n" for line in state.lines)
-    except FileExistsError:
-        print(f"/save {name}: is there already; name another file", file=sys.stderr)
-    except (OSError, ValueError) as error:
-        print(f"/save {name}: cannot be written ({getattr(error, 'strerror', None) or error})", file=sys.stderr)
-    else:
-        print(f"{name}: {len(state.lines)} answers", file=sys.stderr)
-
-
-def _lines(terminal: bool) -> Iterator[str]:
-    """What the user types, or the lines of a pipe. On a terminal Ctrl-C drops the line begun."""
-    while True:
-        try:
-            if terminal and sys.stdout.isatty():
-                yield input("> ")
-                continue
-            if terminal:  # standard output is a file: what is not an answer must not go there
-                print("> ", end="", file=sys.stderr, flush=True)
-            line = sys.stdin.readline() if sys.stdin is not None else ""
-            if not line:
-                return
-            yield line.rstrip("\r\n")
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            if not terminal:
-                raise
-            print("\n/quit or Ctrl-D leaves", file=sys.stderr)
+def _print_table(rows: Iterator[tuple[str, str]] | list[tuple[str, str]]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console(markup=False, highlight=False).print(table)
 
 
 @contextlib.contextmanager
@@ -189,7 +178,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def _history() -> Iterator[None]:
-    """Line editing, and a history that outlives the session: $XDG_STATE_HOME/wikift/history or ~/.wikift_history."""
+    """A history that outlives the session: $XDG_STATE_HOME/wikift/history or ~/.wikift_history."""
     try:
         import readline
     except ImportError:  # a Python built without it: plain input
@@ -203,6 +192,6 @@ def _history() -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # no history is no reason to fail
+        with contextlib.suppress(OSError):  # a history that cannot be written does not end the session in an error
             path.parent.mkdir(parents=True, exist_ok=True)
             readline.write_history_file(path)

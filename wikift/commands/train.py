@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wikift.base.errors import UserError
+from wikift.base.command import command_line
+from wikift.base.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 from wikift.base.shape import Shape
-from wikift.commands.main import EXIT_DONE, EXIT_INTERRUPTED
 from wikift.settings import deepspeed
 from wikift.settings.batch_layout import BatchLayout, batch_layout
 from wikift.settings.checks import check_train, problems_of
-from wikift.settings.fields import EXCLUSIVE, PrepareSettings, TrainSettings, store_path
-from wikift.settings.options import flag, parse
+from wikift.settings.fields import EXCLUSIVE, TrainSettings, store_path
+from wikift.settings.options import Parsed, flag, parse_all
 from wikift.settings.run_plan import RunPlan, apply_scratch, model_shape, plan_run, ranks_started, resolve
 from wikift.settings.schedule import schedule_of
 from wikift.training.resume import planned_start
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Fine-tune GPT-2, or train it from scratch. The same command resumes where it stopped."
 EPILOG = """examples:
-  torchrun --nproc_per_node=4 launch/train.py
+  torchrun --nproc_per_node=4 -m wikift train
                  four processes: gpt2 on wikitext-103-v1
-  python launch/train.py
+  wikift train
                  one process: gpt2 on wikitext-2-v1
-  python launch/train.py --dataset my.txt --model distilgpt2 --max-steps 500
+  wikift train --dataset my.txt --model distilgpt2 --max-steps 500
                  your own text
 
 exit codes:
@@ -44,59 +44,71 @@ Say = Callable[[str], None]
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    typed: dict[str, str] = {}
-    given = parse(
-        TrainSettings,
-        _without_local_rank(argv),
-        prog="launch/train.py",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        exclusive=EXCLUSIVE,
-        said=typed,
+    options, problems = _without_local_rank(argv)
+    parsed = parse_all(
+        TrainSettings, options, prog="wikift train", description=DESCRIPTION, epilog=EPILOG, exclusive=EXCLUSIVE
     )
-    ranks = ranks_started()
-    merged = deepspeed.merge(given, typed)
-    settings = resolve(merged.settings, ranks)
-    problems = check_train(settings, ranks, launched="RANK" in os.environ) + _data_problems(settings, given)
-    problems = [*merged.problems, *deepspeed.with_keys(problems, merged)]
-    if problems:
-        raise UserError(*dict.fromkeys(problems))
-    layout = batch_layout(settings, ranks)
-    prints = os.environ.get("RANK", "0") == "0" and (settings.dry_run or not settings.quiet)
+    if parsed.settings.dry_run:
+        text = plan(parsed, problems)
+        if os.environ.get("RANK", "0") == "0":
+            print(text, flush=True)
+        return EXIT_DONE
+    return EXIT_INTERRUPTED if train(parsed, problems)[1] else EXIT_DONE
+
+
+def plan(parsed: Parsed[TrainSettings], problems: Sequence[str] = ()) -> str:
+    """What a run of these settings would be: a config file, with what follows from it as comments. Writes nothing."""
+    settings, notes = _resolved(parsed, problems)
+    return "\n".join([*(f"# {note}" for note in notes), dry_run(settings, batch_layout(settings, ranks_started()))])
+
+
+def train(parsed: Parsed[TrainSettings], problems: Sequence[str] = ()) -> tuple[Path, int]:
+    """Train to the end or to a stop; returns the run's folder and the signal that stopped it, else 0."""
+    settings, notes = _resolved(parsed, problems)
+    prints = os.environ.get("RANK", "0") == "0" and not settings.quiet
 
     def say(text: str) -> None:
         if prints:
             print(text, flush=True)
 
-    comment = "# " if settings.dry_run else ""  # a dry run prints a config file
-    for note in merged.notes:
-        say(comment + note)
-    if given.data is None and given.dataset is None and ranks == 1:
-        say(f"{comment}one process: falling back to wikitext-2-v1 (torchrun starts several, and wikitext-103-v1)")
-    if settings.dry_run:
-        say(dry_run(settings, layout))
-        return EXIT_DONE
+    for note in notes:
+        say(note)
     store = _store(settings, prints, say)
-    plan = _plan(settings, layout, store)
+    run_plan = _plan(settings, batch_layout(settings, ranks_started()), store)
 
     from wikift.training.run import train_run
 
-    return EXIT_INTERRUPTED if train_run(plan, store, say) else EXIT_DONE
+    return run_plan.output_dir, train_run(run_plan, store, say)
 
 
-def _without_local_rank(argv: Sequence[str]) -> list[str]:
-    """`argv` less the --local_rank=N that DeepSpeed's launcher appends. Raises UserError where LOCAL_RANK differs."""
-    words, ranks = list(argv), []
-    for index in reversed(range(len(words))):
-        name, equals, value = words[index].partition("=")
+def _resolved(parsed: Parsed[TrainSettings], problems: Sequence[str]) -> tuple[TrainSettings, list[str]]:
+    """The settings with what follows from them, and what to tell of it. Raises UserError with all that is wrong."""
+    given = parsed.settings
+    ranks = ranks_started()
+    merged = deepspeed.merge(given, parsed.typed)
+    settings = resolve(merged.settings, ranks)
+    checks = check_train(settings, ranks, launched="RANK" in os.environ) + _data_problems(settings, given)
+    parsed.refuse([*problems, *merged.problems, *deepspeed.with_keys(checks, merged)])
+    notes = list(merged.notes)
+    if given.data is None and given.dataset is None and ranks == 1:
+        notes.append("one process: falling back to wikitext-2-v1 (torchrun starts several, and wikitext-103-v1)")
+    return settings, notes
+
+
+def _without_local_rank(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`argv` less the --local_rank=N that DeepSpeed's launcher appends, and what is wrong where LOCAL_RANK differs."""
+    options, ranks = list(argv), []
+    for index in reversed(range(len(options))):
+        name, equals, value = options[index].partition("=")
         if name in ("--local_rank", "--local-rank"):
-            value = value if equals else "".join(words[index + 1 : index + 2])
+            value = value if equals else "".join(options[index + 1 : index + 2])
             ranks.append(value)
-            del words[index : index + (1 if equals else 2)]
+            del options[index : index + (1 if equals else 2)]
     own = os.environ.get("LOCAL_RANK")
-    if wrong := [rank for rank in ranks if rank != (own or rank) or not rank.isdecimal()]:
-        raise UserError(f"--local-rank {wrong[0]}: is the launcher's to set, LOCAL_RANK is {own}; leave it out")
-    return words
+    wrong = [rank for rank in ranks if rank != (own or rank) or not rank.isdecimal()]
+    return options, [
+        f"--local-rank {rank}: is the launcher's to set, LOCAL_RANK is {own}; omit it" for rank in wrong[:1]
+    ]
 
 
 def dry_run(settings: TrainSettings, layout: BatchLayout) -> str:
@@ -121,7 +133,8 @@ def dry_run(settings: TrainSettings, layout: BatchLayout) -> str:
         for text in (f"starts: {starts}", *notes):  # a comment in TOML has no control characters, a path may
             lines.append("# " + "".join(sign if sign.isprintable() else "?" for sign in text))
     else:
-        lines.append(f"# steps of an epoch: known when {path} is prepared (by launch/prepare.py, or by the run itself)")
+        prepared = f"prepared (by {command_line('prepare')}, or by the run itself)"
+        lines.append(f"# steps of an epoch: known when {path} is {prepared}")
         if shape is not None:
             lines.append(f"# parameters: {shape.parameters:,} with a vocabulary of {shape.vocab_size:,}")
             lines.append(f"# tokens per step: {layout.global_batch * (settings.block_size or shape.n_positions):,}")
@@ -132,14 +145,14 @@ def dry_run(settings: TrainSettings, layout: BatchLayout) -> str:
 
 def _data_problems(settings: TrainSettings, given: TrainSettings) -> list[str]:
     """What is wrong with the store or the text, as far as it shows at once; `given` before derivations."""
-    from wikift.commands.prepare import source_problems
+    from wikift.commands.prepare import data_problems
     from wikift.data.store import open_store
 
     data = settings.data
     if data is not None:
         return problems_of(lambda: open_store(data))
     # a tokenizer that follows from --model is not complained of beside --model
-    return source_problems(dataclasses.replace(settings, tokenizer=given.tokenizer))
+    return data_problems(dataclasses.replace(settings, tokenizer=given.tokenizer or "gpt2"))
 
 
 def _plan(settings: TrainSettings, layout: BatchLayout, store: TokenStore) -> RunPlan:
@@ -179,11 +192,11 @@ def _store(settings: TrainSettings, prints: bool, say: Say) -> TokenStore:
     if settings.data is not None:
         path = Path(settings.data)
     else:
-        from wikift.commands.prepare import ensure_store
+        from wikift.base.names import CUT_SEED
+        from wikift.commands.prepare import make_store
 
-        # the cut's own seed: runs that differ in --seed are measured on the same validation text
-        cut_seed, out = PrepareSettings().seed, store_path(settings)
-        path = ensure_store(settings, seed=cut_seed, quiet=not prints, out=out, say=say)
+        path = store_path(settings)
+        make_store(settings, CUT_SEED, path, quiet=not prints, say=say)
     store = open_store(path)
     folder, own = Path(settings.model), settings.data is None and settings.tokenizer == settings.model
     bare = folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))

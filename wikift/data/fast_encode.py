@@ -3,9 +3,8 @@
 gigatoken is young, so it is believed only as far as it is checked, in every preparation: on hostile strings at the
 start, on every character that occurs, in a few surroundings (libraries know other versions of Unicode), and on 4 KB of
 rows out of each chunk of some 2 MB, drawn by the chunk's content. At the first difference
-`Disagreement` is raised, and the caller starts again with `encode.encoder`. The chunks go to threads, which share one
-gigatoken and what it has learned, since all the work in them is done without Python's lock; results are taken in order,
-so the number of threads does not show in them.
+`Disagreement` is raised, and the caller starts again with `encode.chunk_encoder`. Threads share one gigatoken and what
+it has learned.
 """
 
 from __future__ import annotations
@@ -14,16 +13,14 @@ import gc
 import importlib.util
 import os
 import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from wikift.data.encode import Chunk, Cuts, Encode, EncodeChunk, in_order, tokenizer_threads
+from wikift.data.cuts import Cuts
+from wikift.data.encode import Chunk, EncodeChunk, plain_tokenizer
 from wikift.data.store import Encoded
 from wikift.data.texts import Texts
 
@@ -57,30 +54,9 @@ def why_not(cuts: Cuts) -> str | None:
     return "gigatoken is used for tokenizers of GPT-2's kind only" if cuts.unsplit is None else None
 
 
-@contextmanager
-def fast_encoder(tokenizer_file: Path, *, eos_token_id: int | None, dtype: str, workers: int) -> Iterator[Encode]:
-    """As `encode.encoder`, with threads and gigatoken. Raises Disagreement, at once or from the encoding."""
-    encode_chunk = fast_chunk_encoder(tokenizer_file, eos_token_id, dtype, CACHE_BYTES)
-    pool = ThreadPoolExecutor(workers, "encode")
-
-    def encode(source: Iterable[Chunk]) -> Iterator[Encoded]:
-        return in_order(pool, encode_chunk, source, 2 * workers + 1)
-
-    try:
-        with tokenizer_threads(False):  # a sample is too short for them
-            encode_chunk(Chunk(Texts.of(_HOSTILE), np.ones(len(_HOSTILE), np.bool_), 0))
-            yield encode
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def fast_chunk_encoder(tokenizer_file: Path, eos_token_id: int | None, dtype: str, cache_bytes: int) -> EncodeChunk:
-    """A function that encodes one chunk with gigatoken and compares a sample; for any number of threads."""
-    from tokenizers import Tokenizer
-
-    reference = Tokenizer.from_file(str(tokenizer_file))
-    reference.no_truncation()
-    reference.no_padding()
+def fast_chunk_encoder(tokenizer_file: Path, eos_token_id: int | None, dtype: str) -> EncodeChunk:
+    """As `encode.chunk_encoder`, with gigatoken. Raises Disagreement, at once or from the encoding."""
+    reference = plain_tokenizer(tokenizer_file)
     fast = _load(tokenizer_file)
     since, resident, lock = 0, _resident_bytes(), threading.Lock()
     known = np.zeros(0x110000, np.bool_)  # characters that were compared
@@ -115,12 +91,13 @@ def fast_chunk_encoder(tokenizer_file: Path, eos_token_id: int | None, dtype: st
         with lock:
             since += len(chunk.texts.data)
             # against the memory of the start: another thread may still hold the old one when the new one is there
-            if since >= _LEAST_BYTES_BETWEEN and _resident_bytes() - resident > cache_bytes:
+            if since >= _LEAST_BYTES_BETWEEN and _resident_bytes() - resident > CACHE_BYTES:
                 fast = None
                 gc.collect()
                 fast, since = _load(tokenizer_file), 0
         return chunk.encoded(ids, ends, eos_token_id, dtype)
 
+    encode(Chunk(Texts.of(_HOSTILE), np.ones(len(_HOSTILE), np.bool_), 0))
     return encode
 
 

@@ -23,7 +23,6 @@ from wikift.data.texts import Texts
 _BLOCK_BYTES = 1 << 20
 _BATCH_CHARACTERS = 1 << 20
 _COLUMN_BYTES, _COLUMN_ROWS = 5 << 19, 8192  # a batch of a column: large, as each chunk of `encode` has a price
-_NAMED_ROWS = 256
 
 Reader = Callable[[Path, str], Iterator[Texts]]
 
@@ -112,13 +111,13 @@ def _text_of(raw: bytes, path: Path, number: int, start: int, column: str) -> st
         raise UserError(f"{where}: has no {column!r}, it has {_list(row)}; name the column with --text-column")
     text = row[column]
     if not isinstance(text, str):
-        raise UserError(f"{where}: {column!r} is {_kind(text)}, not text; mend or delete the line")
+        raise UserError(f"{where}: {column!r} is {_kind(text)}, not text; fix or delete the line")
     if surrogates:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise UserError(
-                f"{where}: {column!r} holds half of a surrogate pair (\\ud800 to \\udfff), no text; mend it"
+                f"{where}: {column!r} holds half of a surrogate pair (\\ud800 to \\udfff), no text; fix it"
             ) from None
     return text
 
@@ -136,12 +135,11 @@ def read_parquet(path: Path, column: str) -> Iterator[Texts]:
             for texts in _column(file, column):
                 if texts.null_count:
                     where = f"{path}, row {number + texts.is_null().index(True).as_py() + 1}"
-                    raise UserError(f"{where}: {column!r} is null, not text; mend or delete the row")
+                    raise UserError(f"{where}: {column!r} is null, not text; fix or delete the row")
                 try:
                     yield Texts.of_arrow(texts)
                 except UnicodeDecodeError:
-                    number += _before_the_fault(texts)
-                    where = f"{path}, rows {number + 1} to {number + _NAMED_ROWS}"
+                    where = f"{path}, row {number + _first_not_text(texts) + 1}"
                     raise UserError(f"{where}: {column!r} is not UTF-8; write the file again") from None
                 number += len(texts)
     except (pa.ArrowException, OSError) as error:
@@ -167,13 +165,12 @@ def _column_bytes(group: Any, column: str) -> int:
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
 
 
-def _before_the_fault(texts: Any) -> int:
-    """How many rows lie before the 256 of which one is not UTF-8."""
-    for start in range(0, len(texts), _NAMED_ROWS):
+def _first_not_text(texts: Any) -> int:
+    for number, text in enumerate(texts):
         try:
-            Texts.of_arrow(texts.slice(start, _NAMED_ROWS))
+            text.as_py()
         except UnicodeDecodeError:
-            return start
+            return number
     return 0
 
 
@@ -212,7 +209,7 @@ def _open(path: Path) -> Any:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); mend the name or the permissions") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); fix the name or the permissions") from None
 
 
 def _not_utf8(path: Path, line: int, offset: int, byte: int) -> UserError:
@@ -226,15 +223,8 @@ def _not_utf8(path: Path, line: int, offset: int, byte: int) -> UserError:
 
 
 def _kind(value: Any) -> str:
-    kinds = {
-        type(None): "null",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-    }
-    return kinds.get(type(value), "a text")
+    kinds = {"NoneType": "null", "bool": "true or false", "list": "a list", "dict": "an object", "str": "a text"}
+    return kinds.get(type(value).__name__, "a number")
 
 
 def _list(names: Any) -> str:

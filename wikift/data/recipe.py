@@ -1,64 +1,71 @@
-"""What a token store was made of, and whether settings ask for the same.
+"""What a token store was made of, and whether it is what is asked for.
 
-A recipe is the dataset with its configuration, the content of the user's files, the text column, the cut, the tokenizer
-and the end-of-text token. It is compared without reading text, loading a tokenizer or asking the Hub, save that files
-with other times and the same size are read to compare their checksums.
+Recipes are compared without reading text, loading a tokenizer or asking the Hub, save that files of the user's with
+other times and the same sizes are read to compare their checksums.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wikift.base.command import command_line
 from wikift.base.errors import UserError
-from wikift.base.files import sha256_of
-from wikift.data.sources import DEFAULT_VALIDATION_FRACTION, Corpus, idle_fraction
+from wikift.base.names import CUT_SEED, WIKITEXT
+from wikift.data.corpus import Corpus
+from wikift.data.sources import DEFAULT_VALIDATION_FRACTION, Source, open_source, source_problems, unused_fraction
 from wikift.data.store import TokenStore
 from wikift.data.tokenizer import SavedTokenizer, tokenizer_fingerprint
-from wikift.data.user_files import CHANGED, user_files
-from wikift.settings.fields import WIKITEXT, DataSettings
+
+_AS_RECORDED = ("dataset", "dataset_config", "text_column", "append_eos", "validation_fraction", "seed")
 
 FileList = dict[str, list[dict[str, Any]]]
 
 
-def source_of(settings: DataSettings, *, checksums: bool) -> dict[str, Any]:
-    """What identifies the text, as far as settings and files tell; `files` only where they are the user's own."""
-    dataset, config, column = settings.dataset, settings.dataset_config, settings.text_column
-    assert dataset is not None
-    if dataset == "demo":
-        return {"dataset": dataset, "dataset_config": None, "text_column": None}
-    files = None if dataset in WIKITEXT else user_files(settings)
+@dataclass(frozen=True)
+class Recipe:
+    """What decides a store's ids, by the keys of `store.json`, so far as settings and files tell."""
+
+    dataset: str
+    dataset_config: str | None
+    text_column: str | None
+    files: str | None  # checksum of the content of the user's files
+    tokenizer: str
+    append_eos: bool | None
+    validation_fraction: float | None
+    seed: int | None
+    source: Source = field(compare=False)  # where the text is
+
+
+def facts_of(source: Source, *, checksums: bool) -> dict[str, Any]:
+    """What identifies the text, by the keys of `store.json`; `files` only where they are the user's own."""
+    files = source.files
+    config = source.dataset if source.dataset in WIKITEXT else source.config
+    if source.dataset == "demo":
+        return {"dataset": "demo", "dataset_config": None, "text_column": None}
     if files is None:
-        config = dataset if dataset in WIKITEXT else config
-        return {"dataset": dataset, "dataset_config": config, "text_column": column}
-    listed: FileList = {split: [_describe(p, checksums) for p in paths] for split, paths in files.splits.items()}
+        return {"dataset": source.dataset, "dataset_config": config, "text_column": source.text_column}
     return {
-        "dataset": Path(dataset).resolve().name,
+        "dataset": Path(source.dataset).resolve().name,
         "dataset_config": files.config,
-        "text_column": None if files.suffix == ".txt" else column,
-        "files": listed,
+        "text_column": None if files.suffix == ".txt" else source.text_column,
+        "files": files.listed(checksums=checksums),
     }
 
 
-def _describe(path: Path, checksum: bool) -> dict[str, Any]:
-    about = path.stat()
-    entry: dict[str, Any] = {"name": path.name, "bytes": about.st_size, "mtime_ns": about.st_mtime_ns}
-    return {**entry, "sha256": sha256_of(path)} if checksum else entry
-
-
 def record_of(
-    source: dict[str, Any], corpus: Corpus, tokenizer: SavedTokenizer, append_eos: bool, dataset: str
+    facts: dict[str, Any], corpus: Corpus, tokenizer: SavedTokenizer, append_eos: bool, source: Source
 ) -> dict[str, Any]:
-    """The part of `store.json` that says what was done; `dataset` is as the user named it."""
-    files: FileList = source.get("files", {})
-    path = str(Path(dataset).resolve())  # where evaluation finds the text again; no part of the recipe
-    content = [f"{split} {entry['sha256']}" for split, entries in files.items() for entry in entries]
-    revision = "sha256:" + hashlib.sha256("\n".join(content).encode()).hexdigest() if files else corpus.revision
+    """The part of `store.json` that says what was done; `facts` are those of `source`, with checksums."""
+    files: FileList = facts.get("files", {})
+    path = str(Path(source.dataset).resolve())  # where evaluation finds the text again
     return {
-        **{key: value for key, value in source.items() if key != "files"},
+        **{key: value for key, value in facts.items() if key != "files"},
         "dataset_name": corpus.name,
-        "revision": revision,
+        "revision": _checksum(files) if files else corpus.revision,
         "rows_are_documents": corpus.rows_are_documents,
         "append_eos": append_eos,
         "newlines": "each row ends with its own, CRLF read as LF" if corpus.rows_are_lines else "as in the rows",
@@ -68,61 +75,105 @@ def record_of(
     }
 
 
-def check_recipe(store: TokenStore, settings: DataSettings, seed: int) -> None:
-    """Raise UserError where `store` was made otherwise than the (resolved) settings ask."""
-    record, different = store.record, []
-
-    def compare(name: str, there: Any, asked: Any) -> None:
-        if there != asked:
-            different.append(f"{name} {_show(there)} there, {_show(asked)} asked")
-
-    source = source_of(settings, checksums=False)
-    for name in ("dataset", "dataset_config", "text_column"):
-        compare(name, record.get(name), source[name])
-    if not different and "files" in source and not _same_files(record.get("files") or {}, source["files"], settings):
-        different.append("the files' content is another now")
-    eos = record.get("rows_are_documents") if settings.append_eos is None else settings.append_eos
-    compare("append_eos", record.get("append_eos"), eos)
-    if record.get("validation_fraction") is not None:
-        fraction = settings.validation_fraction
-        asked = DEFAULT_VALIDATION_FRACTION if fraction is None else fraction
-        compare("validation_fraction", record["validation_fraction"], asked)
-        compare("seed", record.get("seed"), seed)
-    elif settings.validation_fraction is not None and not different and "validation" in store.splits:
-        raise UserError(idle_fraction(settings, True))
-    name = settings.tokenizer or ""
-    if not name.startswith("train:") and Path(name).is_dir():
-        if tokenizer_fingerprint(name) != store.tokenizer_fingerprint:
-            different.append(f"tokenizer {record['tokenizer'].get('name')} there, that of {name} is another")
-    else:
-        compare("tokenizer", record["tokenizer"].get("name"), name)
-    if different:
-        raise UserError(
-            f"{store.path}: is a store made otherwise ({'; '.join(different)}); remove that folder, "
-            "or make another store with launch/prepare.py --out DIR"
-        )
+def _checksum(files: FileList) -> str:
+    content = [f"{split} {entry['sha256']}" for split, entries in files.items() for entry in entries]
+    return "sha256:" + hashlib.sha256("\n".join(content).encode()).hexdigest()
 
 
-def check_unchanged(store: TokenStore, settings: DataSettings, seed: int) -> None:
-    """Raises UserError where the text of this `store`, just made, is another by now."""
-    try:
-        check_recipe(store, settings, seed)
-    except UserError:
-        raise UserError(f"{settings.dataset}: {CHANGED}") from None
+def recipe_of(store: TokenStore) -> Recipe:
+    """The recipe in `store.json`."""
+    record = store.record
+    dataset = str(record.get("dataset_path") or record.get("dataset"))
+    given = dataset not in (*WIKITEXT, "demo") and not Path(dataset).is_file()
+    seed = record.get("seed")
+    kept: dict[str, Any] = {name: record.get(name) for name in _AS_RECORDED}
+    return Recipe(
+        **kept,
+        files=record.get("revision") if record.get("files") else None,
+        tokenizer=str(record["tokenizer"].get("name")),
+        source=Source(
+            dataset,
+            record.get("dataset_config") if given else None,
+            record.get("text_column") or "text",
+            record.get("validation_fraction"),
+            CUT_SEED if seed is None else int(seed),
+        ),
+    )
 
 
-def _same_files(there: FileList, now: FileList, settings: DataSettings) -> bool:
-    """Files of the same sizes and times are the same; of the same sizes only, if their checksums are."""
+def recipe_asked(source: Source, tokenizer: str, append_eos: bool | None, store: TokenStore) -> Recipe:
+    """The recipe that `store` would have, were it made of these; what only the text can tell is taken from the store.
 
-    def only(listed: FileList, *keys: str) -> dict[str, list[list[Any]]]:
-        return {split: [[file.get(key) for key in keys] for file in files] for split, files in listed.items()}
+    Raises UserError where a validation fraction is asked for and the text has a validation split.
+    """
+    made, facts = recipe_of(store), facts_of(source, checksums=False)
+    cut = made.validation_fraction is not None
+    if not cut and source.validation_fraction is not None and "validation" in store.splits:
+        raise UserError(unused_fraction(source, True))
+    fraction = DEFAULT_VALIDATION_FRACTION if source.validation_fraction is None else source.validation_fraction
+    if not tokenizer.startswith("train:") and Path(tokenizer).is_dir():
+        same = tokenizer_fingerprint(tokenizer) == store.tokenizer_fingerprint
+        tokenizer = made.tokenizer if same else f"that of {tokenizer}"
+    return Recipe(
+        **{key: facts[key] for key in ("dataset", "dataset_config", "text_column")},
+        files=_checksum_now(source, facts["files"], store.record) if "files" in facts else None,
+        tokenizer=tokenizer,
+        append_eos=store.record.get("rows_are_documents") if append_eos is None else append_eos,
+        validation_fraction=fraction if cut else None,
+        seed=source.seed if cut else None,
+        source=source,
+    )
 
-    if only(there, "bytes") != only(now, "bytes"):
-        return False
-    if only(there, "mtime_ns") == only(now, "mtime_ns"):
-        return True
-    return only(there, "sha256") == only(source_of(settings, checksums=True)["files"], "sha256")
+
+def is_unchanged(source: Source, store: TokenStore) -> bool:
+    """Whether the user's files are still those that `store` was made of; other sources do not change."""
+    facts = facts_of(source, checksums=False)
+    return "files" not in facts or _checksum_now(source, facts["files"], store.record) == store.record["revision"]
 
 
-def _show(value: Any) -> str:
-    return "none" if value is None else str(value)
+def _checksum_now(source: Source, now: FileList, record: dict[str, Any]) -> str:
+    """Of the files' content; not computed where sizes and times are those of the record, nor where sizes differ."""
+    made: FileList = record.get("files") or {}
+    if _only(made, "bytes") != _only(now, "bytes"):
+        return "of other sizes"
+    if _only(made, "mtime_ns") == _only(now, "mtime_ns"):
+        return str(record["revision"])
+    return _checksum(facts_of(source, checksums=True)["files"])
+
+
+def _only(files: FileList, key: str) -> dict[str, list[Any]]:
+    return {split: [file.get(key) for file in entries] for split, entries in files.items()}
+
+
+def check_recipe(asked: Recipe, store: TokenStore) -> None:
+    """Raise UserError where `store` has another recipe."""
+    made = recipe_of(store)
+    if asked == made:
+        return
+    different = []
+    for name in (each.name for each in dataclasses.fields(Recipe) if each.compare):
+        there, wanted = getattr(made, name), getattr(asked, name)
+        if there != wanted and name != "files":
+            words = ["none" if value is None else value for value in (there, wanted)]
+            different.append(f"{name} {words[0]} there, {words[1]} asked")
+        elif there != wanted and made.dataset == asked.dataset:
+            different.append("the files' content is another now")
+    raise UserError(
+        f"{store.path}: is a store made otherwise ({'; '.join(different)}); remove that folder, "
+        f"or make another store with {command_line('prepare')} --out DIR"
+    )
+
+
+def open_again(store: TokenStore) -> Corpus:
+    """The rows that `store` was made of. Raises UserError where they are missing or not the same."""
+    recipe, record = recipe_of(store), store.record
+    source = recipe.source
+    if "files" in record and "dataset_path" not in record:
+        raise UserError(f"{store.path} was made by an older wikift, which did not record where its text is")
+    if problems := source_problems(source):
+        raise UserError(*problems)
+    check_recipe(recipe_asked(source, str(store.path / "tokenizer"), recipe.append_eos, store), store)
+    corpus = open_source(source)
+    if "files" not in record and corpus.revision != record.get("revision"):
+        raise UserError(f"{source.dataset} is of revision {corpus.revision} now, the store of {record.get('revision')}")
+    return corpus

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wikift import __version__
+from wikift.base.command import command_line
 from wikift.base.errors import UserError
 from wikift.base.files import sha256_of, sync_folder
 
@@ -179,17 +180,17 @@ def open_store(path: str | Path, *, verify: bool = False, setting: str = "--data
 
 def _read_record(path: Path, where: str) -> dict[str, Any]:
     if not path.exists():
-        raise UserError(f"{where}: no such folder; make it with python launch/prepare.py --out {path} --dataset ...")
+        raise UserError(f"{where}: no such folder; make it with {command_line('prepare')} --out {path} --dataset ...")
     if not path.is_dir():
-        raise UserError(f"{where}: is a file, not a token store; name the folder that launch/prepare.py made")
+        raise UserError(f"{where}: is a file, not a token store; name the folder that {command_line('prepare')} made")
     try:
         content = json.loads((path / "store.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{where}: has no store.json, so it is no token store; name a folder that launch/prepare.py made"
+            f"{where}: has no store.json, so it is no token store; name a folder that {command_line('prepare')} made"
         ) from None
     except OSError as error:
-        raise UserError(f"{where}: store.json cannot be read ({error.strerror}); mend its permissions") from None
+        raise UserError(f"{where}: store.json cannot be read ({error.strerror}); fix its permissions") from None
     except ValueError:
         raise UserError(f"{where}: store.json is not JSON (damaged); remove the folder and prepare it again") from None
     kind = content.get("format") if isinstance(content, dict) else None
@@ -200,7 +201,9 @@ def _read_record(path: Path, where: str) -> dict[str, Any]:
             f"{where}: has format {kind}, this wikift ({__version__}) reads {FORMAT}; prepare it again, or take the "
             f"wikift that made it ({content.get('wikift', 'unknown')})"
         )
-    raise UserError(f"{where}: store.json is not wikift's (format {kind!r}); name a folder that launch/prepare.py made")
+    raise UserError(
+        f"{where}: store.json is not wikift's (format {kind!r}); name a folder that {command_line('prepare')} made"
+    )
 
 
 def _from_record(path: Path, record: dict[str, Any]) -> TokenStore:
@@ -253,19 +256,19 @@ def _split_problems(store: TokenStore, name: str, where: str, verify: bool) -> l
     except FileNotFoundError:
         return [f"{where}: {split.file} is missing; {again}"]
     except OSError as error:
-        return [f"{where}: {split.file} cannot be read ({error.strerror}); mend its permissions or the disk"]
+        return [f"{where}: {split.file} cannot be read ({error.strerror}); fix its permissions or the disk"]
     return []
 
 
 def check_tokenizer(store: TokenStore, model: str | Path, *, setting: str = "--model") -> None:
     """Raise UserError where the tokenizer of `model`, a folder or a name, would not have made this store's ids."""
-    from wikift.data.tokenizer import load, tokenizer_fingerprint
+    from wikift.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 
     if Path(model).is_dir():
         found = tokenizer_fingerprint(model, setting=setting)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            found = load(str(model), Path(folder)).fingerprint
+            found = load_tokenizer(str(model), Path(folder)).fingerprint
     if found != store.tokenizer_fingerprint:
         name = store.record["tokenizer"].get("name", "another one")
         raise UserError(

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+Ends = npt.NDArray[np.bool_]  # of texts: whether their row ends with each
+
 _BLOCK_BYTES = 1 << 18  # so that what is counted stays in a core's cache
 
 # White space beyond ASCII, for str.split(): U+0085 and U+00A0, whose UTF-8 starts with 0xC2, and U+1680, U+2000 to

@@ -10,8 +10,9 @@ from typing import Any
 
 from wikift.base import hub
 from wikift.base.errors import UserError
+from wikift.base.files import sha256_of
+from wikift.base.names import WIKITEXT
 from wikift.data.readers import READERS
-from wikift.settings.fields import WIKITEXT, DataSettings
 
 SPLITS = ("train", "validation", "test")
 CHANGED = "changed while it was read; run the command again when nothing writes to it"
@@ -29,42 +30,62 @@ class UserFiles:
     splits: SplitFiles
     rows_are_documents: bool
 
+    def listed(self, *, checksums: bool) -> dict[str, list[dict[str, Any]]]:
+        """Name, size and time of each split's files, and their SHA-256 where asked for."""
+        return {split: [_describe(path, checksums) for path in paths] for split, paths in self.splits.items()}
 
-def user_files(settings: DataSettings) -> UserFiles | None:
+
+def _describe(path: Path, checksum: bool) -> dict[str, Any]:
+    about = path.stat()
+    entry: dict[str, Any] = {"name": path.name, "bytes": about.st_size, "mtime_ns": about.st_mtime_ns}
+    return {**entry, "sha256": sha256_of(path)} if checksum else entry
+
+
+def user_files(dataset: str, config: str | None) -> UserFiles | None:
     """The files that `--dataset` and `--dataset-config` name, None where that is a name of the Hub.
 
     Reads names only (and a README.md's front matter). Raises UserError for what can't be a dataset.
     """
-    assert settings.dataset is not None
-    path, config = Path(settings.dataset), settings.dataset_config
-    where = f"--dataset {settings.dataset}"
+    path, where = Path(dataset), f"--dataset {dataset}"
     if path.is_file():
         if config is not None:
-            raise UserError(f"--dataset-config {config}: cannot act, {path} is one file; leave it out")
+            raise UserError(f"--dataset-config {config}: has no effect, {path} is one file; omit it")
         return _of_one_kind({"train": [path]}, None, where)
     if not path.is_dir():
-        _must_be_hub_name(settings.dataset, where)
+        _must_be_hub_name(dataset, where)
         return None
     try:
-        configs, splits = _configs(path), _split_files(path)
+        if _lists_configs(path / "README.md"):
+            return _of_readme(path, config, where)
+        splits = _split_files(path)
+        configs = {p.name: found for p in sorted(path.iterdir()) if p.is_dir() and (found := _split_files(p))}
+        names = ", ".join(sorted(p.name for p in path.iterdir())[:_LISTED])
     except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror}); mend its permissions") from None
-    if configs is None:
-        if config is not None:
-            raise UserError(f"--dataset-config {config}: cannot act, {path} has no configurations; leave it out")
-        if not splits:
-            raise UserError(
-                f"{where}: has no train, validation or test with {', '.join(READERS)} (there: {_listing(path)}); "
-                "name the files train.txt, validation.txt, test.txt or the like"
-            )
-        return _of_one_kind(splits, None, where)
-    if config is None and len(configs) == 1:
-        config = next(iter(configs))
-    if config is None:
-        raise UserError(f"--dataset-config: must be given, {path} has several ({', '.join(configs)}); choose one")
-    if config not in configs:
-        raise UserError(f"--dataset-config {config}: no such configuration of {path}; it has {', '.join(configs)}")
-    return _of_one_kind(configs[config], config, where, documents=not set(configs) & set(WIKITEXT))
+        raise UserError(f"{where}: cannot be read ({error.strerror}); fix its permissions") from None
+    if splits and config is not None:
+        raise UserError(f"--dataset-config {config}: has no effect, {path} has no configurations; omit it")
+    if not splits and configs:
+        if config not in configs:
+            raise UserError(config_problem(config, list(configs)))
+        return _of_one_kind(configs[config], config, where, documents=not set(configs) & set(WIKITEXT))
+    if not splits:
+        raise UserError(
+            f"{where}: has no train, validation or test with {', '.join(READERS)} (there: {names or 'nothing'}); "
+            "name the files train.txt, validation.txt, test.txt or the like"
+        )
+    return _of_one_kind(splits, None, where)
+
+
+def config_problem(config: str | None, names: list[str]) -> str:
+    """The problem of a `--dataset-config` that is missing, or none of `names`."""
+    wrong = ": must be given, the dataset has several" if config is None else f" {config}: the dataset has no such one"
+    return f"--dataset-config{wrong}; choose one of {', '.join(names)}"
+
+
+def configs_in(error: Exception) -> list[str]:
+    """The configurations that `datasets` lists in its error about a wrong one; empty for other errors."""
+    listed = re.search(r"(?:vailable(?: configs)?): \[(.*?)\]", str(error))
+    return re.findall(r"'(.*?)'", listed[1]) if listed and type(error) is ValueError else []
 
 
 def _must_be_hub_name(dataset: str, where: str) -> None:
@@ -72,7 +93,7 @@ def _must_be_hub_name(dataset: str, where: str) -> None:
     if path.exists():
         raise UserError(f"{where}: is neither a file nor a folder; save the text in a file")
     if path.suffix.lower() in READERS or not hub.is_name(dataset):
-        raise UserError(f"{where}: no such file or folder; mend the path")
+        raise UserError(f"{where}: no such file or folder; fix the path")
     near = difflib.get_close_matches(dataset, (*WIKITEXT, "demo"), n=1, cutoff=0.75)
     if near and "/" not in dataset:
         raise UserError(f"{where}: no such file, folder or dataset; did you mean {near[0]}?")
@@ -90,61 +111,33 @@ def _of_one_kind(splits: SplitFiles, config: str | None, where: str, documents: 
 
 def _split_files(folder: Path) -> SplitFiles:
     """`train.*` or the Hub's `train-00000-of-00002.*`, in the folder or in its `data`."""
-    for place in (folder, folder / "data"):
-        splits = {}
-        for split in SPLITS:
-            named = re.compile(rf"{split}(-\d+-of-\d+)?\.(txt|jsonl|parquet)", re.IGNORECASE)
-            found = sorted(p for p in place.iterdir() if named.fullmatch(p.name)) if place.is_dir() else []
-            if found:
-                splits[split] = found
-        if splits:
-            return splits
+    for parent in (folder, folder / "data"):
+        named = {s: re.compile(rf"{s}(-\d+-of-\d+)?\.(txt|jsonl|parquet)", re.IGNORECASE) for s in SPLITS}
+        files = sorted(parent.iterdir()) if parent.is_dir() else []
+        splits = {split: [p for p in files if name.fullmatch(p.name)] for split, name in named.items()}
+        if any(splits.values()):
+            return {split: paths for split, paths in splits.items() if paths}
     return {}
 
 
-def _listing(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir())
-    return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "") or "nothing"
-
-
-# --- the Hub's layout --------------------------------------------------------------------------------------------
-
-
-def _configs(folder: Path) -> dict[str, SplitFiles] | None:
-    """The configurations that the README's front matter lists, else the subfolders with splits; None without any."""
-    readme = folder / "README.md"
+def _lists_configs(readme: Path) -> bool:
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    front = re.match(r"---\r?\n(.*?)\r?\n---\s*(\n|$)", text, re.DOTALL)
-    listed = _front_matter(front[1], readme).get("configs") if front else None
-    if listed:
-        try:
-            return {str(entry["config_name"]): _data_files(folder, entry["data_files"]) for entry in listed}
-        except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{readme}: its configs lack config_name or data_files; copy the dataset again") from None
-    if _split_files(folder):
-        return None
-    return {p.name: found for p in sorted(folder.iterdir()) if p.is_dir() and (found := _split_files(p))} or None
+    return re.match(r"---\r?\n(.*\n)?configs:", text.partition("\n---")[0], re.DOTALL) is not None
 
 
-def _front_matter(text: str, readme: Path) -> dict[str, Any]:
-    import yaml
+def _of_readme(folder: Path, config: str | None, where: str) -> UserFiles:
+    """The files of a configuration in the README's front matter, found by `datasets` and not read or copied by it."""
+    import datasets
 
+    datasets.utils.logging.set_verbosity_error()
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{readme}: its front matter is not YAML ({hub.one_line(error)}); mend it") from None
-    return content if isinstance(content, dict) else {}
-
-
-def _data_files(folder: Path, listed: Any) -> SplitFiles:
-    """`data_files` of a README: a pattern, patterns, or a list of splits with theirs."""
-    if isinstance(listed, str) or all(isinstance(entry, str) for entry in listed):
-        listed = [{"split": "train", "path": listed}]
-    splits: SplitFiles = {}
-    for entry in listed:
-        patterns = [entry["path"]] if isinstance(entry["path"], str) else entry["path"]
-        files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
-        if not files:
-            raise UserError(f"{folder}: README.md names {', '.join(patterns)}, which is not there; copy it again")
-        splits[str(entry["split"])] = files
-    return splits
+        builder = datasets.load_dataset_builder(str(folder.resolve()), config)
+    except Exception as error:  # of YAML, of its own, and ValueError for most others
+        if names := configs_in(error):
+            raise UserError(config_problem(config, names)) from None
+        words = " ".join(str(error).split())[:300]
+        raise UserError(f"{where}: README.md names no dataset that is there ({words}); copy the folder again") from None
+    listed = builder.config.data_files or {}
+    splits = {str(split): [Path(file) for file in files] for split, files in listed.items()}
+    documents = not {*builder.builder_configs} & {*WIKITEXT}
+    return _of_one_kind(splits, builder.config.name, where, documents)

@@ -110,7 +110,7 @@ def choose_compile(work: Work, device: torch.device) -> Choice:
     if work.compile != "auto":
         return Choice("compiled" if work.compile == "yes" else "eager", ASKED_FOR)
     if device.type == "cpu":
-        # measured in fp32, 3 to 12 layers: -3 to +2% of a step, and 25 s to start (docs/experiments.md)
+        # measured in fp32, 3 to 12 layers: -3 to +2% of a step, and 25 s to start (docs/explanation/experiments.md)
         return Choice("eager", "a CPU gains nothing from --compile")
     if work.zero_config:
         return Choice("eager", "with DeepSpeed --compile is to be asked for")

@@ -53,17 +53,17 @@ def detokenized_parts(parts: Iterable[Part]) -> Iterator[Part]:
             yield detokenized("".join(held)), True, document
             held, size, limit = [], 0, PART_CHARACTERS
         elif size > limit:
-            whole = "".join(held)
-            place = safe_place(whole)
-            if not place and size <= _HOPELESS_PARTS * PART_CHARACTERS:
+            page = "".join(held)
+            cut = safe_cut(page)
+            if not cut and size <= _HOPELESS_PARTS * PART_CHARACTERS:
                 limit = 2 * size  # a few tries only: each reads everything that is held
                 continue
-            yield detokenized(whole[: place or size]), False, document
-            held, limit = [whole[place or size :]], PART_CHARACTERS
+            yield detokenized(page[: cut or size]), False, document
+            held, limit = [page[cut or size :]], PART_CHARACTERS
             size = len(held[0])
 
 
-def safe_place(text: str) -> int:
+def safe_cut(text: str) -> int:
     """The last place where `text`, the beginning of a page, may be cut without changing a rule's match; 0 for none."""
     closing: dict[str, str] = {}  # of each kind of pair that is open, what closes it
     free: list[tuple[int, int]] = []

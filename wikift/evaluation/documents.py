@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from wikift.data.sources import Corpus
+from wikift.data.corpus import Corpus
 from wikift.evaluation.detokenize import Part, detokenized_parts
 
 _WHITE = re.compile(r"\s+")
@@ -38,9 +38,10 @@ class Counts:
     tokens: list[int] = field(default_factory=list)
     bytes_read: int = 0
 
-    def add(self, document: int, words: int = 0, size: int = 0, tokens: int = 0) -> None:
+    def add(self, document: int, word_count: int = 0, byte_count: int = 0, token_count: int = 0) -> None:
         """Add to `document`; those before it get zeros where nothing was added to them."""
-        for counts, number in ((self.words, words), (self.bytes, size), (self.tokens, tokens)):
+        columns = (self.words, self.bytes, self.tokens)
+        for counts, number in zip(columns, (word_count, byte_count, token_count), strict=True):
             counts.extend([0] * (document + 1 - len(counts)))
             counts[document] += number
 
@@ -126,10 +127,10 @@ def _counted(rows: Iterable[Row], counts: Counts) -> Iterator[Row]:
     joined = False  # the text before this one ended inside a word of the same row
     for row in rows:
         text, size = row.text, len(row.text.encode())
-        words = len(text.split()) - (joined and bool(text) and not text[0].isspace()) + row.ends
+        word_count = len(text.split()) - (joined and bool(text) and not text[0].isspace()) + row.ends
         joined = not row.ends and (not text[-1].isspace() if text else joined)
         counts.bytes_read += size
-        counts.add(row.document, words, size)
+        counts.add(row.document, word_count, size)
         yield row
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wikift.base.errors import UserError
-from wikift.data.sources import Corpus
+from wikift.data.corpus import Corpus
 from wikift.evaluation.detokenize import Part
 from wikift.evaluation.documents import Counts, joined_pages, joined_rows, page_texts, row_texts
 from wikift.evaluation.score import Piece, Score, Window, document_sums, stored, windows
@@ -127,7 +127,7 @@ def loaded_scorer(source: str, precision: str, world: World, say: Callable[[str]
             return losses.by_token(inputs.to(world.device), targets.to(world.device))
 
     with tempfile.TemporaryDirectory(prefix="wikift-tokenizer-") as folder:
-        yield Scorer(by_token, model.config.n_positions, chosen, tokenizer.load(source, Path(folder)))
+        yield Scorer(by_token, model.config.n_positions, chosen, tokenizer.load_tokenizer(source, Path(folder)))
 
 
 def measure(
@@ -155,18 +155,18 @@ def measure(
     nll, scored = document_sums(scorer.losses, made, batch=batch, world=world, progress=tell)
     if not scored.sum():
         raise UserError(f"--split {split}: {text.name} has no token to predict in it; use another")
-    tokens, words, size_bytes = (np.array(part, np.float64) for part in (counts.tokens, counts.words, counts.bytes))
-    if store is not None:  # which words are whose, tokens don't tell: in proportion
-        found = store.splits[split]
-        words, size_bytes = (tokens * (total / tokens.sum()) for total in (found.words, found.bytes))
+    tokens, *units = (np.array(part, np.float64) for part in (counts.tokens, counts.words, counts.bytes))
+    if store is not None:  # tokens do not tell which words are in which document: in proportion
+        facts = store.splits[split]
+        units = [tokens * (total / tokens.sum()) for total in (facts.words, facts.bytes)]
     nll, scored = (np.pad(part, (0, len(tokens) - len(part))) for part in (nll, scored))
-    return Score(nll, scored, tokens, words, size_bytes)
+    return Score(nll, scored, tokens, *units)
 
 
 def _counted(source: Iterator[Piece], counts: Counts) -> Iterator[Piece]:
     for piece in source:
         for document, number in zip(*np.unique(piece.documents, return_counts=True), strict=True):
-            counts.add(int(document), tokens=int(number))
+            counts.add(int(document), token_count=int(number))
         yield piece
 
 

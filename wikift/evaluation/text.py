@@ -6,17 +6,17 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.hub import one_line
-from wikift.data.encode import cut_rule, pieces
-from wikift.data.recipe import check_recipe
-from wikift.data.sources import Corpus, corpus_problems, open_corpus
+from wikift.data.corpus import Corpus
+from wikift.data.cuts import cut_rule, pieces
+from wikift.data.encode import plain_tokenizer
+from wikift.data.recipe import open_again
+from wikift.data.sources import Source, open_source
 from wikift.data.store import TokenStore
-from wikift.data.tokenizer import rust_tokenizer
 from wikift.evaluation.detokenize import Part
 from wikift.evaluation.documents import is_title
 from wikift.evaluation.score import Piece
@@ -77,59 +77,12 @@ def _notes(config: str | None) -> list[str]:
 # --- an adapter, until data has Source, open_source, source_problems and open_again ------------------------------
 
 
-@dataclass(frozen=True)
-class Source:
-    """What opens a text again; the second half is a recipe's."""
-
-    dataset: str
-    config: str | None = None
-    text_column: str = "text"
-    validation_fraction: float | None = None
-    seed: int = 42
-    tokenizer: str | None = None
-    append_eos: bool | None = None
-    dataset_config = property(lambda self: self.config)
-
-
-def open_source(source: Source, *, cut: bool = True) -> Corpus:
-    return open_corpus(cast(Any, source), source.seed, cut=cut)
-
-
-def source_problems(source: Source) -> list[str]:
-    return corpus_problems(cast(Any, source))
-
-
-def open_again(store: TokenStore) -> Corpus:
-    """The rows that `store` was made of. Raises UserError where they are gone or not the same."""
-    record = store.record
-    dataset = record.get("dataset_path") or record["dataset"]
-    if "files" in record and "dataset_path" not in record:
-        raise UserError(f"{store.path} was made by an older wikift, which did not write down where its text was")
-    named = dataset == "demo" or dataset.startswith("wikitext-") or Path(dataset).is_file()
-    source = Source(
-        dataset=dataset,
-        config=None if named else record.get("dataset_config"),
-        text_column=record.get("text_column") or "text",
-        validation_fraction=record.get("validation_fraction"),
-        seed=42 if record.get("seed") is None else int(record["seed"]),
-        tokenizer=str(store.path / "tokenizer"),
-        append_eos=record.get("append_eos"),
-    )
-    if problems := source_problems(source):
-        raise UserError(*problems)
-    check_recipe(store, cast(Any, source), source.seed)
-    corpus = open_source(source)
-    if "files" not in record and corpus.revision != record.get("revision"):
-        raise UserError(f"{dataset} is of revision {corpus.revision} now, the store of {record.get('revision')}")
-    return corpus
-
-
 # --- text to ids -------------------------------------------------------------------------------------------------
 
 
 def encoded(texts: Iterable[Part], tokenizer_file: Path, eos_token_id: int | None) -> Iterator[Piece]:
     """The ids of each unit, as the tokenizer returns them for all of it; `eos_token_id` follows unless None."""
-    tokenizer = rust_tokenizer(tokenizer_file)
+    tokenizer = plain_tokenizer(tokenizer_file)
     starts: list[int] = []  # in characters, of documents that are not encoded yet, and their numbers
     numbers: list[int] = []
 
@@ -173,7 +126,7 @@ def document_starts(store: TokenStore, split: str) -> list[int]:
     if store.record.get("append_eos"):
         return [end + 1 for end in _positions(ids, [store.eos_token_id]) if end + 1 < len(ids)]
     try:
-        tokenizer = rust_tokenizer(store.path / "tokenizer" / "tokenizer.json")
+        tokenizer = plain_tokenizer(store.path / "tokenizer" / "tokenizer.json")
     except Exception:  # the library knows no class of its own for what it can't read
         return []
     vocabulary = tokenizer.get_vocab()  # of a byte-level BPE: \u010a is a line end, \u0120 a space

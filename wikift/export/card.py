@@ -33,7 +33,7 @@ def model_card(run: Path, config: dict[str, Any], manifest: dict[str, Any], dtyp
     curve = [row for row in rows if row.get("step", math.inf) <= step and _number(row.get("eval_loss")) is not None]
     origin = "Trained from scratch" if settings["from_scratch"] else f"{settings['model']} fine-tuned"
     new_tokens = min(64, manifest["model_config"].get("n_positions", 1024) // 2)
-    export = f"python launch/consolidate.py {shlex.quote(str(settings['output_dir']))} --step {step} --dtype {dtype}"
+    export = f"wikift consolidate {shlex.quote(str(settings['output_dir']))} --step {step} --dtype {dtype}"
     return "\n\n".join([
         _front_matter(name, settings, store, curve[-1] if curve and curve[-1]["step"] == step else {}),
         f"# {_text(name)}",

@@ -12,7 +12,7 @@ from wikift.generation.sampler import Sampling, choose, penalise, uniforms
 from wikift.generation.stream import Stream
 
 Logits = Callable[[Tensor, Tensor, Tensor], Tensor]  # an engine's next_logits
-SAMPLING = Sampling(temperature=0.8, top_k=50, top_p=0.95, repetition_penalty=1.1)
+SAMPLING = Sampling(max_new_tokens=64, temperature=0.8, top_k=50, top_p=0.95, repetition_penalty=1.1)
 
 
 def sample_live(
@@ -21,43 +21,37 @@ def sample_live(
     prompts: Sequence[str],
     *,
     sampling: Sampling,
-    max_new_tokens: int,
-    seed: int,
     positions: int,
 ) -> list[str]:
     """Texts that follow on `prompts` from a model in training, sharded or not; collective.
 
     Draws from streams of its own and leaves torch's generators as they were. It asks for logits `max_new_tokens` times
     on every rank, whatever is written, so that all ranks meet in the same collectives, and always of the same shape, so
-    that nothing is compiled anew; there is no cache, as a sharded module knows none.
+    that nothing is compiled again; there is no cache, as a sharded module knows none.
     """
     end: int = tokenizer.eos_token_id
-    windows = [(tokenizer(prompt, add_special_tokens=False)["input_ids"] or [end])[-positions:] for prompt in prompts]
-    length = min(positions, max(map(len, windows)) + max_new_tokens)
-    streams = [uniforms(seed, number) for number in range(len(prompts))]
-    new: list[list[int]] = [[] for _ in prompts]
-    for _ in range(max_new_tokens):
-        logits = next_logits(*_padded([window[-length:] for window in windows], length)).cpu()
-        if sampling.repetition_penalty != 1:
-            seen = torch.zeros_like(logits, dtype=torch.bool)
-            for row, window in enumerate(windows):
-                seen[row, window] = True
-            logits = penalise(logits, seen, sampling.repetition_penalty)
-        drawn = torch.tensor([next(stream) for stream in streams], dtype=torch.float64)
-        for window, written, token in zip(windows, new, choose(logits, sampling, drawn, 0.0)[0], strict=True):
-            window.append(token)
-            written.append(token)
-    texts = []
-    for written in new:
-        stream = Stream(tokenizer, lambda text: None)
-        stream.ids = written[: written.index(end)] if end in written else written
-        texts.append(stream.finish())
-    return texts
+    prompt_ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] or [end] for prompt in prompts]
+    texts = [ids[-positions:] for ids in prompt_ids]
+    length = min(positions, max(map(len, texts)) + sampling.max_new_tokens)
+    randoms = [uniforms(sampling.seed, number) for number in range(len(prompts))]
+    for _ in range(sampling.max_new_tokens):
+        logits = next_logits(*_padded([text[-length:] for text in texts], length)).cpu()
+        drawn = torch.tensor([next(random) for random in randoms], dtype=torch.float64)
+        penalised = penalise(logits, texts, sampling.repetition_penalty)
+        for text, token in zip(texts, choose(penalised, sampling, drawn, 0.0)[0], strict=True):
+            text.append(token)
+    return [_decoded(tokenizer, text[-sampling.max_new_tokens :]) for text in texts]
 
 
-def _padded(windows: list[list[int]], length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, mask, positions), each (rows, length), padded on the left."""
-    padding = torch.tensor([length - len(window) for window in windows])
-    ids = torch.tensor([[0] * (length - len(window)) + window for window in windows])
-    places = torch.arange(length) - padding[:, None]
-    return ids, (places >= 0).long(), places.clamp(min=0)
+def _decoded(tokenizer: Any, ids: list[int]) -> str:
+    stream = Stream(tokenizer, lambda text: None)
+    stream.ids = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
+    return stream.finish()
+
+
+def _padded(texts: list[list[int]], length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, mask, position ids), each (rows, length), padded on the left."""
+    padding = torch.tensor([length - len(text) for text in texts])
+    ids = torch.tensor([[0] * (length - len(text)) + text for text in texts])
+    position_ids = torch.arange(length) - padding[:, None]
+    return ids, (position_ids >= 0).long(), position_ids.clamp(min=0)

@@ -11,13 +11,15 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from wikift.base.errors import UserError
+from wikift.base.command import as_typed
+from wikift.base.errors import UserError, nearest
 from wikift.base.files import read_lines
 from wikift.base.folders import foreign_in, is_hub_name
+from wikift.base.names import WIKITEXT
 from wikift.base.shape import RELEASED, parse_overrides, shape_of
 from wikift.settings.batch_layout import BatchLayout, batch_layout
-from wikift.settings.fields import WIKITEXT, DataSettings, TrainSettings
-from wikift.settings.options import flag, nearest
+from wikift.settings.fields import DataSettings, TrainSettings
+from wikift.settings.options import flag
 from wikift.settings.run_plan import model_shape
 
 
@@ -40,7 +42,8 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
     if settings.engine == "single" and ranks > 1:
         problems.append(f"--engine single: is one process, the launcher started {ranks}; use --engine ddp or auto")
     if settings.engine == "ddp" and not launched:
-        problems.append("--engine ddp: needs a launcher; start with torchrun --nproc_per_node=N launch/train.py ...")
+        torchrun = as_typed("torchrun --nproc_per_node=N -m wikift train ...")
+        problems.append(f"--engine ddp: needs a launcher; start with {torchrun}")
     if not settings.fsdp_reshard and (settings.engine not in ("auto", "fsdp") or settings.deepspeed):
         other = "--deepspeed" if settings.deepspeed else f"--engine {settings.engine}"
         problems.append(f"--no-fsdp-reshard: cannot act under {other}; leave it out, or use --engine fsdp")

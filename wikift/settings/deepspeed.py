@@ -10,6 +10,7 @@ Within wikift a config is flat: {"zero_optimization.stage": 2, ...}.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -57,8 +58,18 @@ class _Wish(NamedTuple):
     value: Any
 
 
+def own_files() -> dict[str, Path]:
+    """The files that come with wikift, by name: in a wheel inside of the package, in a checkout beside it."""
+    package = Path(__file__).resolve().parents[1]
+    folders = (package / "ds_configs", package.parent / "ds_configs")
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.json"))}
+
+
 def read(path: str | Path) -> Config:
-    """The file, flat, older spellings brought to today's. Raises UserError where it is not a readable JSON object."""
+    """The file, or wikift's own of that name (zero2), flat, older spellings brought to today's.
+
+    Raises UserError where it is not a readable JSON object.
+    """
     problems: list[str] = []
 
     def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -68,10 +79,14 @@ def read(path: str | Path) -> Config:
         return dict(pairs)
 
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=table)
+        file = Path(path) if Path(path).exists() else own_files().get(str(path), Path(path))
+        content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=table)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UserError(f"--deepspeed {path}: cannot be read ({reason}); name a DeepSpeed config file") from None
+        known = ", ".join(own_files())
+        raise UserError(
+            f"--deepspeed {path}: cannot be read ({reason}); name a DeepSpeed config file, or one of {known}"
+        ) from None
     except ValueError as error:
         raise UserError(f"--deepspeed {path}: not valid JSON ({error}); fix the file or name another") from None
     if not isinstance(content, dict):
@@ -100,6 +115,10 @@ def merge(settings: TrainSettings, typed: Mapping[str, str]) -> Merged:
     if settings.engine != "auto":
         problems.append(
             f"--engine {settings.engine}: cannot act, --deepspeed {path} selects ZeRO; leave one of the two out"
+        )
+    if importlib.util.find_spec("deepspeed") is None:
+        problems.append(
+            f'--deepspeed {path}: DeepSpeed is not installed; pip install "wikift[deepspeed]", or use --engine fsdp'
         )
     try:
         config = read(path)

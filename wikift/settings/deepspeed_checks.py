@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wikift.settings.options import nearest
+from wikift.base.errors import nearest
 
 Config = dict[str, Any]  # flat: {"zero_optimization.stage": 2, ...}
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from wikift.base.names import CUT_SEED, WIKITEXT
 from wikift.base.shape import RELEASED
 from wikift.settings.options import option
 
 CONFIG_HELP = "TOML or JSON file of settings; the command line wins, --no-NAME takes back NAME = true"
-WIKITEXT = ("wikitext-2-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-103-raw-v1")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class DataSettings:
         shown="for .jsonl, .parquet and Hub datasets other than WikiText",
     )
     workers: int | None = option(
-        None, "processes that tokenize", group="data", metavar="N", shown="all cores", role="view"
+        None, "threads that tokenize", group="data", metavar="N", shown="all cores", role="view"
     )
 
 
@@ -67,11 +67,11 @@ EXCLUSIVE = {
 
 @dataclass(frozen=True)
 class PrepareSettings(DataSettings):
-    """`launch/prepare.py`: text to a token store."""
+    """The prepare command: text to a token store."""
 
     out: str | None = option(None, "the store to make", group="store", metavar="DIR", shown="data/DATASET-TOKENIZER")
     verify: bool = option(False, "check every byte of a store that is there already", group="store")
-    seed: int = option(42, "seed of the validation cut", group="store", metavar="N")
+    seed: int = option(CUT_SEED, "seed of the validation cut", group="store", metavar="N")
     quiet: bool = option(False, "print errors only", group="store")
     config: str | None = option(None, CONFIG_HELP, group="store", metavar="FILE")
 
@@ -165,7 +165,10 @@ class TrainSettings(DataSettings):
         "bits", group="speed", choices=("fp32", "bf16", "fp16"),
     )  # fmt: skip
     deepspeed: str | None = option(
-        None, "ZeRO by a DeepSpeed config file, ds_configs/zero2.json or your own", group="speed", metavar="FILE"
+        None,
+        "ZeRO by a DeepSpeed config file: zero1, zero2, zero2_offload, zero3, zero3_offload, or your own",
+        group="speed",
+        metavar="FILE",
     )
     device: str = option("auto", "auto: cuda where there is one", group="speed", choices=("auto", "cpu", "cuda"))
 
@@ -200,12 +203,12 @@ class TrainSettings(DataSettings):
 
 @dataclass(frozen=True)
 class ConsolidateSettings:
-    """`launch/consolidate.py`: a checkpoint to a Hugging Face directory."""
+    """The consolidate command: a checkpoint to a Hugging Face directory."""
 
     run: str | None = option(
         None,
         "a run's folder or one checkpoint of it",
-        positional=True,
+        group="arguments",
         metavar="RUN_OR_CHECKPOINT",
     )
     out: str | None = option(None, "the directory to make", metavar="DIR", shown="RUN/hf")
@@ -218,9 +221,9 @@ class ConsolidateSettings:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """`launch/evaluate.py`: perplexity of Hugging Face directories by the field's protocols."""
+    """The evaluate command: perplexity of Hugging Face directories by the field's protocols."""
 
-    models: tuple[str, ...] = option((), "Hugging Face directories, runs or names", positional=True, metavar="MODEL")
+    models: tuple[str, ...] = option((), "Hugging Face directories, runs or names", group="arguments", metavar="MODEL")
     protocol: str | None = option(
         None,
         "whose number: see below",
@@ -228,11 +231,11 @@ class EvaluateSettings:
         shown="all that the text allows, in one table; free with --context or --stride",
     )
     data: str | None = option(
-        None, "a store that launch/prepare.py made", group="text", metavar="DIR", shown="the store a run was trained on"
+        None, "a store that wikift prepare made", group="text", metavar="DIR", shown="the store a run was trained on"
     )
     dataset: str | None = option(
         None,
-        "instead of a store, a text as launch/prepare.py takes it; of a single file all is evaluated",
+        "instead of a store, a text as wikift prepare takes it; of a single file all is evaluated",
         group="text",
         metavar="NAME|PATH",
     )
@@ -263,23 +266,33 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """`launch/generate.py`: prompts to text."""
+    """The generate command: prompts to text. None stands for the default that follows from `temperature`."""
 
     model: str | None = option(
-        None, "a Hugging Face directory, a run or a name", positional=True, metavar="MODEL", shown="the newest of runs/"
+        None,
+        "a Hugging Face directory, a run or a name",
+        group="arguments",
+        metavar="MODEL",
+        shown="the newest of runs/",
     )
-    prompt: str | None = option(None, "answer this and leave", group="prompts", metavar="TEXT", prose=True)
+    prompt: str | None = option(None, "answer this and leave", group="prompts", metavar="TEXT")
     prompts_file: str | None = option(None, "answer each line of a file and leave", group="prompts", metavar="FILE")
     examples: bool = option(False, "answer five built-in prompts and leave", group="prompts")
     max_new_tokens: int = option(128, "tokens of an answer, at most", group="sampling", metavar="TOKENS")
-    temperature: float = option(0.8, "0 takes the likeliest token each time", group="sampling", metavar="T")
-    top_k: int = option(50, "sample from the K likeliest tokens; 0 is all", group="sampling", metavar="K")
-    top_p: float = option(0.95, "sample from the likeliest tokens that make up P", group="sampling", metavar="P")
-    repetition_penalty: float = option(1.1, "above 1 repeats less", group="sampling", metavar="R")
-    seed: int = option(42, "same seed, same text", group="sampling", metavar="N")
+    temperature: float = option(0.8, "0 takes the likeliest token each time, as do_sample=False", group="sampling",
+                                metavar="T")  # fmt: skip
+    top_k: int | None = option(
+        None, "sample from the K likeliest tokens; 0 is all", group="sampling", metavar="K", shown="50"
+    )
+    top_p: float | None = option(
+        None, "sample from the likeliest tokens that make up P", group="sampling", metavar="P", shown="0.95"
+    )
+    repetition_penalty: float | None = option(
+        None, "above 1 repeats less", group="sampling", metavar="R", shown="1.1; at temperature 0 none, which is 1"
+    )
+    seed: int | None = option(None, "same seed, same text", group="sampling", metavar="N", shown="42")
     stop: tuple[str, ...] = option(
         (), "end before this text; may be given several times, \\n is a new line", group="sampling", metavar="TEXT",
-        prose=True,
     )  # fmt: skip
     num_return_sequences: int = option(1, "answers to each prompt", group="sampling", metavar="N")
     num_beams: int = option(1, "beam search of this width, with --temperature 0", group="sampling", metavar="N")
@@ -294,7 +307,7 @@ class GenerateSettings:
         False, "torch.compile: a minute to start; made for a GPU, gains nothing on a CPU", group="speed"
     )
     device: str = option("auto", "auto: cuda where there is one", group="speed", choices=("auto", "cpu", "cuda"))
-    train: bool = option(True, "start training where no model is there yet", group="output")
+    train: bool = option(True, "train first where no model is named and runs/ has none", group="output")
     quiet: bool = option(False, "answers only", group="output")
 
 

@@ -1,34 +1,45 @@
-"""A settings dataclass <-> its command line and config file.
+"""A settings dataclass <-> its command line, its config file and the keywords of a Python call.
 
 A setting is one dataclass field made by `option`. All problems of a command line are collected and reported at once,
-which is why argparse sees strings only and the conversion happens here. Imports nothing heavy: `--help` is instant.
+with those of the checks that follow. Imports nothing heavy: `--help` is instant.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
-import json
-import math
 import re
-import shutil
-import sys
-import textwrap
-import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-from wikift.base.errors import UserError
+from wikift.base.command import as_typed
+from wikift.base.errors import UserError, nearest
+from wikift.settings.arguments import Fields, Wrong, flag, make_parser, name_of, read_words
+from wikift.settings.values import convert, kind_of, read_config_file, show
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover
-    import tomli as tomllib
+__all__ = ["ROLES", "Parsed", "flag", "names_by_role", "option", "parse", "parse_all"]
 
 Settings = TypeVar("Settings")
+Result = TypeVar("Result")
+
+# What people type by habit, of run_clm.py and others, and what it is here.
+HABITS = {
+    "fp16": "--precision fp16", "bf16": "--precision bf16", "torch_dtype": "--precision", "lr": "--learning-rate",
+    "epochs": "--num-train-epochs", "batch_size": "--global-batch-size", "model_name_or_path": "--model",
+    "dataset_name": "--dataset", "dataset_config_name": "--dataset-config", "train_file": "--dataset",
+    "report_to": "--wandb", "resume_from_checkpoint": "--resume", "overwrite_output_dir": "--resume never",
+    "do_eval": "--eval-steps, or nothing: each save validates",
+}  # fmt: skip
+# Settings that are checked against each other by rules that do not name both.
+_TOGETHER = (
+    {"global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"}, {"engine", "reduce_dtype"},
+    {"model", "from_scratch", "block_size", "config_overrides"},
+    {"dataset", "dataset_config", "text_column", "validation_fraction"},
+)  # fmt: skip
+
 
 # What a change of a setting means to a run that is resumed: another experiment is refused; another schedule or
 # placement is allowed and told; a view shows or stores the run and changes nothing in it.
@@ -46,16 +57,15 @@ def option(
     group: str = "options",
     choices: Sequence[str] = (),
     metavar: str | None = None,
-    positional: bool = False,
     shown: str | None = None,
-    prose: bool = False,
     role: str | None = None,
 ) -> Any:
-    """One setting. `shown` is what `--help` gives as the default where that is derived (`None` in the class).
+    """One setting. `shown` is what `--help` says of a default that is derived (`None` in the class).
 
     `role` says what a change of it means to a run, see ROLES; its group's role where not given.
 
-    `prose` is text of any kind: it may be empty, or not be UTF-8, which a name or a path may not.
+    The group "arguments" has no flags: its settings are given by their position. A TEXT may be anything: empty, or not
+    UTF-8, which a name or a path may not.
     """
     return dataclasses.field(
         default=default,
@@ -64,9 +74,9 @@ def option(
             "group": group,
             "choices": tuple(choices),
             "metavar": metavar,
-            "positional": positional,
+            "positional": group == "arguments",
             "shown": shown,
-            "prose": prose,
+            "prose": metavar == "TEXT",
             "role": role or _ROLE_OF_GROUP.get(group, "view"),
         },
     )
@@ -77,235 +87,135 @@ def names_by_role(settings_class: type[Any], role: str) -> list[str]:
     return [field.name for field in dataclasses.fields(settings_class) if field.metadata["role"] == role]
 
 
-def flag(name: str) -> str:
-    """The spelling of a setting on the command line: `max_steps` -> `--max-steps`."""
-    return "--" + name.replace("_", "-")
+@dataclass(frozen=True)
+class Parsed(Generic[Settings]):
+    """A command line as far as it could be read: where a value is wrong, its setting has the default.
+
+    `typed` tells how each setting was given: {"max_steps": "--max-steps 5", "seed": "seed 1 in my.toml"}.
+    """
+
+    settings: Settings
+    typed: dict[str, str]
+    problems: tuple[Wrong, ...] = ()
+
+    def checked(self, check: Callable[[Settings], Result]) -> Result:
+        """What `check` returns of the settings. Raises UserError with its problems and the command line's."""
+        try:
+            result = check(self.settings)
+        except UserError as error:
+            self.refuse(error.problems)
+            raise
+        self.refuse(())
+        return result
+
+    def refuse(self, found: Iterable[str]) -> None:
+        """Raise UserError with all problems: those of the command line, and those `found` by checks of its settings.
+
+        What a check says of a setting that could not be read is omitted, as the check was told its default; so is what
+        hangs on such a setting, but for plain ranges ("must be ...").
+        """
+        unread = {wrong.setting for wrong in self.problems if wrong.setting}
+        near = unread.union(*(names for names in _TOGETHER if names & unread))
+        problems = [wrong.text for wrong in self.problems if wrong.text]
+        problems += [t for t in found if not _names(t, unread) and (": must be " in t or not _names(t, near))]
+        if problems:
+            raise UserError(*dict.fromkeys(problems))
 
 
-def parse(
+def _names(problem: str, settings: Iterable[str]) -> bool:
+    """Whether a problem rests on one of these; a flag behind the semicolon is only a way to fix it."""
+    rule = problem if ": is missing" in problem else problem.partition(";")[0]
+    return any(re.search(flag(name) + r"(?![\w-])", rule) for name in settings)
+
+
+def parse(settings_class: type[Settings], argv: Sequence[str], **about: Any) -> Settings:
+    """The settings of a command line without further checks: raises UserError with every problem in it."""
+    parsed = parse_all(settings_class, argv, **about)
+    parsed.refuse(())
+    return parsed.settings
+
+
+def parse_all(
     settings_class: type[Settings],
-    argv: Sequence[str],
+    argv: Sequence[str] = (),
     *,
     prog: str,
-    description: str,
+    description: str = "",
     epilog: str = "",
     exclusive: Mapping[str, Sequence[str]] | None = None,
-    said: dict[str, str] | None = None,
-) -> Settings:
-    """Read `argv` (and the file that `--config` names, which the command line overrides) into `settings_class`.
+    keywords: Mapping[str, Any] | None = None,
+) -> Parsed[Settings]:
+    """Read `argv` (or a Python call's `keywords`), and the file that `--config` names, which these override.
 
-    `exclusive` tells for some settings which ones of the config file they displace when given on the command line.
-    `said` is filled with how each setting was given: {"max_steps": "--max-steps 5", "seed": "seed 1 in my.toml"}.
-    Raises UserError with every problem found; `--help` prints and exits with 0.
+    `exclusive` tells for some settings which ones of the config file they override when given on the command line.
+    Problems are in the result, see `Parsed.refuse`; `--help` prints and exits with 0.
     """
     fields = {f.name: f for f in dataclasses.fields(settings_class) if f.init}  # type: ignore[arg-type]
-    kinds = {name: _kind(hint) for name, hint in typing.get_type_hints(settings_class).items() if name in fields}
-    parser = _parser(fields, kinds, prog, description, epilog)
-    given, unknown, problems = _parse_words(parser, _words(argv))
+    kinds = {name: kind_of(hint) for name, hint in typing.get_type_hints(settings_class).items() if name in fields}
+    if keywords is None:
+        source = "line"
+        parser = make_parser(fields, kinds, *map(as_typed, (prog, description, epilog)))
+        typed, rest, problems = read_words(parser, argv)
+        problems += _place_rest(rest, typed, fields, kinds, parser.prog)
+    else:
+        source, typed = "call", {k: value for k, value in keywords.items() if k in fields and value is not None}
+        problems = [_unknown(name, list(fields), prog) for name in keywords if name not in fields]
+    filed: dict[str, Any] = {}
+    if "config" in fields and typed.get("config"):
+        filed, wrong = _filed(str(typed["config"]), fields, typed)
+        problems += wrong
+        overridden = {other for name in typed for other in (exclusive or {}).get(name, ())}
+        filed = {name: value for name, value in filed.items() if name not in overridden}
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for origin, raw in (("file", filed), (source, typed)):
+        for name, value in raw.items():
+            meta = fields[name].metadata
+            label = (meta["metavar"] or name) if meta["positional"] else flag(name) if origin == "line" else name
+            sources[name] = f"{label} {show(value)}" + (f" in {typed['config']}" if origin == "file" else "")
+            try:
+                values[name] = convert(value, kinds[name], meta, origin)
+            except ValueError as error:
+                problems.append(Wrong(f"{sources[name]}: {error}", name))
+    problems = [Wrong(text, "" if setting in values else setting) for text, setting in problems]
+    return Parsed(settings_class(**values), sources, tuple(problems))
+
+
+def _place_rest(
+    rest: list[str], typed: dict[str, Any], fields: Fields, kinds: dict[str, type], prog: str
+) -> list[Wrong]:
+    """Give words that argparse left over to the setting that takes many; problems for all others."""
+    problems: list[Wrong] = []
     flags = [flag(name) for name, field in fields.items() if not field.metadata["positional"]]
-    typed = {name: value for name, value in vars(given).items() if name in fields and value != []}
     many = next((name for name, kind in kinds.items() if kind is tuple and fields[name].metadata["positional"]), None)
-    for before, word in zip(["", *unknown], unknown, strict=False):
+    for before, word in zip(["", *rest], rest, strict=False):
         if word.startswith("-"):
-            problems.append(_unknown(word, flags, prog))
+            problems.append(_unknown(word.partition("=")[0], flags, prog))
         elif before.startswith("-") and "=" not in before:
             continue  # the unknown setting's value
         elif many is not None:  # argparse takes only those that stand together
             typed.setdefault(many, []).append(word)
         else:
-            problems.append(f"{word}: belongs to no setting; see {prog} --help")
-    filed: dict[str, Any] = {}
-    if "config" in fields and typed.get("config"):
-        try:
-            filed = read_config_file(Path(typed["config"]))
-        except UserError as error:
-            problems += error.problems
-        for key in [k for k in filed if k not in fields or k == "config"]:
-            problems.append(_unknown(key, [n for n in fields if n != "config"], f"config file {typed['config']}"))
-            del filed[key]
-        displaced = {other for name in typed for other in (exclusive or {}).get(name, ())}
-        filed = {name: value for name, value in filed.items() if name not in displaced}
-    values: dict[str, Any] = {}
-    for source, raw in (("file", filed), ("line", typed)):
-        for name, value in raw.items():
-            meta = fields[name].metadata
-            label = (meta["metavar"] or name) if meta["positional"] else flag(name) if source == "line" else name
-            words = f"{label} {_show(value)}" + ("" if source == "line" else f" in {typed['config']}")
-            try:
-                values[name] = _convert(value, kinds[name], meta, source)
-            except ValueError as error:
-                problems.append(f"{words}: {error}")
-            if said is not None:
-                said[name] = words
-    if problems:
-        raise UserError(*problems)
-    return settings_class(**values)
+            problems.append(Wrong(f"{word}: belongs to no setting; see {prog} --help"))
+    return problems
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
-    """The settings of a TOML or JSON file, `-` in names read as `_`."""
+def _filed(path: str, fields: Fields, typed: Mapping[str, Any]) -> tuple[dict[str, Any], list[Wrong]]:
+    """(values by setting, problems) of a config file."""
+    known = [name for name in fields if name != "config"]
     try:
-        text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark in front
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read ({_reason(error)}); give a TOML or JSON file") from None
-    try:
-        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:  # JSONDecodeError and TOMLDecodeError alike
-        kind = "JSON" if path.suffix == ".json" else "TOML"
-        raise UserError(f"--config {path}: not valid {kind} ({error}); mend the file or name another") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: holds a {type(content).__name__}, not a table of settings")
-    names = [str(key).replace("-", "_") for key in content]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(*(f"{name} in {path}: is there twice, with - and with _; leave one out" for name in twice))
-    return dict(zip(names, content.values(), strict=True))
+        values = read_config_file(Path(path))
+    except UserError as error:  # any setting may be in it
+        return {}, [*map(Wrong, error.problems), *(Wrong("", name) for name in known if name not in typed)]
+    problems = [_unknown(key, known, f"config file {path}") for key in values if key not in known]
+    return {name: value for name, value in values.items() if name in known}, problems
 
 
-def _words(argv: Sequence[str]) -> list[str]:
-    """`--max_steps` -> `--max-steps`; `--dropout -1e-5` joined by `=`, as argparse takes the number for an option."""
-    words: list[str] = []
-    for word in argv:
-        if words and words[-1].startswith("--") and "=" not in words[-1] and re.match(r"-(\.?\d|inf|nan)", word):
-            words[-1] += "=" + word
-        elif word.startswith("--"):
-            name, equals, value = word.partition("=")
-            words.append(name.replace("_", "-") + equals + value)
-        else:
-            words.append(word)
-    return words
-
-
-def _parse_words(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
-    """(given, unknown words, problems): an option that argparse refuses is left out and the rest is read again."""
-    problems: list[str] = []
-    while True:
-        try:
-            return (*parser.parse_known_args(words), problems)
-        except argparse.ArgumentError as error:
-            names = (error.argument_name or "").split("/")
-            takes = "takes no value" if "explicit" in str(error.message) else "needs a value"
-            problems.append(f"{names[0]}: {takes}; see {parser.prog} --help")
-            left = [word for word in words if word.partition("=")[0] not in names]
-            if len(left) == len(words):
-                raise UserError(*problems) from None
-            words = left
-
-
-def _parser(
-    fields: dict[str, dataclasses.Field[Any]], kinds: dict[str, type], prog: str, description: str, epilog: str
-) -> argparse.ArgumentParser:
-    width = max(60, min(shutil.get_terminal_size().columns, 120))
-    named = [
-        f"[{f.metadata['metavar'] or name}{' ...' if kinds[name] is tuple else ''}]"
-        for name, f in fields.items()
-        if f.metadata["positional"]
-    ]
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        usage=" ".join(["%(prog)s", *named, "[options]"]),
-        description=_fitted(description, width),
-        epilog=_fitted(epilog, width),
-        allow_abbrev=False,
-        add_help=False,
-        exit_on_error=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width),
-    )
-    titles = [*("arguments" if f.metadata["positional"] else f.metadata["group"] for f in fields.values()), "options"]
-    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(titles)}
-    for name, field in fields.items():
-        meta = field.metadata
-        group = groups["arguments" if meta["positional"] else meta["group"]]
-        text = meta["help"].replace("%", "%%")
-        shown = meta["shown"] if meta["shown"] is not None else field.default
-        if shown is not None and shown is not False and shown not in ("", ()):
-            text += f" (default: {'yes' if shown is True else shown})".replace("%", "%%")
-        if meta["positional"]:
-            many = kinds[name] is tuple
-            group.add_argument(name, nargs="*" if many else "?", metavar=meta["metavar"], help=text)
-            continue
-        if kinds[name] is bool:
-            action = argparse.BooleanOptionalAction if field.default is not False else "store_true"
-            group.add_argument(flag(name), action=action, help=text)
-            if field.default is False and "config" in fields:  # takes back what the file says; not worth a line of help
-                parser.add_argument(flag("no_" + name), dest=name, action="store_false", help=argparse.SUPPRESS)
-        else:
-            metavar = meta["metavar"] or (
-                "|".join(meta["choices"]) if meta["choices"] else kinds[name].__name__.upper()
-            )
-            action = "append" if kinds[name] is tuple else "store"
-            group.add_argument(flag(name), action=action, metavar=metavar, help=text)
-    groups["options"].add_argument("-h", "--help", action="help", help="show this and leave")
-    return parser
-
-
-def _fitted(text: str, width: int) -> str:
-    """`text` with its lines broken to `width`, the rest of a line indented deeper than its beginning."""
-
-    def fit(line: str) -> str:
-        indent = " " * (len(line) - len(line.lstrip())) + ("    " if line.startswith(" ") else "")
-        return textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
-
-    return "\n".join(fit(line) for line in text.splitlines())
-
-
-def _kind(hint: Any) -> type:
-    """`int | None` -> int, `tuple[str, ...]` -> tuple."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        (hint,) = [h for h in typing.get_args(hint) if h is not type(None)]
-    return typing.cast(type, typing.get_origin(hint) or hint)
-
-
-def _convert(value: Any, kind: type, meta: Mapping[str, Any], source: str) -> Any:
-    if kind is tuple:
-        return tuple(_convert(part, str, meta, source) for part in value)
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        raise ValueError("must be true or false")
-    if isinstance(value, bool):
-        raise ValueError(f"must be {_article(kind)}, not true or false")
-    if kind is str:
-        if not isinstance(value, str):
-            raise ValueError("must be text, in quotes")
-        if meta["choices"] and value not in meta["choices"]:
-            raise ValueError(f"must be one of {', '.join(meta['choices'])}{nearest(value, meta['choices'])}")
-        if not meta["prose"] and (not value.strip() or "\0" in value):
-            raise ValueError("must not be empty; name something or leave it out")
-        if not meta["prose"] and value != value.encode("utf-8", "replace").decode("utf-8"):
-            raise ValueError("must be UTF-8 text")
-        return value
-    if source == "file" and isinstance(value, str):
-        raise ValueError(f"must be {_article(kind)}, without quotes")
-    try:
-        number = kind(value)
-    except (TypeError, ValueError, OverflowError):  # int(inf) overflows
-        raise ValueError(f"must be {_article(kind)}") from None
-    if kind is float and not math.isfinite(number):
-        raise ValueError("must be a finite number")
-    if kind is int and isinstance(value, float) and value != number:
-        raise ValueError("must be a whole number")
-    return number
-
-
-def _article(kind: type) -> str:
-    return {int: "a whole number", float: "a number"}[kind]
-
-
-def _unknown(word: str, known: Sequence[str], where: str) -> str:
-    name = word.partition("=")[0]
-    return f"{name}: no such setting of {where}{nearest(name, known)}"
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """` (did you mean ...?)` where one of `known` looks like `word`, else nothing."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
-def _show(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else repr(value) if value == "" else str(value)
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+def _unknown(name: str, known: Sequence[str], where: str) -> Wrong:
+    """A setting that does not exist, and the one that was meant, as far as that shows."""
+    ours = HABITS.get(name_of(name), "")
+    meant = name_of(re.split(r"[ ,]", ours)[0])
+    if meant and meant in map(name_of, known):
+        return Wrong(f"{name}: no such setting of {where}; use {ours}", meant)
+    near = difflib.get_close_matches(name, known, n=1)
+    return Wrong(f"{name}: no such setting of {where}{nearest(name, known)}", name_of(near[0]) if near else "")

@@ -36,7 +36,7 @@ def check_hosts(run: Path, store: TokenStore, world: World) -> None:
     if other_folder:
         problems.append(
             f"--output-dir {run}: is another folder for rank {_words(other_folder)} than for rank 0; name a folder on "
-            "a disk that all hosts share (docs/clusters.md)"
+            "a disk that all hosts share (docs/how-to/several-machines.md)"
         )
     if other_text:
         problems.append(

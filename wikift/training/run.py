@@ -21,11 +21,13 @@ from transformers import GenerationConfig, GPT2Config
 from transformers.utils import logging as transformers_logging
 
 from wikift import __version__
+from wikift.base.command import command_line
 from wikift.base.errors import EnvironmentFault, UserError
+from wikift.base.failure import started_world
 from wikift.base.files import replace_json
 from wikift.base.folders import list_checkpoints
 from wikift.base.signals import stop_requests
-from wikift.base.world import World, be_deterministic, started_world
+from wikift.base.world import World, be_deterministic
 from wikift.checkpoint.fragment import FragmentReader, FreshStart
 from wikift.checkpoint.reader import Checkpoint, best_checkpoint
 from wikift.checkpoint.writer import Saver
@@ -91,7 +93,8 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
     if not stopped:
         best, newest = best_checkpoint(folder), list_checkpoints(folder)[-1]
         choice = "" if best in (None, newest) else " --best"
-        say(f"done: {folder}\n  python launch/consolidate.py {folder}{choice}\n  python launch/generate.py {folder}")
+        consolidate, generate = command_line("consolidate"), command_line("generate")
+        say(f"done: {folder}\n  {consolidate} {folder}{choice}\n  {generate} {folder}")
     return stopped
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,6 @@ from wikift.training.meter import Meter
 from wikift.training.patience import Patience
 from wikift.watch.metrics import Log
 
-_SAMPLE_TOKENS = 64
 _SAVE_FAILED = 1 << 16  # above every signal's number
 
 
@@ -108,10 +108,11 @@ class Training:
         """Let the model continue each prompt."""
         self.log.tick(now="writing samples")
         tokenizer = AutoTokenizer.from_pretrained(self.store.path / "tokenizer")
+        sampling = dataclasses.replace(SAMPLING, seed=self.plan.seed)
+        positions = self.plan.model.shape.n_positions
         texts = sample_live(
-            self.engine.next_logits, tokenizer, self.plan.prompts, sampling=SAMPLING, max_new_tokens=_SAMPLE_TOKENS,
-            seed=self.plan.seed, positions=self.plan.model.shape.n_positions,
-        )  # fmt: skip
+            self.engine.next_logits, tokenizer, self.plan.prompts, sampling=sampling, positions=positions
+        )
         self.log.samples(step, self.plan.prompts, texts)
         self.log.tick(now=None)
 

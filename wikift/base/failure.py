@@ -1,0 +1,151 @@
+"""How a failing rank ends all of them: it says why first, then the others leave, within seconds and on every host."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from wikift.base.errors import EXIT_FAULT, EXIT_USER, EnvironmentFault, UserError, report
+from wikift.base.world import COLLECTIVE_TIMEOUT, World, start_world, stop_world
+
+_FAILED = "wikift/failed"
+_GRACE_SECONDS = 5.0
+_TELL = datetime.timedelta(seconds=20)
+
+
+@contextlib.contextmanager
+def started_world(device: str = "auto") -> Iterator[World]:
+    """`start_world`, and at the end `stop_world`. A rank that raises says why first, then ends all the others.
+
+    Without this a rank that raised would leave the others in a collective until its timeout of half an hour.
+    """
+    if "MASTER_ADDR" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield start_world(device)
+        stop_world()
+        return
+    rank = int(os.environ["RANK"])
+    with _meeting(rank):  # a client of its own: the process group's may be busy in a blocking call
+        store = _failure_store(COLLECTIVE_TIMEOUT)
+    _start_watching(store, rank)  # before the others are waited for: one may have failed already
+    try:
+        with _meeting(rank):
+            world = start_world(device)
+        yield world
+    except Exception as error:
+        _fail(error, store, rank)
+    stop_world()
+
+
+@contextlib.contextmanager
+def _meeting(rank: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise EnvironmentFault(
+            f"rank {rank} could not meet the others ({error}); for the network's settings see "
+            "docs/how-to/several-machines.md"
+        ) from None
+
+
+def tell_other_hosts() -> None:
+    """Before a process group exists: tell the processes of other hosts, which wait for this one, that it has failed.
+
+    Says nothing and gives up after 20 seconds where nobody listens: they have failed too.
+    """
+    address = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
+    deadline = time.monotonic() + _TELL.total_seconds()
+    while time.monotonic() < deadline:
+        with contextlib.suppress(Exception), socket.create_connection(address, timeout=1.0):
+            _first_failure(_failure_store(_TELL), int(os.environ["RANK"]), wait=False)
+            return
+        time.sleep(0.5)
+
+
+def _failure_store(timeout: datetime.timedelta) -> Any:
+    """Where the ranks tell each other of a failure."""
+    return torch.distributed.distributed_c10d.PrefixStore(
+        "wikift", next(iter(rendezvous("env://", timeout=timeout)))[0]
+    )
+
+
+def _start_watching(store: Any, rank: int) -> None:
+    """A thread that ends this process when another rank has failed, and stops it gently when the launcher is gone."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while True:
+            time.sleep(1.0)
+            if os.getppid() != parent:  # torchrun was killed: an orphan would train on, unseen
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            with contextlib.suppress(Exception):  # a store that is gone is what the main thread reports
+                if (failed := _failed_rank(store)) not in (None, rank):
+                    time.sleep(_GRACE_SECONDS)  # the main thread has left by then, unless it waits without end
+                    print(f"wikift: rank {rank} stops, rank {failed} failed", file=sys.stderr, flush=True)
+                    os._exit(EXIT_FAULT)
+
+    threading.Thread(target=watch, name="wikift-watch", daemon=True).start()
+
+
+def _failed_rank(store: Any) -> int | None:
+    return int(store.get(_FAILED)) if store.check([_FAILED]) else None
+
+
+def _fail(error: Exception, store: Any, rank: int) -> NoReturn:
+    """Say why, tell the others, leave at once: destructors of a broken process group may wait for ever."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher that notices must not end it before it has spoken
+    # A lost peer has a cause elsewhere, and a wrong setting is wrong on every rank: let the one speak that knows.
+    secondary = _is_lost_peer(error) or (isinstance(error, (UserError, EnvironmentFault)) and rank != 0)
+    first = _first_failure(store, rank, wait=secondary)
+    if _is_lost_peer(error) and first is None:
+        print(
+            f"wikift: rank {rank} lost another process, which left no word (killed, or out of memory?); "
+            "run the same command again to resume from the newest checkpoint",
+            file=sys.stderr,
+        )
+    elif first not in (None, rank):
+        if not isinstance(error, (UserError, EnvironmentFault)):
+            print(f"wikift: rank {rank} stops, rank {first} failed", file=sys.stderr)
+    elif isinstance(error, UserError):
+        report(error)
+    elif isinstance(error, EnvironmentFault):
+        print(f"wikift: {error}", file=sys.stderr)
+    else:
+        print(f"wikift: rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, end="")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if first != rank:
+        time.sleep(1.0)  # the launcher names the rank that left first as the cause
+    os._exit(EXIT_USER if isinstance(error, UserError) else EXIT_FAULT)
+
+
+def _first_failure(store: Any, rank: int, *, wait: bool) -> int | None:
+    """The rank that failed first, this one where it does not `wait` for another's word; None where none said so."""
+    deadline = time.monotonic() + (_GRACE_SECONDS if wait else 0.0)
+    try:
+        while (first := _failed_rank(store)) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if first is None:
+            store.set(_FAILED, str(rank))
+            first = None if wait else rank
+        return first
+    except Exception:  # the store went with its host
+        return None if wait else rank
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -1,0 +1,79 @@
+"""How an answer is asked for and printed: streamed, as text, or as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from wikift.settings.fields import GenerateSettings
+from wikift.settings.generate_checks import SAMPLING, with_defaults
+
+if TYPE_CHECKING:
+    from wikift.generation.sampler import Sampling
+    from wikift.generation.writer import Answer, Writer
+
+# C0 without tab and newline, delete, C1: a model may make them, and a terminal obeys them
+_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
+
+
+def sampling_of(settings: GenerateSettings) -> Sampling:
+    """The settings that shape a text, as the writer takes them."""
+    from wikift.generation.sampler import Sampling
+
+    values = with_defaults(settings)
+    return Sampling(**{field.name: getattr(values, field.name) for field in dataclasses.fields(Sampling)})
+
+
+def print_answer(
+    writer: Writer,
+    prompt: tuple[int, str],
+    settings: GenerateSettings,
+    source: str,
+    say: Callable[[str], None],
+    *,
+    echo: bool,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[Answer]:
+    """Answer one prompt (number, text) on standard output: streamed where it is one text, else when it is ready."""
+    sampling = sampling_of(settings)
+    if settings.json or settings.num_return_sequences > 1 or settings.num_beams > 1:
+        answers = writer.answers([prompt], sampling, note=say, stopped=stopped)
+        print_answers(answers, settings, source, echo=echo, first=True)
+        return answers
+    _write(prompt[1] if echo else "")
+    answers = writer.answers([prompt], sampling, write=_write, note=say, stopped=stopped)
+    print(flush=True)
+    return answers
+
+
+def print_answers(
+    answers: Sequence[Answer], settings: GenerateSettings, source: str, *, echo: bool, first: bool
+) -> None:
+    """Finished answers as lines of JSON, or as texts (with `echo` behind their prompt) with an empty line between."""
+    for number, answer in enumerate(answers):
+        if settings.json:
+            print(as_json(answer, settings, source), flush=True)
+        else:
+            _write(("" if first and number == 0 else "\n") + (answer.prompt if echo else "") + answer.text)
+            print(flush=True)
+
+
+def as_json(answer: Answer, settings: GenerateSettings, source: str) -> str:
+    """One answer, with the settings that made it, as one line."""
+    values = with_defaults(settings)
+    sampling = {name: getattr(values, name) for name in SAMPLING}
+    facts = {name: value for name, value in dataclasses.asdict(answer).items() if name != "logprobs" or value}
+    return json.dumps({"model": source, **facts, **sampling, "precision": settings.precision}, ensure_ascii=False)
+
+
+def speed(answers: Iterable[Answer]) -> str:
+    """`12 tokens in 0.6 s, 20 tokens/s` for what was written at once."""
+    sizes, times = zip(*((answer.new_tokens, answer.seconds) for answer in answers), strict=True)
+    return f"{sum(sizes):,} tokens in {max(times):.1f} s, {sum(sizes) / max(*times, 1e-3):,.1f} tokens/s"
+
+
+def _write(text: str) -> None:
+    print(text.translate(_CONTROLS) if sys.stdout.isatty() else text, end="", flush=True)

@@ -1,0 +1,117 @@
+"""Splits of rows, and a validation split cut from the train rows by seed.
+
+Each call of a split reads it again from the start, in bounded memory. Of documents single rows are cut, of line files
+whole stretches of lines, since neighbouring lines in both splits would leak. How many are cut is exact; which ones is a
+function of the seed, the number of rows and the fraction. It costs one more reading, to count, and a byte a document.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from wikift.base.errors import UserError
+from wikift.data.texts import Ends, Texts
+from wikift.data.user_files import CHANGED
+
+_STRETCHES = 10  # of lines, at least, on the smaller side of a cut: a sample of the text and not one chapter of it
+
+Rows = Callable[[], Iterator[Texts]]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Splits of rows. `sizes` are bytes of text, about, where they are known beforehand; `notes` are for the user.
+
+    Where `rows_are_lines`, a row may come in several texts and ends where a text ends in "\\n" (or the split does);
+    elsewhere each text is a row.
+    """
+
+    name: str
+    config: str | None
+    revision: str
+    rows_are_documents: bool
+    rows_are_lines: bool
+    splits: dict[str, Rows]
+    sizes: dict[str, int | None]
+    cut: dict[str, float | int] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def batches(self, split: str) -> Iterator[tuple[Texts, Ends]]:
+        """The texts of `split` in order, and which of them end their row; the last one does."""
+        held: Texts | None = None
+        for batch in self.splits[split]():
+            if not len(batch):
+                continue
+            if held is not None:
+                yield held, self.ends(held)
+            held = batch
+        if held is not None:
+            ends = self.ends(held)
+            ends[-1] = True
+            yield held, ends
+
+    def ends(self, texts: Texts) -> Ends:
+        """Which of the texts end their row, as far as they show it themselves."""
+        return texts.ends_with(ord("\n")) if self.rows_are_lines else np.ones(len(texts), np.bool_)
+
+    def texts(self, split: str) -> Iterator[tuple[str, bool]]:
+        """Each text of `split` in order as a string, and whether its row ends with it."""
+        for texts, ends in self.batches(split):
+            yield from zip(texts, ends.tolist(), strict=True)
+
+
+def cut_validation(corpus: Corpus, fraction: float, seed: int) -> Corpus:
+    """Cut `fraction` of the train rows off as validation. One row stays whole; of two or more neither side is empty."""
+    train = corpus.splits["train"]
+    rows = sum(int(ends.sum()) for _, ends in corpus.batches("train"))
+    if rows < 2:
+        note = f"{corpus.name} has {'one row' if rows else 'no rows'}, so no validation split is cut from it"
+        return dataclasses.replace(corpus, notes=[*corpus.notes, note])
+    units = min(rows, math.ceil(_STRETCHES / min(fraction, 1 - fraction))) if corpus.rows_are_lines else rows
+    taken = np.fromiter(_chosen(units, fraction, seed), np.bool_, units)
+
+    def part(validation: bool) -> Rows:
+        def batches() -> Iterator[Texts]:
+            row = 0  # that comes next
+            for batch in train():
+                if not len(batch):
+                    continue
+                ends = corpus.ends(batch)
+                ended = np.cumsum(ends)
+                unit = (row + ended - ends) * units // rows
+                row += int(ended[-1])
+                if unit[-1] >= units:
+                    raise UserError(f"{corpus.name}: {CHANGED}")
+                kept = batch.kept(taken[unit] == validation)
+                if len(kept):
+                    yield kept
+
+        return batches
+
+    size = corpus.sizes["train"]
+    parts = {"train": 1 - fraction, "validation": fraction}
+    return dataclasses.replace(
+        corpus,
+        splits={**corpus.splits, "train": part(False), "validation": part(True)},
+        sizes={**corpus.sizes, **{name: None if size is None else int(size * share) for name, share in parts.items()}},
+        cut={"validation_fraction": fraction, "seed": seed},
+    )
+
+
+def _chosen(units: int, fraction: float, seed: int) -> Iterator[bool]:
+    """For each of `units` whether it is cut off: `fraction` of them, at least one, not all.
+
+    Selection sampling (Knuth, TAOCP 2, 3.4.2, algorithm S): exact, in one pass.
+    """
+    left = min(max(1, round(units * fraction)), units - 1)
+    source = random.Random(seed)
+    for remaining in range(units, 0, -1):
+        take = source.random() * remaining < left
+        left -= take
+        yield take

@@ -1,0 +1,211 @@
+"""Text to a token store: made once, by the first process that asks for it.
+
+A store that is there by the same recipe is taken at once; one by another recipe is left alone, and the user told.
+Speed is 100 MB/s and more on two cores with gigatoken (`fast_encode`), else that of `tokenizers`, 2 MB/s on each core.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wikift.base import hub
+from wikift.base.console import Progress
+from wikift.base.errors import UserError
+from wikift.data import encode, fast_encode, tokenizer
+from wikift.data.corpus import Corpus
+from wikift.data.cuts import Cuts, cut_rule, training_texts
+from wikift.data.recipe import check_recipe, facts_of, is_unchanged, recipe_asked, record_of
+from wikift.data.sources import Source, open_source, source_problems
+from wikift.data.store import Encoded, TokenStore, dtype_for, open_store, write_store
+from wikift.data.tokenizer import SavedTokenizer
+from wikift.data.user_files import CHANGED
+
+SLOW_BYTES = 10_000_000  # less is done before anybody wonders
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The store that is asked for. `append_eos` None: where rows are documents; `workers` None: all cores."""
+
+    source: Source
+    tokenizer: str
+    append_eos: bool | None = None
+    workers: int | None = None
+
+
+def request_problems(request: Request) -> list[str]:
+    """Every problem of dataset and tokenizer that shows without reading text, loading a tokenizer or asking the Hub."""
+    return source_problems(request.source) + tokenizer.tokenizer_problems(request.tokenizer)
+
+
+def out_problems(out: Path) -> list[str]:
+    """Whether a store may be made at (or taken from) `out`."""
+    if (out / "store.json").exists():
+        return []
+    if out.is_symlink():
+        return [f"--out {out}: is a link, which a store can't be moved to; name the folder that it is to be"]
+    if out.is_dir():
+        if any(out.iterdir()):
+            return [f"--out {out}: is a folder with other things in it; name a new folder"]
+        mount = out.resolve().is_mount()
+        if mount or out.resolve() == Path.cwd():
+            kind = "a mount point" if mount else "the current folder"
+            return [f"--out {out}: is {kind}, which a store can't be moved to; name a folder in it"]
+    elif out.exists():
+        return [f"--out {out}: is a file; name a folder"]
+    files = [str(above) for above in out.parents if above.is_file()]
+    return [f"--out {out}: {files[0]} is a file, not a folder; name another folder"] if files else []
+
+
+def ensure_store(request: Request, out: Path, *, say: Say, progress: Progress, setting: str = "the store") -> None:
+    """Return when the store is at `out`: there already, made by this process, or by one that it waited for.
+
+    Needs no process group and has no time limit, so every rank may call it. `say` gets one line at a time; the last
+    tells the speed. Raises UserError for settings and files that the user must fix, also where a store made by another
+    recipe is at `out`, and EnvironmentFault for disk and network; nothing stays behind then.
+    """
+    from wikift.base.publish import make_once
+
+    if problems := request_problems(request) + out_problems(out):
+        raise UserError(*problems)
+    made = []
+
+    def make(folder: Path) -> None:
+        _prepare(request, folder, say, progress)
+        made.append(folder)
+
+    def wait() -> None:
+        say(f"waiting for another process that is preparing {out}")
+
+    try:
+        make_once(out, make, is_made=(out / "store.json").exists, wait=wait)
+    finally:
+        progress.clear()
+    if not made:
+        store = open_store(out, setting=setting)
+        check_recipe(recipe_asked(request.source, request.tokenizer, request.append_eos, store), store)
+
+
+# --- the work ----------------------------------------------------------------------------------------------------
+
+
+def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> None:
+    """Write the store into `folder`."""
+    began, source = time.perf_counter(), request.source
+    if progress.quiet or not progress.terminal:
+        hub.no_progress_bars()
+    corpus = open_source(source)
+    facts = _beside(lambda: facts_of(source, checksums=True))
+    for note in corpus.notes:
+        say(note)
+    saved = _tokenizer(request, corpus, folder / "tokenizer", say, progress)
+    append_eos = corpus.rows_are_documents if request.append_eos is None else request.append_eos
+    record: dict[str, Any] = {}
+    starts: list[float] = []  # of reading each split
+
+    def write(encode_chunk: encode.EncodeChunk, cuts: Cuts) -> TokenStore:
+        def parts(split: str) -> Iterator[Encoded]:
+            starts.append(time.perf_counter())
+            chunks = encode.chunks(corpus.batches(split), cuts)
+            found = encode.encode_all(chunks, encode_chunk, request.workers or _cores())
+            counted = progress.over(split, corpus.sizes[split], found, lambda part: (part.bytes, len(part.ids)))
+            yield from _with_text(f"--dataset {source.dataset}: its {split} split", counted)
+            record.update(record_of(facts(), corpus, saved, append_eos, source))
+            record.update(rows_cut_exactly=cuts.exact, rows_cut_inexactly=cuts.inexact)
+
+        return write_store(
+            folder, {split: parts(split) for split in corpus.splits}, vocab_size=saved.vocab_size,
+            eos_token_id=saved.eos_token_id, tokenizer_fingerprint=saved.fingerprint, record=record,
+        )  # fmt: skip
+
+    store = _by_either(write, saved, append_eos, corpus.sizes.get("train") or 0, say)
+    progress.clear()
+    if not is_unchanged(source, store):
+        raise UserError(f"{source.dataset}: {CHANGED}")
+    if inexact := store.record["rows_cut_inexactly"]:
+        say(
+            f"{inexact} row(s) of more than a million characters had no place to cut at, so a few ids may differ "
+            "from the tokenizer's on the whole row (rows_cut_inexactly in store.json)"
+        )
+    size, seconds = sum(split.bytes for split in store.splits.values()), time.perf_counter() - starts[0]
+    if size > SLOW_BYTES:
+        rate = f"{size / 1e6:,.0f} MB of text in {seconds:.1f} s, {size / seconds / 1e6:,.3g} MB/s"
+        say(f"{rate}, after {starts[0] - began:.1f} s of start-up")
+
+
+def _by_either(
+    write: Callable[[encode.EncodeChunk, Cuts], TokenStore],
+    saved: SavedTokenizer,
+    append_eos: bool,
+    size: int,
+    say: Say,
+) -> TokenStore:
+    """The store by gigatoken where that is possible and right, else by `tokenizers`."""
+    setup = (saved.file, saved.eos_token_id if append_eos else None, dtype_for(saved.vocab_size))
+    cuts = cut_rule(saved.file)
+    reason = fast_encode.why_not(cuts)
+    if reason is None:
+        try:
+            return write(fast_encode.fast_chunk_encoder(*setup), cuts)
+        except fast_encode.Disagreement as error:
+            reason = str(error)
+    if size > SLOW_BYTES:
+        say(f"{reason}: encoding with tokenizers, at about 2 MB/s on each core")
+    return write(encode.chunk_encoder(*setup), cut_rule(saved.file))
+
+
+def _with_text(name: str, parts: Iterator[Encoded]) -> Iterator[Encoded]:
+    """The parts; raises UserError at their end where there is no word in them."""
+    rows = words = 0
+    for part in parts:
+        rows, words = rows + part.rows, words + part.words
+        yield part
+    if words == rows:  # each row counts one end of line
+        found = f"{rows:,} blank rows" if rows else "no rows"
+        raise UserError(f"{name} holds no text ({found}); name one with text in it")
+
+
+def _beside(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Start `work` in a thread that nobody waits for at the end; returns a function that waits for its result."""
+    made: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(work())
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=run, name="beside", daemon=True).start()
+    return made.result
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _tokenizer(request: Request, corpus: Corpus, folder: Path, say: Say, progress: Progress) -> SavedTokenizer:
+    name = request.tokenizer
+    if not name.startswith("train:"):
+        return tokenizer.load_tokenizer(name, folder)
+    if "train" not in corpus.splits:
+        raise UserError(
+            f"--tokenizer {name}: {request.source.dataset} has no train split to train on; name a tokenizer"
+        )
+    size = int(name.removeprefix("train:"))
+    say(f"training a byte-level BPE of {size:,} tokens on the train split")
+    texts = training_texts(corpus.texts("train"), tokenizer.EOS)
+    counted = progress.over("tokenizer", corpus.sizes["train"], texts, lambda text: (len(text.encode()), 0))
+    saved = tokenizer.train(counted, size, folder)
+    progress.clear()
+    if saved.vocab_size < size:
+        say(f"the text has too few different pairs for {size:,} tokens: the vocabulary has {saved.vocab_size:,}")
+    return saved

@@ -1,0 +1,66 @@
+"""What can be wrong with the settings of the generate command, and the defaults that follow from others."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from wikift.settings.fields import GenerateSettings
+from wikift.settings.options import flag
+
+# What /set changes and --json reports.
+SAMPLING = (
+    "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "num_return_sequences",
+    "num_beams",
+)  # fmt: skip
+
+
+def check_sampling(settings: GenerateSettings) -> list[str]:
+    """Every problem of the settings that shape the text."""
+    beams, several, greedy = settings.num_beams, settings.num_return_sequences, settings.temperature == 0
+    all_set = with_defaults(settings)
+    rules = {
+        "max_new_tokens": (settings.max_new_tokens >= 1, "1 or more"),
+        "temperature": (settings.temperature >= 0, "0 or more"),
+        "top_k": (all_set.top_k >= 0, "0 (all tokens) or more"),
+        "top_p": (0 < all_set.top_p <= 1, "above 0 and at most 1"),
+        "repetition_penalty": (0.1 <= all_set.repetition_penalty <= 10, "from 0.1 to 10; 1 is none"),
+        "seed": (all_set.seed >= 0, "0 or more"),
+        "num_return_sequences": (several >= 1, "1 or more"),
+        "num_beams": (beams >= 1, "1 (no beam search) or more"),
+        "batch_size": (settings.batch_size >= 1, "1 or more"),
+    }
+    problems = [
+        f"{flag(n)} {getattr(settings, n):g}: must be {rule}" for n, (holds, rule) in rules.items() if not holds
+    ]
+    problems += [
+        f"{flag(name)} {getattr(settings, name):g}: has no effect at --temperature 0; remove it (or: /set {name})"
+        for name in ("top_k", "top_p", "seed")
+        if greedy and getattr(settings, name) is not None
+    ]
+    if "" in settings.stop:
+        problems.append("--stop: is empty, which is everywhere; name a text or remove it")
+    if settings.logprobs and not settings.json:
+        problems.append("--logprobs: are written with --json only; add it or remove --logprobs")
+    if beams > 1 and not greedy:
+        problems.append(f"--num-beams {beams}: draws nothing; add --temperature 0 or remove it")
+    if beams > 1 and (settings.stop or settings.logprobs or settings.compile):
+        others = [flag(name) for name in ("stop", "logprobs", "compile") if getattr(settings, name)]
+        problems.append(f"--num-beams {beams}: goes without {' and '.join(others)}; remove one of them")
+    if several > beams > 1:
+        problems.append(f"--num-return-sequences {several}: is more than --num-beams {beams}; take as many at most")
+    elif several > 1 and beams == 1 and greedy:
+        problems.append(
+            f"--num-return-sequences {several}: at --temperature 0 all would be the same; raise it, or add "
+            f"--num-beams {several}"
+        )
+    return problems
+
+
+def with_defaults(settings: GenerateSettings) -> Any:
+    """`settings` with the defaults that follow from the temperature: at 0 those of `generate(do_sample=False)`."""
+    greedy = settings.temperature == 0
+    defaults = {"top_k": 0 if greedy else 50, "top_p": 1.0 if greedy else 0.95, "seed": 42}
+    defaults["repetition_penalty"] = 1.0 if greedy else 1.1
+    missing = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
+    return dataclasses.replace(settings, **missing)  # type: ignore[arg-type]
