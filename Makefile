@@ -1,5 +1,6 @@
 # make demo    everything once, in two minutes on two cores: tokenizer, store, training, evaluation, prompts
 # make test    the whole test suite
+# make test-fast   what starts hardly any process: two minutes
 # make test-agreement   evaluation against lm_eval, Trainer and transformers' page, in an environment of its own
 # make bench   the benchmarks in small, in an environment of its own, ten minutes; says what became slower
 # make test-long   what takes longer: offloading, large models, more of the engines
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: install bench demo docs test test-agreement check pins test-long
+.PHONY: install bench demo docs test test-fast test-agreement check pins test-long
 .DELETE_ON_ERROR:
 
 install: .venv/installed
@@ -29,20 +30,26 @@ install: .venv/installed
 	@touch $@
 
 demo: install
-	$(BIN)/python launch/prepare.py --dataset demo --tokenizer train:2048 --out $(DEMO)/store
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 launch/train.py --config launch/demo.toml \
+	$(BIN)/wikift prepare --dataset demo --tokenizer train:2048 --out $(DEMO)/store
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 -m wikift train --config launch/demo.toml \
 	  --data $(DEMO)/store --output-dir $(DEMO)/run
-	$(BIN)/python launch/consolidate.py $(DEMO)/run
-	$(BIN)/python launch/evaluate.py $(DEMO)/run/hf --data $(DEMO)/store --split test
-	$(BIN)/python launch/generate.py $(DEMO)/run/hf --prompts-file launch/demo_prompts.txt --max-new-tokens 48
+	$(BIN)/wikift consolidate $(DEMO)/run
+	$(BIN)/wikift evaluate $(DEMO)/run/hf --data $(DEMO)/store --split test
+	$(BIN)/wikift generate $(DEMO)/run/hf --prompts-file launch/demo_prompts.txt --max-new-tokens 48
 	@echo
 	@echo "$(CURDIR)/$(DEMO)/run/hf is a Hugging Face model directory. Next:"
-	@echo "  $(BIN)/python launch/generate.py $(DEMO)/run/hf                    # prompts of your own"
-	@echo "  $(BIN)/python launch/train.py --dry-run                        # what fine-tuning gpt2 would do"
-	@echo "  $(BIN)/torchrun --nproc_per_node=2 launch/train.py --dataset YOUR.txt --model distilgpt2"
+	@echo "  $(BIN)/wikift generate $(DEMO)/run/hf                    # prompts of your own"
+	@echo "  $(BIN)/wikift plan                                # what fine-tuning gpt2 would do"
+	@echo "  $(BIN)/torchrun --nproc_per_node=2 -m wikift train --dataset YOUR.txt --model distilgpt2"
 
 test: .venv/test-installed
 	$(BIN)/python -m pytest -q
+
+FAST := tests/base tests/data/test_batches.py tests/data/test_store.py tests/kernels tests/model tests/settings \
+  tests/test_api.py tests/test_architecture.py tests/test_readme.py tests/test_wheel.py
+
+test-fast: .venv/test-installed
+	$(BIN)/python -m pytest -q $(FAST)
 
 AGREEMENT := .venv/agreement
 $(AGREEMENT)/installed: .venv/test-installed tests/agreement/requirements.txt
@@ -82,8 +89,8 @@ docs: $(DOCS)/installed
 	NO_MKDOCS_2_WARNING=true $(DOCS)/bin/mkdocs build --strict --quiet
 
 pins:
-	{ echo "# uv pip compile --universal --python-version 3.10 --no-header --no-annotate setup.cfg -o requirements.txt"; \
-	  uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate setup.cfg; } > requirements.new
+	{ echo "# uv pip compile --universal --python-version 3.10 --no-header --no-annotate --all-extras setup.cfg -o requirements.txt"; \
+	  uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate --all-extras setup.cfg; } > requirements.new
 	{ echo "# uv pip compile --universal --python-version 3.10 --no-header --no-annotate -c requirements.txt tests/requirements.in -o tests/requirements.txt"; \
 	  uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate -c requirements.new tests/requirements.in; } > tests/requirements.new
 	mv requirements.new requirements.txt

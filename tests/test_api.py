@@ -65,7 +65,10 @@ def test_the_whole_job_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not result.interrupted
     assert result.metrics["step"] == 4
     assert math.isfinite(result.metrics["eval_loss"])
-    model = wikift.consolidate(result.output_dir, quiet=True)
+    with pytest.raises(wikift.UserError, match="dtyp: no such setting"):
+        wikift.consolidate(result.output_dir, dtyp="float16")
+    assert not (result.output_dir / "hf").exists(), "nothing is done with half of the settings"
+    model = wikift.consolidate(result.output_dir)
     assert (model / "model.safetensors").is_file()
     (score,) = wikift.evaluate(model, data=store, split="validation", protocol="blocks", device="cpu")
     assert score.about["split"] == "validation"

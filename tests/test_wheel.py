@@ -34,7 +34,7 @@ def test_every_package_is_listed() -> None:
     assert listed == sorted({*folders, "wikift.ds_configs"})
 
 
-def test_what_is_asked_for_and_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_asked_for_and_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     from wikift.settings.deepspeed import importlib, merge
     from wikift.settings.fields import TrainSettings
 
@@ -48,8 +48,11 @@ def test_what_is_asked_for_and_not_installed_is_said(tmp_path: Path, monkeypatch
 @pytest.mark.long
 def test_the_wheel_does_the_whole_job(tmp_path: Path) -> None:
     source, work = tmp_path / "source", tmp_path / "work"
-    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "runs", "data", "demo", "__pycache__")
-    shutil.copytree(ROOT, source, ignore=ignored)  # the build leaves a folder behind
+    source.mkdir()  # the build leaves a folder behind
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("wikift", "ds_configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     work.mkdir()
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | {"OMP_NUM_THREADS": "1"}
 

@@ -76,10 +76,12 @@ def plan(**settings: Any) -> str:
 
 def consolidate(run: str | Path, **settings: Any) -> Path:
     """A run's checkpoint to a Hugging Face directory, which is returned. Settings: `wikift consolidate --help`."""
-    from wikift.commands.consolidate import run as command
+    from wikift.commands import consolidate as command
     from wikift.settings.fields import ConsolidateSettings
 
-    return _parsed(ConsolidateSettings, "consolidate", {"run": run, **settings}, ()).checked(command)
+    parsed = _parsed(ConsolidateSettings, "consolidate", {"run": run, **settings}, ("quiet",))
+    parsed.checked(command.check)  # before any work: a keyword that is not read is an error
+    return command.run(parsed.settings)
 
 
 def evaluate(*models: str | Path, **settings: Any) -> list[Result]:
@@ -88,7 +90,8 @@ def evaluate(*models: str | Path, **settings: Any) -> list[Result]:
     from wikift.settings.fields import EvaluateSettings
 
     parsed = _parsed(EvaluateSettings, "evaluate", {"models": models, **settings}, ("json", "csv", "quiet"))
-    return parsed.checked(command.run)
+    parsed.checked(command.check)
+    return command.run(parsed.settings)
 
 
 def generate(model: str | Path, prompts: str | Sequence[str], **settings: Any) -> list[str]:

@@ -473,8 +473,17 @@ def test_a_file_that_is_none(tmp_path: Path, content: str, expected: str) -> Non
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(UserError, match=r"^--deepspeed .*: cannot be read \(.*\); name a DeepSpeed config file$"):
+        with pytest.raises(UserError, match=r"^--deepspeed .*: cannot be read \(.*\); name .* or one of zero1, zero2"):
             read(path)
+
+
+def test_a_file_of_wikift_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
+    assert [read(file.stem) for file in files] == [read(file) for file in files]
+    assert len(files) == 5
+    Path("zero2").write_text('{"zero_optimization": {"stage": 1}}')  # the user's own comes first
+    assert read("zero2") == {"zero_optimization.stage": 1}
 
 
 # --- the command -------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         epilog="examples:\n  wikift consolidate runs/gpt2-wikitext-2-v1\n"
         "  wikift consolidate runs/gpt2-wikitext-2-v1 --best --dtype bfloat16 --out models/small",
     )
-    parsed.checked(_check)
+    parsed.checked(check)
     settings = parsed.settings
     say = _silent if settings.quiet else print
     out, data = run(settings, say), ""
@@ -51,7 +51,7 @@ def run(settings: ConsolidateSettings, say: Say = _silent) -> Path:
     Raises UserError for every problem of the settings and for a damaged checkpoint, EnvironmentFault where the disk is
     full or cannot be written; in both cases an earlier export still stands.
     """
-    _check(settings)
+    check(settings)
     source = Path(str(settings.run))
     folder = _run_folder(str(settings.run))
     checkpoint = source if folders.is_checkpoint(source) else _choose(folder, settings, say)
@@ -87,7 +87,7 @@ def _run_folder(name: str) -> Path:
     return Path(name).parent.parent if folders.is_checkpoint(Path(name)) else Path(name)
 
 
-def _check(settings: ConsolidateSettings) -> None:
+def check(settings: ConsolidateSettings) -> None:
     """Raises UserError with every problem that shows without opening a checkpoint."""
     problems = []
     if (ranks := ranks_started()) > 1:

@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         "text allows.",
         epilog=EPILOG,
     )
-    store, settings = parsed.checked(_check), parsed.settings
+    store, settings = parsed.checked(check), parsed.settings
 
     from wikift.base.failure import started_world
 
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run(settings: EvaluateSettings) -> list[Result]:
     """The results, model by model, the same on every rank. Raises UserError with every problem of the settings."""
-    store = _check(settings)
+    store = check(settings)
 
     from wikift.base.failure import started_world
 
@@ -87,7 +87,7 @@ def run(settings: EvaluateSettings) -> list[Result]:
 
 
 def _results(settings: EvaluateSettings, text: Text, world: World) -> Iterator[Result]:
-    """Everything that the settings ask for, model by model; collective. Raises UserError as `_check` does."""
+    """Everything that the settings ask for, model by model; collective. Raises UserError as `check` does."""
     quiet = settings.quiet or world.rank != 0
 
     def say(line: str) -> None:
@@ -140,7 +140,7 @@ def _shown(progress: Progress, label: str) -> Callable[[float], None]:
 # --- what is asked for -------------------------------------------------------------------------------------------
 
 
-def _check(settings: EvaluateSettings) -> TokenStore | None:
+def check(settings: EvaluateSettings) -> TokenStore | None:
     """The store to evaluate on, None with `--dataset`.
 
     Raises UserError with every problem that shows without loading a model or reading text.

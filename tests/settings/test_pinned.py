@@ -1,0 +1,42 @@
+"""All settings, by command: a new one is a decision, see CONTRIBUTING.md. pytest tests/settings/test_pinned.py"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from wikift.settings import fields
+
+SETTINGS = {
+    "prepare": """
+        append_eos config dataset dataset_config out quiet seed text_column tokenizer validation_fraction verify
+        workers
+    """,
+    "train": """
+        adam_beta1 adam_beta2 adam_epsilon append_eos async_save block_size compile config config_overrides data
+        data_fraction dataset dataset_config decay_steps deepspeed deterministic device dropout dry_run
+        early_stopping_patience engine eval_steps from_scratch fsdp_reshard global_batch_size
+        gradient_accumulation_steps gradient_checkpointing learning_rate logging_steps lr_scheduler_type
+        max_grad_norm max_steps model num_train_epochs output_dir per_device_eval_batch_size
+        per_device_train_batch_size precision quiet reduce_dtype resume sample_prompts sample_steps save_steps
+        save_total_limit seed text_column tokenizer validation_fraction wandb warmup_steps weight_decay workers
+    """,
+    "consolidate": """
+        best dtype max_shard_size out quiet run step
+    """,
+    "evaluate": """
+        context csv data dataset dataset_config device json models per_device_eval_batch_size precision protocol
+        quiet split stride text_column
+    """,
+    "generate": """
+        batch_size compile device examples json logprobs max_new_tokens model num_beams num_return_sequences
+        precision prompt prompts_file quiet repetition_penalty seed stop temperature top_k top_p train
+    """,
+}
+
+
+@pytest.mark.parametrize("command", SETTINGS)
+def test_the_set_of_settings(command: str) -> None:
+    settings_class = getattr(fields, f"{command.title()}Settings")
+    assert sorted(field.name for field in dataclasses.fields(settings_class)) == SETTINGS[command].split()
