@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
-import os
 import shlex
 import shutil
 import subprocess
@@ -25,6 +23,7 @@ from wikift.base import tensorfile
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.files import parse_size
 from wikift.base.folders import step_folder
+from wikift.base.publish import folder_lock
 from wikift.base.world import World
 from wikift.checkpoint.fragment import OPTIMIZER, SCALARS, STATES, Fragment
 from wikift.checkpoint.reader import open_checkpoint
@@ -109,8 +108,8 @@ def test_step_and_best_and_one_checkpoint_choose(run: Path, tmp_path: Path, caps
         printed, quoted = capsys.readouterr().out, shlex.quote(str(out))
         assert f"step {step}" in printed
         store = json.loads((run / "config.json").read_text())["store_path"]
-        assert f"launch/evaluate.py {quoted} --data {store}\n" in printed  # away from its run a model knows no text
-        assert f"launch/generate.py {quoted}" in printed
+        assert f"wikift evaluate {quoted} --data {store}\n" in printed  # away from its run a model knows no text
+        assert f"wikift generate {quoted}" in printed
         expected = weights_of(run, step)
         model = AutoModelForCausalLM.from_pretrained(out)
         assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
@@ -147,7 +146,7 @@ def test_what_only_a_run_can_refuse(run: Path, tmp_path: Path) -> None:
     shutil.copy(run / "config.json", early)
     before = snapshot(tmp_path)
     for line, expected in (
-        ([str(early)], f"has no checkpoint yet; .* launch/train.py --output-dir {early}"),
+        ([str(early)], f"has no checkpoint yet; .* wikift train --output-dir {early}"),
         ([str(unscored), "--best"], "--best: .*validated.* 4, 8, 12"),
         ([str(step_folder(run, 4)), "--step", "4"], "--step: .* is one checkpoint"),
         ([str(run), "--out", str(run)], "--out .* did not export"),
@@ -190,15 +189,10 @@ def test_leftovers_of_a_killed_export_are_cleared(run: Path) -> None:
 
 
 def test_two_at_once_do_not_mix(run: Path) -> None:
-    (run / ".hf.partial").mkdir()
-    held = os.open(run / ".hf.partial", os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with folder_lock(run / "hf"):
         with pytest.raises(EnvironmentFault, match="another process is making it"):
             main([str(run)])
-        assert (run / ".hf.partial").is_dir()
-    finally:
-        os.close(held)
+        assert not (run / "hf").exists()
     assert main([str(run)]) == 0
 
 
@@ -310,7 +304,7 @@ def test_sizes() -> None:
 
 def test_a_folder_that_cannot_be_made(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(EnvironmentFault, match="cannot be made"):
+    with pytest.raises(EnvironmentFault, match="was not made"):
         main([str(run), "--out", str(tmp_path / "file" / "out")])
 
 
