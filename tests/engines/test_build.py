@@ -34,7 +34,7 @@ def test_auto_by_processes_and_memory() -> None:
     assert run_ranks(chosen, 1, small, "auto") == [Choice("single", "one process")]
     for choice in run_ranks(chosen, 2, small, "auto"):
         assert choice.name == "ddp"
-        assert choice.reason.startswith("2 processes, and about")
+        assert choice.reason.startswith("2 processes, about")
     huge = Shape(n_layer=480, n_head=25, n_embd=16000)  # 1.5 trillion weights fit nowhere
     for choice in run_ranks(chosen, 2, huge, "auto"):
         assert choice.name == "fsdp"
