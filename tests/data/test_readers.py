@@ -178,7 +178,9 @@ def test_parquet_faults(tmp_path: Path) -> None:
         whole[:4] + bytes(len(whole) - 300) + whole[-296:],
     ):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=rf"^{path}: is not a whole parquet file \(.+\); copy or download it again"):
+        with pytest.raises(
+            UserError, match=rf"^{path}: is not a complete parquet file \(.+\); copy or download it again"
+        ):
             list(read_parquet(path, "text"))
 
 
