@@ -7,10 +7,8 @@ Speed is 100 MB/s and more on two cores with gigatoken (`fast_encode`), else tha
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +102,7 @@ def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> No
     if progress.quiet or not progress.terminal:
         hub.no_progress_bars()
     corpus = open_source(source)
-    facts = _beside(lambda: facts_of(source, checksums=True))
+    facts = facts_of(source, checksums=True)
     for note in corpus.notes:
         say(note)
     saved = _tokenizer(request, corpus, folder / "tokenizer", say, progress)
@@ -119,7 +117,7 @@ def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> No
             encoded = encode.encode_all(chunks, encode_chunk, request.workers or _cores())
             counted = progress.over(split, corpus.sizes[split], encoded, lambda part: (part.bytes, len(part.ids)))
             yield from _with_text(f"--dataset {source.dataset}: its {split} split", counted)
-            record.update(record_of(facts(), corpus, saved, append_eos, source))
+            record.update(record_of(facts, corpus, saved, append_eos, source))
             record.update(rows_cut_exactly=cuts.exact, rows_cut_inexactly=cuts.inexact)
 
         return write_store(
@@ -172,20 +170,6 @@ def _with_text(name: str, parts: Iterator[Encoded]) -> Iterator[Encoded]:
     if word_count == rows:  # each row counts one end of line
         content = f"{rows:,} blank rows" if rows else "no rows"
         raise UserError(f"{name} contains no text ({content}); use a dataset that does")
-
-
-def _beside(work: Callable[[], Any]) -> Callable[[], Any]:
-    """Start `work` in a thread that nobody waits for at the end; returns a function that waits for its result."""
-    made: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            made.set_result(work())
-        except BaseException as error:
-            made.set_exception(error)
-
-    threading.Thread(target=run, name="beside", daemon=True).start()
-    return made.result
 
 
 def _cores() -> int:
