@@ -5,9 +5,8 @@ They are cut only where GPT-2's pre-tokenizer splits for certain, so no id chang
     's|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+
 
 A match has white space at its start or is nothing else, so one always ends between a character that is not white space
-and one that is; and the matches with letters in them end where the letters end. What is before such a place doesn't
-matter to what is behind it, nor the other way round. Where a million characters have no such place the row is cut all
-the same, and the number of such rows is told.
+and one that is; and the matches with letters in them end where the letters end. Where a million
+characters have no such position the row is cut all the same, and the number of such rows is reported.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,7 @@ class Cuts:
 
     exact: int = 0
     inexact: int = 0
-    unsplit: tuple[str, ...] | None = field(default=None)  # added tokens; None: this tokenizer's rows are never cut
+    unsplit: tuple[str, ...] | None = None  # added tokens; None: this tokenizer's rows are never cut
 
 
 def cut_rule(tokenizer_file: Path) -> Cuts:
