@@ -205,7 +205,7 @@ TRAIN: list[tuple[str, list[str]]] = [
     ("--data foreign", ["--data foreign: store.json is not wikift's (format 'mosaic-1')"]),
     ("--data newer", ["--data newer: has format wikift-store-99"]),
     ("--data broken-store", ["--data broken-store: store.json is not JSON"]),
-    ("--data garbled-store", ["--data garbled-store: store.json lacks or garbles tokenizer"]),
+    ("--data garbled-store", ["--data garbled-store: store.json has no valid tokenizer"]),
     ("--data truncated", ["--data truncated: train.bin is truncated: 100 bytes, store.json says 818"]),
     ("--data binless", ["--data binless: validation.bin is missing"]),
     ("--data damaged", ["--data damaged: train.bin is damaged: id 65535"]),
@@ -272,7 +272,7 @@ TEXT: list[tuple[str, list[str]]] = [
     ("--dataset good.txt --workers 0", ["--workers 0: must be 1 or more"]),
     ("--dataset good.txt --tokenizer train:abc", ["--tokenizer train:abc: SIZE must be 257 tokens or more"]),
     ("--dataset good.txt --tokenizer train:256", ["--tokenizer train:256: SIZE must be 257 tokens or more"]),
-    ("--dataset good.txt --tokenizer no-config", ["--tokenizer no-config: has no tokenizer.json"]),
+    ("--dataset good.txt --tokenizer no-config", ["--tokenizer no-config: has neither tokenizer.json"]),
     ("--dataset good.txt --tokenizer a-file", ["--tokenizer a-file: is a file"]),
     (
         "--dataset none.txt --tokenizer train:x --workers 0",
@@ -291,8 +291,8 @@ def test_text_that_is_none(refused: Any, command: str, line: str, expected: list
 
 PREPARE: list[tuple[str, list[str]]] = [
     ("--out a-file", ["--out a-file: is a file; name a folder"]),
-    ("--out no-store", ["--out no-store: is a folder with other things in it"]),
-    ("--out text", ["text: is a store made otherwise"]),
+    ("--out no-store", ["--out no-store: is a folder that contains other files"]),
+    ("--out text", ["text: was made with other settings"]),
     ("--out new --seed -1", ["--seed -1: must be 0 or more"]),
     ("--out new --dataset-nme x --seed -1", ["--dataset-nme: no such setting", "--seed -1: must be 0 or more"]),
     ("--out new --dataset-nme x", ["--dataset-nme: no such setting of"]),

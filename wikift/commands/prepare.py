@@ -46,7 +46,7 @@ def make(parsed: Parsed[PrepareSettings]) -> Path:
         return Path(settings.out)
     if settings.dataset is None:
         settings = dataclasses.replace(settings, dataset=fallback_dataset(ranks_started()))
-        say(f"--dataset is not given: taking {settings.dataset}")
+        say(f"--dataset is not set: using {settings.dataset}")
     settings = dataclasses.replace(settings, tokenizer=settings.tokenizer or DEFAULT_TOKENIZER)
     out = Path(settings.out) if settings.out is not None else store_path(settings)
     problems = data_problems(settings, out)
@@ -56,7 +56,7 @@ def make(parsed: Parsed[PrepareSettings]) -> Path:
     exists = (out / "store.json").exists()
     make_store(settings, settings.seed, out, quiet=settings.quiet, say=say, setting="--out")
     if exists:
-        say(f"{out} already exists, made by the same recipe")
+        say(f"{out} already exists, with the same recipe")
     return out
 
 
@@ -97,7 +97,7 @@ def _report(out: Path, settings: PrepareSettings) -> int:
     store = open_store(out, verify=settings.verify, setting="--out")
     if not settings.quiet:
         print("\n".join(_table(store)))
-        print(f"{out}: {'every byte is as it was written' if settings.verify else 'ready'}. Next:")
+        print(f"{out}: {'every checksum is right' if settings.verify else 'ready'}. Next:")
         print(f"  {command_line('train')} --data {shlex.quote(str(out))}")
     return 0
 
