@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.base.files import read_jsonl, replace_json
+from wikift.base.files import faults_of_writing, read_jsonl, replace_json
 from wikift.base.folders import METRICS, RUN_FILES, WANDB_ID, list_checkpoints, step_folder, step_of
+from wikift.base.publish import folder_lock, folders_above
 from wikift.checkpoint import reader
 from wikift.checkpoint.reader import Checkpoint
 from wikift.settings.run_plan import RunPlan, changed_settings
@@ -133,37 +132,22 @@ def set_aside(run: Path, start: Checkpoint | None) -> None:
 @contextlib.contextmanager
 def locked(run: Path, world: World, say: Say) -> Iterator[None]:
     """One writer per run folder: a killed launcher's ranks may still be saving when the command is typed again."""
-    if world.rank != 0:
-        world.barrier()
-        yield
-        return
-    made = [folder for folder in (run, *run.parents) if not folder.exists()]
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {run}: cannot be made ({error.strerror}); name a folder you may write") from None
-    descriptor = os.open(run, os.O_RDONLY)
-    try:
-        deadline, told = time.monotonic() + _LOCK_SECONDS, False
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
+    with contextlib.ExitStack() as stack:
+        if world.rank == 0:
+            with faults_of_writing(run):
+                stack.enter_context(folders_above(run / "run"))  # a run that never began leaves no empty folder
+                try:
+                    # inside: the folder above may belong to somebody else
+                    stack.enter_context(
+                        folder_lock(
+                            run / "run",
+                            _LOCK_SECONDS,
+                            on_wait=lambda: say(f"another process is still writing to {run}; waiting"),
+                        )
+                    )
+                except TimeoutError:
                     raise EnvironmentFault(
-                        f"another process is writing to {run}; wait for it, stop it, or take another --output-dir"
+                        f"another process is writing to {run}; wait for it, stop it, or use another --output-dir"
                     ) from None
-                if not told:
-                    say(f"another process is still writing to {run}; waiting")
-                told = True
-                time.sleep(0.5)
-            except OSError:  # a file system without locks
-                break
         world.barrier()  # the others look at the folder only now
         yield
-    finally:
-        os.close(descriptor)
-        with contextlib.suppress(OSError):  # a run that never began leaves no empty folder
-            for folder in made:
-                folder.rmdir()
