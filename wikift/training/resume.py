@@ -43,7 +43,7 @@ def planned_start(plan: RunPlan, store: TokenStore, say: Say) -> str:
     """
     saved = list_checkpoints(plan.output_dir)
     if plan.resume == "never" or (plan.resume == "auto" and not saved):
-        return "at step 1; what is in the output folder is kept aside" if saved else "at step 1"
+        return "at step 1; what is in the output folder is moved aside" if saved else "at step 1"
     candidates = saved[::-1] if plan.resume == "auto" else [Path(plan.resume)]
     for path in candidates:
         try:
@@ -55,7 +55,7 @@ def planned_start(plan: RunPlan, store: TokenStore, say: Say) -> str:
     check_same_experiment(plan, store, start, say)
     if finished := why_finished(plan, start):
         return f"finished, step {start.step:,}; {finished}"
-    return f"after step {start.step:,} of {start.path}, if that is sound"
+    return f"after step {start.step:,} of {start.path}, if that is valid"
 
 
 def experiment(plan: RunPlan, store: TokenStore) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def check_same_experiment(plan: RunPlan, store: TokenStore, start: Checkpoint, s
         else:
             problems.append(f"{name} {value}: this run was started with {before.get(name)}")
     if problems:
-        way_out = "; take the old value, another --output-dir, or --resume never (the old run is kept aside)"
+        way_out = "; use the old value, another --output-dir, or --resume never (the old run is moved aside)"
         raise UserError(*(problem + way_out for problem in problems))
     if changed := changed_settings(start.manifest["settings"], plan.settings):
         say("changed since the checkpoint: " + ", ".join(changed))
