@@ -272,7 +272,7 @@ def test_near_names_are_suggested() -> None:
         ("n_layer", ["n_layer: must be NAME=VALUE"]),
         ("n_layr=2", ["(did you mean n_layer?)"]),
         ("n_layer=2.5,n_head=0", ["n_layer must be a whole number of 1", "n_head must be a whole number of 1"]),
-        ("n_head=2,n_head=4", ["n_head is given twice"]),
+        ("n_head=2,n_head=4", ["n_head is set twice"]),
         ("attn_pdrop=1", ["at least 0 and below 1"]),
         ("layer_norm_epsilon=nan", ["must be a number above 0"]),
         ("initializer_range=inf", ["must be a number above 0"]),
