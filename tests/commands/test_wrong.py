@@ -366,8 +366,8 @@ def test_evaluate(refused: Any, line: str, expected: list[str]) -> None:
 
 
 GENERATE: list[tuple[str, list[str]]] = [
-    ("run --prompt a --examples", ["--prompt and --examples: each says what to answer"]),
-    ("run --prompt a --prompts-file good.txt", ["--prompt and --prompts-file: each says what to answer"]),
+    ("run --prompt a --examples", ["--prompt and --examples: only one source of prompts"]),
+    ("run --prompt a --prompts-file good.txt", ["--prompt and --prompts-file: only one source of prompts"]),
     ("run --prompts-file none.txt", ["--prompts-file none.txt: cannot be read"]),
     ("run --prompts-file prompts-empty.txt", ["--prompts-file prompts-empty.txt: has no prompt in it"]),
     ("run --prompts-file prompts-latin.txt", ["--prompts-file prompts-latin.txt: line 2 is not UTF-8"]),
@@ -378,7 +378,7 @@ GENERATE: list[tuple[str, list[str]]] = [
     ("a-file --prompt a", ["a-file: is a file"]),
     ("no-config --prompt a", ["no-config: holds neither a model nor a run"]),
     ("run/checkpoints/step-00000004 --prompt a", ["run/checkpoints/step-00000004: is a checkpoint"]),
-    ("run --no-train --prompt a -- --max-steps 5", ["--no-train: what follows -- is for a training"]),
+    ("run --no-train --prompt a -- --max-steps 5", ["--no-train: settings after -- are for training"]),
     ("runs/new --prompt a", ["runs/new: no such folder, and no name of the Hub; train it first"]),
     ("rum --prompt a", ["rum: no such folder, and no name of the Hub"]),
     ("run --promt a", ["--promt: no such setting of launch/generate.py (did you mean --prompt?)"]),

@@ -303,9 +303,6 @@ class GenerateSettings:
         "fp32", "number format of the weights; auto: bf16 where the device has it natively, else fp32", group="speed",
         choices=("auto", "bf16", "fp32"),
     )  # fmt: skip
-    compile: bool = option(
-        False, "torch.compile: a minute to start; made for a GPU, gains nothing on a CPU", group="speed"
-    )
     device: str = option("auto", "auto: cuda where there is one", group="speed", choices=("auto", "cpu", "cuda"))
     train: bool = option(True, "train first where no model is named and runs/ has none", group="output")
     quiet: bool = option(False, "answers only", group="output")
