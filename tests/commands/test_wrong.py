@@ -322,7 +322,7 @@ CONSOLIDATE: list[tuple[str, list[str]]] = [
     ("run --max-shard-size 5apples", ["--max-shard-size 5apples: must be a number and KB"]),
     ("run --out a-file", ["--out a-file: is a file; name a folder"]),
     ("run --out no-store", ["--out no-store: holds something that wikift did not export"]),
-    ("run other", ["other: belongs to no setting"]),
+    ("run other", ["other: is not an option"]),
     ("run --stp 4", ["--stp: no such setting of launch/consolidate.py (did you mean --step?)"]),
     (
         "none --step 4 --best --max-shard-size x",
