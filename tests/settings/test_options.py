@@ -187,7 +187,7 @@ def test_an_answer_on_the_line_displaces_what_hangs_on_the_question_in_the_file(
         ("a.toml", 'precision = "fp8"', "precision fp8 in {}: must be one of auto"),
         ("a.toml", "[train]\nmax_steps = 5", "train: no such setting of config file {}"),
         ("a.toml", 'config = "b.toml"', "config: no such setting of config file {}"),
-        ("a.toml", "max_steps = 5\nmax-steps = 6", "max_steps in {}: is there twice, with - and with _"),
+        ("a.toml", "max_steps = 5\nmax-steps = 6", "max_steps in {}: is set twice, with - and with _"),
         ("a.toml", "max_steps: 5", "--config {}: not valid TOML"),
         ("a.json", "max_steps = 5", "--config {}: not valid JSON"),
         ("a.json", "[5]", "--config {}: holds a list, not a table of settings"),
