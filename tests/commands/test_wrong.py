@@ -127,8 +127,8 @@ TRAIN: list[tuple[str, list[str]]] = [
         "--deepspeed no-zero.json --max-grad-norm 1 --learning-rate 0",
         [
             "zero_optimization.stage null in no-zero.json: must be 1, 2 or 3",
-            'optimizer.type "Lamb" in no-zero.json: not honoured',
-            "--max-grad-norm 1: clashes with gradient_clipping 0.5 in no-zero.json",
+            'optimizer.type "Lamb" in no-zero.json: not supported',
+            "--max-grad-norm 1: contradicts gradient_clipping 0.5 in no-zero.json",
             "--learning-rate 0: must be above 0",
         ],
     ),
@@ -141,16 +141,16 @@ TRAIN: list[tuple[str, list[str]]] = [
     ("--dropout 1 --adam-epsilon 0", ["--dropout 1: must be", "--adam-epsilon 0: must be above 0"]),
     ("--max-steps 0", ["--max-steps 0: must be 1 or more"]),
     ("--max-steps ten", ["--max-steps ten: must be a whole number"]),
-    ("--num-train-epochs 2", ["--max-steps 12: the length is given twice, --num-train-epochs 2 too"]),
+    ("--num-train-epochs 2", ["--max-steps 12: the length of training is set twice, --num-train-epochs 2 too"]),
     ("--warmup-steps 12", ["--warmup-steps 12: must be less than --max-steps 12"]),
-    ("--warmup-steps 1.5", ["--warmup-steps 1.5: must be a whole number, or a part below 1"]),
+    ("--warmup-steps 1.5", ["--warmup-steps 1.5: must be a whole number, or a fraction below 1"]),
     ("--block-size 17", ["--block-size 17: the model has 16 positions"]),
     ("--per-device-train-batch-size 3", ["--per-device-train-batch-size 3: must divide the 8 blocks"]),
     (
         "--per-device-train-batch-size 2 --gradient-accumulation-steps 3",
         [
             "--global-batch-size 8: is not 1 process x 2 (--per-device-train-batch-size) x 3 "
-            "(--gradient-accumulation-steps) = 6; leave one of the three out"
+            "(--gradient-accumulation-steps) = 6; remove one of the three"
         ],
     ),
     ("--config-overrides n_layer", ["--config-overrides n_layer: must be NAME=VALUE"]),
@@ -161,10 +161,10 @@ TRAIN: list[tuple[str, list[str]]] = [
     ("--precision fp8", ["--precision fp8: must be one of auto, bf16, fp16, fp32"]),
     ("--lr-scheduler-type cosin", ["(did you mean cosine?)"]),
     ("--engine ddp", ["--engine ddp: needs a launcher"]),
-    ("--reduce-dtype bf16", ["--reduce-dtype bf16: cannot act, one process exchanges no gradients"]),
+    ("--reduce-dtype bf16", ["--reduce-dtype bf16: has no effect, one process exchanges no gradients"]),
     (
         "--reduce-dtype fp16 --engine fsdp",
-        ["--reduce-dtype fp16: small gradients would become 0 without the loss scale"],
+        ["--reduce-dtype fp16: small gradients would underflow without a loss scale"],
     ),
     (
         "--reduce-dtype bf16 --engine fsdp --no-fsdp-reshard --gradient-accumulation-steps 2",
@@ -211,8 +211,8 @@ TRAIN: list[tuple[str, list[str]]] = [
     ("--data damaged", ["--data damaged: train.bin is damaged: id 65535"]),
     ("--data short --block-size 8", ["--block-size 8: the train split has 8 tokens, too few for one block"]),
     ("--data no-validation --eval-steps 4", ["--eval-steps 4: cannot act, no-validation has no validation text"]),
-    ("--dataset demo", ["--dataset demo: cannot act, --data store is tokenized already"]),
-    ("--tokenizer gpt2 --workers 2", ["--tokenizer gpt2: cannot act", "--workers 2: cannot act"]),
+    ("--dataset demo", ["--dataset demo: has no effect, --data store is tokenized already"]),
+    ("--tokenizer gpt2 --workers 2", ["--tokenizer gpt2: has no effect", "--workers 2: has no effect"]),
     (
         "--learning-rate -1 --max-steps 0 --model gpt3 --data none --engine ddp --resume nowhere --output-dir a-file",
         [
@@ -242,7 +242,7 @@ FINE_TUNE: list[tuple[str, list[str]]] = [
     ("--model broken", ["--model broken: config.json cannot be read"]),
     ("--model garbled", ["--model garbled: config.json says n_layer 'two'"]),
     ("--model small-model", ["--model small-model: its vocabulary has 50 tokens, the store's 97"]),
-    ("--config-overrides n_layer=2", ["--config-overrides n_layer=2: cannot act on trained weights"]),
+    ("--config-overrides n_layer=2", ["--config-overrides n_layer=2: has no effect on trained weights"]),
 ]
 
 
@@ -267,7 +267,7 @@ TEXT: list[tuple[str, list[str]]] = [
     ("--dataset no-splits", ["--dataset no-splits: has no train, validation or test"]),
     ("--dataset good.txt --text-column body", ["--text-column body: has no effect, good.txt"]),
     ("--dataset good.txt --dataset-config x", ["--dataset-config x: has no effect, good.txt is one file"]),
-    ("--dataset demo --dataset-config x", ["--dataset-config x: cannot act, demo has no other"]),
+    ("--dataset demo --dataset-config x", ["--dataset-config x: has no effect, demo has no other"]),
     ("--dataset good.txt --validation-fraction 1", ["--validation-fraction 1: must be above 0 and below 1"]),
     ("--dataset good.txt --workers 0", ["--workers 0: must be 1 or more"]),
     ("--dataset good.txt --tokenizer train:abc", ["--tokenizer train:abc: SIZE must be 257 tokens or more"]),
@@ -322,7 +322,7 @@ CONSOLIDATE: list[tuple[str, list[str]]] = [
     ("run --max-shard-size 5apples", ["--max-shard-size 5apples: must be a number and KB"]),
     ("run --out a-file", ["--out a-file: is a file; name a folder"]),
     ("run --out no-store", ["--out no-store: holds something that wikift did not export"]),
-    ("run other", ["other: belongs to no setting"]),
+    ("run other", ["other: is not an option"]),
     ("run --stp 4", ["--stp: no such setting of launch/consolidate.py (did you mean --step?)"]),
     (
         "none --step 4 --best --max-shard-size x",
@@ -410,7 +410,7 @@ def test_another_experiment_in_a_runs_folder(refused: Any) -> None:
 
 AS_PROCESSES: list[tuple[str, str, int, list[str]]] = [  # command, line, processes that a launcher started, expected
     ("train", f"--data store {FITS}", 3, ["--global-batch-size 8: must be a multiple of the 3 processes; take 6 or 9"]),
-    ("train", f"--data store {FITS} --engine single", 2, ["--engine single: is one process, the launcher started 2"]),
+    ("train", f"--data store {FITS} --engine single", 2, ["--engine single: uses one process, but"]),
     (
         "train",
         f"--data store {FITS} --max-step 5",

@@ -28,8 +28,8 @@ class BatchLayout:
     @property
     def words(self) -> str:
         return (
-            f"{self.global_batch} blocks a step = {_processes(self.ranks)} x {self.micro_batch} blocks x "
-            f"{self.accumulation} accumulated"
+            f"{self.global_batch} blocks per step = {_processes(self.ranks)} x {self.micro_batch} blocks x "
+            f"{self.accumulation} accumulation steps"
         )
 
 
@@ -53,13 +53,13 @@ def batch_layout(settings: TrainSettings, ranks: int) -> BatchLayout:
     if micro and accumulation and micro * accumulation != share:
         raise UserError(
             f"{asked}: is not {_processes(ranks)} x {micro} (--per-device-train-batch-size) x {accumulation} "
-            f"(--gradient-accumulation-steps) = {ranks * micro * accumulation}; leave one of the three out"
+            f"(--gradient-accumulation-steps) = {ranks * micro * accumulation}; remove one of the three"
         )
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         value = getattr(settings, name)
         if value and share % value:
             raise UserError(
-                f"{flag(name)} {value}: must divide the {share} blocks a step of each process ({asked}; "
+                f"{flag(name)} {value}: must divide the {share} blocks per step of each process ({asked}; "
                 f"{_processes(ranks)}); take {_nearest_divisors(share, value)}, or another --global-batch-size"
             )
     if micro is None and accumulation is None:

@@ -269,13 +269,12 @@ def _fit_problems(settings: TrainSettings, shape: Shape, block_size: int, tokens
     if tokens - 1 < block_size:
         fits = f"take --block-size {tokens - 1} or less, or more text" if tokens > 1 else "give more text"
         problems.append(
-            f"--block-size {block_size}: the train split has {tokens} tokens, too few for one block and the token "
-            f"before it; {fits}"
+            f"--block-size {block_size}: the train split has {tokens} tokens, too few for one block; {fits}"
         )
     if shape.vocab_size < vocab_size:
         problems.append(
             f"--config-overrides vocab_size={shape.vocab_size}: the store's tokenizer has {vocab_size} tokens; "
-            "leave vocab_size out, it follows from the store"
+            "remove vocab_size; the store determines it"
             if settings.from_scratch
             else f"--model {settings.model}: its vocabulary has {shape.vocab_size} tokens, the store's {vocab_size}; "
             "prepare the text with the model's tokenizer, or train --from-scratch"
