@@ -25,11 +25,17 @@ from tests.tiny import VOCABULARY, tiny_store
 from wikift.base.errors import UserError
 from wikift.base.shape import RELEASED, Shape, shape_of
 from wikift.commands.train import main
-from wikift.settings.batch_layout import DEFAULT_GLOBAL_BATCH, MICRO_BATCH_CEILING, BatchLayout, batch_layout
+from wikift.settings.batch_layout import (
+    DEFAULT_GLOBAL_BATCH,
+    MICRO_BATCH_CEILING,
+    BatchLayout,
+    batch_layout,
+    ranks_started,
+)
 from wikift.settings.checks import check_train
 from wikift.settings.fields import EXCLUSIVE, TrainSettings
 from wikift.settings.options import parse
-from wikift.settings.run_plan import RunPlan, plan_run, ranks_started, resolve
+from wikift.settings.run_plan import RunPlan, plan_run, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 

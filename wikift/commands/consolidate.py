@@ -12,9 +12,9 @@ from wikift.base.errors import EXIT_DONE, UserError
 from wikift.base.files import parse_size, read_jsonl
 from wikift.checkpoint.reader import best_checkpoint
 from wikift.export.export import export
+from wikift.settings.batch_layout import ranks_started
 from wikift.settings.fields import ConsolidateSettings
 from wikift.settings.options import parse_all
-from wikift.settings.run_plan import ranks_started
 
 Say = Callable[[str], None]
 

@@ -20,11 +20,12 @@ from wikift.base.files import read_lines
 from wikift.commands.answers import print_answer, print_answers, sampling_of, speed
 from wikift.commands.consolidate import model_source
 from wikift.generation import prompts
+from wikift.settings.batch_layout import ranks_started
 from wikift.settings.checks import check_train, problems_of
 from wikift.settings.fields import EXCLUSIVE, GenerateSettings, TrainSettings
 from wikift.settings.generate_checks import check_sampling
 from wikift.settings.options import Parsed, parse_all
-from wikift.settings.run_plan import ranks_started, resolve
+from wikift.settings.run_plan import resolve
 
 if TYPE_CHECKING:
     from wikift.generation.writer import Answer, Writer

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wikift.base.command import command_line
+from wikift.settings.batch_layout import ranks_started
 from wikift.settings.checks import check_data
 from wikift.settings.fields import DataSettings, PrepareSettings, store_path
 from wikift.settings.options import Parsed, parse_all
-from wikift.settings.run_plan import fallback_dataset, ranks_started
+from wikift.settings.run_plan import fallback_dataset
 
 if TYPE_CHECKING:
     from wikift.data.prepare import Request

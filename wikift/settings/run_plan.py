@@ -6,7 +6,6 @@ Training gets this plan and never sees the settings that it was made of. Imports
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,16 +138,6 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     told = names_by_role(TrainSettings, "schedule") + names_by_role(TrainSettings, "placement")
     before = {name: old.get(name, defaults[name]) for name in told}
     return [f"{name} {before[name]} -> {new[name]}" for name in told if before[name] != new[name]]
-
-
-def ranks_started() -> int:
-    """World size as the launcher set it, 1 without a launcher. Raises UserError where that makes no sense."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if not size.isdecimal() or int(size) < 1:
-        raise UserError(f"WORLD_SIZE {size}: must be the number of processes; let torchrun set it, or unset it")
-    if int(size) > 1 and "RANK" not in os.environ:
-        raise UserError(f"WORLD_SIZE {size}: is set in the environment, RANK is not; start with torchrun, or unset it")
-    return int(size)
 
 
 def fallback_dataset(ranks: int) -> str:

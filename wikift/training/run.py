@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 import shutil
 import signal
 from collections.abc import Iterator
@@ -89,8 +90,8 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
     if not stopped:
         best, newest = best_checkpoint(folder), list_checkpoints(folder)[-1]
         choice = "" if best in (None, newest) else " --best"
-        consolidate, generate = command_line("consolidate"), command_line("generate")
-        say(f"done: {folder}\n  {consolidate} {folder}{choice}\n  {generate} {folder}")
+        consolidate, generate, quoted = command_line("consolidate"), command_line("generate"), shlex.quote(str(folder))
+        say(f"done: {folder}\n  {consolidate} {quoted}{choice}\n  {generate} {quoted}")
     return stopped
 
 
