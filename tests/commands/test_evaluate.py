@@ -178,9 +178,9 @@ def test_what_is_wrong_is_refused(made: tuple[TokenStore, Path], tmp_path: Path)
         ([run, "--data", one.path, "--split", "validation"], ["--split validation", "no token to predict"]),
         ([run, "--protocol", "lm-eval", "--stride", "8"], ["--stride 8: has no effect"]),
         ([run, "--protocol", "paper"], ["--protocol paper: needs the text", "--dataset"]),
-        ([run, run, "--json", "--csv"], ["is named twice", "--csv: --json is given too"]),
+        ([run, run, "--json", "--csv"], ["is named twice", "--csv: --json is set too"]),
         ([run, "--text-column", "x"], ["--text-column x: has no effect without --dataset"]),
-        ([run, "--dataset", "demo", "--data", store.path], ["--data", "has no effect, --dataset demo is given"]),
+        ([run, "--dataset", "demo", "--data", store.path], ["--data", "has no effect, --dataset demo is set"]),
     ]
     for line, expected in lines:
         with pytest.raises(UserError) as raised:

@@ -337,21 +337,21 @@ def test_consolidate(refused: Any, line: str, expected: list[str]) -> None:
 
 
 EVALUATE: list[tuple[str, list[str]]] = [
-    ("", ["MODEL: is missing"]),
+    ("", ["MODEL: required"]),
     ("run --split tset", ["--split tset: "]),
     ("run --context 16 --stride 17", ["--stride 17: must be at most --context 16"]),
     ("run --context 64", ["--context 64: run has 32 positions"]),
-    ("run --stride 64", ["--stride 64: must be at most the context of run, 32"]),
+    ("run --stride 64", ["--stride 64: run has 32 positions"]),
     ("run --stride 0", ["--stride 0: must be 1 or more"]),
     ("run --context -1", ["--context -1: must be 1 or more"]),
     ("run --data store", ["its tokenizer is not the one that made store"]),
     ("run --data none", ["--data none: no such folder"]),
-    ("gpt2", ["--data: is missing"]),
+    ("gpt2", ["--data: required"]),
     ("no-config --data text", ["no-config: holds neither a model nor a run"]),
     ("a-file --data text", ["a-file: is a file"]),
     ("bert --data text", ["bert: config.json says model_type 'bert'"]),
     ("run --precision fp8", ["--precision fp8: must be one of"]),
-    ("run --splt test --json --csv", ["--splt: no such setting", "--csv: --json is given too"]),
+    ("run --splt test --json --csv", ["--splt: no such setting", "--csv: --json is set too"]),
     ("run --splt test", ["--splt: no such setting of wikift evaluate (did you mean --split?)"]),
     (
         "a-file no-config --data none --stride 0",

@@ -1,7 +1,4 @@
-"""The evaluate command: models scored by the field's protocols on one text, as a table, JSON or CSV.
-
-`run` is the same for Python: settings to results, and nothing is printed.
-"""
+"""The evaluate command: models scored by the field's protocols on one text, as a table, JSON or CSV."""
 
 from __future__ import annotations
 
@@ -9,7 +6,8 @@ import dataclasses
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         EvaluateSettings,
         argv,
         prog="wikift evaluate",
-        description="Perplexity of models by the field's protocols, side by side: without --protocol, all that the "
+        description="Perplexity of models by the field's protocols, side by side; without --protocol, all that the "
         "text allows.",
         epilog=EPILOG,
     )
@@ -69,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
                 results.append(result)
                 if world.rank == 0 and settings.json:
                     print(as_json(result, results), flush=True)
-        finally:  # also of what was measured before a Ctrl-C
+        finally:  # also the results before a Ctrl-C
             if world.rank == 0 and results and not settings.json:
                 width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
                 print(as_csv(results) if settings.csv else table(results, text.notes, width), flush=True)
@@ -104,40 +102,22 @@ def _results(settings: EvaluateSettings, text: Text, world: World) -> Iterator[R
             if text.store is not None and scorer.tokenizer.fingerprint != text.store.tokenizer_fingerprint:
                 raise UserError(f"MODEL {name}: its tokenizer is not the one that made {text.store.path}; name the "
                                 "text with --dataset")  # fmt: skip
-            if problems := _window_problems(name, settings, scorer.positions):  # where only the Hub could tell
-                raise UserError(*problems)
+            _check_windows(name, settings, scorer.positions)  # for a model that only the Hub knows
             made = [s for p in protocols for s in setups(p, scorer.positions, settings.context, settings.stride)]
             jobs = [(split, setup) for split in splits for setup in made]
             for number, (split, setup) in enumerate(jobs, 1):
-                started, progress = time.perf_counter(), Progress(quiet)
-                show = _shown(progress, f"{name}, {split}, {setup.protocol.name} ({number} of {len(jobs)})")
-                batch = settings.per_device_eval_batch_size
+                progress = Progress(quiet)
+                label = f"{name}, {split}, {setup.protocol.name} ({number} of {len(jobs)})"
                 try:
-                    score = measure(scorer, text, split, setup, batch=batch, world=world, progress=show)
+                    score = measure(
+                        scorer, text, split, setup, batch=settings.per_device_eval_batch_size, world=world,
+                        progress=partial(progress.fraction, label),
+                    )  # fmt: skip
                 finally:
                     progress.clear()
-                seconds = round(time.perf_counter() - started, 3)
+                seconds = round(time.monotonic() - progress.started, 3)
                 facts = {"precision": scorer.precision, "processes": world.size, "seconds": seconds}
                 yield Result(name, text.name, split, setup, score, scorer.tokenizer.fingerprint, facts)
-
-
-def _shown(progress: Progress, label: str) -> Callable[[float], None]:
-    """How far one protocol is and how long it will take: a line on a terminal, elsewhere one every ten seconds."""
-    started = shown = time.monotonic()
-
-    def tell(part: float) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        if now - shown >= progress.pause_seconds:
-            shown = now
-            left = (now - started) * (1 - part) / part if 0 < part < 1 else 0.0
-            time_left = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
-            progress.show(f"{label}: {min(part, 1):.0%}, {time_left} left" if part else f"{label}: reading")
-
-    return tell
-
-
-# --- what is asked for -------------------------------------------------------------------------------------------
 
 
 def check(settings: EvaluateSettings) -> TokenStore | None:
@@ -145,19 +125,17 @@ def check(settings: EvaluateSettings) -> TokenStore | None:
 
     Raises UserError with every problem that shows without loading a model or reading text.
     """
-    problems = [] if settings.models else ["MODEL: is missing; name a run (runs/NAME), a model folder or a Hub name"]
+    problems = [] if settings.models else ["MODEL: required; a run (runs/NAME), a model folder or a Hub name"]
     for name in ("context", "stride", "per_device_eval_batch_size"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             problems.append(f"{flag(name)} {value}: must be 1 or more")
     if settings.context is not None and settings.stride is not None and settings.stride > settings.context:
-        problems.append(
-            f"--stride {settings.stride}: must be at most --context {settings.context}, or windows omit tokens"
-        )
+        problems.append(f"--stride {settings.stride}: must be at most --context {settings.context}")
     if settings.protocol == "lm-eval" and settings.stride is not None:
         problems.append(f"--stride {settings.stride}: has no effect, the windows of lm-eval are disjoint; omit it")
     if settings.json and settings.csv:
-        problems.append("--csv: --json is given too; omit one of the two")
+        problems.append("--csv: --json is set too; omit one of them")
     if repeated := sorted({name for name in settings.models if settings.models.count(name) > 1}):
         problems.append(f"MODEL {repeated[0]}: is named twice; omit one")
     store = None
@@ -176,13 +154,13 @@ def check(settings: EvaluateSettings) -> TokenStore | None:
 
 
 def _store(settings: EvaluateSettings) -> TokenStore | None:
-    """The store that the settings lead to. Raises UserError for every problem with it, or with `--dataset`."""
+    """The store that the settings name. Raises UserError for every problem with it, or with `--dataset`."""
     if settings.dataset is not None:
         names = ("dataset", "dataset_config", "text_column")
         asked = DataSettings(**{name: getattr(settings, name) for name in names})
         problems = check_data(asked) + source_problems(_source(settings))
         if settings.data is not None:
-            problems.append(f"--data {settings.data}: has no effect, --dataset {settings.dataset} is given; omit one")
+            problems.append(f"--data {settings.data}: has no effect, --dataset {settings.dataset} is set; omit one")
         if problems:
             raise UserError(*problems)
         return None
@@ -198,17 +176,20 @@ def _store(settings: EvaluateSettings) -> TokenStore | None:
         return None  # a problem of its own
     if not stores:
         raise UserError(
-            f"--data: is missing, {settings.models[0]} is no run that would know its store; name one of "
-            f"{command_line('prepare')}, or a text with --dataset"
+            f"--data: required, {settings.models[0]} is not a run and has no record of its data; name a token store "
+            f"({command_line('prepare')}), or a text with --dataset"
         )
     if len({store.fingerprint for store in stores}) > 1:
-        raise UserError("--data: is missing, the runs were trained on different stores; name one for all of them")
-    store, split = stores[0], settings.split
-    if split is not None and split not in store.splits:
-        raise UserError(f"--split {split}: {store.path} has {', '.join(store.splits)}; use one of these")
-    if split is not None and store.splits[split].tokens < 2:
-        raise UserError(f"--split {split}: {store.path} has no token to predict in it; use another")
-    return store
+        raise UserError("--data: required, the runs were trained on different stores; name one for all of them")
+    _check_split(settings.split, list(stores[0].splits), str(stores[0].path))
+    if settings.split is not None and stores[0].splits[settings.split].tokens < 2:
+        raise UserError(f"--split {settings.split}: {stores[0].path} has no token to predict; choose another")
+    return stores[0]
+
+
+def _check_split(split: str | None, known: list[str], text: str) -> None:
+    if split is not None and split not in known:
+        raise UserError(f"--split {split}: {text} has {', '.join(known)}; use one of these")
 
 
 def _source(settings: EvaluateSettings) -> Source:
@@ -223,25 +204,22 @@ def _check_model(name: str, settings: EvaluateSettings, store: TokenStore | None
     folders.check_model(name)
     folder = Path(name) / "model" if folders.is_run(Path(name)) else Path(name)
     shape = shape_of(str(folder) if folder.is_dir() else name)
-    if shape is not None and (problems := _window_problems(name, settings, shape.n_positions)):
-        raise UserError(*problems)
+    if shape is not None:
+        _check_windows(name, settings, shape.n_positions)
     if folder.is_dir() and store is not None:
         check_tokenizer(store, folder, setting="MODEL")
 
 
-def _window_problems(name: str, settings: EvaluateSettings, positions: int) -> list[str]:
-    if settings.context is not None and settings.context > positions:
-        return [f"--context {settings.context}: {name} has {positions} positions; use that or less"]
-    if settings.context is None and settings.stride is not None and settings.stride > positions:
-        return [f"--stride {settings.stride}: must be at most the context of {name}, {positions}"]
-    return []
+def _check_windows(name: str, settings: EvaluateSettings, positions: int) -> None:
+    setting = "context" if settings.context is not None else "stride"
+    if (tokens := getattr(settings, setting)) is not None and tokens > positions:
+        raise UserError(f"--{setting} {tokens}: {name} has {positions} positions; use that or less")
 
 
 def _splits(settings: EvaluateSettings, text: Text) -> list[str]:
-    """The split asked for, or all but train where there are others. Raises UserError for one that is not there."""
+    """The chosen split, or all but train if there are others. Raises UserError for one that the text does not have."""
     known = text.splits()
-    if settings.split is not None and settings.split not in known:
-        raise UserError(f"--split {settings.split}: {text.name} has {', '.join(known)}; use one of these")
+    _check_split(settings.split, known, text.name)
     if not known:
         raise UserError(f"--split: {text.name} has no token to predict in any; name another text")
     return [settings.split] if settings.split is not None else [name for name in known if name != "train"] or known
@@ -249,11 +227,10 @@ def _splits(settings: EvaluateSettings, text: Text) -> list[str]:
 
 def _protocols(settings: EvaluateSettings, text: Text) -> list[Protocol]:
     name = settings.protocol
-    if name is None and (settings.context is not None or settings.stride is not None):
-        name = "free"
-    if name is None:
+    if name is None and settings.context is None and settings.stride is None:
         return [p for p in PROTOCOLS.values() if p.name != "free" and (p.from_store or text.corpus is not None)]
-    if text.corpus is None and not PROTOCOLS[name].from_store:
-        raise UserError(f"--protocol {name}: needs the text and not its tokens only; name it with --dataset "
+    protocol = PROTOCOLS[name or "free"]
+    if text.corpus is None and not protocol.from_store:
+        raise UserError(f"--protocol {name}: needs the text, not only its tokens; name it with --dataset "
                         f"({text.missing})")  # fmt: skip
-    return [PROTOCOLS[name]]
+    return [protocol]
