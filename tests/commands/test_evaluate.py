@@ -171,7 +171,7 @@ def test_what_is_wrong_is_refused(made: tuple[TokenStore, Path], tmp_path: Path)
         ([run, "--split", "train2"], ["--split train2", "train, validation, test"]),
         ([run, "--per-device-eval-batch-size", "-1"], ["--per-device-eval-batch-size -1"]),
         (["no/such/model", "--data", store.path], ["no/such/model"]),
-        ([empty], [str(empty), "launch/train.py"]),
+        ([empty], [str(empty), "wikift train"]),
         ([store.path], [str(store.path), "neither a model nor a run"]),
         ([run / "checkpoints" / "step-00000012"], ["is a checkpoint", "consolidate"]),
         ([run, "--data", one.path], ["--split", "no token to predict"]),

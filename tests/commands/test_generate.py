@@ -383,10 +383,10 @@ def test_wrong_command_lines(made: Path, tmp_path: Path, monkeypatch: pytest.Mon
          ["--top-k 9: has no effect at --temperature 0", "--top-p 0.5: has no", "--seed 1: has no"]),
         (["gtp2"], ["gtp2: no such folder", "(did you mean gpt2?)"]),
         (["runs/smal"], ["runs/smal: no such folder", "(did you mean runs/small?)"]),
-        (["runs/small/hf"], ["runs/small/hf: is not there yet; make it: python launch/consolidate.py runs/small"]),
-        (["runs/empty"], ["runs/empty: has no checkpoint yet; train it first: python launch/train.py --output-dir"]),
-        (["zzz/y/hf"], ["zzz/y/hf: no such folder", "python launch/train.py --output-dir zzz/y"]),
-        (["zzz/y/x"], ["zzz/y/x: no such folder", "python launch/train.py --output-dir zzz/y/x"]),
+        (["runs/small/hf"], ["runs/small/hf: is not there yet; make it: wikift consolidate runs/small"]),
+        (["runs/empty"], ["runs/empty: has no checkpoint yet; train it first: wikift train --output-dir"]),
+        (["zzz/y/hf"], ["zzz/y/hf: no such folder", "wikift train --output-dir zzz/y"]),
+        (["zzz/y/x"], ["zzz/y/x: no such folder", "wikift train --output-dir zzz/y/x"]),
         ([run, "--", "--seed", "1"], ["--: what follows is for a training, and there is none for"]),
         ([run, "--no-train", "--", "--seed", "1"], ["--no-train"]),
     ]  # fmt: skip
@@ -469,7 +469,7 @@ def test_training_comes_first_where_no_model_is_named_and_none_is_there(
     monkeypatch.chdir(tmp_path)
     wrong = [*training(tmp_path), "--learning-rate", "-1", "--dropout", "2"]
     for words, expected in (
-        (["--no-train"], ["no trained model yet", "launch/train.py\n", "launch/generate.py runs/gpt2-wikitext-2-v1"]),
+        (["--no-train"], ["no trained model yet", "wikift train\n", "wikift generate runs/gpt2-wikitext-2-v1"]),
         (["--prompt", "The", "--", *wrong], ["--learning-rate -1", "--dropout 2"]),
         (["--prompt", "The", "--", *training(tmp_path), "--dry-run"], ["left no checkpoint"]),
     ):
@@ -483,7 +483,7 @@ def test_training_comes_first_where_no_model_is_named_and_none_is_there(
     found = json.loads(out)  # the training's own words went to standard error
     assert found["model"] == "runs/new/hf"
     assert "no trained model yet" in err
-    assert "python launch/train.py --data" in err
+    assert "wikift train --data" in err
     assert "step 12/12" in err
     assert folders.checkpoint_steps(Path("runs/new"))[-1] == 12
     assert main(words) == 0  # again: it is there
@@ -522,6 +522,6 @@ def test_on_a_terminal_it_asks_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
     terminal = Terminal([*GENERATE, "--prompt", "a"])
     terminal.wait_for(r"train it now\? \[Y/n\] ")
     terminal.send("n\n")
-    terminal.wait_for(r"python launch/generate.py runs/gpt2-wikitext-2-v1")
+    terminal.wait_for(r"launch/generate\.py runs/gpt2-wikitext-2-v1")
     assert terminal.exit_code() == 2
     assert list(tmp_path.iterdir()) == []

@@ -87,7 +87,7 @@ def test_the_hub_shows_the_validation_of_these_weights(run: Path) -> None:
 
 def test_nothing_that_the_card_quotes_breaks_it(run: Path) -> None:
     odd = "it's\n---\n# a `b` | <i> [c](d)"
-    command = "python launch/train.py \\\n  --dataset '" + odd + "\n```\n# ````'"
+    command = "wikift train \\\n  --dataset '" + odd + "\n```\n# ````'"
     record(run, command=command, store={"dataset": odd}, settings={"output_dir": odd})
     renamed = run.with_name(odd.replace("/", ""))
     run.rename(renamed)
@@ -95,7 +95,7 @@ def test_nothing_that_the_card_quotes_breaks_it(run: Path) -> None:
     flat = " ".join(odd.split())
     assert data["model-index"][0]["name"] == flat
     assert data["model-index"][0]["results"][0]["dataset"]["name"] == flat
-    export = f"python launch/consolidate.py {shlex.quote(odd)} --step 12 --dtype float32"
+    export = f"wikift consolidate {shlex.quote(odd)} --step 12 --dtype float32"
     assert f"\n`````\n{command}\n{export}\n`````\n" in body
     outside = body.replace(command, "").replace(shlex.quote(odd), "")
     headings = [line for line in outside.splitlines() if line.startswith("#")]

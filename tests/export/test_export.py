@@ -109,8 +109,8 @@ def test_step_and_best_and_one_checkpoint_choose(run: Path, tmp_path: Path, caps
         printed, quoted = capsys.readouterr().out, shlex.quote(str(out))
         assert f"step {step}" in printed
         store = json.loads((run / "config.json").read_text())["store_path"]
-        assert f"launch/evaluate.py {quoted} --data {store}\n" in printed  # away from its run a model knows no text
-        assert f"launch/generate.py {quoted}" in printed
+        assert f"wikift evaluate {quoted} --data {store}\n" in printed  # away from its run a model knows no text
+        assert f"wikift generate {quoted}" in printed
         expected = weights_of(run, step)
         model = AutoModelForCausalLM.from_pretrained(out)
         assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
@@ -147,7 +147,7 @@ def test_what_only_a_run_can_refuse(run: Path, tmp_path: Path) -> None:
     shutil.copy(run / "config.json", early)
     before = snapshot(tmp_path)
     for line, expected in (
-        ([str(early)], f"has no checkpoint yet; .* launch/train.py --output-dir {early}"),
+        ([str(early)], f"has no checkpoint yet; .* wikift train --output-dir {early}"),
         ([str(unscored), "--best"], "--best: .*validated.* 4, 8, 12"),
         ([str(step_folder(run, 4)), "--step", "4"], "--step: .* is one checkpoint"),
         ([str(run), "--out", str(run)], "--out .* did not export"),

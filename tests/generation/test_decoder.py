@@ -360,7 +360,7 @@ def test_a_model_in_training_writes_and_nothing_of_the_run_moves(tokenizer: Any,
     assert model.training
     assert all(torch.equal(a, b) and a.grad is None for a, b in zip(model.parameters(), weights, strict=True))
     assert found == sample()
-    # what launch/generate.py writes from the same weights
+    # what wikift generate writes from the same weights
     assert found == [writer.answer(prompt, sampling, number).text for number, prompt in enumerate(prompts)]
 
 
