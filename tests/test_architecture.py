@@ -52,9 +52,7 @@ CORE = ("training/run", "training/loop", "engines/base", "engines/single", "engi
         "data/batches", "checkpoint/")  # fmt: skip
 
 # Today's breaches: these lists only shrink.
-IMPORT_BREACHES: set[str] = {
-    "generation.writer imports engines.build",
-}
+IMPORT_BREACHES: set[str] = set()
 BUDGET_BREACHES: set[str] = {
     "data/batches: micro_batches has too many parameters",
     "engines/fsdp: __init__ has too many parameters",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
+from wikift.base import compiler
 from wikift.base.shape import Shape
 from wikift.engines import build
 from wikift.engines.build import Choice, Work, choose_engine
@@ -60,8 +61,8 @@ def test_compiled_is_what_a_long_run_on_a_gpu_is_and_what_is_asked_for(
 ) -> None:  # fmt: skip
     """With a compiler, triton and Python's headers; `there`: whether triton is."""
     (tmp_path / "Python.h").touch()
-    monkeypatch.setattr(build.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: name if there else None)
+    monkeypatch.setattr(compiler.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: name if there else None)
     found = build.choose_compile(replace(WORK, steps=steps, **settings), torch.device(device))
     assert found.name == taken
     assert why in found.reason

@@ -50,15 +50,12 @@ def train_one_step(kind: str, folder: str, whole: bool) -> tuple[int, int, int]:
     """On one rank: (peak bytes, bytes of its share, bytes read) of an engine made, filled from a file and trained."""
     from wikift.base.world import start_world
     from wikift.checkpoint.fragment import FreshStart
-    from wikift.model.gpt2 import load_model, make_model, model_config, parameter_shapes
+    from wikift.model.gpt2 import load_model, model_config
     from wikift.model.initial_weights import trained_weights
     from wikift.settings import deepspeed as dsconfig
 
     world = start_world("cpu")
     config = model_config(SHAPE)
-    with torch.device("meta"):
-        shapes = parameter_shapes(make_model(config))
-
     # two blocks, as `most` has it; the 50M elements of the file are two of gpt2-xl's, four of these
     live = {"zero_optimization.stage3_max_live_parameters": 2 * 12 * SHAPE["n_embd"] ** 2}
     ds_config = {**dsconfig.read(ROOT / "ds_configs" / "zero3.json"), **live}
@@ -69,7 +66,7 @@ def train_one_step(kind: str, folder: str, whole: bool) -> tuple[int, int, int]:
     spare = [p.detach().clone() for p in load_model(folder).parameters()] if whole else []
     engine = make_engine(kind, world, config, ds_config=ds_config)
     read_before = bytes_read()
-    engine.restore(FreshStart(trained_weights(folder, shapes)))
+    engine.restore(FreshStart(trained_weights(folder, config, "--model", print).read))
     read = bytes_read() - read_before
     if not whole:
         for _ in range(2):  # from the second on ZeRO-3 fetches ahead

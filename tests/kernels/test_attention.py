@@ -59,9 +59,9 @@ def test_its_gradient_is_that_of_the_masked_softmax(length: int) -> None:
     scaling, width = 8**-0.5, max(8, length)
     every = torch.eye(length, width).expand(2, 3, length, width)
     wide = (pad(part, (0, width - 8)) for part in (query, key))
-    shares = dropping(*wide, every, 0.4, scaling=scaling).detach().transpose(1, 2)  # (rows, heads, queries, keys)
-    shares = shares[..., :length]
-    kept = shares != 0
+    probabilities = dropping(*wide, every, 0.4, scaling=scaling).detach().transpose(1, 2)
+    probabilities = probabilities[..., :length]
+    kept = probabilities != 0
     below = torch.ones(length, length).tril().bool()
     assert not kept[~below.expand_as(kept)].any()
     drawn = kept[below.expand_as(kept)].double()
@@ -83,8 +83,8 @@ def test_in_bf16_it_is_as_near_to_fp32_as_plain_operations() -> None:
     query, key, value = parts
     below = torch.ones(200, 200).tril().bool()
     scores = (query @ key.transpose(2, 3) * 8**-0.5).masked_fill(~below, -torch.inf)
-    shares = scores.softmax(-1, dtype=torch.float32).to(torch.bfloat16)  # as Hugging Face's eager attention
-    plain = with_gradient(low, (shares @ value).transpose(1, 2))
+    probabilities = scores.softmax(-1, dtype=torch.float32).to(torch.bfloat16)  # as Hugging Face's eager attention
+    plain = with_gradient(low, (probabilities @ value).transpose(1, 2))
     for of_mine, of_plain, right in zip(mine, plain, exact, strict=True):
         assert of_mine.dtype == torch.bfloat16
         assert (of_mine - right).norm() < 1.1 * (of_plain - right).norm()

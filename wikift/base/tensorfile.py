@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,10 +30,7 @@ class Entry(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 def torch_dtype(code: str) -> torch.dtype:
@@ -111,15 +109,26 @@ def _bytes_of(entry: Entry, tensor: torch.Tensor) -> Iterator[memoryview]:
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], dict[str, str]]:
-    """({name: (dtype, shape, absolute byte offset)}, metadata). Raises ValueError where the header makes no sense."""
+    """({name: (dtype, shape, absolute byte offset)}, metadata).
+
+    Raises ValueError where the header makes no sense, or the file ends before what it names.
+    """
+    size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size - 8:
-            raise ValueError(f"{path}: header of {length} bytes in a file of {path.stat().st_size}")
+        if length > size - 8:
+            raise ValueError(f"{path}: header of {length} bytes in a file of {size}")
         header = json.loads(file.read(length))
-    metadata = header.pop("__metadata__", {})
-    places = {
-        name: (entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
-    return places, metadata
+    try:
+        metadata = header.pop("__metadata__", {})
+        tensors, end = dict[str, tuple[str, tuple[int, ...], int]](), 0
+        for name, entry in header.items():
+            dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if stop - start != math.prod(shape) * ITEM_BYTES.get(dtype, 0) and dtype in ITEM_BYTES:
+                raise ValueError(f"{path}: {name} is {dtype} {list(shape)} in {stop - start} bytes")
+            tensors[name], end = (dtype, shape, 8 + length + start), max(end, stop)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the header of a safetensors file ({error!r})") from None
+    if 8 + length + end > size:
+        raise ValueError(f"{path}: {size} bytes of {8 + length + end}")
+    return tensors, metadata

@@ -146,7 +146,7 @@ def _answer_all(settings: GenerateSettings, name: str, texts: list[str] | None) 
     source = model_source(name, say)
     from wikift.generation.writer import load_writer
 
-    writer = load_writer(source, settings.device, settings.precision, settings.compile)
+    writer = load_writer(source, settings.device, settings.precision, settings.compile, say)
     if writer.warning:
         say(writer.warning)
     say(f"{source}, {writer.parameters:,} parameters on {writer.device}")

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
-import sysconfig
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
 from transformers import GPT2Config
 
+from wikift.base.compiler import check_compiler, missing_for_compiling
 from wikift.base.errors import UserError
 from wikift.base.files import show_bytes
 from wikift.base.shape import Shape
@@ -71,7 +67,7 @@ class Built:
 def build_engine(work: Work, config: GPT2Config, reader: FragmentReader, world: World) -> Built:
     """The engine for `work` with the weights and optimizer state that `reader` has; collective."""
     if work.compile == "yes":
-        check_compiler(world.device)
+        check_compiler(world.device.type)
     choice = choose_engine(work, world)
     if not work.fsdp_reshard and choice.name != "fsdp":
         raise UserError(
@@ -116,7 +112,7 @@ def choose_compile(work: Work, device: torch.device) -> Choice:
         return Choice("eager", "with DeepSpeed --compile is to be asked for")
     if work.steps < _STEPS_TO_COMPILE:
         return Choice("eager", f"--compile pays from {_STEPS_TO_COMPILE:,} steps on")
-    if missing := _missing_for_compiling(device):
+    if missing := missing_for_compiling(device.type):
         return Choice("eager", f"--compile would need {missing}")
     return Choice("compiled", f"{work.steps:,} steps on a GPU")
 
@@ -141,22 +137,3 @@ def _construct(name: str, work: Work, config: GPT2Config, world: World, *, compi
         ranks=world.size,
     )  # fmt: skip
     return single if name == "single" else DDPEngine(single, world, work.block_size, work.reduce_dtype)
-
-
-def _missing_for_compiling(device: torch.device) -> str | None:
-    """What torch.compile lacks here: it calls g++ for a CPU, and triton a C compiler with Python's headers."""
-    on_cpu = device.type == "cpu"
-    names = [os.environ.get("CXX", "g++")] if on_cpu else [os.environ.get("CC", "gcc"), "clang"]
-    if not any(map(shutil.which, names)):
-        return f"a compiler, {' or '.join(names)} is not found (Debian: apt install g++)"
-    if not on_cpu and importlib.util.find_spec("triton") is None:
-        return "triton, which comes with torch's builds for CUDA on Linux"
-    if not on_cpu and not Path(sysconfig.get_paths()["include"], "Python.h").exists():
-        return "Python's headers (Debian: apt install python3-dev)"
-    return None
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raises UserError where torch.compile would end in a traceback."""
-    if missing := _missing_for_compiling(device):
-        raise UserError(f"--compile: needs {missing}; install it or leave --compile out")

@@ -111,7 +111,7 @@ def loaded_scorer(source: str, precision: str, world: World, say: Callable[[str]
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    model = load_model(source, world.device, "MODEL")
+    model = load_model(source, world.device, "MODEL", say)
     if Path(source).is_dir():
         tokenizer.tokenizer_fingerprint(source, setting="MODEL")  # raises for a broken one, in the user's terms
     chosen = precision

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig, GPT2LMHeadModel
 
+from wikift.base.compiler import check_compiler
 from wikift.base.errors import UserError, one_line
 from wikift.base.hub import quiet_libraries
 from wikift.base.world import start_world
@@ -58,15 +59,19 @@ class _Row:
         )  # fmt: skip
 
 
-def load_writer(source: str, device: str, precision: str = "fp32", compile: bool = False) -> Writer:
+def load_writer(
+    source: str,
+    device: str,
+    precision: str = "fp32",
+    compile: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Writer:
     """The model and tokenizer of a directory or Hub name. Raises UserError where they do not fit each other."""
     quiet_libraries()
     hardware = start_world(device).device
     if compile:
-        from wikift.engines.build import check_compiler  # and with it all of training
-
-        check_compiler(hardware)
-    model = load_model(source, hardware, "MODEL")
+        check_compiler(hardware.type)
+    model = load_model(source, hardware, "MODEL", say)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:

@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wikift import kernels
+
 
 class OwnDropout(nn.Dropout):
     """Dropout whose mask is `kept`'s on a CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
         """`input`, dropped from while the module trains."""
-        if input.device.type != "cpu":
+        if kernels.plain or input.device.type != "cpu":
             return F.dropout(input, self.p, self.training)
         return drop(input, self.p) if self.training and self.p else input
 
@@ -42,8 +44,8 @@ def drop(hidden: Tensor, rate: float) -> Tensor:
 def kept(like: Tensor, rate: float) -> Tensor:
     """1 where kept, 0 where dropped, of the shape and type of `like`; each call draws anew."""
     # in place and then converted: comparing into booleans, and multiplying by them, is not vectorised
-    keeping: Tensor = random_bits(like).ge_(_dropped(rate) - 2**15)
-    return keeping.to(like.dtype)
+    mask: Tensor = random_bits(like).ge_(_dropped(rate) - 2**15)
+    return mask.to(like.dtype)
 
 
 def gain(rate: float) -> float:
@@ -60,9 +62,8 @@ def _dropped(rate: float) -> int:
 @torch.library.custom_op("wikift::random_bits", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def random_bits(like: Tensor) -> Tensor:
     """int16 of the shape of `like`, all 16 bits random."""
-    seed = int(torch.randint(2**62, ()))
-    stream = np.random.Generator(np.random.SFC64(seed))
-    numbers = stream.integers(0, 2**64, -(-like.numel() // 4), dtype=np.uint64)
+    stream = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
+    numbers = stream.integers(0, 2**64, -(-like.numel() // 4), dtype=np.uint64)  # (a quarter of the elements,)
     return torch.from_numpy(numbers.view(np.int16))[: like.numel()].view(like.shape)
 
 

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from wikift import kernels
+
 _PIECES = 16  # at most, of the input
 _FEW_ROWS = 8  # with more rows arithmetic decides, not reading the weights
 
@@ -14,7 +16,7 @@ _FEW_ROWS = 8  # with more rows arithmetic decides, not reading the weights
 def helps(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether splitting is faster here: other libraries than MKL take a batch of matmuls one after the other."""
     on_mkl = device.type == "cpu" and dtype == torch.float32 and torch.backends.mkl.is_available()
-    return on_mkl and torch.get_num_threads() > 1
+    return not kernels.plain and on_mkl and torch.get_num_threads() > 1
 
 
 def matmul(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

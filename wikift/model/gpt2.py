@@ -14,10 +14,11 @@ from transformers import AutoConfig, GenerationConfig, GPT2Config, GPT2LMHeadMod
 from transformers.activations import NewGELUActivation
 
 from wikift.base import hub
-from wikift.base.errors import EnvironmentFault, UserError, one_line
+from wikift.base.errors import UserError
 from wikift.kernels import attention
 from wikift.kernels.dropout import draw_own_masks
 from wikift.kernels.loss import fuse_loss, token_losses
+from wikift.model.initial_weights import Say, explained, trained_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -139,19 +140,22 @@ def load_generation_config(name: str, config: GPT2Config) -> GenerationConfig:
         return GenerationConfig.from_model_config(config)
 
 
-def load_model(name: str, device: torch.device | str = "cpu", setting: str = "--model") -> GPT2LMHeadModel:
+def load_model(
+    name: str, device: torch.device | str = "cpu", setting: str = "--model", say: Say = lambda line: None
+) -> GPT2LMHeadModel:
     """A trained GPT-2 in fp32 and eval mode; its `config.dtype` is that of the stored weights.
 
     Raises UserError for a wrong folder, EnvironmentFault without network.
     """
-    loaded = load_config(name, setting)
-    stored = loaded.dtype  # where the configuration does not say, transformers looks at the weights
-    with explained(name, setting):
-        model = GPT2LMHeadModel.from_pretrained(
-            name, config=loaded, dtype=torch.float32 if stored else "auto", attn_implementation="sdpa"
-        )
-    model.config.dtype = stored or model.dtype
-    return model.to(device, torch.float32).eval()  # type: ignore[no-any-return,arg-type]
+    config, read = trained_weights(name, load_config(name, setting), setting, say)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model = make_model(config)
+    materialize(model, torch.device(device))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.copy_(read(key, 0, parameter.numel()).view_as(parameter))
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def model_config(words: dict[str, Any]) -> GPT2Config:
@@ -218,18 +222,3 @@ class _LayerNormInFp32(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight.float(), self.bias.float()
         return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
-
-
-@contextlib.contextmanager
-def explained(name: str, setting: str) -> Iterator[None]:
-    """transformers' long errors about a missing model, in one line with the way out."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        cause = one_line(error, 200)
-        if os.path.isdir(name):
-            raise UserError(f"{setting} {name}: cannot be loaded ({cause}); name a Hugging Face GPT-2 folder") from None
-        raise EnvironmentFault(
-            f"the model {name} is not in the cache and could not be fetched from the Hub ({cause}). "
-            "Fetch it where there is a network, or name a folder; nothing was changed."
-        ) from None

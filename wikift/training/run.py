@@ -46,8 +46,6 @@ from wikift.training.resume import Say
 from wikift.training.training import Training
 from wikift.watch.metrics import Log, open_log
 
-Shapes = dict[str, tuple[int, ...]]
-
 
 def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
     """Train to the end or to a stop; collective. Returns the signal that stopped it, else 0."""
@@ -69,10 +67,10 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
                 return 0
         if world.device.type == "cpu":
             keep_freed_memory()
-        config = _config(plan, store, start)
+        config, reader = _start(plan, _config(plan, store, start), start, say)
         shapes = shapes_of(config)
         with explained(world.device):
-            built = build_engine(_work(plan, precision), config, _weights(plan, config, shapes, start), world)
+            built = build_engine(_work(plan, precision), config, reader, world)
         if world.rank == 0:
             _prepare_folder(plan, store, config, start)
         for text in _announcement(plan, world, built, precision, start):
@@ -130,13 +128,14 @@ def _work(plan: RunPlan, precision: Precision) -> Work:
     )
 
 
-def _weights(plan: RunPlan, config: GPT2Config, shapes: Shapes, start: Checkpoint | None) -> FragmentReader:
-    """What the engine starts from: the checkpoint, random weights, or a trained model's."""
+def _start(plan: RunPlan, config: GPT2Config, start: Checkpoint | None, say: Say) -> tuple[GPT2Config, FragmentReader]:
+    """What the engine starts from, the checkpoint, random weights or a trained model's; and their configuration."""
     if start is not None:
-        return start
+        return config, start
     if plan.model.from_scratch:
-        return FreshStart(random_weights(config, shapes, plan.seed))
-    return FreshStart(trained_weights(plan.model.name, shapes))
+        return config, FreshStart(random_weights(config, shapes_of(config), plan.seed))
+    config, weight = trained_weights(plan.model.name, config, "--model", say)
+    return config, FreshStart(weight)
 
 
 def _prepare_folder(plan: RunPlan, store: TokenStore, config: GPT2Config, start: Checkpoint | None) -> None:
