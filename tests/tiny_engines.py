@@ -9,7 +9,7 @@ import torch
 
 from tests.tiny import VOCABULARY
 from wikift.base.world import World
-from wikift.engines.base import Engine
+from wikift.engines.base import Compute, Engine
 from wikift.engines.optim import AdamSettings
 from wikift.settings.batch_layout import BatchLayout
 
@@ -52,6 +52,7 @@ def make_engine(
     from wikift.settings import deepspeed as dsconfig
 
     make = partial(make_model, config, gradient_checkpointing=checkpointing)
+    compute = Compute(accumulation, precision, compile, reduce_dtype)
     if kind.startswith("zero"):
         stage = int(kind.removeprefix("zero"))
         whole = dsconfig.engine_config(
@@ -59,17 +60,12 @@ def make_engine(
             BatchLayout(world.size, micro, accumulation), precision, max_grad_norm=adam.max_grad_norm,
             hidden_size=config.n_embd, reduce_dtype=reduce_dtype,
         )  # fmt: skip
-        return ZeroEngine(make, adam, world, whole, precision=precision, compile=compile)
+        return ZeroEngine(make, adam, world, whole, compute)
     with torch.device("meta"):
         model = make()
     if kind == "fsdp":
-        return FSDPEngine(
-            model, adam, world, accumulation=accumulation, precision=precision, compile=compile, reshard=reshard,
-            reduce_dtype=reduce_dtype,
-        )  # fmt: skip
-    single = SingleEngine(
-        model, adam, world.device, accumulation=accumulation, precision=precision, compile=compile, ranks=world.size
-    )
+        return FSDPEngine(model, adam, world, compute, reshard=reshard)
+    single = SingleEngine(model, adam, world.device, compute, world.size)
     return DDPEngine(single, world, BLOCK, reduce_dtype) if kind == "ddp" else single
 
 

@@ -15,6 +15,7 @@ from tests.fake_device import NAME, Held, without_numbers
 from tests.ranks import run_ranks
 from tests.tiny_engines import ADAM, tiny_config
 from wikift.base.shape import Shape
+from wikift.engines.base import Compute
 from wikift.engines.memory import training_bytes
 from wikift.engines.single import SingleEngine
 from wikift.generation.decoder import Decoder
@@ -33,7 +34,7 @@ def trained(precision: str, checkpointing: bool) -> set[str]:
     with torch.device("meta"):
         model = make_model(config, gradient_checkpointing=checkpointing)
     with without_numbers() as device:
-        engine = SingleEngine(model, ADAM, device, accumulation=2, precision=precision, compile=False)
+        engine = SingleEngine(model, ADAM, device, Compute(2, precision))
         found: list[torch.Tensor] = []
         for _ in range(2):
             found += [engine.forward_backward(given, last=last) for last in (False, True)]
@@ -135,7 +136,7 @@ def held_by_steps(case: Case) -> int:
         model = make_model(config, gradient_checkpointing=case.checkpointing)
     blocks = torch.zeros(case.micro_batch, shape.n_positions + 1, dtype=torch.int64)
     with without_numbers() as device, Held() as held:
-        engine = SingleEngine(model, ADAM, device, accumulation=2, precision=case.precision, compile=False)
+        engine = SingleEngine(model, ADAM, device, Compute(2, case.precision))
         for last in (False, True, False, True):
             engine.forward_backward(blocks, last=last)
             if last:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
-import os
 import shlex
 import shutil
 import subprocess
@@ -25,6 +23,7 @@ from wikift.base import tensorfile
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.files import parse_size
 from wikift.base.folders import step_folder
+from wikift.base.publish import folder_lock
 from wikift.base.world import World
 from wikift.checkpoint.fragment import OPTIMIZER, SCALARS, STATES, Fragment
 from wikift.checkpoint.reader import open_checkpoint
@@ -190,15 +189,10 @@ def test_leftovers_of_a_killed_export_are_cleared(run: Path) -> None:
 
 
 def test_two_at_once_do_not_mix(run: Path) -> None:
-    (run / ".hf.partial").mkdir()
-    held = os.open(run / ".hf.partial", os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with folder_lock(run / "hf"):
         with pytest.raises(EnvironmentFault, match="another process is making it"):
             main([str(run)])
-        assert (run / ".hf.partial").is_dir()
-    finally:
-        os.close(held)
+        assert not (run / "hf").exists()
     assert main([str(run)]) == 0
 
 
@@ -310,7 +304,7 @@ def test_sizes() -> None:
 
 def test_a_folder_that_cannot_be_made(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(EnvironmentFault, match="cannot be made"):
+    with pytest.raises(EnvironmentFault, match="was not made"):
         main([str(run), "--out", str(tmp_path / "file" / "out")])
 
 

@@ -52,7 +52,7 @@ def distance(found: Tensor, right: Tensor) -> float:
 
 def as_on_a_gpu(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
-    return head.by_rows(hidden, weight, targets, dtype)
+    return head.graded_loss(hidden, weight, targets, dtype, head._to_gradient)
 
 
 WAYS = pytest.mark.parametrize("way", [head.summed_loss, as_on_a_gpu], ids=["cpu", "gpu"])
@@ -92,7 +92,7 @@ def test_a_gpu_pads_the_vocabulary_and_holds_a_few_rows_logits(
 
     monkeypatch.setattr(head, "_TOGETHER", 100)
     hidden, weight, targets = numbers(positions)
-    head.by_rows(hidden.requires_grad_(), weight, targets, torch.float32, seen)
+    head.graded_loss(hidden.requires_grad_(), weight, targets, torch.float32, seen)
     assert shapes == [((chunk, 5056), True)] * (positions // chunk)
 
 
@@ -100,7 +100,7 @@ def test_a_gpu_pads_the_vocabulary_and_holds_a_few_rows_logits(
 @pytest.mark.parametrize("spread", [1.0, 30.0])  # the second with losses of hundreds of nats
 def test_the_passes_compiled_are_those_of_eager(spread: float) -> None:
     given = numbers(96, spread=spread)
-    compiled = partial(head.by_rows, dtype=torch.float32, to_gradient=head.compiled_passes())
+    compiled = partial(head.graded_loss, dtype=torch.float32, to_gradient=head.compiled_passes())
     for found, right in zip(graded(compiled, given, 1 / 96), graded(plain, given, 1 / 96), strict=True):
         assert distance(found, right) < 2e-6
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from wikift.checkpoint.fragment import Fragment, FragmentReader
+
+
+class Compute(NamedTuple):
+    """How an engine computes a step: micro-batches in it, number format of matmuls and of the gradients' sum."""
+
+    accumulation: int
+    precision: str  # bf16, fp16 or fp32
+    compile: bool = False
+    reduce_dtype: str = "fp32"
 
 
 class Engine(Protocol):

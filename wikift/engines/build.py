@@ -17,7 +17,7 @@ from wikift.base.shape import Shape
 from wikift.base.world import World
 from wikift.checkpoint.fragment import FragmentReader
 from wikift.engines import memory
-from wikift.engines.base import Engine
+from wikift.engines.base import Compute, Engine
 from wikift.engines.ddp import DDPEngine
 from wikift.engines.optim import AdamSettings
 from wikift.engines.single import SingleEngine
@@ -119,21 +119,16 @@ def choose_compile(work: Work, device: torch.device) -> Choice:
 
 def _construct(name: str, work: Work, config: GPT2Config, world: World, *, compile: bool) -> Engine:
     make = partial(make_model, config, gradient_checkpointing=work.gradient_checkpointing)
+    compute = Compute(work.accumulation, work.precision, compile, work.reduce_dtype)
     if name.startswith("zero"):
         from wikift.engines.zero import ZeroEngine
 
-        return ZeroEngine(make, work.adam, world, work.zero_config, precision=work.precision, compile=compile)
+        return ZeroEngine(make, work.adam, world, work.zero_config, compute)
     with torch.device("meta"):
         model = make()
     if name == "fsdp":
         from wikift.engines.fsdp import FSDPEngine
 
-        return FSDPEngine(
-            model, work.adam, world, accumulation=work.accumulation, precision=work.precision, compile=compile,
-            reshard=work.fsdp_reshard, reduce_dtype=work.reduce_dtype,
-        )  # fmt: skip
-    single = SingleEngine(
-        model, work.adam, world.device, accumulation=work.accumulation, precision=work.precision, compile=compile,
-        ranks=world.size,
-    )  # fmt: skip
+        return FSDPEngine(model, work.adam, world, compute, reshard=work.fsdp_reshard)
+    single = SingleEngine(model, work.adam, world.device, compute, world.size)
     return single if name == "single" else DDPEngine(single, world, work.block_size, work.reduce_dtype)

@@ -17,6 +17,7 @@ from transformers import GPT2LMHeadModel
 
 from wikift.base.world import World, join_group
 from wikift.checkpoint.fragment import MOMENTS, Fragment, FragmentReader
+from wikift.engines.base import Compute
 from wikift.engines.optim import AdamSettings, LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
 from wikift.engines.single import in_eval, restore_scalars, scalar_fragments
 from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, keep_residual_in_fp32, materialize
@@ -35,22 +36,21 @@ class FSDPEngine:
         model: GPT2LMHeadModel,
         adam: AdamSettings,
         world: World,
+        compute: Compute,
         *,
-        accumulation: int,
-        precision: str,
-        compile: bool,
         reshard: bool,
-        reduce_dtype: str = "fp32",
     ) -> None:
-        self.world, self.adam, self.accumulation, self.reshard = world, adam, accumulation, reshard
+        self.world, self.adam, self.accumulation, self.reshard = world, adam, compute.accumulation, reshard
+        precision = compute.precision
         self.model = model.train()
         low = DTYPES[precision] if precision != "fp32" else None
         if low is not None:
             keep_residual_in_fp32(model)
         join_group(world)
         mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("ranks",))
-        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=DTYPES[reduce_dtype], cast_forward_inputs=False)
-        self.losses = NextTokenLoss(model, precision, compile=compile)
+        reduce_dtype = DTYPES[compute.reduce_dtype]
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+        self.losses = NextTokenLoss(model, precision, compile=compute.compile)
         for block in model.transformer.h:
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         fully_shard(self.losses, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # its backward comes at once

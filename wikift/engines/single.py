@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from wikift.checkpoint.fragment import MOMENTS, OPTIMIZER, SCALARS, Fragment, FragmentReader
+from wikift.engines.base import Compute
 from wikift.engines.optim import AdamSettings, LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
 from wikift.model.gpt2 import NextTokenLoss, materialize
 
@@ -24,20 +25,17 @@ class SingleEngine:
         model: GPT2LMHeadModel,
         adam: AdamSettings,
         device: torch.device,
-        *,
-        accumulation: int,
-        precision: str,
-        compile: bool,
+        compute: Compute,
         ranks: int = 1,
     ) -> None:
         materialize(model, device)
         self.model = model.train()
         self.device = device
         self.adam = adam
-        self.accumulation = accumulation
+        self.accumulation = compute.accumulation
         self.optimizer = build_optimizer(model.parameters(), adam)
-        self.loss_scale = LossScale(ScaleRule() if precision == "fp16" else None, device, ranks)
-        self.losses: Callable[..., Tensor] = NextTokenLoss(model, precision, compile=compile)
+        self.loss_scale = LossScale(ScaleRule() if compute.precision == "fp16" else None, device, ranks)
+        self.losses: Callable[..., Tensor] = NextTokenLoss(model, compute.precision, compile=compute.compile)
         self.thin_embedding_gradient()
 
     def thin_embedding_gradient(self, wanted: bool = True) -> None:

@@ -21,6 +21,7 @@ from transformers import GPT2LMHeadModel
 
 from wikift.base.world import World, join_group
 from wikift.checkpoint.fragment import MOMENTS, Fragment, FragmentReader
+from wikift.engines.base import Compute
 from wikift.engines.optim import AdamSettings, LossScale, ScaleRule, build_optimizer
 from wikift.engines.single import in_eval, restore_scalars, scalar_fragments
 from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, keep_residual_in_fp32, materialize, parameter_shapes
@@ -39,10 +40,9 @@ class ZeroEngine:
         adam: AdamSettings,
         world: World,
         config: dict[str, Any],
-        *,
-        precision: str,
-        compile: bool,
+        compute: Compute,
     ) -> None:
+        precision = compute.precision
         deepspeed = import_deepspeed()
         self.world, self.stage = world, int(config["zero_optimization"]["stage"])
         dtype = DTYPES[precision]
@@ -66,7 +66,7 @@ class ZeroEngine:
             self.model.train()
             self.shapes = parameter_shapes(self.model)
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=NextTokenLoss(self.model, precision, compile=compile),
+                model=NextTokenLoss(self.model, precision, compile=compute.compile),
                 optimizer=build_optimizer(self.model.parameters(), adam),
                 config=config,
             )

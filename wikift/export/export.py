@@ -19,7 +19,6 @@ from wikift import __version__
 from wikift.base import folders
 from wikift.base.errors import UserError
 from wikift.base.files import show_bytes
-from wikift.base.signals import stopping_by_exception
 from wikift.checkpoint.reader import open_checkpoint
 from wikift.export.card import model_card
 from wikift.export.folder import FORMAT, check_target, published
@@ -39,7 +38,7 @@ def export(path: Path, target: Path, *, dtype: str, shard_bytes: int, say: Calla
     with _naming_other_checkpoints(path):
         checkpoint = open_checkpoint(path)
     record |= {"step": checkpoint.step, "tokens": checkpoint.manifest.get("tokens"), "dtype": dtype}
-    with stopping_by_exception(), published(target) as partial, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with published(target) as partial, ThreadPoolExecutor(os.cpu_count()) as pool:
         checks = [pool.submit(checkpoint.verify, name) for name in checkpoint.manifest["files"]]
         _write_model_files(run, partial, dtype)
         size = write_weights(checkpoint, partial, dtype, shard_bytes)

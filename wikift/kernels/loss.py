@@ -69,9 +69,8 @@ def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, to_gradient: To
     if kernels.plain:
         return plain_losses(hidden, weight, targets).double().sum()
     dtype = _dtype(hidden, weight)
-    if hidden.device.type == "cpu" and dtype != torch.float16:
-        return by_vocabulary(hidden, weight, targets, dtype)
-    return by_rows(hidden, weight, targets, dtype, to_gradient)
+    by_rows = hidden.device.type != "cpu" or dtype == torch.float16
+    return graded_loss(hidden, weight, targets, dtype, (to_gradient or _to_gradient) if by_rows else None)
 
 
 @torch.no_grad()
@@ -93,22 +92,17 @@ def plain_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, ignore_index=NOT_SCORED, reduction="none")  # (positions,)
 
 
-def by_vocabulary(hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-    """`summed_loss` with matmuls in `dtype` (fp32, bf16), its gradients made in chunks of the vocabulary."""
-    factor = 1 / len(targets)
-    return _summed(hidden, weight, factor, lambda: _chunked(hidden, weight.to(dtype), targets, factor))
-
-
-def by_rows(
-    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, to_gradient: ToGradient | None = None
+def graded_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, to_gradient: ToGradient | None
 ) -> Tensor:
-    """`summed_loss` with matmuls in `dtype`, its gradients made in chunks of the positions.
+    """`summed_loss` with matmuls in `dtype`, in chunks of the positions by `to_gradient`, else of the vocabulary.
 
     In fp16 the gradient of the sum, which has the range of probabilities: that of the mean would be lost below it.
     """
     factor = 1.0 if dtype == torch.float16 else 1 / len(targets)
-    passes = to_gradient or _to_gradient
-    return _summed(hidden, weight, factor, lambda: _chunks_of_rows(hidden.to(dtype), weight, targets, factor, passes))
+    with torch.autocast(hidden.device.type, enabled=False):
+        total: Tensor = _GradedLoss.apply(hidden, weight, targets, dtype, factor, to_gradient)  # type: ignore[no-untyped-call]
+        return total
 
 
 def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -117,32 +111,37 @@ def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-def _summed(hidden: Tensor, weight: Tensor, factor: float, make: Callable[[], Graded]) -> Tensor:
-    with torch.autocast(hidden.device.type, enabled=False):
-        total: Tensor = _GradedLoss.apply(hidden, weight, factor, make)  # type: ignore[no-untyped-call]
-        return total
-
-
 class _GradedLoss(torch.autograd.Function):
     """The summed loss. `factor` times its gradients are made in the forward: the mean's, which training asks for."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, factor: float, make: Callable[[], Graded]) -> Tensor:
-        losses, of_hidden, of_weight = make()
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        factor: float,
+        to_gradient: ToGradient | None,
+    ) -> Tensor:
+        if to_gradient is None:
+            losses, of_hidden, of_weight = _chunked(hidden, weight.to(dtype), targets, factor)
+        else:
+            losses, of_hidden, of_weight = _chunks_of_rows(hidden.to(dtype), weight, targets, factor, to_gradient)
         assert of_hidden is not None
         assert of_weight is not None
         ctx.gradients, ctx.factor = (of_hidden, of_weight.to(weight.dtype)), factor
         return losses.double().sum()
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         of_hidden, of_weight = ctx.gradients  # (positions, width), (vocabulary, width)
         del ctx.gradients  # the engine adds to this memory
         scale = outer[0] / ctx.factor
         # a GPU does not wait for the number: multiplying costs it less
         if scale.device.type != "cpu" or abs(scale.item() - 1) > 1e-12:
             of_hidden, of_weight = of_hidden.mul_(scale), of_weight.mul_(scale)
-        return of_hidden, of_weight, None, None
+        return of_hidden, of_weight, None, None, None, None
 
 
 def _chunks_of_rows(hidden: Tensor, weight: Tensor, targets: Tensor, factor: float, to_gradient: ToGradient) -> Graded:

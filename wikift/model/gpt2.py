@@ -24,7 +24,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Precision(NamedTuple):
-    """What the products are computed in, why, and what the user should know about it (empty mostly)."""
+    """What matmuls are computed in, why, and what the user should know about it (empty mostly)."""
 
     name: str
     reason: str
@@ -34,7 +34,7 @@ class Precision(NamedTuple):
 def resolve_precision(requested: str, device: torch.device) -> Precision:
     """`auto` is bf16 where the device multiplies it natively, else fp32.
 
-    A processor without AVX512-BF16 or AMX emulates bf16 products, measured 20 times slower than fp32.
+    A processor without AVX512-BF16 or AMX emulates bf16, measured 20 times slower than fp32.
     """
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -59,7 +59,7 @@ def resolve_precision(requested: str, device: torch.device) -> Precision:
 
 @contextlib.contextmanager
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """Products in `precision` (bf16, fp16, fp32), weights and reductions in fp32."""
+    """Matmuls in `precision` (bf16, fp16, fp32), weights and reductions in fp32."""
     with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
         yield
 
@@ -91,29 +91,29 @@ class NextTokenLoss(nn.Module):
         inputs: Tensor,
         targets: Tensor | None = None,
         mask: Tensor | None = None,
-        places: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Summed negative log-likelihood (float64 scalar, nats) of `targets` (rows, length), -100 not scored.
 
         Without targets the logits (rows, vocabulary) in fp32 that follow on `inputs`, which may be padded on the left:
-        `mask` (rows, length) is 0 there, `places` are the positions.
+        `mask` (rows, length) is 0 there, `position_ids` (rows, length) count without it.
         """
         with autocast(inputs.device, self.precision):
             if targets is not None:
                 total: Tensor = self.model.lm_head(self._hidden(inputs).flatten(0, 1), targets.flatten())
                 return total
-            return self.model.lm_head(self._hidden(inputs, mask, places)[:, -1]).float()  # type: ignore[no-any-return]
+            return self.model.lm_head(self._hidden(inputs, mask, position_ids)[:, -1]).float()  # type: ignore[no-any-return]
 
     def by_token(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """What `forward` sums, (rows * length,) in fp32, 0 where -100. Whole weights, no gradients."""
         with autocast(inputs.device, self.precision):
             return token_losses(self._hidden(inputs).flatten(0, 1), self.model.lm_head.weight, targets.flatten())
 
-    def _hidden(self, inputs: Tensor, mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+    def _hidden(self, inputs: Tensor, mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
         if mask is not None:
             mask = attention.causal_mask(mask)
         hidden: Tensor = self.model.transformer(
-            input_ids=inputs, attention_mask=mask, position_ids=places, use_cache=False
+            input_ids=inputs, attention_mask=mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
         return hidden
 
@@ -126,10 +126,10 @@ def load_config(name: str, setting: str = "--model") -> GPT2Config:
     if not os.path.isdir(name):
         hub.offline_if_unreachable()
     with explained(name, setting):
-        found = AutoConfig.from_pretrained(name)
-    if not isinstance(found, GPT2Config):
-        raise UserError(f"{setting} {name}: is a {found.model_type} model; wikift knows gpt2 models only")
-    return found
+        config = AutoConfig.from_pretrained(name)
+    if not isinstance(config, GPT2Config):
+        raise UserError(f"{setting} {name}: is a {config.model_type} model; wikift knows gpt2 models only")
+    return config
 
 
 def load_generation_config(name: str, config: GPT2Config) -> GenerationConfig:
@@ -158,11 +158,11 @@ def load_model(
     return model.eval()  # type: ignore[no-any-return]
 
 
-def model_config(words: dict[str, Any]) -> GPT2Config:
-    """The configuration of a model to train, from what `config.to_dict()` gave, or a part of it."""
-    made = GPT2Config(**{**words, "architectures": ["GPT2LMHeadModel"], "dtype": "float32"})
-    made._attn_implementation = "sdpa"
-    return made
+def model_config(values: dict[str, Any]) -> GPT2Config:
+    """The configuration of a model to train, from what `config.to_dict()` returned, or a part of it."""
+    config = GPT2Config(**{**values, "architectures": ["GPT2LMHeadModel"], "dtype": "float32"})
+    config._attn_implementation = "sdpa"
+    return config
 
 
 def make_model(config: GPT2Config, *, gradient_checkpointing: bool = False) -> GPT2LMHeadModel:
@@ -205,7 +205,7 @@ def shapes_of(config: GPT2Config) -> dict[str, tuple[int, ...]]:
 def keep_residual_in_fp32(model: GPT2LMHeadModel) -> None:
     """For weights held in bf16 or fp16: sum the residual and normalise in fp32, as autocast does with fp32 weights.
 
-    Sharded engines gather weights in the products' precision. Without this the whole residual stream would be rounded
+    Sharded engines gather weights in the matmuls' precision. Without this the whole residual stream would be rounded
     to 8 bits in each block, and bf16 under FSDP2 or ZeRO would be another experiment than bf16 under DDP.
     """
     model.transformer.drop.register_forward_pre_hook(_as_float)
