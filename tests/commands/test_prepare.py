@@ -85,7 +85,7 @@ def test_the_mirror_has_its_known_counts(tmp_path: Path, capsys: pytest.CaptureF
 
     assert run(*words, "--verify") == (0, [])
     printed = capsys.readouterr()
-    assert printed.err == f"{out} is there already, made by the same recipe\n"
+    assert printed.err == f"{out} already exists, made by the same recipe\n"
     assert f"{out}: every byte is as it was written" in printed.out
     assert run(*words, "--append-eos") == (2, [
         f"{out}: is a store made otherwise (append_eos False there, True asked); remove that folder, "
