@@ -1,4 +1,4 @@
-"""Checkpoints written while the training goes on: a step waits for the copy to host memory and for nothing else.
+"""Checkpoints written while training continues: a step waits for the copy to host memory and for nothing else.
 
 Every rank copies its fragments into buffers that are reused for each checkpoint (pinned where they come from a GPU),
 and a thread writes and checksums them into a folder beside. Rank 0's thread waits until all ranks' files exist, checks
@@ -46,7 +46,7 @@ class Saved:
 
 
 class Saver:
-    """Writes a run's checkpoints and keeps the newest `keep` and the best. `aside`: while the training goes on."""
+    """Writes a run's checkpoints and keeps the newest `keep` and the best. `aside`: while training continues."""
 
     def __init__(self, run: Path, world: World, *, keep: int, aside: bool) -> None:
         self.run, self.world, self.keep, self.aside = run, world, keep, aside

@@ -71,12 +71,12 @@ def build_engine(work: Work, config: GPT2Config, reader: FragmentReader, world: 
     choice = choose_engine(work, world)
     if not work.fsdp_reshard and choice.name != "fsdp":
         raise UserError(
-            f"--no-fsdp-reshard: cannot act, --engine auto takes {choice.name} here ({choice.reason}); "
-            "leave it out, or use --engine fsdp"
+            f"--no-fsdp-reshard: has no effect, --engine auto takes {choice.name} here ({choice.reason}); "
+            "omit it, or use --engine fsdp"
         )
     compiled = choose_compile(work, world.device)
     if compiled.name == "compiled" and compiled.reason != ASKED_FOR:
-        torch._dynamo.config.suppress_errors = True  # what nobody asked for may not end a run: it continues eagerly
+        torch._dynamo.config.suppress_errors = True  # a default must not end a run: it continues eagerly
     engine = _construct(choice.name, work, config, world, compile=compiled.name == "compiled")
     engine.restore(reader)
     return Built(engine, choice, compiled)
@@ -97,8 +97,8 @@ def choose_engine(work: Work, world: World) -> Choice:
         need += 4 * work.shape.parameters  # what is accumulated, beside DDP's buckets
     full = world.highest(int(have is not None and need > _FULL * have))
     if full:
-        return Choice("fsdp", f"whole on each process it would take about {show_bytes(need)}, more than there is")
-    return Choice("ddp", f"{world.size} processes, and about {show_bytes(need)} fit into each")
+        return Choice("fsdp", f"DDP would need about {show_bytes(need)} per process, more than is available")
+    return Choice("ddp", f"{world.size} processes, about {show_bytes(need)} per process fits")
 
 
 def choose_compile(work: Work, device: torch.device) -> Choice:
@@ -109,9 +109,9 @@ def choose_compile(work: Work, device: torch.device) -> Choice:
         # measured in fp32, 3 to 12 layers: -3 to +2% of a step, and 25 s to start (docs/explanation/experiments.md)
         return Choice("eager", "a CPU gains nothing from --compile")
     if work.zero_config:
-        return Choice("eager", "with DeepSpeed --compile is to be asked for")
+        return Choice("eager", "off by default with DeepSpeed")
     if work.steps < _STEPS_TO_COMPILE:
-        return Choice("eager", f"--compile pays from {_STEPS_TO_COMPILE:,} steps on")
+        return Choice("eager", f"--compile pays off from {_STEPS_TO_COMPILE:,} steps")
     if missing := missing_for_compiling(device.type):
         return Choice("eager", f"--compile would need {missing}")
     return Choice("compiled", f"{work.steps:,} steps on a GPU")

@@ -29,7 +29,7 @@ def draw_own_masks(model: nn.Module) -> None:
     """Make each nn.Dropout of `model` an OwnDropout.
 
     The modules stay, and so do the hooks on them. They change their class and not their `forward`: torch.compile would
-    compile each block anew for a function of its own, and give up after eight.
+    compile each block again for a function of its own, and give up after eight.
     """
     for module in model.modules():
         if type(module) is nn.Dropout:
@@ -42,7 +42,7 @@ def drop(hidden: Tensor, rate: float) -> Tensor:
 
 
 def kept(like: Tensor, rate: float) -> Tensor:
-    """1 where kept, 0 where dropped, of the shape and type of `like`; each call draws anew."""
+    """1 where kept, 0 where dropped, of the shape and type of `like`; each call draws again."""
     # in place and then converted: comparing into booleans, and multiplying by them, is not vectorised
     mask: Tensor = random_bits(like).ge_(_dropped(rate) - 2**15)
     return mask.to(like.dtype)

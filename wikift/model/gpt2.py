@@ -42,12 +42,12 @@ def resolve_precision(requested: str, device: torch.device) -> Precision:
     else:
         native = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         name = "this processor"
-    verb = "multiplies" if native else "does not multiply"
+    has = "has" if native else "has no"
     if requested == "auto":
         faster = ""
         if device.type == "cuda" and not native:
             faster = "GPUs with tensor cores multiply fp16 several times faster than fp32: --precision fp16"
-        return Precision("bf16" if native else "fp32", f"{name} {verb} bf16 natively", faster)
+        return Precision("bf16" if native else "fp32", f"{name} {has} native bf16 matmul", faster)
     if requested == "bf16" and not native:
         return Precision(
             "bf16", "asked for", f"bf16 is emulated on {name}, up to 20 times slower; --precision auto is fp32"
@@ -188,7 +188,7 @@ def materialize(model: GPT2LMHeadModel, device: torch.device, dtype: torch.dtype
 def check_tied(model: GPT2LMHeadModel) -> None:
     """The head and the embedding are one tensor where the configuration says so: a silent copy would train apart."""
     if model.config.tie_word_embeddings:
-        assert model.lm_head.weight is model.transformer.wte.weight, "the tied head came apart"
+        assert model.lm_head.weight is model.transformer.wte.weight, "the tied head is no longer tied"
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

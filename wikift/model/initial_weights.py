@@ -38,7 +38,7 @@ Say = Callable[[str], None]
 
 
 def random_weights(config: GPT2Config, shapes: dict[str, tuple[int, ...]], run_seed: int) -> ReadWeight:
-    """GPT-2's initial weights (transformers' rule), any range of which is a pure function of the seed and its place.
+    """GPT-2's initial weights (transformers' rule), any range of which is a pure function of the seed and its position.
 
     Normal with `initializer_range`; the two projections that end in the residual stream divided by sqrt(2 * n_layer)
     (Radford et al. 2019, section 2.3); LayerNorm gains one, biases zero.

@@ -18,6 +18,7 @@ from wikift.settings import deepspeed, deepspeed_checks
 from wikift.settings.batch_layout import BatchLayout
 from wikift.settings.fields import DataSettings, TrainSettings, slug
 from wikift.settings.options import flag, names_by_role
+from wikift.settings.reproduce import command_of
 from wikift.settings.schedule import Due, Schedule, due_of, epoch_steps, length_problems, schedule_of
 
 
@@ -83,6 +84,7 @@ class RunPlan:
     quiet: bool
     experiment: dict[str, Any]
     settings: dict[str, Any]  # by name, resolved: for config.json and views
+    command: str  # that starts the run again
 
     @property
     def steps(self) -> int:
@@ -227,6 +229,7 @@ def plan_run(settings: TrainSettings, layout: BatchLayout, shape: Shape, tokens:
         quiet=settings.quiet,
         experiment=_experiment(settings, block_size, layout.global_batch),
         settings=dataclasses.asdict(settings),
+        command=command_of(settings, layout.ranks),
     )  # fmt: skip
 
 

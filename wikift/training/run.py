@@ -142,6 +142,7 @@ def _prepare_folder(plan: RunPlan, store: TokenStore, config: GPT2Config, start:
     """Set aside what was written after `start`, then write config.json and model/."""
     about = {
         "wikift": __version__,
+        "command": plan.command,
         "settings": plan.settings,
         "derived": plan.record(),
         "store": store.record,
