@@ -142,7 +142,7 @@ _SIZES: dict[Path, float] = {}
 
 def reading(store: Path) -> Mapping[str, float]:
     """Opening the store in a process that has imported what it needs, and random blocks on a warm page cache."""
-    from wikift.data.batches import count_blocks, micro_batches, sample_blocks
+    from wikift.data.batches import BatchLayout, count_blocks, micro_batches, sample_blocks
     from wikift.data.store import open_store
 
     start = time.perf_counter()
@@ -151,8 +151,7 @@ def reading(store: Path) -> Mapping[str, float]:
     tokens = opened.tokens("train")
     int(tokens.max())  # every page is in memory now
     items = sample_blocks(count_blocks(len(tokens), BLOCK), 1.0, 1)
-    shape = {"block_size": BLOCK, "micro_batch": 64, "accumulation": 1, "rank": 0, "ranks": 1, "run_seed": 1}
-    stream = micro_batches(tokens, items, first_step=0, **shape)
+    stream = micro_batches(tokens, items, BatchLayout(BLOCK, 64), run_seed=1)
     next(stream)
     start, steps = time.perf_counter(), 200
     for _ in range(steps):

@@ -2,7 +2,7 @@
 
     python -m benchmarks.generate [--new-tokens 64] [--rounds 5] [--no-compiled]
 
-wikift takes part eager and with --compile. A GPT-2 of 124M random weights continues prompts of 32 tokens, one at once
+A GPT-2 of 124M random weights continues prompts of 32 tokens, one at once
 and 32 at once, on a GPU where there is one (--device); all must write the same tokens. The first token's time is that
 of reading the prompt and choosing one token, with all that a call does besides.
 """
@@ -14,7 +14,6 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +41,15 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     train([], 257, folder)  # a token is a byte
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    writers = {"wikift": Writer(copy.deepcopy(model), tokenizer)}
-    if given.compiled:
-        writers["wikift, compiled"] = Writer(copy.deepcopy(model), tokenizer, compile=True)
-    for writer in writers.values():
-        writer.end_of_text = -1  # no text ends early
+    writer = Writer(copy.deepcopy(model), tokenizer)
+    writer.end_of_text = -1  # no text ends early
     lines: list[str] = []
     figures: Figures = {}
     against: dict[str, str] = {}
     for batch in given.batches:
         # at 32 rows a token takes ten times as long
         new = given.new_tokens if batch == 1 else max(8, given.new_tokens // 4)
-        calls = _calls(model, tokenizer, writers, batch, compiled=given.compiled)
+        calls = _calls(model, tokenizer, writer, batch, compiled=given.compiled)
         same = _same_tokens(calls, new)
         found = interleave({name: _timed(call, batch, new) for name, call in calls.items()}, given.rounds)
         lines += [f"## {batch} at once, {new} new tokens", ""]
@@ -74,7 +70,7 @@ def main() -> None:
 
 
 def _calls(
-    model: GPT2LMHeadModel, tokenizer: Any, writers: Mapping[str, Writer], batch: int, *, compiled: bool
+    model: GPT2LMHeadModel, tokenizer: Any, writer: Writer, batch: int, *, compiled: bool
 ) -> dict[str, Callable[[int], Written]]:
     """Each contestant as a function of the number of new tokens that gives all rows' tokens."""
     random = torch.Generator().manual_seed(batch)
@@ -90,7 +86,7 @@ def _calls(
             found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         return found.tolist()  # type: ignore[no-any-return]
 
-    def ours(writer: Writer, new: int) -> Written:
+    def ours(new: int) -> Written:
         writer.answers(list(enumerate(prompts)), Sampling(temperature=0, max_new_tokens=new))
         return [list(window) for window in writer.decoder.windows]  # all but the last token, which nothing follows
 
@@ -99,7 +95,7 @@ def _calls(
         compiling = CompileConfig()
         compiling._compile_all_devices = True  # transformers leaves it out on a CPU
         calls["static compiled"] = lambda new: theirs(new, cache_implementation="static", compile_config=compiling)
-    return calls | {name: partial(ours, writer) for name, writer in writers.items()}
+    return calls | {"wikift": ours}
 
 
 def _same_tokens(calls: Mapping[str, Callable[[int], Written]], new: int) -> str:

@@ -124,7 +124,7 @@ def plain_loss(job: Job, kind: str) -> float:
 
     from wikift.base.world import World
     from wikift.base.world import seed as seed_of
-    from wikift.data.batches import count_blocks, micro_batches
+    from wikift.data.batches import BatchLayout, count_blocks, micro_batches
     from wikift.data.store import open_store
     from wikift.engines.optim import Schedule
     from wikift.evaluation.score import score_split
@@ -133,10 +133,8 @@ def plain_loss(job: Job, kind: str) -> float:
     folder, steps, _, seed = job
     store = open_store(folder / "articles")
     tokens = store.tokens("train")
-    stream = micro_batches(
-        tokens, np.arange(count_blocks(len(tokens), BLOCK)), block_size=BLOCK, micro_batch=BATCH, accumulation=1,
-        rank=0, ranks=1, run_seed=seed, first_step=0,
-    )  # fmt: skip
+    items = np.arange(count_blocks(len(tokens), BLOCK))
+    stream = micro_batches(tokens, items, BatchLayout(BLOCK, BATCH), run_seed=seed)
     model = load_model(str(folder / "pretrained" / "hf"))
     losses = NextTokenLoss(model)
     # Muon is for the matrices inside; embeddings, biases and gains stay with AdamW (Jordan et al., 2024)

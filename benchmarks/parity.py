@@ -84,17 +84,15 @@ def trainer_curve(folder: Path, seed: int, dropout: float, steps: int) -> Curve:
     from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
     from wikift.base.world import World
-    from wikift.data.batches import count_blocks, micro_batches
+    from wikift.data.batches import BatchLayout, count_blocks, micro_batches
     from wikift.data.store import open_store
     from wikift.evaluation.score import score_split
     from wikift.model.gpt2 import NextTokenLoss
 
     store = open_store(folder / "store")
     tokens = store.tokens("train")
-    stream = micro_batches(
-        tokens, np.arange(count_blocks(len(tokens), BLOCK)), block_size=BLOCK, micro_batch=BATCH, accumulation=1,
-        rank=0, ranks=1, run_seed=seed, first_step=0,
-    )  # fmt: skip
+    items = np.arange(count_blocks(len(tokens), BLOCK))
+    stream = micro_batches(tokens, items, BatchLayout(BLOCK, BATCH), run_seed=seed)
     blocks = torch.cat([step[0] for step in islice(stream, steps)])  # (steps * BATCH, BLOCK + 1), in order
     rates = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
     model = GPT2LMHeadModel.from_pretrained(folder / f"initial-{seed}", **rates)

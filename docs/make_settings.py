@@ -68,7 +68,7 @@ def table(title: str, options: list[dataclasses.Field[typing.Any]], command: str
     for field in options:
         meta = field.metadata
         value = meta["metavar"] or "|".join(meta["choices"])
-        if not value and type(field.default) in (int, float):
+        if not value and str(field.type).startswith(("int", "float")):
             value = "N"
         name = value if meta["positional"] else flag(field.name) + (f" {value}" if value else "")
         # the HTML of a code span: Markdown's readers disagree on a | in one

@@ -54,9 +54,7 @@ CORE = ("training/run", "training/loop", "engines/base", "engines/single", "engi
 # Today's breaches: these lists only shrink.
 IMPORT_BREACHES: set[str] = set()
 BUDGET_BREACHES: set[str] = {
-    "data/batches: micro_batches has too many parameters",
     "package: too long",
-    "settings/fields: too long",
 }
 
 
@@ -180,20 +178,27 @@ def test_settings_are_named_in_few_signatures() -> None:
     assert len(found) <= MOST_SIGNATURES, found
 
 
-MOST_SIGNATURES = 45  # to be 8
+MOST_SIGNATURES = 8
 
 
-# Words of no one: a variable says what it holds.
+# A variable says what it holds.
 VAGUE_NAMES = {"place", "words", "found", "there", "whole", "said", "given"}
-MOST_VAGUE_NAMES = 161  # to be 0
 
 
 def test_no_variable_has_a_vague_name() -> None:
     named = []
     for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            stored = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-            name = node.id if stored else node.arg if isinstance(node, ast.arg) else ""
-            if name in VAGUE_NAMES:
-                named.append(f"{name_of(path)}: {name}, line {node.lineno}")
-    assert len(named) <= MOST_VAGUE_NAMES, named
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        fields = {
+            f.target
+            for c in ast.walk(tree)
+            if isinstance(c, ast.ClassDef)
+            for f in c.body
+            if isinstance(f, ast.AnnAssign)
+        }  # a count of words is called words
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node not in fields:
+                named.append((name_of(path), node.id))
+            if isinstance(node, ast.arg):
+                named.append((name_of(path), node.arg))
+    assert [f"{module}: {name}" for module, name in named if name in VAGUE_NAMES] == []

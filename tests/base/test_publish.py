@@ -220,10 +220,10 @@ def test_without_locks_the_first_to_finish_wins(tmp_path: Path, number: int) -> 
 FAULTS = {
     errno.ENOSPC: (
         EnvironmentFault,
-        r"out: the disk is full \(.*\); nothing was kept. Free space, or put it on another",
+        r"out: the disk is full \(.*\); free disk space or write to another",
     ),
     errno.EDQUOT: (EnvironmentFault, "the disk is full"),
-    errno.EIO: (EnvironmentFault, "the disk fails"),
+    errno.EIO: (EnvironmentFault, "I/O error"),
     errno.EROFS: (UserError, r"out: cannot be written \(.*\); name another folder"),
     errno.EACCES: (UserError, "cannot be written"),
 }

@@ -138,7 +138,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     store = tiny_store(tmp_path / "store")
     run = small_disk / "run"
     faults = run_ranks(fault_of_training, ranks, arguments(store, run, save_total_limit=9))
-    assert all("step-00000004" in fault and "Make room" in fault for fault in faults), faults
+    assert all("step-00000004" in fault and "Free disk space" in fault for fault in faults), faults
     assert "No space left on device" in capsys.readouterr().out
     (kept,) = list_checkpoints(run)
     assert open_checkpoint(kept, verify=True).step == 4

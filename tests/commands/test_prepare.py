@@ -85,10 +85,10 @@ def test_the_mirror_has_its_known_counts(tmp_path: Path, capsys: pytest.CaptureF
 
     assert run(*words, "--verify") == (0, [])
     printed = capsys.readouterr()
-    assert printed.err == f"{out} already exists, made by the same recipe\n"
-    assert f"{out}: every byte is as it was written" in printed.out
+    assert printed.err == f"{out} already exists, with the same recipe\n"
+    assert f"{out}: every checksum is right" in printed.out
     assert run(*words, "--append-eos") == (2, [
-        f"{out}: is a store made otherwise (append_eos False there, True asked); remove that folder, "
+        f"{out}: was made with other settings (append_eos False in the store, True requested); remove the folder, "
         "or make another store with wikift prepare --out DIR"
     ])  # fmt: skip
 
@@ -174,19 +174,19 @@ def test_one_word_alone_has_no_validation(tmp_path: Path, capsys: pytest.Capture
     assert said == [
         "one.txt has one row, so no validation split is cut from it",
         "training a byte-level BPE of 400 tokens on the train split",
-        "the text has too few different pairs for 400 tokens: the vocabulary has 260",
+        "the text is too small for a vocabulary of 400; it has 260",
     ]
     assert list(open_store(tmp_path / "out").splits) == ["train"]
 
 
 ODD_FAULTS: dict[str, tuple[str, bytes, str]] = {
-    "empty": ("a.txt", b"", "its train split holds no text (no rows); name one with text in it"),
-    "a mark only": ("a.txt", b"\xef\xbb\xbf", "its train split holds no text (no rows)"),
-    "blank rows only": ("a.txt", b"\n \n\t\n\r\n", "holds no text (3 blank rows)"),
-    "empty jsonl": ("a.jsonl", b"\n\n", "its train split holds no text (no rows)"),
-    "blank documents": ("a.jsonl", b'{"text": ""}\n' * 3, "holds no text (2 blank rows)"),
+    "empty": ("a.txt", b"", "its train split contains no text (no rows); use a dataset that does"),
+    "a mark only": ("a.txt", b"\xef\xbb\xbf", "its train split contains no text (no rows)"),
+    "blank rows only": ("a.txt", b"\n \n\t\n\r\n", "contains no text (3 blank rows)"),
+    "empty jsonl": ("a.jsonl", b"\n\n", "its train split contains no text (no rows)"),
+    "blank documents": ("a.jsonl", b'{"text": ""}\n' * 3, "contains no text (2 blank rows)"),
     "invalid UTF-8": ("a.txt", b"fine\n" * 1000 + b"caf\xe9\n", "a.txt, line 1001: byte 0xe9 at offset 5,003 is not"),
-    "not parquet": ("a.parquet", b"text", "a.parquet: is not a whole parquet file"),
+    "not parquet": ("a.parquet", b"text", "a.parquet: is not a complete parquet file"),
 }
 
 
@@ -257,19 +257,22 @@ def recipe(tmp_path: Path) -> tuple[Path, list[Any]]:
 @pytest.mark.parametrize(
     ("more", "difference"),
     [
-        (["--text-column", "body"], "text_column text there, body asked"),
-        (["--seed", "7"], "seed 42 there, 7 asked"),
-        (["--validation-fraction", "0.1"], "validation_fraction 0.05 there, 0.1 asked"),
-        (["--no-append-eos"], "append_eos True there, False asked"),
-        (["--tokenizer", "train:301"], "tokenizer train:300 there, train:301 asked"),
-        (["--dataset", "demo"], "dataset a.jsonl there, demo asked; text_column text there, none asked)"),
+        (["--text-column", "body"], "text_column text in the store, body requested"),
+        (["--seed", "7"], "seed 42 in the store, 7 requested"),
+        (["--validation-fraction", "0.1"], "validation_fraction 0.05 in the store, 0.1 requested"),
+        (["--no-append-eos"], "append_eos True in the store, False requested"),
+        (["--tokenizer", "train:301"], "tokenizer train:300 in the store, train:301 requested"),
+        (
+            ["--dataset", "demo"],
+            "dataset a.jsonl in the store, demo requested; text_column text in the store, none requested)",
+        ),
     ],
 )
 def test_another_recipe_is_refused(recipe: tuple[Path, list[Any]], more: list[str], difference: str) -> None:
     code, (problem,) = run(*recipe[1], *more)
     assert code == 2
-    assert f"out: is a store made otherwise ({difference}" in problem
-    assert problem.endswith("remove that folder, or make another store with wikift prepare --out DIR")
+    assert f"out: was made with other settings ({difference}" in problem
+    assert problem.endswith("remove the folder, or make another store with wikift prepare --out DIR")
 
 
 def test_the_same_recipe_is_known_by_content(recipe: tuple[Path, list[Any]], tmp_path: Path) -> None:
@@ -287,9 +290,9 @@ def test_the_same_recipe_is_known_by_content(recipe: tuple[Path, list[Any]], tmp
     assert (tmp_path / "out" / "store.json").stat() == before
     content = source.read_text()
     source.write_text(content.replace("text 7", "text 8"))
-    assert "made otherwise (the files' content is another now)" in run(*words)[1][0]
+    assert "made with other settings (the files have changed)" in run(*words)[1][0]
     source.write_text(content + "\n")
-    assert "made otherwise (the files' content is another now)" in run(*words)[1][0]
+    assert "made with other settings (the files have changed)" in run(*words)[1][0]
 
 
 def test_a_text_that_changes_while_it_is_read_leaves_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +312,7 @@ def test_a_text_that_changes_while_it_is_read_leaves_no_store(tmp_path: Path, mo
     code, (problem,) = run("--dataset", folder, "--tokenizer", "train:300", "--out", out)
     assert (code, problem) == (
         2,
-        f"{folder}: changed while it was read; run the command again when nothing writes to it",
+        f"{folder}: changed while it was read; run the command again when nothing is writing to it",
     )
     assert os.listdir(tmp_path) == ["texts"]
 
@@ -319,10 +322,14 @@ def test_places_that_no_store_can_be_moved_to(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "link").symlink_to("folder")
     (tmp_path / "to-nothing").symlink_to("nothing")
     monkeypatch.chdir(tmp_path / "folder")
-    for out, kind in ((tmp_path / "link", "a link"), (tmp_path / "to-nothing", "a link"), (".", "the current folder")):
+    for out, kind in (
+        (tmp_path / "link", "a symbolic link; name the folder itself"),
+        (tmp_path / "to-nothing", "a symbolic link; name the folder itself"),
+        (".", "the current folder, which cannot be replaced; name a folder in it"),
+    ):
         code, (problem,) = run("--dataset", "demo", "--tokenizer", "train:300", "--out", out)
         assert code == 2
-        assert problem.startswith(f"--out {out}: is {kind}, which a store can't be moved to; name")
+        assert problem.startswith(f"--out {out}: is {kind}")
 
 
 def test_being_there_already_is_quick_and_light(recipe: tuple[Path, list[Any]]) -> None:
@@ -423,7 +430,7 @@ def test_after_a_kill_the_next_prepare_works(long_text: Path, tmp_path: Path) ->
     assert not out.exists()
     long_text.write_text("short\n" * 10)
     process = start(long_text, out)
-    assert process.communicate()[1].count("\n") == 1 + 1  # training the BPE, too few pairs
+    assert process.communicate()[1].count("\n") == 1 + 1  # training the BPE, too small
     assert process.returncode == 0
     assert open_store(out, verify=True).splits["train"].rows == 9
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long.txt", "out"]
@@ -488,7 +495,7 @@ def test_a_write_that_fails_is_the_environments_fault(long_text: Path, tmp_path:
     words = ["--dataset", str(long_text), "--tokenizer", "train:300", "--out", str(tmp_path / "out"), "--workers", "2"]
     out = subprocess.run([*LAUNCH, *words], preexec_fn=limit_file_size, capture_output=True, text=True, timeout=120)
     assert out.returncode == 1
-    assert "out: the disk is full (File too large); nothing was kept. Free space" in out.stderr
+    assert "out: the disk is full (File too large); free disk space" in out.stderr
     assert "Traceback" not in out.stderr
     assert everything(tmp_path) == ["long.txt"]
 
@@ -507,10 +514,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
         words = ["--dataset", str(long_text), "--tokenizer", "train:300", "--out", str(small / "out")]
         out = subprocess.run([*LAUNCH, *words], capture_output=True, text=True, timeout=120)
         assert out.returncode == 1
-        assert (
-            f"wikift: {small}/out: the disk is full (No space left on device); nothing was kept. Free space"
-            in out.stderr
-        )
+        assert f"wikift: {small}/out: the disk is full (No space left on device); free disk space" in out.stderr
         assert "Traceback" not in out.stderr
         assert everything(small) == []
         if GPT2_TOKENIZER.is_dir():  # already the copy of the tokenizer is too much

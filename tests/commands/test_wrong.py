@@ -127,8 +127,8 @@ TRAIN: list[tuple[str, list[str]]] = [
         "--deepspeed no-zero.json --max-grad-norm 1 --learning-rate 0",
         [
             "zero_optimization.stage null in no-zero.json: must be 1, 2 or 3",
-            'optimizer.type "Lamb" in no-zero.json: not honoured',
-            "--max-grad-norm 1: clashes with gradient_clipping 0.5 in no-zero.json",
+            'optimizer.type "Lamb" in no-zero.json: not supported',
+            "--max-grad-norm 1: contradicts gradient_clipping 0.5 in no-zero.json",
             "--learning-rate 0: must be above 0",
         ],
     ),
@@ -141,16 +141,16 @@ TRAIN: list[tuple[str, list[str]]] = [
     ("--dropout 1 --adam-epsilon 0", ["--dropout 1: must be", "--adam-epsilon 0: must be above 0"]),
     ("--max-steps 0", ["--max-steps 0: must be 1 or more"]),
     ("--max-steps ten", ["--max-steps ten: must be a whole number"]),
-    ("--num-train-epochs 2", ["--max-steps 12: the length is given twice, --num-train-epochs 2 too"]),
+    ("--num-train-epochs 2", ["--max-steps 12: the length of training is set twice, --num-train-epochs 2 too"]),
     ("--warmup-steps 12", ["--warmup-steps 12: must be less than --max-steps 12"]),
-    ("--warmup-steps 1.5", ["--warmup-steps 1.5: must be a whole number, or a part below 1"]),
+    ("--warmup-steps 1.5", ["--warmup-steps 1.5: must be a whole number, or a fraction below 1"]),
     ("--block-size 17", ["--block-size 17: the model has 16 positions"]),
     ("--per-device-train-batch-size 3", ["--per-device-train-batch-size 3: must divide the 8 blocks"]),
     (
         "--per-device-train-batch-size 2 --gradient-accumulation-steps 3",
         [
             "--global-batch-size 8: is not 1 process x 2 (--per-device-train-batch-size) x 3 "
-            "(--gradient-accumulation-steps) = 6; leave one of the three out"
+            "(--gradient-accumulation-steps) = 6; remove one of the three"
         ],
     ),
     ("--config-overrides n_layer", ["--config-overrides n_layer: must be NAME=VALUE"]),
@@ -161,10 +161,10 @@ TRAIN: list[tuple[str, list[str]]] = [
     ("--precision fp8", ["--precision fp8: must be one of auto, bf16, fp16, fp32"]),
     ("--lr-scheduler-type cosin", ["(did you mean cosine?)"]),
     ("--engine ddp", ["--engine ddp: needs a launcher"]),
-    ("--reduce-dtype bf16", ["--reduce-dtype bf16: cannot act, one process exchanges no gradients"]),
+    ("--reduce-dtype bf16", ["--reduce-dtype bf16: has no effect, one process exchanges no gradients"]),
     (
         "--reduce-dtype fp16 --engine fsdp",
-        ["--reduce-dtype fp16: small gradients would become 0 without the loss scale"],
+        ["--reduce-dtype fp16: small gradients would underflow without a loss scale"],
     ),
     (
         "--reduce-dtype bf16 --engine fsdp --no-fsdp-reshard --gradient-accumulation-steps 2",
@@ -205,14 +205,14 @@ TRAIN: list[tuple[str, list[str]]] = [
     ("--data foreign", ["--data foreign: store.json is not wikift's (format 'mosaic-1')"]),
     ("--data newer", ["--data newer: has format wikift-store-99"]),
     ("--data broken-store", ["--data broken-store: store.json is not JSON"]),
-    ("--data garbled-store", ["--data garbled-store: store.json lacks or garbles tokenizer"]),
+    ("--data garbled-store", ["--data garbled-store: store.json has no valid tokenizer"]),
     ("--data truncated", ["--data truncated: train.bin is truncated: 100 bytes, store.json says 818"]),
     ("--data binless", ["--data binless: validation.bin is missing"]),
     ("--data damaged", ["--data damaged: train.bin is damaged: id 65535"]),
     ("--data short --block-size 8", ["--block-size 8: the train split has 8 tokens, too few for one block"]),
     ("--data no-validation --eval-steps 4", ["--eval-steps 4: cannot act, no-validation has no validation text"]),
-    ("--dataset demo", ["--dataset demo: cannot act, --data store is tokenized already"]),
-    ("--tokenizer gpt2 --workers 2", ["--tokenizer gpt2: cannot act", "--workers 2: cannot act"]),
+    ("--dataset demo", ["--dataset demo: has no effect, --data store is tokenized already"]),
+    ("--tokenizer gpt2 --workers 2", ["--tokenizer gpt2: has no effect", "--workers 2: has no effect"]),
     (
         "--learning-rate -1 --max-steps 0 --model gpt3 --data none --engine ddp --resume nowhere --output-dir a-file",
         [
@@ -242,7 +242,7 @@ FINE_TUNE: list[tuple[str, list[str]]] = [
     ("--model broken", ["--model broken: config.json cannot be read"]),
     ("--model garbled", ["--model garbled: config.json says n_layer 'two'"]),
     ("--model small-model", ["--model small-model: its vocabulary has 50 tokens, the store's 97"]),
-    ("--config-overrides n_layer=2", ["--config-overrides n_layer=2: cannot act on trained weights"]),
+    ("--config-overrides n_layer=2", ["--config-overrides n_layer=2: has no effect on trained weights"]),
 ]
 
 
@@ -267,12 +267,12 @@ TEXT: list[tuple[str, list[str]]] = [
     ("--dataset no-splits", ["--dataset no-splits: has no train, validation or test"]),
     ("--dataset good.txt --text-column body", ["--text-column body: has no effect, good.txt"]),
     ("--dataset good.txt --dataset-config x", ["--dataset-config x: has no effect, good.txt is one file"]),
-    ("--dataset demo --dataset-config x", ["--dataset-config x: cannot act, demo has no other"]),
+    ("--dataset demo --dataset-config x", ["--dataset-config x: has no effect, demo has no other"]),
     ("--dataset good.txt --validation-fraction 1", ["--validation-fraction 1: must be above 0 and below 1"]),
     ("--dataset good.txt --workers 0", ["--workers 0: must be 1 or more"]),
     ("--dataset good.txt --tokenizer train:abc", ["--tokenizer train:abc: SIZE must be 257 tokens or more"]),
     ("--dataset good.txt --tokenizer train:256", ["--tokenizer train:256: SIZE must be 257 tokens or more"]),
-    ("--dataset good.txt --tokenizer no-config", ["--tokenizer no-config: has no tokenizer.json"]),
+    ("--dataset good.txt --tokenizer no-config", ["--tokenizer no-config: has neither tokenizer.json"]),
     ("--dataset good.txt --tokenizer a-file", ["--tokenizer a-file: is a file"]),
     (
         "--dataset none.txt --tokenizer train:x --workers 0",
@@ -291,8 +291,8 @@ def test_text_that_is_none(refused: Any, command: str, line: str, expected: list
 
 PREPARE: list[tuple[str, list[str]]] = [
     ("--out a-file", ["--out a-file: is a file; name a folder"]),
-    ("--out no-store", ["--out no-store: is a folder with other things in it"]),
-    ("--out text", ["text: is a store made otherwise"]),
+    ("--out no-store", ["--out no-store: is a folder that contains other files"]),
+    ("--out text", ["text: was made with other settings"]),
     ("--out new --seed -1", ["--seed -1: must be 0 or more"]),
     ("--out new --dataset-nme x --seed -1", ["--dataset-nme: no such setting", "--seed -1: must be 0 or more"]),
     ("--out new --dataset-nme x", ["--dataset-nme: no such setting of"]),
@@ -322,8 +322,7 @@ CONSOLIDATE: list[tuple[str, list[str]]] = [
     ("run --max-shard-size 5apples", ["--max-shard-size 5apples: must be a number and KB"]),
     ("run --out a-file", ["--out a-file: is a file; name a folder"]),
     ("run --out no-store", ["--out no-store: holds something that wikift did not export"]),
-    ("run other", ["other: belongs to no setting"]),
-    ("none --stp 4 --max-shard-size x", ["--stp: no such setting", "none: no such folder", "--max-shard-size x"]),
+    ("run other", ["other: is not an option"]),
     ("run --stp 4", ["--stp: no such setting of wikift consolidate (did you mean --step?)"]),
     (
         "none --step 4 --best --max-shard-size x",
@@ -367,8 +366,8 @@ def test_evaluate(refused: Any, line: str, expected: list[str]) -> None:
 
 
 GENERATE: list[tuple[str, list[str]]] = [
-    ("run --prompt a --examples", ["--prompt and --examples: each says what to answer"]),
-    ("run --prompt a --prompts-file good.txt", ["--prompt and --prompts-file: each says what to answer"]),
+    ("run --prompt a --examples", ["--prompt and --examples: only one source of prompts"]),
+    ("run --prompt a --prompts-file good.txt", ["--prompt and --prompts-file: only one source of prompts"]),
     ("run --prompts-file none.txt", ["--prompts-file none.txt: cannot be read"]),
     ("run --prompts-file prompts-empty.txt", ["--prompts-file prompts-empty.txt: has no prompt in it"]),
     ("run --prompts-file prompts-latin.txt", ["--prompts-file prompts-latin.txt: line 2 is not UTF-8"]),
@@ -379,7 +378,7 @@ GENERATE: list[tuple[str, list[str]]] = [
     ("a-file --prompt a", ["a-file: is a file"]),
     ("no-config --prompt a", ["no-config: holds neither a model nor a run"]),
     ("run/checkpoints/step-00000004 --prompt a", ["run/checkpoints/step-00000004: is a checkpoint"]),
-    ("run --no-train --prompt a -- --max-steps 5", ["--no-train: what follows -- is for a training"]),
+    ("run --no-train --prompt a -- --max-steps 5", ["--no-train: settings after -- are for training"]),
     ("runs/new --prompt a", ["runs/new: no such folder, and no name of the Hub; train it first"]),
     ("rum --prompt a", ["rum: no such folder, and no name of the Hub"]),
     ("run --promt a", ["--promt: no such setting of wikift generate (did you mean --prompt?)"]),
@@ -411,7 +410,7 @@ def test_another_experiment_in_a_runs_folder(refused: Any) -> None:
 
 AS_PROCESSES: list[tuple[str, str, int, list[str]]] = [  # command, line, processes that a launcher started, expected
     ("train", f"--data store {FITS}", 3, ["--global-batch-size 8: must be a multiple of the 3 processes; take 6 or 9"]),
-    ("train", f"--data store {FITS} --engine single", 2, ["--engine single: is one process, the launcher started 2"]),
+    ("train", f"--data store {FITS} --engine single", 2, ["--engine single: uses one process, but"]),
     (
         "train",
         f"--data store {FITS} --max-step 5",

@@ -124,7 +124,7 @@ _ENCODERS: dict[str, encode.EncodeChunk] = {}
 
 
 @needs_gigatoken
-def test_a_tokenizer_started_anew_gives_the_same_ids(small: tokenizer.SavedTokenizer) -> None:
+def test_a_restarted_tokenizer_returns_the_same_ids(small: tokenizer.SavedTokenizer) -> None:
     chunk = Chunk(Texts.of(["a cat then there\n"] * 50), np.ones(50, np.bool_), 0)
     with (
         mock.patch.multiple(fast_encode, _LEAST_BYTES_BETWEEN=0, CACHE_BYTES=-(1 << 60)),
@@ -164,7 +164,7 @@ def test_other_ids_are_found_and_the_store_is_that_of_tokenizers(tmp_path: Path)
     true, said = prepared("true")
     assert "tokenizers" not in said
     false, said = prepared("false")
-    assert "give other ids for" in said
+    assert "return different ids for" in said
     assert "encoding with tokenizers" in said
     assert false == true
 
@@ -203,7 +203,7 @@ def test_every_hostile_string_is_compared_at_the_start(small: tokenizer.SavedTok
 
     with (
         mock.patch.object(fast_encode, "_encode", wrong),
-        pytest.raises(fast_encode.Disagreement, match="other ids"),
+        pytest.raises(fast_encode.Disagreement, match="different ids"),
     ):
         fast_encode.fast_chunk_encoder(small.file, None, "uint16")
 
@@ -218,7 +218,7 @@ def test_long_texts_are_compared_too(small: tokenizer.SavedTokenizer) -> None:
         mock.patch.object(
             fast_encode, "_encode", lambda fast, texts: (right(fast, texts)[0] + 1, right(fast, texts)[1])
         ),
-        pytest.raises(fast_encode.Disagreement, match="other ids"),
+        pytest.raises(fast_encode.Disagreement, match="different ids"),
     ):
         encode_chunk(chunk)
 

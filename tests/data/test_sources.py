@@ -85,7 +85,8 @@ PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
     "nothing of that name": ({}, "none.txt", {}, r"--dataset \S*none.txt: no such file or folder; fix the path"),
     "nothing fitting": (
         {"a.md": "", "b.pdf": ""}, "", {},
-        r"has no train, validation or test with .txt, .jsonl, .parquet \(there: a.md, b.pdf\); name the files train",
+        r"has no train, validation or test with .txt, .jsonl, .parquet \(there: a.md, b.pdf\); "
+        "name the files, for example, train.txt",
     ),
     "empty folder": ({}, "", {}, r"\(there: nothing\)"),
     "unknown ending": ({"a.csv": "x"}, "a.csv", {}, "wikift reads .txt, .jsonl, .parquet, not .csv; convert the text"),
@@ -103,11 +104,11 @@ PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
     "fraction without train": (
         {"test.txt": "x"}, "", {"validation_fraction": 0.1}, "has no effect, .* has no train split to cut"
     ),
-    "broken README": ({"README.md": "---\nconfigs: [\n---\n"}, "", {}, r"that is there \(while parsing a flow"),
+    "broken README": ({"README.md": "---\nconfigs: [\n---\n"}, "", {}, r"files that do not exist \(while parsing"),
     "odd README": ({"README.md": "---\nconfigs:\n- name: x\n---\n"}, "", {}, "Each config must include `config_name`"),
     "README of files that are gone": (
         {"README.md": "---\nconfigs:\n- config_name: x\n  data_files: x/train-*\n---\n"}, "", {},
-        r"README.md names no dataset that is there \(.*data files.*; copy the folder again",
+        r"README.md names files that do not exist \(.*data files.*; download it again",
     ),
 }  # fmt: skip
 
@@ -135,10 +136,10 @@ def test_names_that_are_nearly_right() -> None:
 def test_a_folder_in_the_hubs_layout() -> None:
     (problem,) = source_problems(Source(str(WIKITEXT_MIRROR)))
     assert problem == (
-        "--dataset-config: must be given, the dataset has several; choose one of wikitext-2-v1, wikitext-103-v1"
+        "--dataset-config: required, the dataset has several; choose one of wikitext-2-v1, wikitext-103-v1"
     )
     (problem,) = source_problems(Source(str(WIKITEXT_MIRROR), config="wikitext-103"))
-    assert problem.endswith("has no such one; choose one of wikitext-2-v1, wikitext-103-v1")
+    assert problem.endswith("has no such configuration; choose one of wikitext-2-v1, wikitext-103-v1")
     corpus = opened(WIKITEXT_MIRROR, config="wikitext-2-v1")
     assert list(corpus.splits) == ["train", "validation", "test"]
     assert (corpus.config, corpus.rows_are_documents, corpus.rows_are_lines) == ("wikitext-2-v1", False, False)

@@ -126,20 +126,20 @@ def overwrite(position: int, ids: int) -> Callable[[Path], None]:
 
 
 DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
-    ("no store.json", lambda s: (s / "store.json").unlink(), "has no store.json, so it is no token store"),
+    ("no store.json", lambda s: (s / "store.json").unlink(), "has no store.json, so it is not a token store"),
     ("no split", lambda s: (s / "train.bin").unlink(), r"train.bin is missing; remove the folder and prepare it again"),
     ("truncated", cut_short, r"train.bin is truncated: 40,000 bytes, store.json says 40,002"),
     ("too long", lengthen, r"train.bin is too long: 40,004 bytes"),
     ("not JSON", write("store.json", '{"format": "wikift-st'), "store.json is not JSON"),
     ("not an object", write("store.json", "[]"), r"store.json is not wikift's \(format None\)"),
     ("foreign", write("store.json", '{"format": "zarr"}'), r"store.json is not wikift's \(format 'zarr'\)"),
-    ("newer", edit(format="wikift-store-9"), r"has format wikift-store-9, this wikift \(.*\) reads wikift-store-1"),
+    ("newer", edit(format="wikift-store-9"), r"has format wikift-store-9, this version \(.*\) reads wikift-store-1"),
     ("dtype", edit(dtype="float32"), "says dtype 'float32'.* reads little-endian uint16 or uint32"),
     ("byte order", edit(byte_order="big"), "byte order 'big'"),
-    ("field gone", edit(splits=...), "store.json lacks or garbles splits"),
-    ("count gone", edit(splits__train__tokens=...), "store.json lacks or garbles"),
-    ("count no number", edit(splits__train__tokens="many"), "store.json lacks or garbles"),
-    ("another's file", edit(splits__train__file="../../etc/passwd"), "store.json lacks or garbles"),
+    ("field gone", edit(splits=...), "store.json has no valid splits"),
+    ("count gone", edit(splits__train__tokens=...), "store.json has no valid"),
+    ("count no number", edit(splits__train__tokens="many"), "store.json has no valid"),
+    ("another's file", edit(splits__train__file="../../etc/passwd"), "store.json has no valid"),
     ("vocabulary", edit(tokenizer__vocab_size=50_000), "id 50256 in train.bin is outside the vocabulary of 50000"),
     ("id beyond, at the end", overwrite(20_000, 60_000), "train.bin is damaged: id 60000 is larger than any"),
 ]
@@ -188,7 +188,7 @@ def test_the_tokenizer_of_a_model_must_be_the_stores(tmp_path: Path) -> None:
     ):
         check_tokenizer(store, tmp_path / "other")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"--model .*empty: has no tokenizer.json, nor vocab.json with merges.txt"):
+    with pytest.raises(UserError, match=r"--model .*empty: has neither tokenizer.json nor vocab.json and merges.txt"):
         check_tokenizer(store, tmp_path / "empty")
 
 

@@ -156,10 +156,10 @@ def test_folders_and_names_that_are_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "half" / "vocab.json").write_text("{}")
     (tmp_path / "file").write_text("")
     for name, message in {
-        "empty": r"empty: has no tokenizer.json, nor vocab.json with merges.txt \(there: nothing\); name a folder that",
-        "half": r"half: has no tokenizer.json, nor vocab.json with merges.txt \(there: vocab.json\)",
-        "file": "file: is a file; name the folder that it is in",
-        "none": "none: no such folder; name one, a tokenizer of the Hub such as gpt2, or train:SIZE",
+        "empty": r"empty: has neither tokenizer.json nor vocab.json and merges.txt \(there: nothing\); name a",
+        "half": r"half: has neither tokenizer.json nor vocab.json and merges.txt \(there: vocab.json\)",
+        "file": "file: is a file; name its folder",
+        "none": "none: no such folder; name one, a tokenizer on the Hub such as gpt2, or train:SIZE",
     }.items():
         (problem,) = tokenizer_problems(str(tmp_path / name))
         with pytest.raises(UserError, match=f"^--tokenizer .*{message}"):
@@ -186,7 +186,7 @@ def test_a_tokenizer_written_in_python_is_refused(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text('{"a</w>": 0, "b</w>": 1, "<unk>": 2}')
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CTRLTokenizer"}')
-    with pytest.raises(UserError, match=r"is written in Python only \(CTRLTokenizer\); wikift needs a fast one"):
+    with pytest.raises(UserError, match=r"is a slow \(Python\) tokenizer \(CTRLTokenizer\); wikift needs a fast one"):
         tokenizer.load_tokenizer(str(tmp_path), tmp_path / "copy")
 
 

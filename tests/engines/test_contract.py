@@ -384,7 +384,7 @@ def train(command_line: list[str]) -> int:
 
 
 def test_equal_to_a_plain_loop_on_one_and_two_ranks(tmp_path: Path) -> None:
-    from wikift.data.batches import micro_batches
+    from wikift.data.batches import BatchLayout, micro_batches
     from wikift.data.store import open_store
     from wikift.settings.schedule import Schedule
 
@@ -395,10 +395,7 @@ def test_equal_to_a_plain_loop_on_one_and_two_ranks(tmp_path: Path) -> None:
     for ranks in (1, 2):
         line = arguments(store, tmp_path / f"run{ranks}", **words, per_device_train_batch_size=4 // ranks)
         assert run_ranks(train, ranks, line) == [0] * ranks
-    stream = micro_batches(
-        open_store(store).tokens("train"), np.arange(51), block_size=8, micro_batch=4, accumulation=2, rank=0, ranks=1,
-        run_seed=42, first_step=0,
-    )  # fmt: skip
+    stream = micro_batches(open_store(store).tokens("train"), np.arange(51), BatchLayout(8, 4, 2), run_seed=42)
     schedule = Schedule("linear", 1e-3, 0, 20)
     steps = [(next(stream), schedule.lr_at(step)) for step in range(1, 21)]
     (expected,) = run_ranks(plain_loop, 1, str(model), steps)

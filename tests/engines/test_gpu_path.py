@@ -85,7 +85,7 @@ def written(dtype: torch.dtype) -> set[str]:
         model = make_model(tiny_config()).to(dtype)
     with without_numbers() as device, torch.inference_mode():
         model.to_empty(device=device)
-        decoder = Decoder(model, relayout=True)
+        decoder = Decoder(model)
         found = [decoder.begin([[1, 2, 3], [4, 5], [6]], 8), decoder.advance([7, 8, 9])]
         decoder.keep([1, 2])
         found.append(decoder.advance([10, 11]))

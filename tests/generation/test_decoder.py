@@ -25,7 +25,6 @@ from wikift.generation.decoder import Decoder
 from wikift.generation.live import sample_live
 from wikift.generation.sampler import ROUNDING, Sampling, choose, penalise, uniforms
 from wikift.generation.writer import Answer, Writer
-from wikift.kernels import few_rows
 from wikift.model.gpt2 import NextTokenLoss
 
 SHAPE: dict[str, Any] = {"n_layer": 3, "n_head": 4, "n_embd": 64, "n_positions": 48, "vocab_size": 320}
@@ -71,6 +70,10 @@ def texts(count: int, longest: int = 60) -> list[tuple[int, str]]:
     return [(number, long[s : s + n]) for number, (s, n) in enumerate(zip(starts, sizes, strict=True))]
 
 
+def alone(writer: Writer, prompt: str, sampling: Sampling, number: int = 0, **callbacks: Any) -> Answer:
+    return writer.answers([(number, prompt)], sampling, **callbacks)[0]
+
+
 def without_time(answers: list[Answer]) -> list[Answer]:
     return [dataclasses.replace(answer, seconds=0.0) for answer in answers]
 
@@ -88,8 +91,7 @@ def without_time(answers: list[Answer]) -> list[Answer]:
     ],
     ids=["gpt2", "inverse-layer-relu", "unscaled-gelu", "untied"],
 )
-@pytest.mark.parametrize("relayout", [False, True])
-def test_logits_are_the_models_own(words: dict[str, Any], relayout: bool) -> None:
+def test_logits_are_the_models_own(words: dict[str, Any]) -> None:
     model = random_model(**words)
     windows = [[5, 6, 7, 8, 9], [1], [3, 2, 1]]
     new = [[4, 4, 4], [10, 11, 12], [30, 20, 10]]
@@ -98,7 +100,7 @@ def test_logits_are_the_models_own(words: dict[str, Any], relayout: bool) -> Non
         for window, tokens in zip(windows, new, strict=True):
             expected.append([model(torch.tensor([window + tokens[:k]])).logits[0, -1] for k in range(4)])
         before = model(torch.tensor([[1, 2, 3]])).logits
-        decoder = Decoder(model, relayout=relayout)
+        decoder = Decoder(model)
         found = [decoder.begin(windows, 4)]
         for k in range(3):
             found.append(decoder.advance([tokens[k] for tokens in new]))
@@ -114,7 +116,7 @@ def test_logits_are_the_models_own(words: dict[str, Any], relayout: bool) -> Non
 def test_new_layout_takes_no_second_copy_and_keeps_the_tie() -> None:
     model = random_model()
     bytes_before = sum(p.untyped_storage().nbytes() for p in set(model.parameters()))
-    decoder = Decoder(model, relayout=True)
+    decoder = Decoder(model)
     assert model.transformer.wte.weight is model.lm_head.weight
     assert decoder.head.is_contiguous()
     assert decoder.head.data_ptr() == model.lm_head.weight.data_ptr()
@@ -223,7 +225,7 @@ def test_200_prompts_in_one_batch_give_what_each_gives_alone(writer: Writer, val
     settings = drawing(max_new_tokens=12, **values)
     prompts = texts(200)
     together = without_time(writer.answers(prompts, settings))
-    assert together == without_time([writer.answer(prompt, settings, number) for number, prompt in prompts])
+    assert together == without_time([alone(writer, prompt, settings, number) for number, prompt in prompts])
     assert len({answer.text for answer in together}) > 100
     assert len({answer.prompt_tokens for answer in together}) > 20
 
@@ -238,16 +240,16 @@ def test_near_ties_are_decided_by_the_text_alone(tokenizer: Any) -> None:
     settings = drawing(max_new_tokens=16, temperature=0, repetition_penalty=1.0)
     prompts = texts(64)
     asked: list[int] = []
-    alone = writer.decoder.alone
+    by_itself = writer.decoder.alone
 
     def counted(row: int) -> Tensor:
         asked.append(row)
-        return alone(row)
+        return by_itself(row)
 
     writer.decoder.alone = counted  # type: ignore[method-assign]
     together = without_time(writer.answers(prompts, settings))
     doubts = len(asked)
-    assert together == without_time([writer.answer(prompt, settings, number) for number, prompt in prompts])
+    assert together == without_time([alone(writer, prompt, settings, number) for number, prompt in prompts])
     assert doubts > 100
 
 
@@ -259,8 +261,8 @@ def test_greedy_tokens_are_those_of_generate(writer: Writer) -> None:
                 torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=16, do_sample=False,
                 repetition_penalty=1.2,
             )  # fmt: skip
-        answer = writer.answer(
-            prompt, drawing(max_new_tokens=16, temperature=0, repetition_penalty=1.2, logprobs=True), 0
+        answer = alone(
+            writer, prompt, drawing(max_new_tokens=16, temperature=0, repetition_penalty=1.2, logprobs=True), 0
         )
         assert [piece for piece, _ in answer.logprobs or ()] == [
             writer.tokenizer.decode([t]) for t in found[0, len(ids) :]
@@ -268,7 +270,7 @@ def test_greedy_tokens_are_those_of_generate(writer: Writer) -> None:
 
 
 def test_logprobs_are_the_models(writer: Writer) -> None:
-    answer = writer.answer("Paris", drawing(max_new_tokens=6, logprobs=True), 0)
+    answer = alone(writer, "Paris", drawing(max_new_tokens=6, logprobs=True), 0)
     assert answer.logprobs is not None
     ids = writer.tokenizer("Paris")["input_ids"]
     for piece, logprob in answer.logprobs:
@@ -307,18 +309,18 @@ def test_beams_are_transformers(writer: Writer) -> None:
     assert [answer.text for answer in found] == [text.removesuffix("\ufffd") for text in decoded]
     assert [answer.sequence for answer in found] == [0, 1]
     assert notes == [
-        f"at most {48 - len(ids)} new tokens instead of 100: beams do not slide, and the model's context is 48"
+        f"at most {48 - len(ids)} new tokens instead of 100: beam search ends at the model's context of 48"
     ]
 
 
 def test_a_text_longer_than_the_context_slides_and_says_so(writer: Writer) -> None:
     notes: list[str] = []
     settings = drawing(max_new_tokens=150, temperature=0, repetition_penalty=1.0, logprobs=True)
-    answer = writer.answer("Paris", settings, 0, note=notes.append)
+    answer = alone(writer, "Paris", settings, 0, note=notes.append)
     assert (answer.new_tokens, answer.finish_reason) == (150, "length")
     assert answer.slides == 5
     assert notes == [
-        "prompt and answer may pass the model's context of 48 tokens: it slides then, and only the last 24 are read on"
+        "prompt and answer may exceed the model's context of 48 tokens; then only the last 24 tokens are kept"
     ]
 
 
@@ -360,40 +362,5 @@ def test_a_model_in_training_writes_and_nothing_of_the_run_moves(tokenizer: Any,
     assert model.training
     assert all(torch.equal(a, b) and a.grad is None for a, b in zip(model.parameters(), weights, strict=True))
     assert found == sample()
-    # what wikift generate writes from the same weights
-    assert found == [writer.answer(prompt, sampling, number).text for number, prompt in enumerate(prompts)]
-
-
-# torch.compile imports parts of torch that are deprecated
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_compiled_step_can_become_a_cuda_graph() -> None:
-    """What it changes lies still, or torch would leave the graph out; so do the weights, or it would copy them."""
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._guards import TracingContext
-
-    found: list[tuple[set[int], list[int]]] = []  # what lies still, and what changes from token to token
-
-    def compiler(graph: Any, inputs: list[Tensor]) -> Any:
-        facts: Any = TracingContext.get().fw_metadata
-        still = set(facts.static_input_indices)
-        assert set(facts.mutated_inp_runtime_indices) <= still
-        found.append((still, [number for number in range(len(inputs)) if number not in still]))
-        return graph.forward
-
-    torch._dynamo.reset()  # of another model in this process the sizes would be taken for what changes
-    decoder = Decoder(random_model(), relayout=True, compile=True)
-    assert decoder.matmul is few_rows.matmul
-    decoder._step = torch.compile(decoder._one_token, backend=aot_autograd(fw_compiler=compiler))
-    plain = Decoder(random_model())
-    with torch.inference_mode():
-        decoder.begin([[6, 7, 8], [9]], 8)
-        decoder.advance([10, 11])
-        places = [part.data_ptr() for part in decoder.keys + decoder.values]
-        for one in (decoder, plain):
-            one.begin([[1, 2, 3], [4, 5]], 8)
-        assert places == [part.data_ptr() for part in decoder.keys + decoder.values]
-        assert torch.allclose(decoder.advance([7, 8]), plain.advance([7, 8]), atol=1e-4)
-        for one in (decoder, plain):
-            one.keep([1])
-        assert torch.allclose(decoder.advance([9]), plain.advance([9]), atol=1e-4)
-    assert [len(changing) for _, changing in found] == [4, 4]  # ids, places, column, mask
+    # what launch/generate.py writes from the same weights
+    assert found == [alone(writer, prompt, sampling, number).text for number, prompt in enumerate(prompts)]

@@ -86,7 +86,7 @@ NVME = {
         "max_in_cpu": 1e9,
     },
     "aio": {
-        "block_size": 262144, "queue_depth": 32, "thread_count": 1, "single_submit": False, "overlap_events": True,
+        "block_size": 262144, "queue_depth": 32, "single_submit": False, "overlap_events": True,
     },
 }  # fmt: skip
 TRAINER: dict[str, dict[str, Any]] = {
@@ -210,20 +210,6 @@ def test_the_loss_scale_is_grad_scalers_unless_the_file_says_otherwise(tmp_path:
     assert any("fp16.loss_scale_window 1000" in note for note in notes)
 
 
-def test_older_spellings_are_todays(tmp_path: Path) -> None:
-    old = {
-        "bfloat16": {"enabled": True},
-        "zero_optimization": {"stage": 3, "cpu_offload": True, "cpu_offload_params": False, "aio": {"thread_count": 4}},
-    }
-    assert read(written(old, tmp_path)) == {
-        "bf16.enabled": True,
-        "zero_optimization.stage": 3,
-        "zero_optimization.offload_optimizer.device": "cpu",
-        "zero_optimization.offload_param.device": "none",
-        "aio.intra_op_parallelism": 4,
-    }
-
-
 # --- numbers in the file -----------------------------------------------------------------------------------------
 
 # key of the file, value there, setting, the same on the command line, another one
@@ -269,7 +255,7 @@ def test_a_number_acts_where_the_command_line_is_silent_agrees_or_clashes(
     assert getattr(agreed.settings, setting) == kind(same)
 
     (problem,) = merged(config, tmp_path, f"{option} {other}").problems
-    assert problem.startswith(f"{option} {other}: clashes with {key} ")
+    assert problem.startswith(f"{option} {other}: contradicts {key} ")
     assert json.dumps(value) in problem
     assert "ds.json" in problem
 
@@ -279,7 +265,7 @@ def test_a_number_of_the_config_file_clashes_too_and_is_named(tmp_path: Path) ->
     config = with_key("optimizer.params.lr", 3e-5, with_key("fp16.enabled", True))
     result = merged(config, tmp_path, f"--config {tmp_path}/my.toml")
     (problem,) = result.problems
-    assert problem.startswith(f"learning_rate 0.0001 in {tmp_path}/my.toml: clashes with optimizer.params.lr 3e-05 in ")
+    assert problem.startswith(f"learning_rate 0.0001 in {tmp_path}/my.toml: contradicts optimizer.params.lr 3e-05 in ")
     assert result.settings.precision == "fp16"  # auto is no opinion
 
 
@@ -299,7 +285,9 @@ def test_all_clashes_come_at_once_within_the_file_too(tmp_path: Path) -> None:
 def test_the_length_is_given_once(tmp_path: Path) -> None:
     config = with_key("scheduler.params.total_num_steps", 900)
     (problem,) = merged(config, tmp_path, "--num-train-epochs 2").problems
-    assert problem.startswith("--num-train-epochs 2: the length is given twice, scheduler.params.total_num_steps 900 ")
+    assert problem.startswith(
+        "--num-train-epochs 2: the length of training is set twice, scheduler.params.total_num_steps 900 "
+    )
 
 
 @pytest.mark.parametrize(
@@ -332,19 +320,17 @@ def test_two_switches_make_one_precision(tmp_path: Path, fp16: Any, bf16: Any, a
 def test_what_is_done_in_wikifts_own_way_is_said(tmp_path: Path) -> None:
     said = " ".join(merged(TRAINER["zero2 whole"], tmp_path).notes)
     assert "AdamW is wikift's AdamW" in said
-    assert "WarmupLR is wikift's --lr-scheduler-type constant with a linear warm-up (DeepSpeed's" in said
+    assert "WarmupLR is wikift's --lr-scheduler-type constant with a linear warm-up" in said
     assert "not used by wikift: steps_per_print" in said
-    linear = merged(with_key("scheduler.params.warmup_type", "linear"), tmp_path)
-    assert not linear.problems
-    assert "logarithmic" not in " ".join(linear.notes)
+    assert not merged(with_key("scheduler.params.warmup_type", "linear"), tmp_path).problems
     assert not merged(SHIPPED["zero3.json"], tmp_path).notes
 
 
 # --- files that are wrong ----------------------------------------------------------------------------------------
 
 WRONG: list[tuple[str, Any, str]] = [
-    ("zero_optimization.stage", 0, "leave --deepspeed out"),
-    ("zero_optimization.stage", None, "leave --deepspeed out"),
+    ("zero_optimization.stage", 0, "remove --deepspeed"),
+    ("zero_optimization.stage", None, "remove --deepspeed"),
     ("zero_optimization.stage", 4, "must be 1, 2 or 3"),
     ("zero_optimization.stage", "2", "must be 1, 2 or 3"),
     ("optimizer.type", "Lamb", "wikift's is AdamW"),
@@ -355,13 +341,13 @@ WRONG: list[tuple[str, Any, str]] = [
     ("optimizer.params.momentum", 0.9, "wikift's optimizer is AdamW"),
     ("optimizer.params.betas", [0.9], "must be two numbers"),
     ("optimizer.params.max_grad_norm", 1.0, "gradient_clipping"),
-    ("scheduler.params.cos_min_ratio", 0.1, "leave it out"),
+    ("scheduler.params.cos_min_ratio", 0.1, "remove it"),
     ("optimizer.params.amsgrad", True, "wikift's optimizer is AdamW"),
     ("data_types.param_dtype", "bf16", "--precision"),
-    ("gradient_allreduce_op", "sum", "leave it out"),
-    ("eigenvalue.enabled", True, "leave it out"),
-    ("quantize_training.enabled", True, "leave it out"),
-    ("zero_optimization.zenflow.topk_ratio", 0.1, "leave it out"),
+    ("gradient_allreduce_op", "sum", "remove it"),
+    ("eigenvalue.enabled", True, "remove it"),
+    ("quantize_training.enabled", True, "remove it"),
+    ("zero_optimization.zenflow.topk_ratio", 0.1, "remove it"),
     ("scheduler.type", "OneCycle", "--lr-scheduler-type linear"),
     ("scheduler.type", "WarmupCosineLR", "--lr-scheduler-type cosine"),
     ("scheduler.params.warmup_min_lr", 1e-6, "rises from 0"),
@@ -376,15 +362,17 @@ WRONG: list[tuple[str, Any, str]] = [
     ("zero_optimization.offload_param.device", "cpu", "needs stage 3"),
     ("zero_optimization.offload_optimizer.device", "nvme", "needs stage 3"),
     ("zero_optimization.offload_optimizer.device", "disk", "must be one of none, cpu, nvme"),
-    ("zero_optimization.zero_quantized_gradients", True, "leave it out"),
+    ("zero_optimization.zero_quantized_gradients", True, "remove it"),
     ("amp", {"enabled": True}, "--precision"),
-    ("elasticity.enabled", True, "leave it out"),
-    ("data_efficiency.enabled", True, "leave it out"),
-    ("curriculum_learning.enabled", True, "leave it out"),
-    ("progressive_layer_drop.enabled", True, "leave it out"),
-    ("compression_training.weight_quantization.shared_parameters.enabled", True, "leave it out"),
-    ("sparse_attention.mode", "fixed", "leave it out"),
+    ("elasticity.enabled", True, "remove it"),
+    ("data_efficiency.enabled", True, "remove it"),
+    ("curriculum_learning.enabled", True, "remove it"),
+    ("progressive_layer_drop.enabled", True, "remove it"),
+    ("compression_training.weight_quantization.shared_parameters.enabled", True, "remove it"),
+    ("sparse_attention.mode", "fixed", "remove it"),
     ("bf16.bf16_master_weights_and_grads", True, "fp32"),
+    ("bfloat16.enabled", True, 'write "bf16"'),
+    ("zero_optimization.cpu_offload", True, 'write "offload_optimizer"'),
 ]
 
 
@@ -451,17 +439,15 @@ def test_a_folder_for_the_nvme_disk_is_there_or_is_asked_for(tmp_path: Path) -> 
     config = {"zero_optimization": {"stage": 3, "offload_optimizer": section, "offload_param": {"device": "nvme"}}}
     absent, missing = merged(config, tmp_path).problems
     assert "offload_optimizer.nvme_path" in absent
-    assert "no such folder" in absent
-    assert 'needs "nvme_path" beside it' in missing
+    assert "existing folder" in absent
+    assert "offload_param.nvme_path null" in missing
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
         ('{"zero_optimization": {"stage": 2}', "not valid JSON"),
-        ("[1, 2]", "holds a list"),
-        ('{"bf16": {"enabled": true}, "bf16": {}}', "bf16 in {path}: is there twice"),
-        ('{"bf16": {"enabled": true}, "bfloat16": {"enabled": false}}', "is there twice, in an older spelling too"),
+        ("[1, 2]", "is a list"),
         ('{"zero_optimization": true}', "zero_optimization true in {path}: must be a section in braces"),
         ('{"zero_optimization": {"stage": 2}, "optimizer": "AdamW"}', 'optimizer "AdamW" in {path}: must be a section'),
     ],

@@ -98,7 +98,7 @@ def test_the_last_of_two_wins_and_negative_numbers_are_values() -> None:
         (["--max-steps"], "--max-steps: needs a value"),
         (["--dry-run=yes"], "--dry-run: takes no value"),
         (["--no-append-eos=1"], "--append-eos: takes no value"),
-        (["5"], "5: belongs to no setting"),
+        (["5"], "5: is not an option"),
         (["--max-step", "5"], "--max-step: no such setting of train.py (did you mean --max-steps?)"),
         (["--learning_rte=5"], "--learning-rte: no such setting of train.py (did you mean --learning-rate?)"),
         (["-max-steps", "5"], "-max-steps: no such setting of train.py (did you mean --max-steps?)"),
@@ -187,7 +187,7 @@ def test_an_answer_on_the_line_displaces_what_hangs_on_the_question_in_the_file(
         ("a.toml", 'precision = "fp8"', "precision fp8 in {}: must be one of auto"),
         ("a.toml", "[train]\nmax_steps = 5", "train: no such setting of config file {}"),
         ("a.toml", 'config = "b.toml"', "config: no such setting of config file {}"),
-        ("a.toml", "max_steps = 5\nmax-steps = 6", "max_steps in {}: is there twice, with - and with _"),
+        ("a.toml", "max_steps = 5\nmax-steps = 6", "max_steps in {}: is set twice, with - and with _"),
         ("a.toml", "max_steps: 5", "--config {}: not valid TOML"),
         ("a.json", "max_steps = 5", "--config {}: not valid JSON"),
         ("a.json", "[5]", "--config {}: holds a list, not a table of settings"),
@@ -219,7 +219,7 @@ def test_positional_settings() -> None:
         assert models(*words) == ("a", "b")
     assert parse(ConsolidateSettings, ["run"], prog="", description="").run == "run"
     assert parse(ConsolidateSettings, [], prog="", description="").run is None
-    with pytest.raises(UserError, match="other: belongs to no setting"):
+    with pytest.raises(UserError, match="other: is not an option"):
         parse(ConsolidateSettings, ["run", "other"], prog="", description="")
     with pytest.raises(UserError, match=r"MODEL .*must not be empty"):
         models("a", "")

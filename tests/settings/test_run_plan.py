@@ -25,11 +25,17 @@ from tests.tiny import VOCABULARY, tiny_store
 from wikift.base.errors import UserError
 from wikift.base.shape import RELEASED, Shape, shape_of
 from wikift.commands.train import main
-from wikift.settings.batch_layout import DEFAULT_GLOBAL_BATCH, MICRO_BATCH_CEILING, BatchLayout, batch_layout
+from wikift.settings.batch_layout import (
+    DEFAULT_GLOBAL_BATCH,
+    MICRO_BATCH_CEILING,
+    BatchLayout,
+    batch_layout,
+    ranks_started,
+)
 from wikift.settings.checks import check_train
 from wikift.settings.fields import EXCLUSIVE, TrainSettings
 from wikift.settings.options import parse
-from wikift.settings.run_plan import RunPlan, plan_run, ranks_started, resolve
+from wikift.settings.run_plan import RunPlan, plan_run, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -177,11 +183,11 @@ def test_the_cool_down_is_a_part_of_the_run_or_so_many_steps() -> None:
     assert plan(118_000_000, **wsd, decay_steps=0.07).schedule.decay == 21
     assert plan(118_000_000, **wsd, decay_steps=50.0).schedule.decay == 50
     assert plan(118_000_000, max_steps=300).schedule.decay == 0
-    with pytest.raises(UserError, match="--decay-steps 290: is with --warmup-steps 20 more than the run's 300 steps"):
+    with pytest.raises(UserError, match="--decay-steps 290: and --warmup-steps 20 exceed the run's 300 steps"):
         plan(118_000_000, **wsd, decay_steps=290.0, warmup_steps=20.0)
-    with pytest.raises(UserError, match=r"--decay-steps 0\.3: cannot act with --lr-scheduler-type linear"):
+    with pytest.raises(UserError, match=r"--decay-steps 0\.3: has no effect with --lr-scheduler-type linear"):
         main(["--decay-steps", "0.3", "--dry-run"])
-    with pytest.raises(UserError, match=r"--decay-steps 2\.5: must be a whole number, or a part below 1"):
+    with pytest.raises(UserError, match=r"--decay-steps 2\.5: must be a whole number, or a fraction below 1"):
         main(["--decay-steps", "2.5", "--lr-scheduler-type", "warmup_stable_decay", "--dry-run"])
 
 
@@ -272,7 +278,7 @@ def test_near_names_are_suggested() -> None:
         ("n_layer", ["n_layer: must be NAME=VALUE"]),
         ("n_layr=2", ["(did you mean n_layer?)"]),
         ("n_layer=2.5,n_head=0", ["n_layer must be a whole number of 1", "n_head must be a whole number of 1"]),
-        ("n_head=2,n_head=4", ["n_head is given twice"]),
+        ("n_head=2,n_head=4", ["n_head is set twice"]),
         ("attn_pdrop=1", ["at least 0 and below 1"]),
         ("layer_norm_epsilon=nan", ["must be a number above 0"]),
         ("initializer_range=inf", ["must be a number above 0"]),
@@ -361,7 +367,7 @@ def test_a_dry_run_shows_the_numbers(
     derived = capsys.readouterr().out.split("# derived\n")[1]
     count = Shape(2, 2, 32, 16, VOCABULARY).parameters
     assert derived.splitlines() == [
-        "# batch: 8 blocks a step = 1 process x 8 blocks x 1 accumulated",
+        "# batch: 8 blocks per step = 1 process x 8 blocks x 1 accumulation steps",
         f"# parameters: {count:,}",
         "# tokens per step: 64",
         "# train blocks: 51 blocks of 8 tokens",
@@ -371,7 +377,7 @@ def test_a_dry_run_shows_the_numbers(
     ]
     assert main(["--max-steps", "100", "--warmup-steps", "0.07", "--dry-run"]) == 0
     derived = capsys.readouterr().out.split("# derived\n")[1]
-    assert "# batch: 32 blocks a step = 1 process x 8 blocks x 4 accumulated" in derived
+    assert "# batch: 32 blocks per step = 1 process x 8 blocks x 4 accumulation steps" in derived
     assert "# parameters: 124,439,808 " in derived
     assert "# tokens per step: 32,768" in derived
     assert "# warm-up steps: 7" in derived

@@ -150,7 +150,7 @@ def test_what_cannot_act_is_refused(store: Path, tmp_path: Path) -> None:
     words = {"max_steps": 12, "eval_steps": 4, "save_steps": 4}
     problems = failing_train(arguments(store, tmp_path / "run", **words, early_stopping_patience=2))
     assert problems == [
-        "--early-stopping-patience 2: cannot act, the run has 3 validations; take 1 or less, or validate more often "
+        "--early-stopping-patience 2: has no effect, the run has 3 validations; take 1 or less, or validate more often "
         "with --eval-steps"
     ]
     assert failing_train(arguments(store, tmp_path / "run", **words, early_stopping_patience=0)) == [

@@ -48,8 +48,8 @@ def test_every_difference_is_told_on_every_rank(folders: list[Path], tmp_path: P
     stores = [tiny_store(tmp_path / f"store-{n}", seed=int(n == 2)) for n in range(3)]
     told = run_ranks(check, 3, [folders[0], folders[1], folders[1]], stores, "1")
     for rank, (folder, store) in enumerate(told):
-        assert folder.startswith(f"--output-dir {folders[min(rank, 1)]}: is another folder for rank 1, 2 than for")
-        assert store.startswith(f"--data {stores[rank]}: holds other tokens for rank 2 than for rank 0")
+        assert folder.startswith(f"--output-dir {folders[min(rank, 1)]}: is a different folder on rank 1, 2 than on")
+        assert store.startswith(f"--data {stores[rank]}: has different tokens on rank 2 than on rank 0")
     assert [list(path.iterdir()) for path in folders] == [[]] * 3
 
 

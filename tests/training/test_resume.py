@@ -270,9 +270,9 @@ def test_a_dry_run_says_where_the_run_would_start_and_refuses_what_it_would(
     before = sorted(run.rglob("*"))
     assert start() == ["# starts: finished, step 8; a longer --max-steps or --num-train-epochs resumes it"]
     (started, changed) = start("--max-steps", "12", "--weight-decay", "0.5")
-    assert started == f"# starts: after step 8 of {step_folder(run, 8)}, if that is sound"
+    assert started == f"# starts: after step 8 of {step_folder(run, 8)}, if that is valid"
     assert "weight_decay 0.0 -> 0.5" in changed
-    assert start("--resume", "never") == ["# starts: at step 1; what is in the output folder is kept aside"]
+    assert start("--resume", "never") == ["# starts: at step 1; what is in the output folder is moved aside"]
     assert start("--resume", str(step_folder(run, 4)))[0].startswith("# starts: after step 4 of ")
     (problem,) = failing_train([*line, "--seed", "7", "--dry-run"])
     assert problem.startswith("--seed 7: this run was started with 42")

@@ -67,7 +67,7 @@ def test_a_file_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault, match=r"metrics\.jsonl cannot be written .* run the same"), a_log(tmp_path):
         pass
     full = Log(open("/dev/full", "w"))  # noqa: SIM115
-    with pytest.raises(EnvironmentFault, match=r"No space left.*make room .* run the same command"):
+    with pytest.raises(EnvironmentFault, match=r"No space left.*free disk space .* run the same command"):
         full.record({"step": 1})
     with contextlib.suppress(OSError):
         full.file.close()  # type: ignore[union-attr]

@@ -27,4 +27,4 @@ def missing_for_compiling(device_type: str) -> str | None:
 def check_compiler(device_type: str) -> None:
     """Raises UserError where torch.compile would end in a traceback."""
     if missing := missing_for_compiling(device_type):
-        raise UserError(f"--compile: needs {missing}; install it or leave --compile out")
+        raise UserError(f"--compile: needs {missing}; install it or omit --compile")

@@ -113,7 +113,7 @@ def _fail(error: Exception, store: Any, rank: int) -> NoReturn:
     first = _first_failure(store, rank, wait=secondary)
     if _is_lost_peer(error) and first is None:
         print(
-            f"wikift: rank {rank} lost another process, which left no word (killed, or out of memory?); "
+            f"wikift: rank {rank} lost the connection to another process (killed, or out of memory?); "
             "run the same command again to resume from the newest checkpoint",
             file=sys.stderr,
         )

@@ -18,7 +18,7 @@ from wikift.base.errors import EnvironmentFault, UserError
 _BLOCK_BYTES = 1 << 20
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NOT_HERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG)
+_NOT_HERE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY}
 
 
 def sha256_of(path: Path) -> str:
@@ -118,14 +118,16 @@ def faults_of_writing(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise EnvironmentFault(
-                f"{out}: the disk is full ({error.strerror}); nothing was kept. Free space, or put it on another disk, "
-                "and run the command again"
+                f"{out}: the disk is full ({error.strerror}); free disk space or write to another disk, and run the "
+                "command again"
             ) from None
         below = str(error.filename).startswith(str(out.parent))
-        if error.errno in _NOT_HERE or (error.errno == errno.ENOENT and below):  # nothing can be made in /proc
-            raise UserError(f"{out}: cannot be written ({error.strerror}); name another folder") from None
-        if error.errno == errno.EIO:
-            raise EnvironmentFault(
-                f"{out}: the disk fails ({error}); nothing was kept. Put it on another disk"
+        if error.errno in (*_NOT_HERE, errno.ENAMETOOLONG) or (
+            error.errno == errno.ENOENT and below
+        ):  # nothing can be made in /proc
+            raise UserError(
+                f"{out}: cannot be written ({error.strerror}: {error.filename}); name another folder"
             ) from None
+        if error.errno == errno.EIO:
+            raise EnvironmentFault(f"{out}: I/O error ({error}); use another disk") from None
         raise

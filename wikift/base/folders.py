@@ -102,9 +102,8 @@ def has_model(name: str) -> bool:
     if is_model(path) or is_run(path):
         return is_model(path) or is_model(path / "hf") or bool(list_checkpoints(path))
     if is_checkpoint(path):
-        raise UserError(
-            f"{name}: is a checkpoint; make a model of it first: {command_line('consolidate')} {name} --out DIR"
-        )
+        command = f"{command_line('consolidate')} {shlex.quote(name)} --out DIR"
+        raise UserError(f"{name}: is a checkpoint; make a model of it first: {command}")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         kind = "holds neither a model nor a run" if path.is_dir() else "is a file"
         raise UserError(f"{name}: {kind}; name a Hugging Face directory, a run (runs/NAME) or a Hub name")

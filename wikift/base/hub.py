@@ -82,8 +82,8 @@ def failure(error: Exception, setting: str, instead: str) -> Exception:
 
 def as_os_error(error: Exception) -> Exception:
     """Rust libraries put the number of a system's error into a text; give it back its class."""
-    found = re.search(r"os error (\d+)", str(error))
-    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else error
+    match = re.search(r"os error (\d+)", str(error))
+    return OSError(int(match[1]), os.strerror(int(match[1]))) if match else error
 
 
 def no_progress_bars() -> None:

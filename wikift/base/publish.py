@@ -31,7 +31,7 @@ def make_once(
     `wait` is called once, before waiting. Raises UserError where `out` can't be written, EnvironmentFault where the
     disk is full. Nothing incomplete stays, unless the process is killed outright.
     """
-    with faults_of_writing(out), stopping_by_exception(), _folders_above(out):
+    with faults_of_writing(out), stopping_by_exception(), folders_above(out):
         if os.environ.get("LOCAL_RANK", "0") != "0" and not is_made():
             # Of one machine's ranks the first prepares, if it comes in time: its error messages are the ones shown
             wait()
@@ -126,7 +126,7 @@ def _remove(*folders: Path) -> None:
 
 
 @contextmanager
-def _folders_above(out: Path) -> Iterator[None]:
+def folders_above(out: Path) -> Iterator[None]:
     """Make the folders above `out`; where what follows fails, remove those again."""
     made = [folder for folder in out.absolute().parents if not folder.exists()]
     out.absolute().parent.mkdir(parents=True, exist_ok=True)

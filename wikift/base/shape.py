@@ -93,15 +93,15 @@ def shape_of(model: str) -> Shape | None:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "gpt2":
         raise UserError(f"--model {model}: config.json says model_type {kind!r}; wikift trains gpt2 models only")
-    found = {f.name: config[f.name] for f in dataclasses.fields(Shape) if f.name in config}
+    dimensions = {f.name: config[f.name] for f in dataclasses.fields(Shape) if f.name in config}
     problems = [
         f"--model {model}: config.json says {name} {value!r}, which must be a whole number of 1 or more"
-        for name, value in found.items()
+        for name, value in dimensions.items()
         if not (type(value) is int and value >= 1) and not (name == "n_inner" and value is None)
     ]
     if problems:
         raise UserError(*problems)
-    return with_overrides(Shape(), found)
+    return with_overrides(Shape(), dimensions)
 
 
 def with_overrides(shape: Shape, overrides: dict[str, Any]) -> Shape:
@@ -112,25 +112,25 @@ def with_overrides(shape: Shape, overrides: dict[str, Any]) -> Shape:
 
 def parse_overrides(text: str) -> dict[str, Any]:
     """`n_layer=2,n_head=4` -> {"n_layer": 2, "n_head": 4}. Raises UserError naming every bad part."""
-    found: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
     problems = []
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, equals, value = (p.strip() for p in part.partition("="))
         if not equals or name not in OVERRIDES:
             names = f"one of {', '.join(OVERRIDES)}{nearest(name, tuple(OVERRIDES))}"
             problems.append(f"--config-overrides {part}: must be NAME=VALUE, NAME {names}")
-        elif name in found:
-            problems.append(f"--config-overrides {part}: {name} is given twice; leave one out")
+        elif name in overrides:
+            problems.append(f"--config-overrides {part}: {name} is set twice; remove one")
         else:
             try:
-                found[name] = OVERRIDES[name](value)
+                overrides[name] = OVERRIDES[name](value)
             except ValueError:
-                found[name] = None
-            if not _may_be(name, found[name]):
+                overrides[name] = None
+            if not _may_be(name, overrides[name]):
                 problems.append(f"--config-overrides {part}: {name} must be {_rule(name)}")
     if problems:
         raise UserError(*problems)
-    return found
+    return overrides
 
 
 def _may_be(name: str, value: Any) -> bool:

@@ -26,7 +26,7 @@ def stop_requests() -> Iterator[Callable[[], int]]:
         if not first:
             first, when = number, time.monotonic()
         elif time.monotonic() - when > _SAME_REQUEST_SECONDS:
-            os.write(2, b"\nwikift: stopped at once; the newest complete checkpoint stands\n")
+            os.write(2, b"\nwikift: stopped at once; the newest complete checkpoint is kept\n")
             os._exit(128 + number)
 
     in_main = threading.current_thread() is threading.main_thread()  # which alone may set handlers

@@ -81,7 +81,7 @@ def seed(seed: int, *parts: int | str) -> int:
 
 def be_deterministic() -> None:
     """Let torch use kernels alone that give the same bits in every run, and raise where there is none."""
-    # before the first product: https://pytorch.org/docs/stable/notes/randomness.html
+    # before the first matmul: https://pytorch.org/docs/stable/notes/randomness.html
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a pass over each tensor
@@ -151,7 +151,7 @@ def _device(requested: str, local_rank: int, local_size: int) -> torch.device:
             raise UserError(
                 f"--device auto: there is an NVIDIA driver, but torch {torch.__version__} cannot use it (most often it "
                 f"is older than CUDA {torch.version.cuda}); update the driver, install a torch for an older CUDA "
-                "(https://pytorch.org/get-started/locally), or take --device cpu"
+                "(https://pytorch.org/get-started/locally), or use --device cpu"
             )
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -170,7 +170,7 @@ def _device(requested: str, local_rank: int, local_size: int) -> torch.device:
         raise UserError(
             f"--device {requested}: this torch has no code for {torch.cuda.get_device_name(device)}, of compute "
             f"capability {major}.{minor}, but from {min(built_for) / 10} on; install a torch for an older CUDA "
-            "(https://pytorch.org/get-started/locally), or take --device cpu"
+            "(https://pytorch.org/get-started/locally), or use --device cpu"
         )
     torch.cuda.set_device(device)
     return device

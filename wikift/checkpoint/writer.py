@@ -1,4 +1,4 @@
-"""Checkpoints written while training continues: a step waits for the copy to host memory and for nothing else.
+"""Checkpoints written while the training continues: a step waits for the copy to host memory and for nothing else.
 
 Every rank copies its fragments into buffers that are reused for each checkpoint (pinned where they come from a GPU),
 and a thread writes and checksums them into a folder beside. Rank 0's thread waits until all ranks' files exist, checks
@@ -46,7 +46,7 @@ class Saved:
 
 
 class Saver:
-    """Writes a run's checkpoints and keeps the newest `keep` and the best. `aside`: while training continues."""
+    """Writes a run's checkpoints and keeps the newest `keep` and the best. `aside`: while the training continues."""
 
     def __init__(self, run: Path, world: World, *, keep: int, aside: bool) -> None:
         self.run, self.world, self.keep, self.aside = run, world, keep, aside
@@ -132,7 +132,9 @@ class Saver:
         except OSError as error:
             shared = partial.is_dir()
             self.fault = (
-                one_line(error) if shared else f"{partial} is missing: --output-dir must be on a disk of all hosts"
+                one_line(error)
+                if shared
+                else f"{partial} is missing: --output-dir must be on a disk that all hosts share"
             )
         except Exception as error:  # an invariant: raised by the main thread, on all ranks
             self.fault = f"{type(error).__name__}: {error}"
@@ -161,7 +163,7 @@ class Saver:
         raise EnvironmentFault(
             f"the checkpoint of step {self._step} was not written; "
             + (f"the newest complete one is {kept[-1]}" if kept else "none is complete yet")
-            + ". Make room (or fix the disk) and run the same command to resume"
+            + ". Free disk space (or fix the disk) and run the same command to resume"
         )
 
 

@@ -1,7 +1,4 @@
-"""The generate command: prompts to text, streamed as it is made.
-
-The interactive loop is `session`, one answer is `writer`. A user's mistake is reported before torch is imported.
-"""
+"""The generate command: prompts to text, streamed. A user's mistake is reported before torch is imported."""
 
 from __future__ import annotations
 
@@ -23,25 +20,26 @@ from wikift.base.files import read_lines
 from wikift.commands.answers import print_answer, print_answers, sampling_of, speed
 from wikift.commands.consolidate import model_source
 from wikift.generation import prompts
+from wikift.settings.batch_layout import ranks_started
 from wikift.settings.checks import check_train, problems_of
 from wikift.settings.fields import EXCLUSIVE, GenerateSettings, TrainSettings
 from wikift.settings.generate_checks import check_sampling
 from wikift.settings.options import Parsed, parse_all
-from wikift.settings.run_plan import ranks_started, resolve
+from wikift.settings.run_plan import resolve
 
 if TYPE_CHECKING:
     from wikift.generation.writer import Answer, Writer
 
 Say = Callable[[str], None]
 
-DESCRIPTION = "Let a trained model continue a prompt. Without a prompt it is interactive."
+DESCRIPTION = "Generate text from a prompt. Without a prompt it is interactive."
 EPILOG = """examples:
   wikift generate                              the newest run, interactive
   wikift generate runs/NAME --prompt "The Renaissance was"
   wikift generate runs/NAME --examples --json --seed 7
   wikift generate runs/NAME --prompts-file FILE --batch-size 32 --stop "\\n" --json
   wikift generate -- --dataset demo --from-scratch
-                     where runs/ has no model yet: what follows -- goes to wikift train"""
+                     where runs/ has no model yet: settings after -- are those of wikift train"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,8 +50,8 @@ def main(argv: Sequence[str]) -> int:
     parsed = parse_all(
         GenerateSettings, arguments[:end], prog="wikift generate", description=DESCRIPTION, epilog=EPILOG
     )
-    texts = parsed.checked(lambda settings: _check(settings, training))
-    settings = dataclasses.replace(parsed.settings, stop=tuple(map(prompts.escapes, parsed.settings.stop)))
+    settings, texts = parsed.checked(lambda settings: _checked(settings, training))
+    say = _sayer(settings)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show, or a pipe cannot mean, does not end us
             stream.reconfigure(errors="replace")
@@ -63,12 +61,24 @@ def main(argv: Sequence[str]) -> int:
         if code != EXIT_DONE:
             return code
     elif training:
-        _sayer(settings)(f"{name} has a model, so nothing is trained and what follows -- is not used")
-    return _answer_all(settings, name, texts)
+        say(f"{name} has a model: no training, the settings after -- are ignored")
+    source = model_source(name, say)
+    from wikift.generation.writer import load_writer
+
+    writer = load_writer(source, settings.device, settings.precision, say)
+    if texts is None:
+        from wikift.commands.session import converse
+
+        return converse(writer, settings, source, say)
+    if len(texts) == 1:
+        say(speed(print_answer(writer, (0, texts[0]), settings, source, say, echo=not settings.quiet)))
+    else:
+        _answer_batches(writer, texts, settings, source, say)
+    return EXIT_DONE
 
 
-def _check(settings: GenerateSettings, training: list[str] | None) -> list[str] | None:
-    """The prompts asked for, None for an interactive session. Raises UserError with all that is wrong."""
+def _checked(settings: GenerateSettings, training: list[str] | None) -> tuple[GenerateSettings, list[str] | None]:
+    """The settings, and the prompts asked for, None for an interactive session. Raises UserError with all problems."""
     problems = check_sampling(settings)
     sources = {
         "--prompt": settings.prompt is not None,
@@ -77,13 +87,15 @@ def _check(settings: GenerateSettings, training: list[str] | None) -> list[str] 
     }
     chosen = [name for name, used in sources.items() if used]
     if len(chosen) > 1:
-        problems.append(f"{' and '.join(chosen)}: each says what to answer; keep one of them")
+        problems.append(f"{' and '.join(chosen)}: only one source of prompts can be used; remove the others")
     if ranks_started() > 1:
-        problems.append(f"torchrun: started {ranks_started()} processes, this is work for one; start it with python")
+        problems.append(f"torchrun: started {ranks_started()} processes, this command is one; start it with python")
     if training is not None and not settings.train:
-        problems.append("--no-train: what follows -- is for a training; remove one of the two")
+        problems.append("--no-train: settings after -- are for training; remove one of the two")
     elif training is not None and settings.model is not None:
-        problems.append(f"--: what follows is for a training, and there is none for {settings.model}; remove it")
+        problems.append(
+            f"--: settings after it are for training, and MODEL {settings.model} is not trained here; remove them"
+        )
     if settings.model is not None:
         problems += problems_of(lambda: folders.check_model(str(settings.model)))
     texts = list(prompts.EXAMPLES) if settings.examples else None
@@ -95,17 +107,17 @@ def _check(settings: GenerateSettings, training: list[str] | None) -> list[str] 
         texts = read_lines(path, "--prompts-file") if not problems else None
     if problems:
         raise UserError(*problems)
-    return texts
+    return dataclasses.replace(settings, stop=tuple(map(prompts.escapes, settings.stop))), texts
 
 
-def _sayer(settings: GenerateSettings) -> Callable[[str], None]:
+def _sayer(settings: GenerateSettings) -> Say:
     return lambda text: None if settings.quiet else print(f"wikift: {text}", file=sys.stderr, flush=True)
 
 
 def _train_first(arguments: list[str], settings: GenerateSettings) -> tuple[int, str]:
-    """Train in a process of its own, which frees its memory at its end; returns (exit code, the run's folder).
+    """Train in its own process, after asking on a terminal; returns (exit code, the run's folder).
 
-    Asks first on a terminal. Raises UserError where training is not allowed or not wanted, or left no model.
+    Raises UserError where training is not allowed or not wanted, or left no model.
     """
     parsed = parse_all(TrainSettings, arguments, prog="wikift train", exclusive=EXCLUSIVE)
     resolved = resolve(parsed.settings, 1)
@@ -119,56 +131,35 @@ def _train_first(arguments: list[str], settings: GenerateSettings) -> tuple[int,
     if settings.train and asks:
         print("train it now? [Y/n] ", end="", file=sys.stderr, flush=True)
     if not settings.train or (asks and sys.stdin.readline().strip().lower() not in ("", "y", "yes")):
-        raise UserError(f"no trained model yet; make one and try again:\n    {train}\n    {generate}")
+        raise UserError(f"no trained model yet; train one first:\n    {train}\n    {generate}")
     quiet = ["--quiet"] if settings.quiet and not parsed.settings.quiet else []
-    child: list[subprocess.Popen[bytes]] = []
-
-    def forward(number: int, frame: object) -> None:
-        if child and number != signal.SIGINT:  # Ctrl-C reaches it from the terminal
-            child[0].send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     # a pipe's lines are prompts and its output is for answers, so the training gets neither
     output = None if sys.stdout.isatty() else sys.stderr.fileno()
-    child += [subprocess.Popen([*program_of("train"), *arguments, *quiet], stdin=subprocess.DEVNULL, stdout=output)]
-    exit_code = child[0].wait()
+    command = [*program_of("train"), *arguments, *quiet]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output) as child:
+
+        def forward(number: int, frame: object) -> None:
+            if number != signal.SIGINT:  # Ctrl-C reaches it from the terminal
+                child.send_signal(number)
+
+        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        exit_code = child.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
     if exit_code == EXIT_DONE and not (folders.is_run(Path(run)) and folders.has_model(run)):
-        raise UserError(f"{run}: the training left no checkpoint there (a --dry-run?); nothing to answer from")
+        raise UserError(f"{run}: the training left no checkpoint (a --dry-run?); there is no model to generate from")
     if exit_code == EXIT_INTERRUPTED:
-        print(f"wikift: the training is saved; resume it:\n  {train}\n  {generate}", file=sys.stderr)
+        print(f"wikift: training was interrupted and saved; resume it:\n  {train}\n  {generate}", file=sys.stderr)
     return 128 - exit_code if exit_code < 0 else exit_code, run
-
-
-def _answer_all(settings: GenerateSettings, name: str, texts: list[str] | None) -> int:
-    say = _sayer(settings)
-    source = model_source(name, say)
-    from wikift.generation.writer import load_writer
-
-    writer = load_writer(source, settings.device, settings.precision, settings.compile, say)
-    if writer.warning:
-        say(writer.warning)
-    say(f"{source}, {writer.parameters:,} parameters on {writer.device}")
-    if texts is None:
-        from wikift.commands.session import converse
-
-        return converse(writer, settings, source, say)
-    if len(texts) == 1:
-        say(speed(print_answer(writer, (0, texts[0]), settings, source, say, echo=not settings.quiet)))
-    else:
-        _answer_batches(writer, texts, settings, source, say)
-    return EXIT_DONE
 
 
 def texts(parsed: Parsed[GenerateSettings], prompts_asked: Sequence[str]) -> Iterator[list[Answer]]:
     """For Python: the answers to each of the prompts, in order; nothing is printed."""
-    parsed.checked(lambda settings: _check(settings, None))
-    settings = dataclasses.replace(parsed.settings, stop=tuple(map(prompts.escapes, parsed.settings.stop)))
+    settings, _ = parsed.checked(lambda settings: _checked(settings, None))
     source = model_source(str(settings.model), lambda text: None)
     from wikift.generation.writer import load_writer
 
-    writer = load_writer(source, settings.device, settings.precision, settings.compile)
+    writer = load_writer(source, settings.device, settings.precision)
     yield from _in_order(writer, prompts_asked, settings, lambda text: None)
 
 
@@ -183,7 +174,7 @@ def _answer_batches(writer: Writer, texts: list[str], settings: GenerateSettings
 
 def _in_order(writer: Writer, texts: Sequence[str], settings: GenerateSettings, say: Say) -> Iterator[list[Answer]]:
     """Batches of prompts of like length, the shortest first; answers are passed on when all before them are."""
-    # characters tell the length well enough, and an order made of tokens would encode every prompt twice
+    # in characters: to sort by tokens every prompt would be encoded twice
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
     several = settings.num_return_sequences
     together = max(1, settings.batch_size // several)

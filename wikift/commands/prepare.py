@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wikift.base.command import command_line
+from wikift.settings.batch_layout import ranks_started
 from wikift.settings.checks import check_data
 from wikift.settings.fields import DataSettings, PrepareSettings, store_path
 from wikift.settings.options import Parsed, parse_all
-from wikift.settings.run_plan import fallback_dataset, ranks_started
+from wikift.settings.run_plan import fallback_dataset
 
 if TYPE_CHECKING:
     from wikift.data.prepare import Request
@@ -46,7 +47,7 @@ def make(parsed: Parsed[PrepareSettings]) -> Path:
         return Path(settings.out)
     if settings.dataset is None:
         settings = dataclasses.replace(settings, dataset=fallback_dataset(ranks_started()))
-        say(f"--dataset is not given: taking {settings.dataset}")
+        say(f"--dataset is not set: using {settings.dataset}")
     settings = dataclasses.replace(settings, tokenizer=settings.tokenizer or DEFAULT_TOKENIZER)
     out = Path(settings.out) if settings.out is not None else store_path(settings)
     problems = data_problems(settings, out)
@@ -56,7 +57,7 @@ def make(parsed: Parsed[PrepareSettings]) -> Path:
     exists = (out / "store.json").exists()
     make_store(settings, settings.seed, out, quiet=settings.quiet, say=say, setting="--out")
     if exists:
-        say(f"{out} already exists, made by the same recipe")
+        say(f"{out} already exists, with the same recipe")
     return out
 
 
@@ -97,7 +98,7 @@ def _report(out: Path, settings: PrepareSettings) -> int:
     store = open_store(out, verify=settings.verify, setting="--out")
     if not settings.quiet:
         print("\n".join(_table(store)))
-        print(f"{out}: {'every byte is as it was written' if settings.verify else 'ready'}. Next:")
+        print(f"{out}: {'every checksum is right' if settings.verify else 'ready'}. Next:")
         print(f"  {command_line('train')} --data {shlex.quote(str(out))}")
     return 0
 

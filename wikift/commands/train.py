@@ -13,11 +13,11 @@ from wikift.base.command import command_line
 from wikift.base.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 from wikift.base.shape import Shape
 from wikift.settings import deepspeed
-from wikift.settings.batch_layout import BatchLayout, batch_layout
+from wikift.settings.batch_layout import BatchLayout, batch_layout, ranks_started
 from wikift.settings.checks import check_train, problems_of
 from wikift.settings.fields import EXCLUSIVE, TrainSettings, store_path
 from wikift.settings.options import Parsed, flag, parse_all
-from wikift.settings.run_plan import RunPlan, apply_scratch, model_shape, plan_run, ranks_started, resolve
+from wikift.settings.run_plan import RunPlan, apply_scratch, model_shape, plan_run, resolve
 from wikift.settings.schedule import schedule_of
 from wikift.training.resume import planned_start
 
@@ -83,14 +83,14 @@ def train(parsed: Parsed[TrainSettings], problems: Sequence[str] = ()) -> tuple[
 
 def _resolved(parsed: Parsed[TrainSettings], problems: Sequence[str]) -> tuple[TrainSettings, list[str]]:
     """The settings with what follows from them, and what to tell of it. Raises UserError with all that is wrong."""
-    given = parsed.settings
+    asked = parsed.settings
     ranks = ranks_started()
-    merged = deepspeed.merge(given, parsed.typed)
+    merged = deepspeed.merge(asked, parsed.typed)
     settings = resolve(merged.settings, ranks)
-    checks = check_train(settings, ranks, launched="RANK" in os.environ) + _data_problems(settings, given)
+    checks = check_train(settings, ranks, launched="RANK" in os.environ) + _data_problems(settings, asked)
     parsed.refuse([*problems, *merged.problems, *deepspeed.with_keys(checks, merged)])
     notes = list(merged.notes)
-    if given.data is None and given.dataset is None and ranks == 1:
+    if asked.data is None and asked.dataset is None and ranks == 1:
         notes.append("one process: falling back to wikitext-2-v1 (torchrun starts several, and wikitext-103-v1)")
     return settings, notes
 
@@ -143,8 +143,8 @@ def dry_run(settings: TrainSettings, layout: BatchLayout) -> str:
     return "\n".join(lines)
 
 
-def _data_problems(settings: TrainSettings, given: TrainSettings) -> list[str]:
-    """What is wrong with the store or the text, as far as it shows at once; `given` before derivations."""
+def _data_problems(settings: TrainSettings, asked: TrainSettings) -> list[str]:
+    """What is wrong with the store or the text, as far as it shows at once; `asked` before derivations."""
     from wikift.commands.prepare import data_problems
     from wikift.data.store import open_store
 
@@ -152,7 +152,7 @@ def _data_problems(settings: TrainSettings, given: TrainSettings) -> list[str]:
     if data is not None:
         return problems_of(lambda: open_store(data))
     # a tokenizer that follows from --model is not complained of beside --model
-    return data_problems(dataclasses.replace(settings, tokenizer=given.tokenizer or "gpt2"))
+    return data_problems(dataclasses.replace(settings, tokenizer=asked.tokenizer or "gpt2"))
 
 
 def _plan(settings: TrainSettings, layout: BatchLayout, store: TokenStore) -> RunPlan:

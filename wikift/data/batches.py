@@ -1,10 +1,9 @@
 """Token store -> the blocks of step s for rank r, as a pure function of (seed, step, rank).
 
 The blocks of a split lie end to end in the tokens. An endless stream runs through all of them once an epoch, in an
-order drawn anew from (seed, epoch); step s takes positions [s * G, (s + 1) * G) of the stream, G the global batch, and
-the ranks take them in turn. Nothing is remembered between steps, so a resume starts at any position at once: the cost
-is one permutation, whatever came before. A step that crosses an epoch's end goes on in the next, so no block is
-dropped or seen twice.
+order drawn from (seed, epoch); step s takes positions [s * G, (s + 1) * G) of the stream, G the global batch, and the
+ranks take them in turn. Nothing is remembered between steps, so a resume starts at any position at the cost of one
+permutation. A step that crosses an epoch's end continues in the next, so no block is dropped or seen twice.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -53,39 +53,42 @@ class ResumableSampler(DistributedSampler[int]):
     def __iter__(self) -> Iterator[int]:
         position, drawn, order = self.start + self.rank, -1, self.items
         while True:
-            epoch, place = divmod(position, len(self.items))
+            epoch, index = divmod(position, len(self.items))
             if epoch != drawn:
                 drawn, order = epoch, self.items[_permutation(len(self.items), seed(self.run_seed, "order", epoch))]
-            yield int(order[place])
+            yield int(order[index])
             position += self.num_replicas
 
 
+@dataclass(frozen=True)
+class BatchLayout:
+    """How the stream is divided: `micro_batch` blocks, `accumulation` times in each step of each rank."""
+
+    block_size: int
+    micro_batch: int
+    accumulation: int = 1
+    rank: int = 0
+    ranks: int = 1
+
+
 def micro_batches(
-    tokens: np.ndarray,
-    items: np.ndarray,
-    *,
-    block_size: int,
-    micro_batch: int,
-    accumulation: int,
-    rank: int,
-    ranks: int,
-    run_seed: int,
-    first_step: int,
+    tokens: np.ndarray, items: np.ndarray, layout: BatchLayout, *, run_seed: int, first_step: int = 0
 ) -> Iterator[list[Tensor]]:
     """This rank's micro-batches, each (micro_batch, block_size + 1) int64, of every step from `first_step` on."""
-    share = micro_batch * accumulation
-    sampler = ResumableSampler(items, rank=rank, ranks=ranks, run_seed=run_seed, start=first_step * share * ranks)
-    stream, windows = iter(sampler), block_windows(tokens, block_size)
+    share, ranks = layout.micro_batch * layout.accumulation, layout.ranks
+    start = first_step * share * ranks
+    stream = iter(ResumableSampler(items, rank=layout.rank, ranks=ranks, run_seed=run_seed, start=start))
+    windows = block_windows(tokens, layout.block_size)
     while True:
         blocks = read_blocks(windows, np.fromiter(islice(stream, share), np.int64, share))
-        yield list(blocks.split(micro_batch))
+        yield list(blocks.split(layout.micro_batch))
 
 
 def ahead(stream: Iterator[list[Tensor]], device: torch.device, *, steps: int = 2) -> Iterator[list[Tensor]]:
     """The same micro-batches on `device`, the next `steps` of them prepared by a thread while the device works.
 
-    On CUDA they lie in pinned memory and are copied without waiting. What is raised in `stream` is raised here, in its
-    turn. The thread ends when this iterator is closed or dropped.
+    On CUDA they are in pinned memory and copied without waiting. What `stream` raises is raised here, in its turn.
+    The thread ends when this iterator is closed or dropped.
     """
     ready: queue.Queue[list[Tensor] | BaseException | None] = queue.Queue(steps)
     stopped = threading.Event()
@@ -105,14 +108,14 @@ def ahead(stream: Iterator[list[Tensor]], device: torch.device, *, steps: int = 
     thread = threading.Thread(target=prepare, name="batches", daemon=True)
     thread.start()
     try:
-        while (found := ready.get()) is not None:
-            if isinstance(found, BaseException):
-                raise found
-            yield [block.to(device, non_blocking=True) for block in found]
+        while (batch := ready.get()) is not None:
+            if isinstance(batch, BaseException):
+                raise batch
+            yield [block.to(device, non_blocking=True) for block in batch]
     finally:
         stopped.set()
         while thread.is_alive():
-            with contextlib.suppress(queue.Empty):  # it may wait for a place
+            with contextlib.suppress(queue.Empty):  # it may wait for a free slot
                 ready.get(timeout=0.01)
 
 

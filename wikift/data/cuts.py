@@ -5,9 +5,8 @@ They are cut only where GPT-2's pre-tokenizer splits for certain, so no id chang
     's|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+
 
 A match has white space at its start or is nothing else, so one always ends between a character that is not white space
-and one that is; and the matches with letters in them end where the letters end. What is before such a place doesn't
-matter to what is behind it, nor the other way round. Where a million characters have no such place the row is cut all
-the same, and the number of such rows is told.
+and one that is; and the matches with letters in them end where the letters end. Where a million
+characters have no such position the row is cut all the same, and the number of such rows is reported.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,7 @@ class Cuts:
 
     exact: int = 0
     inexact: int = 0
-    unsplit: tuple[str, ...] | None = field(default=None)  # added tokens; None: this tokenizer's rows are never cut
+    unsplit: tuple[str, ...] | None = None  # added tokens; None: this tokenizer's rows are never cut
 
 
 def cut_rule(tokenizer_file: Path) -> Cuts:
@@ -62,15 +61,15 @@ def cut_rule(tokenizer_file: Path) -> Cuts:
 
 
 def cut_place(text: str, unsplit: tuple[str, ...], low: int, high: int, *, last: bool) -> int:
-    """The last (or first) place in `text`, `low < place <= high`, where cutting changes no id; 0 if there is none."""
+    """The last (or first) place in `text`, `low < end <= high`, where cutting changes no id; 0 if there is none."""
     high = min(high, len(text) - max(map(len, unsplit), default=1))  # a token begun here could end in what is to come
     starts = range(low, high, _SEARCH_CHARACTERS)
     for start in reversed(starts) if last else starts:
-        found = [match.end() for match in _SAFE_PLACE.finditer(text, start, min(start + _SEARCH_CHARACTERS, high) + 1)]
-        for place in reversed(found) if last else found:
-            near = ((token, text[max(0, place - len(token) + 1) : place + len(token) - 1]) for token in unsplit)
-            if place <= high and not any(token in around for token, around in near):
-                return place
+        ends = [match.end() for match in _SAFE_PLACE.finditer(text, start, min(start + _SEARCH_CHARACTERS, high) + 1)]
+        for end in reversed(ends) if last else ends:
+            near = ((token, text[max(0, end - len(token) + 1) : end + len(token) - 1]) for token in unsplit)
+            if end <= high and not any(token in around for token, around in near):
+                return end
     return 0
 
 
@@ -93,10 +92,10 @@ def pieces(texts: Iterable[tuple[str, bool]], cuts: Cuts) -> Iterator[tuple[str,
         held.clear()
         position = 0
         if cuts.unsplit is not None:
-            for place, safe in _places(rest, cuts.unsplit):
+            for cut, safe in _places(rest, cuts.unsplit):
                 exact, inexact = True, inexact or not safe
-                yield rest[position:place], False, not (rest[place - 1].isspace() or rest[place].isspace())
-                position = place
+                yield rest[position:cut], False, not (rest[cut - 1].isspace() or rest[cut].isspace())
+                position = cut
         held.append(rest[position:])
         del rest
         if ends:
@@ -110,11 +109,11 @@ def _places(text: str, unsplit: tuple[str, ...]) -> Iterator[tuple[int, bool]]:
     position = 0
     while len(text) - position > LONG_CHARACTERS:
         soon, late = position + LONG_CHARACTERS, position + HOPELESS_CHARACTERS
-        place = cut_place(text, unsplit, position, soon, last=True) or cut_place(text, unsplit, soon, late, last=False)
-        if not place and len(text) <= late:
+        cut = cut_place(text, unsplit, position, soon, last=True) or cut_place(text, unsplit, soon, late, last=False)
+        if not cut and len(text) <= late:
             return
-        position = place or late
-        yield position, bool(place)
+        position = cut or late
+        yield position, bool(cut)
 
 
 def short_rows(batches: Iterable[tuple[Texts, Ends]], cuts: Cuts) -> Iterator[tuple[Texts, Ends, int]]:

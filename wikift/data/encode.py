@@ -41,8 +41,8 @@ class Chunk:
         if eos is not None:
             ids = np.insert(ids, ends[self.ends], eos)
         rows = int(self.ends.sum())
-        words = count_words(self.texts) + rows - self.joined
-        return Encoded(ids, rows, words, len(self.texts.data))
+        word_count = count_words(self.texts) + rows - self.joined
+        return Encoded(ids, rows, word_count, len(self.texts.data))
 
 
 def chunks(batches: Iterable[tuple[Texts, Ends]], cuts: Cuts) -> Iterator[Chunk]:
@@ -85,8 +85,8 @@ def chunk_encoder(tokenizer_file: Path, eos_token_id: int | None, dtype: str) ->
     def encode(chunk: Chunk) -> Encoded:
         texts, lists = iter(chunk.texts), []
         for count in np.bincount(chunk.texts.offsets[:-1] // _CALL_BYTES):
-            found = tokenizer.encode_batch_fast(list(itertools.islice(texts, count)), add_special_tokens=False)
-            lists += [encoding.ids for encoding in found]
+            encodings = tokenizer.encode_batch_fast(list(itertools.islice(texts, count)), add_special_tokens=False)
+            lists += [encoding.ids for encoding in encodings]
         ends = np.cumsum([len(ids) for ids in lists], dtype=np.int64)
         ids = np.fromiter(itertools.chain.from_iterable(lists), np.uint32, ends[-1])
         return chunk.encoded(ids, ends, eos_token_id, dtype)

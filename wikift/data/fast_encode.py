@@ -1,6 +1,6 @@
-"""Chunks -> ids by gigatoken, which is a hundred times as fast as `tokenizers`, under the eyes of `tokenizers`.
+"""Chunks -> ids by gigatoken, which is a hundred times as fast as `tokenizers`, checked against `tokenizers`.
 
-gigatoken is young, so it is believed only as far as it is checked, in every preparation: on hostile strings at the
+gigatoken is young, so it is checked in every preparation: on hostile strings at the
 start, on every character that occurs, in a few surroundings (libraries know other versions of Unicode), and on 4 KB of
 rows out of each chunk of some 2 MB, drawn by the chunk's content. At the first difference
 `Disagreement` is raised, and the caller starts again with `encode.chunk_encoder`. Threads share one gigatoken and what
@@ -25,7 +25,7 @@ from wikift.data.store import Encoded
 from wikift.data.texts import Texts
 
 SAMPLE_BYTES = 4096  # of a chunk of one to three million, compared with `tokenizers`
-CACHE_BYTES = 300_000_000  # gigatoken's caches grow with every new word and are never emptied: beyond this, start anew
+CACHE_BYTES = 300_000_000  # gigatoken's caches grow with every new word and are never emptied: beyond this, restart
 _LEAST_BYTES_BETWEEN = 4_000_000
 _SURROUNDINGS = ("{}", " {}", "a{}", "{}a", "1{}", "{}1", "{}'s", "{} ", "{}.", "{0}{0}")
 _HIGH = np.uint64(0x8080808080808080)
@@ -44,7 +44,7 @@ _HOSTILE = [
 
 
 class Disagreement(Exception):
-    """gigatoken gave other ids than `tokenizers`, or could not read the tokenizer; the message says where."""
+    """gigatoken returned other ids than `tokenizers`, or could not read the tokenizer; the message says where."""
 
 
 def why_not(cuts: Cuts) -> str | None:
@@ -67,7 +67,7 @@ def fast_chunk_encoder(tokenizer_file: Path, eos_token_id: int | None, dtype: st
         encoded = reference.encode_batch_fast(wanted, add_special_tokens=False)
         for i, text, right in zip(numbers, wanted, encoded, strict=True):
             if ids[ends[i - 1] if i else 0 : ends[i]].tolist() != right.ids:
-                raise Disagreement(f"gigatoken and tokenizers give other ids for {text[:80]!r}")
+                raise Disagreement(f"gigatoken and tokenizers return different ids for {text[:80]!r}")
 
     def compare_characters(here: Any, texts: Texts) -> None:
         codes = _beyond_ascii(texts.data)
@@ -118,16 +118,16 @@ def _encode(fast: Any, texts: Texts) -> tuple[npt.NDArray[Any], npt.NDArray[np.i
 
     characters = NumpyArray(texts.data, parameters={"__array__": "char"})
     content = ListOffsetArray(Index64(texts.offsets), characters, parameters={"__array__": "string"})
-    found = fast.encode_batch(awkward.Array(content), parallel=False).layout
-    offsets = np.asarray(found.offsets)
-    return np.asarray(found.content.data)[offsets[0] : offsets[-1]], offsets[1:] - offsets[0]
+    encoded = fast.encode_batch(awkward.Array(content), parallel=False).layout
+    offsets = np.asarray(encoded.offsets)
+    return np.asarray(encoded.content.data)[offsets[0] : offsets[-1]], offsets[1:] - offsets[0]
 
 
 def _beyond_ascii(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
     """The characters of UTF-8 `data` that are not ASCII, in order. Eight bytes at a time: most text has few."""
-    whole = len(data) // 8 * 8
-    words = data[:whole].view(np.uint64)
-    some = np.concatenate((words[(words & _HIGH) != 0].view(np.uint8), data[whole:]))
+    aligned = len(data) // 8 * 8
+    eights = data[:aligned].view(np.uint64)
+    some = np.concatenate((eights[(eights & _HIGH) != 0].view(np.uint8), data[aligned:]))
     text = some[some >= 0x80].tobytes().decode()  # a character's bytes are all of them beyond
     return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
@@ -148,7 +148,7 @@ def _sample(texts: Texts) -> list[int]:
 
 
 def _resident_bytes() -> int:
-    """Of this process now; 0 where the system does not say, so that nothing is started anew there."""
+    """Of this process now; 0 where the system does not say, so that nothing is restarted there."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

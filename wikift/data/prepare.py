@@ -1,16 +1,14 @@
 """Text to a token store: made once, by the first process that asks for it.
 
-A store that is there by the same recipe is taken at once; one by another recipe is left alone, and the user told.
+A store made by the same recipe is reused at once; one made by another recipe is left unchanged and is an error.
 Speed is 100 MB/s and more on two cores with gigatoken (`fast_encode`), else that of `tokenizers`, 2 MB/s on each core.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,14 +50,14 @@ def out_problems(out: Path) -> list[str]:
     if (out / "store.json").exists():
         return []
     if out.is_symlink():
-        return [f"--out {out}: is a link, which a store can't be moved to; name the folder that it is to be"]
+        return [f"--out {out}: is a symbolic link; name the folder itself"]
     if out.is_dir():
         if any(out.iterdir()):
-            return [f"--out {out}: is a folder with other things in it; name a new folder"]
+            return [f"--out {out}: is a folder that contains other files; name a new folder"]
         mount = out.resolve().is_mount()
         if mount or out.resolve() == Path.cwd():
             kind = "a mount point" if mount else "the current folder"
-            return [f"--out {out}: is {kind}, which a store can't be moved to; name a folder in it"]
+            return [f"--out {out}: is {kind}, which cannot be replaced; name a folder in it"]
     elif out.exists():
         return [f"--out {out}: is a file; name a folder"]
     files = [str(above) for above in out.parents if above.is_file()]
@@ -67,7 +65,7 @@ def out_problems(out: Path) -> list[str]:
 
 
 def ensure_store(request: Request, out: Path, *, say: Say, progress: Progress, setting: str = "the store") -> None:
-    """Return when the store is at `out`: there already, made by this process, or by one that it waited for.
+    """Return when the store is at `out`: already present, made by this process, or by one that it waited for.
 
     Needs no process group and has no time limit, so every rank may call it. `say` gets one line at a time; the last
     tells the speed. Raises UserError for settings and files that the user must fix, also where a store made by another
@@ -104,7 +102,7 @@ def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> No
     if progress.quiet or not progress.terminal:
         hub.no_progress_bars()
     corpus = open_source(source)
-    facts = _beside(lambda: facts_of(source, checksums=True))
+    facts = facts_of(source, checksums=True)
     for note in corpus.notes:
         say(note)
     saved = _tokenizer(request, corpus, folder / "tokenizer", say, progress)
@@ -116,10 +114,10 @@ def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> No
         def parts(split: str) -> Iterator[Encoded]:
             starts.append(time.perf_counter())
             chunks = encode.chunks(corpus.batches(split), cuts)
-            found = encode.encode_all(chunks, encode_chunk, request.workers or _cores())
-            counted = progress.over(split, corpus.sizes[split], found, lambda part: (part.bytes, len(part.ids)))
+            encoded = encode.encode_all(chunks, encode_chunk, request.workers or _cores())
+            counted = progress.over(split, corpus.sizes[split], encoded, lambda part: (part.bytes, len(part.ids)))
             yield from _with_text(f"--dataset {source.dataset}: its {split} split", counted)
-            record.update(record_of(facts(), corpus, saved, append_eos, source))
+            record.update(record_of(facts, corpus, saved, append_eos, source))
             record.update(rows_cut_exactly=cuts.exact, rows_cut_inexactly=cuts.inexact)
 
         return write_store(
@@ -133,8 +131,8 @@ def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> No
         raise UserError(f"{source.dataset}: {CHANGED}")
     if inexact := store.record["rows_cut_inexactly"]:
         say(
-            f"{inexact} row(s) of more than a million characters had no place to cut at, so a few ids may differ "
-            "from the tokenizer's on the whole row (rows_cut_inexactly in store.json)"
+            f"{inexact} row(s) of more than a million characters could not be split exactly; a few ids may "
+            "differ from tokenizing the whole row at once (rows_cut_inexactly in store.json)"
         )
     size, seconds = sum(split.bytes for split in store.splits.values()), time.perf_counter() - starts[0]
     if size > SLOW_BYTES:
@@ -165,27 +163,13 @@ def _by_either(
 
 def _with_text(name: str, parts: Iterator[Encoded]) -> Iterator[Encoded]:
     """The parts; raises UserError at their end where there is no word in them."""
-    rows = words = 0
+    rows = word_count = 0
     for part in parts:
-        rows, words = rows + part.rows, words + part.words
+        rows, word_count = rows + part.rows, word_count + part.words
         yield part
-    if words == rows:  # each row counts one end of line
-        found = f"{rows:,} blank rows" if rows else "no rows"
-        raise UserError(f"{name} holds no text ({found}); name one with text in it")
-
-
-def _beside(work: Callable[[], Any]) -> Callable[[], Any]:
-    """Start `work` in a thread that nobody waits for at the end; returns a function that waits for its result."""
-    made: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            made.set_result(work())
-        except BaseException as error:
-            made.set_exception(error)
-
-    threading.Thread(target=run, name="beside", daemon=True).start()
-    return made.result
+    if word_count == rows:  # each row counts one end of line
+        content = f"{rows:,} blank rows" if rows else "no rows"
+        raise UserError(f"{name} contains no text ({content}); use a dataset that does")
 
 
 def _cores() -> int:
@@ -207,5 +191,5 @@ def _tokenizer(request: Request, corpus: Corpus, folder: Path, say: Say, progres
     saved = tokenizer.train(counted, size, folder)
     progress.clear()
     if saved.vocab_size < size:
-        say(f"the text has too few different pairs for {size:,} tokens: the vocabulary has {saved.vocab_size:,}")
+        say(f"the text is too small for a vocabulary of {size:,}; it has {saved.vocab_size:,}")
     return saved

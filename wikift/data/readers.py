@@ -60,9 +60,9 @@ def _decoded(path: Path) -> Iterator[str]:
             if block and text.endswith("\r"):  # its "\n" may be in the next block
                 text, held = text[:-1], "\r"
             text = text.replace("\r\n", "\n")
-            whole = text.rfind("\n") + 1
-            if block and whole:
-                text, held = text[:whole], text[whole:] + held
+            lines_end = text.rfind("\n") + 1
+            if block and lines_end:
+                text, held = text[:lines_end], text[lines_end:] + held
             if text:
                 yield text
             if not block:
@@ -70,7 +70,7 @@ def _decoded(path: Path) -> Iterator[str]:
 
 
 def read_jsonl(path: Path, column: str) -> Iterator[Texts]:
-    """The texts of `column`, one JSON object a line; lines of white space alone are passed over."""
+    """The texts of `column`, one JSON object a line; lines of white space alone are skipped."""
     batch: list[str] = []
     size = offset = 0
     with _open(path) as file:
@@ -117,7 +117,7 @@ def _text_of(raw: bytes, path: Path, number: int, start: int, column: str) -> st
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise UserError(
-                f"{where}: {column!r} holds half of a surrogate pair (\\ud800 to \\udfff), no text; fix it"
+                f"{where}: {column!r} holds half of a surrogate pair (\\ud800 to \\udfff), which is not text; fix it"
             ) from None
     return text
 
@@ -202,7 +202,7 @@ def parquet_bytes(path: Path, column: str) -> int:
 
 
 def _broken_parquet(path: Path, error: Exception) -> str:
-    return f"{path}: is not a whole parquet file ({one_line(error)}); copy or download it again"
+    return f"{path}: is not a complete parquet file ({one_line(error)}); copy or download it again"
 
 
 def _open(path: Path) -> Any:

@@ -84,7 +84,7 @@ def recipe_of(store: TokenStore) -> Recipe:
     """The recipe in `store.json`."""
     record = store.record
     dataset = str(record.get("dataset_path") or record.get("dataset"))
-    given = dataset not in (*WIKITEXT, "demo") and not Path(dataset).is_file()
+    named = dataset not in (*WIKITEXT, "demo") and not Path(dataset).is_file()
     seed = record.get("seed")
     kept: dict[str, Any] = {name: record.get(name) for name in _AS_RECORDED}
     return Recipe(
@@ -93,7 +93,7 @@ def recipe_of(store: TokenStore) -> Recipe:
         tokenizer=str(record["tokenizer"].get("name")),
         source=Source(
             dataset,
-            record.get("dataset_config") if given else None,
+            record.get("dataset_config") if named else None,
             record.get("text_column") or "text",
             record.get("validation_fraction"),
             CUT_SEED if seed is None else int(seed),
@@ -152,14 +152,14 @@ def check_recipe(asked: Recipe, store: TokenStore) -> None:
         return
     different = []
     for name in (each.name for each in dataclasses.fields(Recipe) if each.compare):
-        there, wanted = getattr(made, name), getattr(asked, name)
-        if there != wanted and name != "files":
-            words = ["none" if value is None else value for value in (there, wanted)]
-            different.append(f"{name} {words[0]} there, {words[1]} asked")
-        elif there != wanted and made.dataset == asked.dataset:
-            different.append("the files' content is another now")
+        recorded, wanted = getattr(made, name), getattr(asked, name)
+        if recorded != wanted and name != "files":
+            values = ["none" if value is None else value for value in (recorded, wanted)]
+            different.append(f"{name} {values[0]} in the store, {values[1]} requested")
+        elif recorded != wanted and made.dataset == asked.dataset:
+            different.append("the files have changed")
     raise UserError(
-        f"{store.path}: is a store made otherwise ({'; '.join(different)}); remove that folder, "
+        f"{store.path}: was made with other settings ({'; '.join(different)}); remove the folder, "
         f"or make another store with {command_line('prepare')} --out DIR"
     )
 
@@ -175,5 +175,7 @@ def open_again(store: TokenStore) -> Corpus:
     check_recipe(recipe_asked(source, str(store.path / "tokenizer"), recipe.append_eos, store), store)
     corpus = open_source(source)
     if "files" not in record and corpus.revision != record.get("revision"):
-        raise UserError(f"{source.dataset} is of revision {corpus.revision} now, the store of {record.get('revision')}")
+        raise UserError(
+            f"{source.dataset} is at revision {corpus.revision} now, the store was made from {record.get('revision')}"
+        )
     return corpus

@@ -88,7 +88,7 @@ def source_problems(source: Source) -> list[str]:
 
 def _from_files(source: Source, files: UserFiles) -> Corpus:
     column, lines = source.text_column, files.suffix == ".txt"
-    if files.suffix == ".parquet":  # found at once and not after minutes
+    if files.suffix == ".parquet":  # reported at once and not after minutes
         problems = [p for paths in files.splits.values() for path in paths for p in parquet_problems(path, column)]
         if problems:
             raise UserError(*problems)
@@ -179,7 +179,7 @@ def _demo() -> Corpus:
         from pydoc_data.topics import topics
     except ImportError:
         raise EnvironmentFault(
-            "--dataset demo: this Python lacks pydoc_data; install its whole standard library, or name a .txt file"
+            "--dataset demo: this Python has no pydoc_data; install its full standard library, or name a .txt file"
         ) from None
     shares = {"train": 0.9, "validation": 0.05, "test": 0.05}
     texts: dict[str, list[str]] = {split: [] for split in shares}

@@ -4,7 +4,7 @@
     STORE/train.bin         little-endian uint16, uint32 where the vocabulary needs it: 2 or 4 bytes a token, no header
     STORE/tokenizer/        the tokenizer that made the ids, as `save_pretrained` writes it
 
-Opening costs a few milliseconds whatever the size: file sizes, data type and ids at sampled places are checked, while
+Opening takes milliseconds whatever the size: file sizes, data type and ids at sampled positions are checked, while
 `verify=True` reads every byte. Imports neither torch nor transformers.
 """
 
@@ -32,7 +32,7 @@ FORMAT = "wikift-store-1"
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
-_SAMPLED_PLACES = 256
+_SAMPLED_POSITIONS = 256
 _EDGE_TOKENS = 4096
 
 
@@ -115,13 +115,13 @@ def write_store(
     written = {name: _write_split(path / f"{name}.bin", parts, dtype) for name, parts in splits.items()}
     for name, split in written.items():
         assert split.largest_id < vocab_size, f"{name}: id {split.largest_id} in a vocabulary of {vocab_size}"
-    given = dict(record or {})
+    extra = dict(record or {})
     tokenizer = {"fingerprint": tokenizer_fingerprint, "vocab_size": vocab_size, "eos_token_id": eos_token_id}
     content = {
         "format": FORMAT,
         "wikift": __version__,
-        **given,
-        "tokenizer": {**given.get("tokenizer", {}), **tokenizer},
+        **extra,
+        "tokenizer": {**extra.get("tokenizer", {}), **tokenizer},
         "dtype": dtype,
         "byte_order": "little",
         "splits": {name: asdict(split) for name, split in written.items()},
@@ -137,7 +137,7 @@ def write_store(
 
 def _write_split(path: Path, parts: Iterable[Encoded], dtype: str) -> Split:
     digest = hashlib.sha256()
-    rows = tokens = words = size = 0
+    rows = tokens = word_count = size = 0
     largest = -1
     with open(path, "wb") as file:
         for part in parts:
@@ -146,17 +146,18 @@ def _write_split(path: Path, parts: Iterable[Encoded], dtype: str) -> Split:
                 largest = max(largest, int(part.ids.max()))
             digest.update(raw)
             file.write(raw)
-            rows, tokens, words, size = rows + part.rows, tokens + len(part.ids), words + part.words, size + part.bytes
+            rows, tokens = rows + part.rows, tokens + len(part.ids)
+            word_count, size = word_count + part.words, size + part.bytes
         file.flush()
         os.fsync(file.fileno())
-    return Split(rows, tokens, words, size, largest, path.name, digest.hexdigest())
+    return Split(rows, tokens, word_count, size, largest, path.name, digest.hexdigest())
 
 
 def open_store(path: str | Path, *, verify: bool = False, setting: str = "--data") -> TokenStore:
     """Open a store. Raises UserError, named after `setting`, where it is missing, foreign, damaged or truncated.
 
-    Ids are checked against the vocabulary by the largest id that was written down and at sampled places (both ends and
-    256 places between); `verify=True` reads every byte and compares its SHA-256.
+    Ids are checked against the vocabulary by the largest id recorded and at sampled positions (both ends and
+    256 positions between); `verify=True` reads every byte and compares its SHA-256.
     """
     path = Path(path)
     where = f"{setting} {path}"
@@ -165,7 +166,7 @@ def open_store(path: str | Path, *, verify: bool = False, setting: str = "--data
         store = _from_record(path, record)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{where}: store.json lacks or garbles {_name(error)}; remove the folder and prepare it again"
+            f"{where}: store.json has no valid {_name(error)}; remove the folder and prepare it again"
         ) from None
     if store.dtype not in DTYPES or record.get("byte_order") != "little":
         raise UserError(
@@ -187,7 +188,7 @@ def _read_record(path: Path, where: str) -> dict[str, Any]:
         content = json.loads((path / "store.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{where}: has no store.json, so it is no token store; name a folder that {command_line('prepare')} made"
+            f"{where}: has no store.json, so it is not a token store; name a folder that {command_line('prepare')} made"
         ) from None
     except OSError as error:
         raise UserError(f"{where}: store.json cannot be read ({error.strerror}); fix its permissions") from None
@@ -198,8 +199,8 @@ def _read_record(path: Path, where: str) -> dict[str, Any]:
         return dict(content)
     if isinstance(kind, str) and kind.startswith("wikift-store-"):
         raise UserError(
-            f"{where}: has format {kind}, this wikift ({__version__}) reads {FORMAT}; prepare it again, or take the "
-            f"wikift that made it ({content.get('wikift', 'unknown')})"
+            f"{where}: has format {kind}, this version ({__version__}) reads {FORMAT}; prepare it again, or use the "
+            f"version that made it ({content.get('wikift', 'unknown')})"
         )
     raise UserError(
         f"{where}: store.json is not wikift's (format {kind!r}); name a folder that {command_line('prepare')} made"
@@ -238,16 +239,16 @@ def _split_problems(store: TokenStore, name: str, where: str, verify: bool) -> l
         size = path.stat().st_size
         wanted = split.tokens * DTYPES[store.dtype].itemsize
         if size != wanted:
-            word = "truncated" if size < wanted else "too long"
-            return [f"{where}: {split.file} is {word}: {size:,} bytes, store.json says {wanted:,}; {again}"]
+            kind = "truncated" if size < wanted else "too long"
+            return [f"{where}: {split.file} is {kind}: {size:,} bytes, store.json says {wanted:,}; {again}"]
         if split.largest_id >= store.vocab_size:
             beyond = f"outside the vocabulary of {store.vocab_size}"
             return [f"{where}: id {split.largest_id} in {split.file} is {beyond}; {again}"]
         if verify and sha256_of(path) != split.sha256:
             return [f"{where}: {split.file} is damaged: its SHA-256 is not the one in store.json; {again}"]
         ids = store.tokens(name)
-        places = np.linspace(0, max(0, len(ids) - 1), _SAMPLED_PLACES, dtype=np.int64)
-        sampled = np.concatenate((ids[:_EDGE_TOKENS], ids[-_EDGE_TOKENS:], ids[places] if len(ids) else ids))
+        positions = np.linspace(0, max(0, len(ids) - 1), _SAMPLED_POSITIONS, dtype=np.int64)
+        sampled = np.concatenate((ids[:_EDGE_TOKENS], ids[-_EDGE_TOKENS:], ids[positions] if len(ids) else ids))
         if len(sampled) and int(sampled.max()) > split.largest_id:
             return [
                 f"{where}: {split.file} is damaged: id {sampled.max()} is larger than any that was written "
@@ -265,13 +266,13 @@ def check_tokenizer(store: TokenStore, model: str | Path, *, setting: str = "--m
     from wikift.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 
     if Path(model).is_dir():
-        found = tokenizer_fingerprint(model, setting=setting)
+        fingerprint = tokenizer_fingerprint(model, setting=setting)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            found = load_tokenizer(str(model), Path(folder)).fingerprint
-    if found != store.tokenizer_fingerprint:
+            fingerprint = load_tokenizer(str(model), Path(folder)).fingerprint
+    if fingerprint != store.tokenizer_fingerprint:
         name = store.record["tokenizer"].get("name", "another one")
         raise UserError(
             f"{setting} {model}: its tokenizer is not the one that made {store.path} ({name}); "
-            f"prepare the text again with --tokenizer {model}, or take a model that uses {store.path}/tokenizer"
+            f"prepare the text again with --tokenizer {model}, or use a model with {store.path}/tokenizer"
         )

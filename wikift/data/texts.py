@@ -81,10 +81,10 @@ class Texts:
 
     def ends_with(self, byte: int) -> npt.NDArray[np.bool_]:
         """Which texts have `byte` (ASCII) as their last."""
-        found = np.zeros(len(self), np.bool_)
+        matches = np.zeros(len(self), np.bool_)
         filled = self.lengths > 0
-        found[filled] = self.data[self.offsets[1:][filled] - 1] == byte
-        return found
+        matches[filled] = self.data[self.offsets[1:][filled] - 1] == byte
+        return matches
 
     def kept(self, which: npt.NDArray[np.bool_]) -> Texts:
         """Only those that `which` says."""
@@ -95,18 +95,18 @@ class Texts:
 
 
 def count_words(texts: Texts) -> int:
-    """The sum of `len(text.split())`: places where no white space is, and a text's start or white space before it."""
+    """The sum of `len(text.split())`: positions without white space, and a text's start or white space before it."""
     data, count, before = texts.data, 0, True
     space = np.empty(len(data), np.bool_)
     for start in range(0, len(data), _BLOCK_BYTES):
         block = data[start : start + _BLOCK_BYTES]
-        found = np.less(block - np.uint8(9), 5, out=space[start : start + len(block)])
-        found |= block - np.uint8(28) < 5
+        mask = np.less(block - np.uint8(9), 5, out=space[start : start + len(block)])
+        mask |= block - np.uint8(28) < 5
     _mark_beyond_ascii(data, space)
     for start in range(0, len(data), _BLOCK_BYTES):
-        found = space[start : start + _BLOCK_BYTES]
-        count += int(before and not found[0]) + int(np.count_nonzero(found[:-1] > found[1:]))
-        before = bool(found[-1])
+        mask = space[start : start + _BLOCK_BYTES]
+        count += int(before and not mask[0]) + int(np.count_nonzero(mask[:-1] > mask[1:]))
+        before = bool(mask[-1])
     starts = texts.offsets[:-1][texts.lengths > 0]
     starts = starts[starts > 0]
     return count + int(np.count_nonzero(~space[starts] & ~space[starts - 1]))  # one text's last word, another's first

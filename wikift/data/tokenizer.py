@@ -61,13 +61,13 @@ def tokenizer_problems(tokenizer: str) -> list[str]:
     if (folder / FILE).is_file() or all((folder / name).is_file() for name in _PAIR):
         return []
     if folder.is_dir():
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        lacks = f"has no tokenizer.json, nor vocab.json with merges.txt (there: {found})"
+        files = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        lacks = f"has neither tokenizer.json nor vocab.json and merges.txt (there: {files})"
         return [f"{where}: {lacks}; name a folder that save_pretrained wrote"]
     if folder.exists():
-        return [f"{where}: is a file; name the folder that it is in"]
+        return [f"{where}: is a file; name its folder"]
     if not hub.is_name(tokenizer):
-        return [f"{where}: no such folder; name one, a tokenizer of the Hub such as gpt2, or train:SIZE"]
+        return [f"{where}: no such folder; name one, a tokenizer on the Hub such as gpt2, or train:SIZE"]
     return []
 
 
@@ -119,7 +119,7 @@ def tokenizer_fingerprint(tokenizer: Any, *, setting: str = "--tokenizer") -> st
         return _fingerprint(_content(tokenizer))
     folder, where = Path(tokenizer), f"{setting} {tokenizer}"
     if not folder.is_dir() or tokenizer_problems(str(folder)):
-        raise UserError(f"{where}: has no tokenizer.json, nor vocab.json with merges.txt; name a folder that has")
+        raise UserError(f"{where}: has neither tokenizer.json nor vocab.json and merges.txt; name another folder")
     try:
         plain = (_read(folder), {}) if (folder / FILE).is_file() else _gpt2s(folder)
         return _fingerprint(plain[0] if plain is not None else _content(_by_transformers(str(folder), setting)))
@@ -219,7 +219,7 @@ def _by_transformers(name: str, setting: str) -> Any:
             raise UserError(f"{where}: cannot be loaded ({hub.one_line(error)})") from None
         raise hub.failure(error, where, "a folder with the tokenizer") from None
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"{where}: is written in Python only ({type(tokenizer).__name__}); wikift needs a fast one")
+        raise UserError(f"{where}: is a slow (Python) tokenizer ({type(tokenizer).__name__}); wikift needs a fast one")
     return tokenizer
 
 

@@ -15,7 +15,7 @@ from wikift.base.names import WIKITEXT
 from wikift.data.readers import READERS
 
 SPLITS = ("train", "validation", "test")
-CHANGED = "changed while it was read; run the command again when nothing writes to it"
+CHANGED = "changed while it was read; run the command again when nothing is writing to it"
 _LISTED = 8
 
 SplitFiles = dict[str, list[Path]]
@@ -58,7 +58,7 @@ def user_files(dataset: str, config: str | None) -> UserFiles | None:
         if _lists_configs(path / "README.md"):
             return _of_readme(path, config, where)
         splits = _split_files(path)
-        configs = {p.name: found for p in sorted(path.iterdir()) if p.is_dir() and (found := _split_files(p))}
+        configs = {p.name: files for p in sorted(path.iterdir()) if p.is_dir() and (files := _split_files(p))}
         names = ", ".join(sorted(p.name for p in path.iterdir())[:_LISTED])
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror}); fix its permissions") from None
@@ -71,14 +71,16 @@ def user_files(dataset: str, config: str | None) -> UserFiles | None:
     if not splits:
         raise UserError(
             f"{where}: has no train, validation or test with {', '.join(READERS)} (there: {names or 'nothing'}); "
-            "name the files train.txt, validation.txt, test.txt or the like"
+            "name the files, for example, train.txt, validation.txt, test.txt"
         )
     return _of_one_kind(splits, None, where)
 
 
 def config_problem(config: str | None, names: list[str]) -> str:
     """The problem of a `--dataset-config` that is missing, or none of `names`."""
-    wrong = ": must be given, the dataset has several" if config is None else f" {config}: the dataset has no such one"
+    wrong = (
+        ": required, the dataset has several" if config is None else f" {config}: the dataset has no such configuration"
+    )
     return f"--dataset-config{wrong}; choose one of {', '.join(names)}"
 
 
@@ -135,8 +137,8 @@ def _of_readme(folder: Path, config: str | None, where: str) -> UserFiles:
     except Exception as error:  # of YAML, of its own, and ValueError for most others
         if names := configs_in(error):
             raise UserError(config_problem(config, names)) from None
-        words = " ".join(str(error).split())[:300]
-        raise UserError(f"{where}: README.md names no dataset that is there ({words}); copy the folder again") from None
+        message = " ".join(str(error).split())[:300]
+        raise UserError(f"{where}: README.md names files that do not exist ({message}); download it again") from None
     listed = builder.config.data_files or {}
     splits = {str(split): [Path(file) for file in files] for split, files in listed.items()}
     documents = not {*builder.builder_configs} & {*WIKITEXT}

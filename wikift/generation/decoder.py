@@ -1,7 +1,7 @@
 """GPT-2 token by token: its own forward over a static KV cache, for one row or a batch padded on the left.
 
-One token of one row is bound by reading the weights, so they are read as fast as memory allows (few_rows.py). The rest
-is what the library's loop does besides: masks, cache objects, logits processors, 5 ms a token.
+One token of one row is bound by reading the weights (few_rows.py). What transformers' loop adds to that, masks, cache
+objects and logits processors, is 5 ms a token.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from transformers import GPT2LMHeadModel
 from wikift.kernels import few_rows
 from wikift.kernels.attention import causal_mask
 
-_COMPILED_STEP = 256  # columns: a compiled step is made once for each multiple of it, not for every length
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 
 class Decoder:
-    """A model and the rows it is writing. `begin` with texts, then `advance` by one token a row, again and again.
+    """A model and the rows that it continues: `begin` with texts, then `advance` by one token a row, again and again.
 
-    The text of a row that has come to the model's `positions` slides: its last half is read again and continued.
+    A row that fills the model's `positions` slides: the last half of its text is read again and continued.
     `windows[row]` are the tokens that the row's next one depends on, `slides[row]` how often it slid.
+    On a CPU the model's head is laid out in memory in the order in which a few rows read it, without a second copy.
     """
 
-    def __init__(self, model: GPT2LMHeadModel, *, relayout: bool = False, compile: bool = False) -> None:
+    def __init__(self, model: GPT2LMHeadModel) -> None:
         config = model.config
         self.device, self.dtype, self.positions = model.device, model.dtype, int(config.n_positions)
         self.heads, self.width = config.n_head, config.n_embd
         self.transformer: Any = model.transformer
-        if relayout and model.device.type == "cpu":
-            _relayout_head(model)
+        if model.device.type == "cpu":
+            model.lm_head.weight.data = model.lm_head.weight.detach().t().contiguous().t()
         self.head = model.lm_head.weight.detach().t()  # (width, vocabulary)
         self.act: Callable[..., Tensor] = model.get_submodule("transformer.h.0.mlp.act")
         if config.activation_function in _TANH_GELU:
@@ -43,38 +43,21 @@ class Decoder:
         scale = (self.width // self.heads) ** -0.5 if config.scale_attn_weights else 1.0
         inverse = config.scale_attn_by_inverse_layer_idx
         self.scales = [scale / (layer + 1) if inverse else scale for layer in range(config.n_layer)]
-        self.compiled = compile
-        # inductor would take a batch of matmuls apart: 58 ms a token for 36
-        splits = few_rows.helps(model.device, model.dtype) and not compile
+        splits = few_rows.helps(model.device, model.dtype)
         self.matmul = few_rows.split_matmul if splits else few_rows.matmul
-        self._step: Callable[..., Tensor] = self._one_token
-        if compile:
-            # CUDA graphs replay a step without its 200 launches; on a CPU the element-wise work is fused
-            mode = "reduce-overhead" if model.device.type == "cuda" else "default"
-            self._step = torch.compile(self._one_token, mode=mode)  # type: ignore[call-overload,unused-ignore]
-        self._keep_in_place(self.head)
-        self.keys, self.values = list[Tensor](), list[Tensor]()  # of each layer, (rows, heads, columns, head width)
+        self.cache = torch.empty(0)  # keys and values: (2, layers, rows, heads, columns, head width)
         self.windows, self.slides = list[list[int]](), list[int]()
 
     def begin(self, windows: Sequence[Sequence[int]], new_tokens: int) -> Tensor:
-        """Read one text a row, each of 1 to `positions` tokens; returns the logits (rows, vocabulary) of what follows.
+        """Read one text a row, each of 1 to `positions` tokens; returns the logits (rows, vocabulary) of the next.
 
         Memory: 2 * layers * width values for each of rows * min(positions, longest text + `new_tokens`).
         """
         self.windows, self.slides = [list(window) for window in windows], [0] * len(windows)
         self.used = max(len(window) for window in windows)
         columns = min(self.positions, self.used + new_tokens)
-        if self.compiled:
-            columns = min(self.positions, -(-columns // _COMPILED_STEP) * _COMPILED_STEP)
-        shape = (len(windows), self.heads, columns, self.width // self.heads)
-        if not self.keys or self.keys[0].shape != shape:  # else a CUDA graph continues with the tensors it knows
-            # a tensor for each layer: of a part of one, torch.compile would write back the whole to change a column
-            self.keys, self.values = (
-                [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in self.scales] for _ in range(2)
-            )
-            self._keep_in_place(*self.keys, *self.values)
-        for part in (*self.keys, *self.values):
-            part.zero_()
+        shape = (2, len(self.scales), len(windows), self.heads, columns, self.width // self.heads)
+        self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
         return self._read(self.windows, slice(None))
 
     def advance(self, tokens: Sequence[int]) -> Tensor:
@@ -86,59 +69,42 @@ class Decoder:
             self.windows[row] = self.windows[row][-max(1, self.positions // 2) :]
             self.slides[row] += 1
         lengths = [len(window) for window in self.windows]
-        if self.used == self._columns():  # only where a row slides can there be no column left
+        if self.used == self.cache.shape[-2]:  # only where a row slides can there be no column left
             self._shift(self.used + 1 - max(lengths))
-        logits = self._next_column(tokens, lengths) if len(full) < len(lengths) else None
         self.used += 1
-        if full:
-            again = torch.cat([self._read([self.windows[row]], slice(row, row + 1)) for row in full])
-            logits = again if logits is None else logits.index_copy(0, self._ids(full), again)
-        assert logits is not None
+        logits = self._last_column(tokens, lengths)
+        for row in full:
+            logits[row] = self._read([self.windows[row]], slice(row, row + 1))[0]
         return logits
 
     def keep(self, rows: Sequence[int]) -> None:
         """Continue with these rows only, in this order."""
         self.windows, self.slides = [self.windows[row] for row in rows], [self.slides[row] for row in rows]
-        chosen = self._ids(rows)
-        self.keys, self.values = ([part[chosen] for part in cache] for cache in (self.keys, self.values))
-        self._keep_in_place(*self.keys, *self.values)
+        self.cache = self.cache[:, :, self._ids(rows)]
         self._shift(self.used - max(len(window) for window in self.windows))
 
     def alone(self, row: int) -> Tensor:
         """The logits (1, vocabulary) after a row's window read by itself: independent of its neighbours."""
-        return self._read([self.windows[row]], None)
+        return self._read([self.windows[row]], slice(0))  # the cache of no row changes
 
-    def _next_column(self, tokens: Sequence[int], lengths: list[int]) -> Tensor:
-        """The logits after one more column: row r's text is in its last `lengths[r]` columns."""
-        used = self.used
-        end = None if self.compiled else used + 1  # a compiled step has shapes that do not grow
-        starts = self._ids([max(0, used + 1 - length) for length in lengths])[:, None]
+    def _last_column(self, tokens: Sequence[int], lengths: list[int]) -> Tensor:
+        """The logits after `tokens`, one a row: row r's text is in the last `lengths[r]` of the columns in use."""
         mask = None
-        if self.compiled or min(lengths) < used + 1:
-            columns = torch.arange(end or self._columns(), device=self.device)
-            mask = ((columns >= starts) & (columns <= used))[:, None, None]
-        position_ids = self._ids([length - 1 for length in lengths])[:, None]
-        logits = self._step(
-            self._ids(tokens)[:, None], position_ids, torch.arange(used, used + 1, device=self.device), mask, end
-        )
-        return logits.clone() if self.compiled else logits
-
-    def _one_token(
-        self, ids: Tensor, position_ids: Tensor, column: Tensor, mask: Tensor | None, end: int | None
-    ) -> Tensor:
-        """Write `column` (1,) of the cache, attend to its first `end` columns (None: all) by `mask`."""
+        if min(lengths) < self.used:
+            starts = self._ids([self.used - length for length in lengths])[:, None]
+            mask = (torch.arange(self.used, device=self.device) >= starts)[:, None, None]
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys = self.keys[layer].index_copy_(2, column, key)[:, :, :end]
-            values = self.values[layer].index_copy_(2, column, value)[:, :, :end]
+            keys, values = self.cache[:, layer, :, :, : self.used]
+            keys[:, :, -1:], values[:, :, -1:] = key, value
             return F.scaled_dot_product_attention(query, keys, values, mask, scale=self.scales[layer])
 
-        return self._forward(ids, position_ids, attend)
+        return self._forward(self._ids(tokens)[:, None], self._ids([n - 1 for n in lengths])[:, None], attend)
 
-    def _read(self, windows: Sequence[Sequence[int]], rows: slice | None) -> Tensor:
+    def _read(self, windows: Sequence[Sequence[int]], rows: slice) -> Tensor:
         """The logits (rows, vocabulary) after windows padded on the left.
 
-        Their keys and values fill the cache of `rows` up to column `used`; None stores nothing.
+        Their keys and values fill the cache of `rows` up to column `used`.
         """
         length = max(len(window) for window in windows)
         padding = [length - len(window) for window in windows]
@@ -148,9 +114,8 @@ class Decoder:
         mask = causal_mask(columns >= starts) if any(padding) else None
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            if rows is not None:
-                self.keys[layer][rows, :, self.used - length : self.used] = key
-                self.values[layer][rows, :, self.used - length : self.used] = value
+            self.cache[0, layer, rows, :, self.used - length : self.used] = key
+            self.cache[1, layer, rows, :, self.used - length : self.used] = value
             causal = mask is None and length > 1
             return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=self.scales[layer])
 
@@ -176,31 +141,12 @@ class Decoder:
         return matmul(last, self.head).float()
 
     def _shift(self, columns: int) -> None:
-        """Move the cache `columns` to the left, which hold no row's text."""
+        """Drop the first `columns` of the cache, which hold no row's text."""
         if columns > 0:
             left = self.used - columns
-            for part in (*self.keys, *self.values):
-                part[..., :left, :] = part[..., columns : self.used, :].clone()
+            for layer in self.cache.flatten(0, 1):  # one at a time: a copy of all would double the memory
+                layer[..., :left, :] = layer[..., columns : self.used, :].clone()
             self.used = left
-
-    def _keep_in_place(self, *tensors: Tensor) -> None:
-        """Promise a compiled step that `tensors` stay where they are.
-
-        torch makes no CUDA graph of a step that changes another tensor, and copies those that it reads before each.
-        """
-        if self.compiled:
-            for tensor in tensors:
-                torch._dynamo.mark_static_address(tensor)  # type: ignore[no-untyped-call,unused-ignore]
-
-    def _columns(self) -> int:
-        return self.keys[0].shape[2]
 
     def _ids(self, values: Sequence[Any]) -> Tensor:
         return torch.tensor(values).to(self.device, non_blocking=True)  # with device= a GPU would be waited for
-
-
-def _relayout_head(model: Any) -> None:
-    """Lay the head in memory in the order in which a few rows read it, without a second copy."""
-    model.lm_head.weight.data = model.lm_head.weight.detach().t().contiguous().t()
-    if model.config.tie_word_embeddings:
-        model.transformer.wte.weight = model.lm_head.weight

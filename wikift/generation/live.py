@@ -1,4 +1,4 @@
-"""Samples from a model that is in training, sharded or not, without moving anything of the run."""
+"""Samples from a model in training, sharded or not, without a change to the run."""
 
 from __future__ import annotations
 
@@ -9,25 +9,19 @@ import torch
 from torch import Tensor
 
 from wikift.generation.sampler import Sampling, choose, penalise, uniforms
-from wikift.generation.stream import Stream
+from wikift.generation.stream import decode
 
 Logits = Callable[[Tensor, Tensor, Tensor], Tensor]  # an engine's next_logits
 SAMPLING = Sampling(max_new_tokens=64, temperature=0.8, top_k=50, top_p=0.95, repetition_penalty=1.1)
 
 
 def sample_live(
-    next_logits: Logits,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    *,
-    sampling: Sampling,
-    positions: int,
+    next_logits: Logits, tokenizer: Any, prompts: Sequence[str], *, sampling: Sampling, positions: int
 ) -> list[str]:
-    """Texts that follow on `prompts` from a model in training, sharded or not; collective.
+    """Texts that continue `prompts`; collective. Draws from its own random streams, never torch's generators.
 
-    Draws from streams of its own and leaves torch's generators as they were. It asks for logits `max_new_tokens` times
-    on every rank, whatever is written, so that all ranks meet in the same collectives, and always of the same shape, so
-    that nothing is compiled again; there is no cache, as a sharded module knows none.
+    Every rank asks for logits `max_new_tokens` times, whatever is written, so that all meet in the same collectives,
+    and always of the same shape, so that nothing is compiled again; a sharded module has no cache.
     """
     end: int = tokenizer.eos_token_id
     prompt_ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] or [end] for prompt in prompts]
@@ -40,13 +34,8 @@ def sample_live(
         penalised = penalise(logits, texts, sampling.repetition_penalty)
         for text, token in zip(texts, choose(penalised, sampling, drawn, 0.0)[0], strict=True):
             text.append(token)
-    return [_decoded(tokenizer, text[-sampling.max_new_tokens :]) for text in texts]
-
-
-def _decoded(tokenizer: Any, ids: list[int]) -> str:
-    stream = Stream(tokenizer, lambda text: None)
-    stream.ids = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
-    return stream.finish()
+    answers = [text[-sampling.max_new_tokens :] for text in texts]
+    return [decode(tokenizer, ids[: ids.index(end)] if end in ids else ids) for ids in answers]
 
 
 def _padded(texts: list[list[int]], length: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Prompts to text: one streamed, or a batch at once in which each prompt gets what it gets alone."""
+"""Prompts to text: one streamed, or a batch in which each prompt gets the answer that it gets alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig, GPT2LMHeadModel
 
-from wikift.base.compiler import check_compiler
 from wikift.base.errors import UserError, one_line
 from wikift.base.hub import quiet_libraries
 from wikift.base.world import start_world
@@ -22,10 +21,10 @@ from wikift.model.gpt2 import DTYPES, load_model, resolve_precision
 
 @dataclass(frozen=True)
 class Answer:
-    """What followed on a prompt. `finish_reason` is stop (end of text), stop_string, length or interrupted.
+    """What follows a prompt. `finish_reason` is stop (end of text), stop_string, length or interrupted.
 
-    `seconds` are those of the whole batch up to this answer's end; `slides` counts how often the context was full and
-    its first half was dropped; `logprobs` has (token's text, log-probability under the model itself) for each token.
+    `seconds` are those of the batch up to this answer's end; `slides` counts how often the context was full and its
+    first half was dropped; `logprobs` has (token's text, log-probability under the model itself) for each token.
     """
 
     prompt: str
@@ -60,24 +59,18 @@ class _Row:
 
 
 def load_writer(
-    source: str,
-    device: str,
-    precision: str = "fp32",
-    compile: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    source: str, device: str, precision: str = "fp32", say: Callable[[str], None] = lambda line: None
 ) -> Writer:
-    """The model and tokenizer of a directory or Hub name. Raises UserError where they do not fit each other."""
+    """The model and tokenizer of a directory or Hub name. Raises UserError where they do not match."""
     quiet_libraries()
     hardware = start_world(device).device
-    if compile:
-        check_compiler(hardware.type)
     model = load_model(source, hardware, "MODEL", say)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         reason = one_line(error, 200)
         raise UserError(f"{source}: its tokenizer cannot be loaded ({reason}); name a folder that has one") from None
-    # for a folder without these files transformers makes a tokenizer that knows the special tokens only
+    # without these files transformers makes a tokenizer of the special tokens alone
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise UserError(
             f"{source}: has no tokenizer (tokenizer.json, or vocab.json and merges.txt); copy it from the model it was "
@@ -87,31 +80,28 @@ def load_writer(
     if size > model.config.vocab_size:
         raise UserError(
             f"{source}: its tokenizer has {size} tokens, its model {model.config.vocab_size}; "
-            "they do not belong together, name another folder"
+            "they do not match; name another folder"
         )
     resolved = resolve_precision(precision, hardware)
     model = model.to(dtype=DTYPES[resolved.name])  # type: ignore[call-arg]
-    return Writer(model, tokenizer, compile=compile, warning=resolved.warning)
+    if resolved.warning:
+        say(resolved.warning)
+    say(f"{source}, {model.num_parameters():,} parameters on {model.device}")
+    return Writer(model, tokenizer)
 
 
 class Writer:
-    """A model, whose weights it may lay out differently in memory, and its tokenizer, ready to answer."""
+    """A model, whose head may be laid out differently in memory, and its tokenizer, ready to answer."""
 
-    def __init__(self, model: GPT2LMHeadModel, tokenizer: Any, *, compile: bool = False, warning: str = "") -> None:
+    def __init__(self, model: GPT2LMHeadModel, tokenizer: Any) -> None:
         self.model: Any = model
-        self.tokenizer, self.warning, self.device = tokenizer, warning, model.device
-        self.parameters = model.num_parameters()
-        self.positions: int = model.config.n_positions
+        self.tokenizer, self.positions = tokenizer, int(model.config.n_positions)
         self.rounding = ROUNDING if model.dtype == torch.float32 else 0.0
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else model.config.eos_token_id
         self.end_of_text: int = end if isinstance(end, int) else 0
         # a published model's own sampling defaults must not mix with the user's settings
         self.model.generation_config = GenerationConfig(eos_token_id=self.end_of_text, pad_token_id=self.end_of_text)
-        self.decoder = Decoder(model, relayout=True, compile=compile)
-
-    def answer(self, prompt: str, sampling: Sampling, number: int, **callbacks: Any) -> Answer:
-        """Continue `prompt`; `number` counts the answers under one seed. The callbacks are those of `answers`."""
-        return self.answers([(number, prompt)], sampling, **callbacks)[0]
+        self.decoder = Decoder(model)
 
     @torch.inference_mode()
     def answers(
@@ -125,8 +115,8 @@ class Writer:
     ) -> list[Answer]:
         """Continue each of `prompts` (number under the seed, text), all in one batch, `num_return_sequences` times.
 
-        In fp32 an answer is what its prompt gets alone. `write` gets the text of a batch of one in complete characters.
-        `note` is told of a prompt that is cut and of a context that will slide. `stopped` is asked after each token.
+        In fp32 an answer is what its prompt gets alone. `write` gets the text of a batch of one as it is made, `note`
+        what does not fit the context. `stopped` is asked after each token.
         """
         rows = []
         for number, prompt in prompts:
@@ -144,7 +134,7 @@ class Writer:
     def _write(self, rows: list[_Row], sampling: Sampling, stopped: Callable[[], bool]) -> list[Answer]:
         started = time.perf_counter()
         answers: list[Answer | None] = [None] * len(rows)
-        active = list(range(len(rows)))  # the rows that are in the decoder
+        active = list(range(len(rows)))  # the numbers of the decoder's rows
         logits = self.decoder.begin([row.window for row in rows], sampling.max_new_tokens)
         while active:
             tokens = self._choose(logits, [rows[number] for number in active], sampling)
@@ -196,24 +186,24 @@ class Writer:
             window = ids[-(self.positions - min(wanted, self.positions // 2)) :]
             note(
                 f"the prompt has {len(ids):,} tokens, the model's context is {self.positions:,}: "
-                f"only its last {len(window):,} are read"
+                f"only its last {len(window):,} tokens are used"
             )
         if sampling.num_beams == 1 and len(window) + wanted > self.positions:
             note(
-                f"prompt and answer may pass the model's context of {self.positions:,} tokens: it slides then, "
-                f"and only the last {max(1, self.positions // 2):,} are read on"
+                f"prompt and answer may exceed the model's context of {self.positions:,} tokens; "
+                f"then only the last {max(1, self.positions // 2):,} tokens are kept"
             )
         return ids, window
 
     def _beams(self, rows: list[_Row], sampling: Sampling, note: Callable[[str], None]) -> list[Answer]:
         """Beam search of one prompt, which is transformers'. It ends where the model's context does."""
         started = time.perf_counter()
-        inputs = torch.tensor([rows[0].window], device=self.device)  # (1, prompt tokens)
+        inputs = torch.tensor([rows[0].window], device=self.model.device)  # (1, prompt tokens)
         room = self.positions - inputs.shape[1]
         if sampling.max_new_tokens > room:
             note(
-                f"at most {room:,} new tokens instead of {sampling.max_new_tokens:,}: beams do not slide, and the "
-                f"model's context is {self.positions:,}"
+                f"at most {room:,} new tokens instead of {sampling.max_new_tokens:,}: beam search ends at the "
+                f"model's context of {self.positions:,}"
             )
         config = GenerationConfig(
             num_beams=sampling.num_beams, num_return_sequences=len(rows), do_sample=False,

@@ -1,4 +1,4 @@
-"""The command line of a settings class, by argparse: its words as text by setting, and what `--help` shows."""
+"""The command line of a settings class, by argparse: the text of each setting, and what `--help` shows."""
 
 from __future__ import annotations
 
@@ -32,9 +32,17 @@ class Wrong(NamedTuple):
     setting: str = ""
 
 
-def read_words(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, Any], list[str], list[Wrong]]:
-    """(values by setting, unknown words, problems). A flag that argparse refuses is removed, the rest parsed again."""
-    line, problems = _split(argv), list[Wrong]()
+def read_arguments(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[dict[str, Any], list[str], list[Wrong]]:
+    """(text by setting, unknown arguments, problems); a flag that argparse refuses is a problem."""
+    line, problems = list[str](), list[Wrong]()
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if line and re.match(r"--[^=]+$", line[-1]) and re.match(r"-(\.?\d|inf|nan)", argument):
+            line[-1] += "=" + argument  # argparse takes a number like -1e-5 for an option
+        else:
+            line.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
     while True:
         try:
             namespace, unknown = parser.parse_known_args(line)
@@ -43,24 +51,10 @@ def read_words(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[di
             names = (error.argument_name or "").split("/")
             rule = "takes no value" if "explicit" in str(error.message) else "needs a value"
             problems.append(Wrong(f"{names[0]}: {rule}; see {parser.prog} --help", name_of(names[0])))
-            rest = [word for word in line if word.partition("=")[0] not in names]
+            rest = [argument for argument in line if argument.partition("=")[0] not in names]
             if len(rest) == len(line):
                 raise UserError(*(wrong.text for wrong in problems)) from None
             line = rest
-
-
-def _split(argv: Sequence[str]) -> list[str]:
-    """`--max_steps` -> `--max-steps`; `--dropout -1e-5` joined by `=`, as argparse takes the number for an option."""
-    line: list[str] = []
-    for word in argv:
-        if line and line[-1].startswith("--") and "=" not in line[-1] and re.match(r"-(\.?\d|inf|nan)", word):
-            line[-1] += "=" + word
-        elif word.startswith("--"):
-            name, equals, value = word.partition("=")
-            line.append(name.replace("_", "-") + equals + value)
-        else:
-            line.append(word)
-    return line
 
 
 def make_parser(
@@ -68,55 +62,45 @@ def make_parser(
 ) -> argparse.ArgumentParser:
     """The parser of these settings; all values stay text."""
     width = max(60, min(shutil.get_terminal_size().columns, 120))
-    named = [
-        f"[{f.metadata['metavar'] or name}{' ...' if kinds[name] is tuple else ''}]"
-        for name, f in fields.items()
-        if f.metadata["positional"]
+    positional = [
+        f"[{field.metadata['metavar']}{' ...' if kinds[name] is tuple else ''}]"
+        for name, field in fields.items()
+        if field.metadata["positional"]
     ]
     parser = argparse.ArgumentParser(
         prog=prog,
-        usage=" ".join(["%(prog)s", *named, "[options]"]),
-        description=_fitted(description, width),
-        epilog=_fitted(epilog, width),
+        usage=" ".join(["%(prog)s", *positional, "[options]"]),
+        description=_wrapped(description, width),
+        epilog=_wrapped(epilog, width),
         allow_abbrev=False,
         add_help=False,
         exit_on_error=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width),
     )
-    titles = [*("arguments" if f.metadata["positional"] else f.metadata["group"] for f in fields.values()), "options"]
+    titles = [*(field.metadata["group"] for field in fields.values()), "options"]
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(titles)}
     for name, field in fields.items():
-        meta = field.metadata
-        group = groups["arguments" if meta["positional"] else meta["group"]]
-        text = meta["help"].replace("%", "%%")
-        shown = meta["shown"] if meta["shown"] is not None else field.default
-        if shown is not None and shown is not False and shown not in ("", ()):
-            text += f" (default: {'yes' if shown is True else shown})".replace("%", "%%")
+        meta, group, kind = field.metadata, groups[field.metadata["group"]], kinds[name]
+        shown = meta["shown"] if meta["shown"] is not None else "yes" if field.default is True else field.default
+        default = "" if shown in (None, "", ()) or shown is False else f" (default: {shown})"
+        text = (meta["help"] + default).replace("%", "%%")
+        metavar = meta["metavar"] or "|".join(meta["choices"]) or ("N" if kind is int else kind.__name__.upper())
         if meta["positional"]:
-            many = kinds[name] is tuple
-            group.add_argument(name, nargs="*" if many else "?", metavar=meta["metavar"], help=text)
-            continue
-        if kinds[name] is bool:
-            action = argparse.BooleanOptionalAction if field.default is not False else "store_true"
-            group.add_argument(flag(name), action=action, help=text)
-            if field.default is False and "config" in fields:  # takes back what the file says; not worth a line of help
+            group.add_argument(name, nargs="*" if kind is tuple else "?", metavar=metavar, help=text)
+        elif kind is not bool:
+            group.add_argument(flag(name), action="append" if kind is tuple else "store", metavar=metavar, help=text)
+        elif field.default is False:
+            group.add_argument(flag(name), action="store_true", help=text)
+            if "config" in fields:  # turns off what the file turns on; not worth a line of help
                 parser.add_argument(flag("no_" + name), dest=name, action="store_false", help=argparse.SUPPRESS)
         else:
-            metavar = meta["metavar"] or (
-                "|".join(meta["choices"]) if meta["choices"] else kinds[name].__name__.upper()
-            )
-            action = "append" if kinds[name] is tuple else "store"
-            group.add_argument(flag(name), action=action, metavar=metavar, help=text)
-    groups["options"].add_argument("-h", "--help", action="help", help="show this and leave")
+            group.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text)
+    groups["options"].add_argument("-h", "--help", action="help", help="show this help and exit")
     return parser
 
 
-def _fitted(text: str, width: int) -> str:
-    """`text` with its lines broken to `width`, the rest of a line indented deeper than its beginning."""
-
-    def fit(line: str) -> str:
-        indent = " " * (len(line) - len(line.lstrip())) + ("    " if line.startswith(" ") else "")
-        return textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
-
-    return "\n".join(fit(line) for line in text.splitlines())
+def _wrapped(text: str, width: int) -> str:
+    """`text` with its lines broken to `width`."""
+    wrap = textwrap.TextWrapper(width, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False)
+    return "\n".join(map(wrap.fill, text.splitlines()))

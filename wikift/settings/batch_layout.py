@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 from wikift.base.errors import UserError
@@ -28,8 +29,8 @@ class BatchLayout:
     @property
     def words(self) -> str:
         return (
-            f"{self.global_batch} blocks a step = {_processes(self.ranks)} x {self.micro_batch} blocks x "
-            f"{self.accumulation} accumulated"
+            f"{self.global_batch} blocks per step = {_processes(self.ranks)} x {self.micro_batch} blocks x "
+            f"{self.accumulation} accumulation steps"
         )
 
 
@@ -53,13 +54,13 @@ def batch_layout(settings: TrainSettings, ranks: int) -> BatchLayout:
     if micro and accumulation and micro * accumulation != share:
         raise UserError(
             f"{asked}: is not {_processes(ranks)} x {micro} (--per-device-train-batch-size) x {accumulation} "
-            f"(--gradient-accumulation-steps) = {ranks * micro * accumulation}; leave one of the three out"
+            f"(--gradient-accumulation-steps) = {ranks * micro * accumulation}; remove one of the three"
         )
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         value = getattr(settings, name)
         if value and share % value:
             raise UserError(
-                f"{flag(name)} {value}: must divide the {share} blocks a step of each process ({asked}; "
+                f"{flag(name)} {value}: must divide the {share} blocks per step of each process ({asked}; "
                 f"{_processes(ranks)}); take {_nearest_divisors(share, value)}, or another --global-batch-size"
             )
     if micro is None and accumulation is None:
@@ -78,3 +79,13 @@ def _nearest_divisors(number: int, near: int) -> str:
     divisors = sorted({*small, *(number // d for d in small)})
     around = [max(d for d in divisors if d < near), *[d for d in divisors if d > near][:1]]
     return " or ".join(map(str, around))
+
+
+def ranks_started() -> int:
+    """World size as the launcher set it, 1 without a launcher. Raises UserError where that makes no sense."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or int(size) < 1:
+        raise UserError(f"WORLD_SIZE {size}: must be the number of processes; let torchrun set it, or unset it")
+    if int(size) > 1 and "RANK" not in os.environ:
+        raise UserError(f"WORLD_SIZE {size}: is set in the environment, RANK is not; start with torchrun, or unset it")
+    return int(size)

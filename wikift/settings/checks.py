@@ -36,22 +36,24 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
     problems += check_data(settings) + _check_model(settings)
     if settings.max_steps is not None and settings.num_train_epochs is not None:
         problems.append(
-            f"--max-steps {settings.max_steps}: the length is given twice, --num-train-epochs "
-            f"{settings.num_train_epochs:g} too; leave one out"
+            f"--max-steps {settings.max_steps}: the length of training is set twice, --num-train-epochs "
+            f"{settings.num_train_epochs:g} too; remove one"
         )
     if settings.engine == "single" and ranks > 1:
-        problems.append(f"--engine single: is one process, the launcher started {ranks}; use --engine ddp or auto")
+        problems.append(
+            f"--engine single: uses one process, but the launcher started {ranks}; use --engine ddp or auto"
+        )
     if settings.engine == "ddp" and not launched:
         torchrun = as_typed("torchrun --nproc_per_node=N -m wikift train ...")
         problems.append(f"--engine ddp: needs a launcher; start with {torchrun}")
     if not settings.fsdp_reshard and (settings.engine not in ("auto", "fsdp") or settings.deepspeed):
         other = "--deepspeed" if settings.deepspeed else f"--engine {settings.engine}"
-        problems.append(f"--no-fsdp-reshard: cannot act under {other}; leave it out, or use --engine fsdp")
+        problems.append(f"--no-fsdp-reshard: has no effect under {other}; remove it, or use --engine fsdp")
     problems += _reduction_problems(settings, ranks, layout)
     if settings.sample_prompts is not None:
         problems += problems_of(lambda: read_lines(Path(str(settings.sample_prompts)), "--sample-prompts"))
     elif settings.sample_steps is not None:
-        problems.append(f"--sample-steps {settings.sample_steps}: cannot act without --sample-prompts; name a file")
+        problems.append(f"--sample-steps {settings.sample_steps}: has no effect without --sample-prompts; name a file")
     # a folder that is called wandb makes a module without origin
     if settings.wandb and ((wandb := importlib.util.find_spec("wandb")) is None or wandb.origin is None):
         problems.append('--wandb: Weights & Biases is not installed; pip install "wikift[wandb]", or omit --wandb')
@@ -76,15 +78,13 @@ def _reduction_problems(settings: TrainSettings, ranks: int, layout: BatchLayout
     if settings.reduce_dtype == "fp32":
         return []
     if settings.deepspeed is None and (settings.engine == "single" or (settings.engine == "auto" and ranks == 1)):
-        problems.append(f"{asked}: cannot act, one process exchanges no gradients; leave it out")
+        problems.append(f"{asked}: has no effect, one process exchanges no gradients; remove it")
     if settings.reduce_dtype == "fp16" and settings.precision != "fp16":
-        problems.append(
-            f"{asked}: small gradients would become 0 without the loss scale of --precision fp16; take bf16, or that"
-        )
+        problems.append(f"{asked}: small gradients would underflow without a loss scale; use bf16, or --precision fp16")
     if not settings.fsdp_reshard and layout is not None and layout.accumulation > 1:
         problems.append(  # FSDP2 keeps what waits for the reduction in the reduction's format
             f"{asked}: with --no-fsdp-reshard the {layout.accumulation} micro-batches of a step would be added up in "
-            f"{settings.reduce_dtype} too; leave one of the two out, or take a larger --per-device-train-batch-size"
+            f"{settings.reduce_dtype} too; remove one of the two, or take a larger --per-device-train-batch-size"
         )
     return problems
 
@@ -108,19 +108,19 @@ def check_data(settings: DataSettings) -> list[str]:
             if value != field.default:
                 typed = f"{flag(field.name)} {value}" if value is not False else flag("no_" + field.name)
                 problems.append(
-                    f"{typed.removesuffix(' True')}: cannot act, --data {data} is tokenized already; "
-                    "leave one of the two out"
+                    f"{typed.removesuffix(' True')}: has no effect, --data {data} is tokenized already; "
+                    "remove one of the two"
                 )
     if settings.dataset_config is not None and settings.dataset in (*WIKITEXT, "demo"):
         problems.append(
-            f"--dataset-config {settings.dataset_config}: cannot act, {settings.dataset} has no other; leave it out"
+            f"--dataset-config {settings.dataset_config}: has no effect, {settings.dataset} has no other; remove it"
         )
     if settings.validation_fraction is not None and not 0 < settings.validation_fraction < 1:
         problems.append(
             f"--validation-fraction {settings.validation_fraction:g}: must be above 0 and below 1; try 0.05"
         )
     if settings.workers is not None and settings.workers < 1:
-        problems.append(f"--workers {settings.workers}: must be 1 or more; leave it out for all cores")
+        problems.append(f"--workers {settings.workers}: must be 1 or more; omit it for all cores")
     tokenizer = settings.tokenizer or ""
     if tokenizer.startswith("train:"):
         size = tokenizer.removeprefix("train:")
@@ -160,15 +160,17 @@ def _check_ranges(settings: TrainSettings) -> list[str]:
     for name in ("weight_decay", "max_grad_norm", "seed", "warmup_steps"):
         rule(name, getattr(settings, name) >= 0, "0 or more")
     rule(
-        "warmup_steps", settings.warmup_steps < 1 or settings.warmup_steps % 1 == 0, "a whole number, or a part below 1"
+        "warmup_steps",
+        settings.warmup_steps < 1 or settings.warmup_steps % 1 == 0,
+        "a whole number, or a fraction below 1",
     )
     if settings.decay_steps is not None:
         decay = settings.decay_steps
-        rule("decay_steps", decay > 0 and (decay < 1 or decay % 1 == 0), "a whole number, or a part below 1")
+        rule("decay_steps", decay > 0 and (decay < 1 or decay % 1 == 0), "a whole number, or a fraction below 1")
         if settings.lr_scheduler_type != "warmup_stable_decay":
             problems.append(
-                f"--decay-steps {_plain(decay)}: cannot act with --lr-scheduler-type {settings.lr_scheduler_type}; "
-                "take warmup_stable_decay, or leave it out"
+                f"--decay-steps {_plain(decay)}: has no effect with --lr-scheduler-type {settings.lr_scheduler_type}; "
+                "take warmup_stable_decay, or remove it"
             )
     for name in ("adam_beta1", "adam_beta2"):
         rule(name, 0 <= getattr(settings, name) < 1, "at least 0 and below 1")
@@ -177,7 +179,7 @@ def _check_ranges(settings: TrainSettings) -> list[str]:
     if settings.max_steps is not None and settings.warmup_steps >= max(1, settings.max_steps):
         problems.append(
             f"--warmup-steps {_plain(settings.warmup_steps)}: must be less than --max-steps {settings.max_steps}; "
-            "take fewer, or a part of the run below 1"
+            "use fewer, or a fraction below 1"
         )
     return problems
 
@@ -186,8 +188,8 @@ def _check_model(settings: TrainSettings) -> list[str]:
     problems = []
     if settings.config_overrides is not None and not settings.from_scratch:
         problems.append(
-            f"--config-overrides {settings.config_overrides}: cannot act on trained weights; "
-            "add --from-scratch or leave it out"
+            f"--config-overrides {settings.config_overrides}: has no effect on trained weights; "
+            "add --from-scratch or remove it"
         )
     problems += problems_of(lambda: parse_overrides(settings.config_overrides or ""))
     problems += problems_of(lambda: shape_of(settings.model))

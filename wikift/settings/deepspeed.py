@@ -1,10 +1,7 @@
 """A DeepSpeed config file, as Hugging Face's Trainer takes it, read as wikift's settings and completed for DeepSpeed.
 
-The file keeps what only DeepSpeed knows: the stage, offloading, buckets. What is a setting of wikift's too may stand in
-it: `"auto"` leaves it to the command line, a number acts where the command line is silent, numbers that agree pass, and
-a clash is an error that names both. Imports neither torch nor deepspeed.
-
-Within wikift a config is flat: {"zero_optimization.stage": 2, ...}.
+A setting of wikift's may be in it: "auto" leaves it to the command line, a number holds where the command line is
+silent, and one that contradicts it is an error that names both. Imports neither torch nor deepspeed.
 """
 
 from __future__ import annotations
@@ -22,7 +19,6 @@ from wikift.base.errors import UserError
 from wikift.settings.batch_layout import BatchLayout
 from wikift.settings.deepspeed_checks import (
     PASSED,
-    RENAMED,
     SECTIONS,
     SETTINGS,
     Config,
@@ -66,21 +62,10 @@ def own_files() -> dict[str, Path]:
 
 
 def read(path: str | Path) -> Config:
-    """The file, or wikift's own of that name (zero2), flat, older spellings brought to today's.
-
-    Raises UserError where it is not a readable JSON object.
-    """
-    problems: list[str] = []
-
-    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        problems.extend(f"{name} in {path}: is there twice; leave one out" for name in twice)
-        return dict(pairs)
-
+    """The file, or wikift's own of that name (zero2), flat. Raises UserError where it is not an object of JSON."""
     try:
         file = Path(path) if Path(path).exists() else own_files().get(str(path), Path(path))
-        content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=table)
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         known = ", ".join(own_files())
@@ -90,16 +75,11 @@ def read(path: str | Path) -> Config:
     except ValueError as error:
         raise UserError(f"--deepspeed {path}: not valid JSON ({error}); fix the file or name another") from None
     if not isinstance(content, dict):
-        raise UserError(f"--deepspeed {path}: holds a {type(content).__name__}, not an object of settings")
-    config: Config = {}
-    for key, value in _flat(content):
-        if key in config:
-            problems.append(f"{key} in {path}: is there twice, in an older spelling too; leave one out")
-        if key in SECTIONS and value is not None:
-            problems.append(f"{key} {show(value)} in {path}: must be a section in braces, as DeepSpeed's documents it")
-        config[key] = value
-    if problems:
-        raise UserError(*problems)
+        raise UserError(f"--deepspeed {path}: is a {type(content).__name__}, not an object of settings")
+    config = dict(_flat(content))
+    bare = [key for key, value in config.items() if key in SECTIONS and value is not None]
+    if bare:
+        raise UserError(*(f"{key} {show(config[key])} in {path}: must be a section in braces" for key in bare))
     return {key: value for key, value in config.items() if key not in SECTIONS}
 
 
@@ -114,7 +94,7 @@ def merge(settings: TrainSettings, typed: Mapping[str, str]) -> Merged:
     problems = []
     if settings.engine != "auto":
         problems.append(
-            f"--engine {settings.engine}: cannot act, --deepspeed {path} selects ZeRO; leave one of the two out"
+            f"--engine {settings.engine}: has no effect, --deepspeed {path} selects ZeRO; remove one of the two"
         )
     if importlib.util.find_spec("deepspeed") is None:
         problems.append(
@@ -127,8 +107,8 @@ def merge(settings: TrainSettings, typed: Mapping[str, str]) -> Merged:
     problems += file_problems(config, path)
     if settings.compile and stage(config) == 3:
         problems.append(
-            f"--compile: cannot act, stage 3 in {path} gathers weights in hooks that torch.compile does not follow; "
-            "leave it out, or take stage 2 or --engine fsdp"
+            f"--compile: has no effect, stage 3 in {path} gathers weights in hooks that torch.compile does not follow; "
+            "remove it, or take stage 2 or --engine fsdp"
         )
     asked = {name: getattr(settings, name) for name in typed if getattr(settings, name) != "auto"}
     taken: dict[str, _Wish] = {}
@@ -136,11 +116,13 @@ def merge(settings: TrainSettings, typed: Mapping[str, str]) -> Merged:
         name, text = wish.setting, f"{wish.key} {wish.shown} in {path}"
         if name in asked:
             if asked[name] != wish.value:
-                problems.append(f'{typed[name]}: clashes with {text}; leave one of the two out, or write "auto" there')
+                problems.append(f'{typed[name]}: contradicts {text}; remove one of the two, or write "auto" there')
         elif name == "max_steps" and "num_train_epochs" in asked:
-            problems.append(f'{typed["num_train_epochs"]}: the length is given twice, {text} too; write "auto" there')
+            problems.append(
+                f'{typed["num_train_epochs"]}: the length of training is set twice, {text} too; write "auto" there'
+            )
         elif taken.setdefault(name, wish).value != wish.value:
-            problems.append(f"{text}: clashes with {taken[name].key} {taken[name].shown} there; take the same number")
+            problems.append(f"{text}: contradicts {taken[name].key} {taken[name].shown} there; take the same number")
     merged = dataclasses.replace(settings, **{name: wish.value for name, wish in taken.items()})
     notes = tuple(f"{Path(path).name}: {note}" for note in _notes(config, merged, list(taken.values())))
     return Merged(merged, notes, tuple(problems), {name: wish.key for name, wish in taken.items()})
@@ -206,15 +188,12 @@ def engine_config(
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything, older spellings brought to today's."""
+    """(dotted key, value) of everything."""
     for name, value in table.items():
-        key = RENAMED.get(prefix + name, prefix + name)
-        if key != prefix + name and isinstance(value, bool):  # cpu_offload: true
-            value = {"device": "cpu" if value else "none"}
-        if isinstance(value, dict) and key in SECTIONS:
-            yield from _flat(value, key + ".")
+        if isinstance(value, dict) and prefix + name in SECTIONS:
+            yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield key, value
+            yield prefix + name, value
 
 
 def _wishes(config: Config, asked: Mapping[str, Any]) -> Iterator[_Wish]:
@@ -238,19 +217,17 @@ def _wishes(config: Config, asked: Mapping[str, Any]) -> Iterator[_Wish]:
 
 
 def _notes(config: Config, merged: TrainSettings, wishes: Sequence[_Wish]) -> Iterator[str]:
-    """What is printed: whatever the file decides, whatever wikift does in its own way, and what it does not use."""
+    """What is printed: what the file decides, what wikift does in its own way, and what it does not use."""
     if wishes:
         yield "sets " + ", ".join(f"{flag(w.setting)} {getattr(merged, w.setting)} ({w.key})" for w in wishes)
     if "optimizer.type" in config:
         yield f"optimizer {config['optimizer.type']} is wikift's AdamW, without decay of biases and LayerNorm"
     if "scheduler.type" in config:
-        linear = config.get("scheduler.params.warmup_type") == "linear"
         shape = f"--lr-scheduler-type {merged.lr_scheduler_type} with a linear warm-up"
-        other = "" if linear else " (DeepSpeed's own would be logarithmic)"
-        yield f"scheduler {config['scheduler.type']} is wikift's {shape}{other}"
+        yield f"scheduler {config['scheduler.type']} is wikift's {shape}"
     own = [f"{key} {show(config[key])}" for key in PASSED if key.startswith("fp16.") and key in config]
     if own and merged.precision == "fp16":
-        yield f"the loss scale goes by {', '.join(own)}"
+        yield f"the loss scale follows {', '.join(own)}"
     if names := unused(config):
         yield f"not used by wikift: {', '.join(names)}"
 

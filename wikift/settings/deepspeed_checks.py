@@ -1,6 +1,6 @@
-"""The keys of a DeepSpeed config file (DeepSpeed 0.19): which are honoured, which refused, and what cannot be in them.
+"""The keys of a DeepSpeed config file (DeepSpeed 0.19): which are supported, which refused, and what values they take.
 
-A key is written with dots, "zero_optimization.stage". One that is neither honoured nor refused is reported as not used.
+A key is written with dots, "zero_optimization.stage". Any other one is reported as not used.
 """
 
 from __future__ import annotations
@@ -49,61 +49,51 @@ SETTINGS: dict[str, tuple[str, type]] = {
     "optimizer.params.eps": ("adam_epsilon", float),
     "optimizer.params.weight_decay": ("weight_decay", float),
     "scheduler.params.warmup_max_lr": ("learning_rate", float),
-    "scheduler.params.warmup_num_steps": ("warmup_steps", float),  # float: below 1 is a part of the run
+    "scheduler.params.warmup_num_steps": ("warmup_steps", float),  # float: below 1 is a fraction of the run
     "scheduler.params.total_num_steps": ("max_steps", int),
     "communication_data_type": ("reduce_dtype", str),
 }
 SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear"}  # by name, their --lr-scheduler-type
 
-KINDS = {**PASSED, **{key: kind for key, (_, kind) in SETTINGS.items()}}
-KINDS |= {"fp16.enabled": bool, "bf16.enabled": bool, "optimizer.params.betas": list}
-HONOURED = {*KINDS, "zero_optimization.stage", "optimizer.type", "scheduler.type"}
-SECTIONS = {key.rsplit(".", depth)[0] for key in HONOURED for depth in range(1, key.count(".") + 1)}
-CHOICES = {
+_KINDS = {**PASSED, **{key: kind for key, (_, kind) in SETTINGS.items()}}
+_KINDS |= {"fp16.enabled": bool, "bf16.enabled": bool, "optimizer.params.betas": list}
+_SUPPORTED = {*_KINDS, "zero_optimization.stage", "optimizer.type", "scheduler.type"}
+SECTIONS = {key.rsplit(".", depth)[0] for key in _SUPPORTED for depth in range(1, key.count(".") + 1)}
+_CHOICES = {
     **dict.fromkeys(("communication_data_type", "data_types.grad_accum_dtype"), ("fp32", "fp16", "bf16")),
     "zero_optimization.offload_optimizer.device": ("none", "cpu", "nvme"),
     "zero_optimization.offload_param.device": ("none", "cpu", "nvme"),
 }
-ABOVE_ZERO = ("zero_optimization.reduce_bucket_size", "fp16.loss_scale_window", "fp16.min_loss_scale")
+_ABOVE_ZERO = ("zero_optimization.reduce_bucket_size", "fp16.loss_scale_window", "fp16.min_loss_scale")
 
-# Other keys, and whole sections, that change what is learned: refused where they ask for something, by the way out.
-_REFUSED = {
+# Other keys, and whole sections, that change what is learned: refused where they ask for something, by the fix.
+_REFUSED_BY_FIX = {
     "use --precision": "amp torch_autocast data_types",
-    "the seed, --data-fraction and --global-batch-size decide what is learned; leave it out": "data_efficiency "
-    "curriculum_learning elasticity",
-    "wikift trains the whole model as it is; leave it out": "progressive_layer_drop compression_training "
-    "quantize_training weight_quantization eigenvalue sparse_attention",
-    "the loss is a mean over the global batch; leave it out": "gradient_allreduce_op",
-    "wikift keeps weights and moments in fp32 beside bf16 and fp16; leave it out": "fp16.fp16_master_weights_and_grads "
+    "it changes what is learned; remove it": "data_efficiency curriculum_learning elasticity progressive_layer_drop "
+    "compression_training quantize_training weight_quantization eigenvalue sparse_attention gradient_allreduce_op "
+    "zero_optimization.zenflow zero_optimization.zero_quantized_weights zero_optimization.zero_quantized_gradients "
+    "zero_optimization.zeropp_loco_param",
+    "wikift keeps weights and moments in fp32 beside bf16 and fp16; remove it": "fp16.fp16_master_weights_and_grads "
     "bf16.bf16_master_weights_and_grads bf16.bf16_optimizer_states",
-    "it updates weights a step late; leave it out": "zero_optimization.zenflow",
-    "it rounds what the ranks exchange; leave it out": "zero_optimization.zero_quantized_weights "
-    "zero_optimization.zero_quantized_gradients zero_optimization.zeropp_loco_param",
-    "wikift's optimizer is AdamW, of lr, betas, eps and weight_decay; leave it out": "optimizer.params",
+    "wikift's optimizer is AdamW, of lr, betas, eps and weight_decay; remove it": "optimizer.params",
     'write "gradient_clipping" or use --max-grad-norm': "optimizer.params.max_grad_norm",
-    "wikift's schedule has no such number; leave it out": "scheduler.params",
+    "wikift's learning-rate schedule has no such setting; remove it": "scheduler.params",
     'the learning rate rises from 0; write 0 or "auto"': "scheduler.params.warmup_min_lr",
-    'the warm-up is a straight line; write "linear" or leave it out': "scheduler.params.warmup_type",
+    'the warm-up is a straight line; write "linear" or remove it': "scheduler.params.warmup_type",
+    'it is an older spelling; write "bf16"': "bfloat16",
+    'it is an older spelling; write "offload_optimizer" or "offload_param"': "zero_optimization.cpu_offload "
+    "zero_optimization.cpu_offload_param zero_optimization.cpu_offload_params",
 }
-REFUSED = {key: way_out for way_out, keys in _REFUSED.items() for key in keys.split()}
+_REFUSED = {key: fix for fix, keys in _REFUSED_BY_FIX.items() for key in keys.split()}
 # Refused keys with the values that ask for nothing; for all others these are false, 0, "none" and {"enabled": false}.
-HARMLESS = (
-    ("gradient_allreduce_op", "mean"), ("scheduler.params.warmup_type", "linear"),
-    ("scheduler.params.last_batch_iteration", -1), ("optimizer.params.adam_w_mode", True),
-    ("optimizer.params.bias_correction", True), ("optimizer.params.torch_adam", True),
-    ("optimizer.params.torch_adam", False),
-)  # fmt: skip
-
-# Older spellings: key as written -> key of today. `cpu_offload...: true` become {"device": "cpu"}.
-RENAMED = {
-    "bfloat16": "bf16",
-    "zero_optimization.aio": "aio",
-    "aio.thread_count": "aio.intra_op_parallelism",
-    "zero_optimization.cpu_offload": "zero_optimization.offload_optimizer",
-    "zero_optimization.cpu_offload_param": "zero_optimization.offload_param",
-    "zero_optimization.cpu_offload_params": "zero_optimization.offload_param",
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "gradient_allreduce_op": ("mean",),
+    "scheduler.params.warmup_type": ("linear",),
+    "scheduler.params.last_batch_iteration": (-1,),
+    "optimizer.params.adam_w_mode": (True,),
+    "optimizer.params.bias_correction": (True,),
+    "optimizer.params.torch_adam": (True, False),
 }
-
 _NAMES = {
     bool: "true or false", int: "a whole number, 0 or more", float: "a number", str: "text",
     list: "two numbers in brackets",
@@ -112,31 +102,28 @@ _NAMES = {
 
 def file_problems(config: Config, path: str) -> list[str]:
     """Every problem of the file at `path` that does not depend on the command line."""
-    where = f" in {path}"
-    problems = list(_zero_problems(config, where))
+    problems = [f"{key} {show(config.get(key))} in {path}: {rule}" for key, rule in _zero_problems(config)]
     if config.get("bf16.enabled") is True and config.get("fp16.enabled") is True:
-        problems.append(f"bf16.enabled and fp16.enabled{where}: are both true; leave one on")
-    unknown = {}  # section -> way out
-    if not is_adam(config.get("optimizer.type")):
-        unknown["optimizer"] = "wikift's is AdamW; write AdamW, or leave the section out"
+        problems.append(f"bf16.enabled and fp16.enabled in {path}: are both true; enable one")
+    unknown = {}  # section -> fix
+    if str(config.get("optimizer.type")).lower() not in ("adam", "adamw"):  # DeepSpeed runs both as AdamW
+        unknown["optimizer"] = "wikift's is AdamW; write AdamW, or remove the section"
     if not schedule_of(config):
         kind = "cosine" if config.get("scheduler.type") == "WarmupCosineLR" else "linear, cosine or constant"
-        unknown["scheduler"] = (
-            f"wikift knows {' and '.join(SCHEDULERS)}; leave the section out and use --lr-scheduler-type {kind}"
-        )
-    for section, way_out in unknown.items():
+        unknown["scheduler"] = f"wikift knows {' and '.join(SCHEDULERS)}; remove it and use --lr-scheduler-type {kind}"
+    for section, fix in unknown.items():
         if any(key.startswith(section + ".") and value is not None for key, value in config.items()):
-            problems.append(f"{section}.type {show(config.get(section + '.type'))}{where}: not honoured, {way_out}")
+            problems.append(f"{section}.type {show(config.get(section + '.type'))} in {path}: not supported, {fix}")
     for key, value in config.items():
         skipped = ".params." in key and key.partition(".")[0] in unknown  # the type is reported
         if not skipped and (problem := _value_problem(key, value)):
-            problems.append(f"{key} {show(value)}{where}: {problem}")
+            problems.append(f"{key} {show(value)} in {path}: {problem}")
     return problems
 
 
 def unused(config: Config) -> list[str]:
     """The keys that ask for something and have no effect under wikift."""
-    return [key for key, value in config.items() if not (key in HONOURED or _way_out(key) or _asks_nothing(value))]
+    return [key for key, value in config.items() if not (key in _SUPPORTED or _fix(key) or _asks_nothing(value))]
 
 
 def stage(config: Config) -> int:
@@ -156,15 +143,9 @@ def is_kind(value: Any, kind: type) -> bool:
     return kind is float or (value == int(value) and value >= 0)
 
 
-def is_adam(name: Any) -> bool:
-    """Whether DeepSpeed runs the optimizer of this name as AdamW: Adam too, unless adam_w_mode is false."""
-    return isinstance(name, str) and name.lower() in ("adam", "adamw")
-
-
 def schedule_of(config: Config) -> str | None:
     """The --lr-scheduler-type that the file's scheduler is; None where it has none, or one that wikift has not."""
-    name = config.get("scheduler.type")
-    return SCHEDULERS.get(name) if isinstance(name, str) else None
+    return SCHEDULERS.get(str(config.get("scheduler.type")))
 
 
 def show(value: Any) -> str:
@@ -173,44 +154,36 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _way_out(key: str) -> str | None:
+def _fix(key: str) -> str | None:
     """What to do instead, of a key that is refused, by itself or with its section."""
-    return None if key in HONOURED else REFUSED.get(key, REFUSED.get(key.rpartition(".")[0]))
+    return None if key in _SUPPORTED else _REFUSED.get(key, _REFUSED.get(key.rpartition(".")[0]))
 
 
 def _value_problem(key: str, value: Any) -> str | None:
     if value == "auto" or value is None:
         return None
-    if key in KINDS and not is_kind(value, KINDS[key]):
-        return f'must be {_NAMES[KINDS[key]]}, or "auto"'
-    if key in CHOICES and value not in CHOICES[key]:
-        return f"must be one of {', '.join(CHOICES[key])}{nearest(value, CHOICES[key])}"
-    if key in ABOVE_ZERO and not value:
-        return 'must be above 0; write "auto" or leave it out'
-    if (way_out := _way_out(key)) and not _harmless(key, value):
-        return f"not honoured; {way_out}"
+    if key in _KINDS and not is_kind(value, _KINDS[key]):
+        return f'must be {_NAMES[_KINDS[key]]}, or "auto"'
+    if key in _CHOICES and value not in _CHOICES[key]:
+        return f"must be one of {', '.join(_CHOICES[key])}{nearest(value, _CHOICES[key])}"
+    if key in _ABOVE_ZERO and not value:
+        return 'must be above 0; write "auto" or remove it'
+    harmless = value in _HARMLESS[key] if key in _HARMLESS else _asks_nothing(value)
+    if (fix := _fix(key)) and not harmless:
+        return f"not supported; {fix}"
     return None
 
 
-def _zero_problems(config: Config, where: str) -> Iterator[str]:
+def _zero_problems(config: Config) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong with its value) of the stage and of offloading."""
     if stage(config) not in (1, 2, 3):
-        key = f"zero_optimization.stage {show(config.get('zero_optimization.stage'))}{where}"
-        yield f"{key}: must be 1, 2 or 3; write one of them, or leave --deepspeed out (that is DDP)"
+        yield "zero_optimization.stage", "must be 1, 2 or 3; write one of them, or remove --deepspeed (that is DDP)"
     for section in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):
         device, path = config.get(section + ".device"), config.get(section + ".nvme_path")
-        key = f"{section}.device {show(device)}{where}"
         if stage(config) in (1, 2) and (device == "nvme" or (device == "cpu" and section.endswith("param"))):
-            yield f"{key}: needs stage 3, the file has {stage(config)}; write 3, or leave the section out"
-        elif device == "nvme" and path is None:
-            yield f'{key}: needs "nvme_path" beside it, a folder on an NVMe disk'
-        elif device == "nvme" and not Path(str(path)).is_dir():
-            yield f"{section}.nvme_path {show(path)}{where}: no such folder; name one on an NVMe disk"
-
-
-def _harmless(key: str, value: Any) -> bool:
-    """Whether the value of a refused key is the one that changes nothing."""
-    values = [harmless for name, harmless in HARMLESS if name == key]
-    return value in values if values else _asks_nothing(value)
+            yield section + ".device", f"needs stage 3, the file has {stage(config)}; write 3, or remove the section"
+        elif device == "nvme" and (path is None or not Path(str(path)).is_dir()):
+            yield section + ".nvme_path", "must be an existing folder on an NVMe disk"
 
 
 def _asks_nothing(value: Any) -> bool:

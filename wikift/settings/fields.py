@@ -1,62 +1,59 @@
-"""Every command's settings, with their groups, units and defaults. What follows from them is in derive.py.
-
-Imports no torch, so `--help` and errors are instant.
-"""
+"""Every command's settings, with their groups, units and defaults. Imports no torch, so `--help` is instant."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 from wikift.base.names import CUT_SEED, WIKITEXT
 from wikift.base.shape import RELEASED
 from wikift.settings.options import option
 
-CONFIG_HELP = "TOML or JSON file of settings; the command line wins, --no-NAME takes back NAME = true"
+CONFIG_HELP = "TOML or JSON file of settings; the command line overrides it, --no-NAME turns off NAME = true"
+DEVICES, PRECISIONS = ("auto", "cpu", "cuda"), ("auto", "bf16", "fp16", "fp32")
+
+_model, _data, _batch = partial(option, group="model"), partial(option, group="data"), partial(option, group="batch")
+_length, _optimizer = partial(option, group="length"), partial(option, group="optimizer")
+_speed, _run, _store = partial(option, group="speed"), partial(option, group="run"), partial(option, group="store")
+_argument, _text, _prompts = (partial(option, group=name) for name in ("arguments", "text", "prompts"))
+_sampling, _output = partial(option, group="sampling"), partial(option, group="output")
 
 
 @dataclass(frozen=True)
 class DataSettings:
     """Which text, and how it becomes tokens."""
 
-    dataset: str | None = option(
+    dataset: str | None = _data(
         None,
         f"{', '.join(WIKITEXT)}, demo, another Hub dataset, or your own .txt, .jsonl or .parquet: a file, or a folder "
         "with train.*, validation.*, test.* or in the Hub's layout",
-        group="data",
-        metavar="NAME|PATH",
+        "NAME|PATH",
         shown="wikitext-103-v1; wikitext-2-v1 on one process",
     )
-    dataset_config: str | None = option(
-        None, "configuration of a dataset that has several", group="data", metavar="NAME"
-    )
-    text_column: str = option("text", "column that holds the text", group="data", metavar="NAME")
-    validation_fraction: float | None = option(
+    dataset_config: str | None = _data(None, "configuration of a dataset that has several", "NAME")
+    text_column: str = _data("text", "column that holds the text", "NAME")
+    validation_fraction: float | None = _data(
         None,
-        "part of the train rows cut off, by seed, where the dataset has no validation split",
-        group="data",
-        metavar="0..1",
+        "fraction of the training rows held out, chosen by seed, where the dataset has no validation split",
+        "0..1",
         shown="0.05",
     )
-    tokenizer: str | None = option(
+    tokenizer: str | None = _data(
         None,
-        "a name of the Hub, a folder, or train:SIZE for a byte-level BPE of SIZE tokens trained on the train split",
-        group="data",
-        metavar="NAME|PATH|train:SIZE",
+        "a name on the Hub, a folder, or train:SIZE for a byte-level BPE of SIZE tokens trained on the train split",
+        "NAME|PATH|train:SIZE",
         shown="the model's, gpt2",
     )
-    append_eos: bool | None = option(
+    append_eos: bool | None = _data(
         None,
         "end each row with the end-of-text token",
-        group="data",
         shown="for .jsonl, .parquet and Hub datasets other than WikiText",
     )
-    workers: int | None = option(
-        None, "threads that tokenize", group="data", metavar="N", shown="all cores", role="view"
-    )
+    workers: int | None = _data(None, "threads that tokenize", shown="all cores", role="view")
 
 
-# What a setting on the command line displaces of the config file: the same question's answer, or what hangs on it.
+# Which settings of the config file one on the command line overrides: other answers to its question, or details of it.
 EXCLUSIVE = {
     "max_steps": ("num_train_epochs",),
     "num_train_epochs": ("max_steps",),
@@ -69,153 +66,135 @@ EXCLUSIVE = {
 class PrepareSettings(DataSettings):
     """The prepare command: text to a token store."""
 
-    out: str | None = option(None, "the store to make", group="store", metavar="DIR", shown="data/DATASET-TOKENIZER")
-    verify: bool = option(False, "check every byte of a store that is there already", group="store")
-    seed: int = option(CUT_SEED, "seed of the validation cut", group="store", metavar="N")
-    quiet: bool = option(False, "print errors only", group="store")
-    config: str | None = option(None, CONFIG_HELP, group="store", metavar="FILE")
+    out: str | None = _store(None, "the store to make", "DIR", shown="data/DATASET-TOKENIZER")
+    verify: bool = _store(False, "check every byte of a store that already exists")
+    seed: int = _store(CUT_SEED, "seed of the held-out validation rows")
+    quiet: bool = _store(False, "print errors only")
+    config: str | None = _store(None, CONFIG_HELP, "FILE")
 
 
 @dataclass(frozen=True)
 class TrainSettings(DataSettings):
     """The train command: a token store to a fine-tuned model."""
 
-    model: str = option(
-        "gpt2", f"{', '.join(RELEASED)}, another GPT-2 of the Hub, or a folder", group="model", metavar="NAME|PATH"
-    )
-    from_scratch: bool = option(False, "random weights in the model's shape", group="model")
-    config_overrides: str | None = option(
-        None, "with --from-scratch: n_layer=2,n_head=4,n_embd=128", group="model", metavar="K=V,..."
-    )
-    dropout: float | None = option(
-        None, "dropout rate of embeddings, attention and residuals", group="model", metavar="0..1",
-        shown="the model's, 0.1",
-    )  # fmt: skip
-
-    data: str | None = option(None, "a store that the prepare command made", group="data", metavar="DIR")
-    data_fraction: float = option(1.0, "train on a seeded random sample of the blocks", group="data", metavar="0..1")
-    block_size: int | None = option(
-        None, "tokens predicted in one block", group="data", metavar="TOKENS", shown="the model's context, 1024"
+    model: str = _model("gpt2", f"{', '.join(RELEASED)}, another GPT-2 on the Hub, or a folder", "NAME|PATH")
+    from_scratch: bool = _model(False, "random weights in the model's shape")
+    config_overrides: str | None = _model(None, "with --from-scratch: n_layer=2,n_head=4,n_embd=128", "K=V,...")
+    dropout: float | None = _model(
+        None, "dropout rate of embeddings, attention and residuals", "0..1", shown="the model's, 0.1"
     )
 
-    global_batch_size: int | None = option(
-        None, "blocks per optimizer step, over all processes; with the data and the seed it decides what is learned",
-        group="batch", metavar="BLOCKS", shown="32, or what the two below make", role="experiment",
-    )  # fmt: skip
-    per_device_train_batch_size: int | None = option(
-        None, "blocks of one forward, per process", group="batch", metavar="BLOCKS",
-        shown="up to 8, by the global batch",
-    )  # fmt: skip
-    gradient_accumulation_steps: int | None = option(
-        None, "forwards per optimizer step", group="batch", metavar="N", shown="by the global batch"
-    )
+    data: str | None = _data(None, "a store that the prepare command made", "DIR")
+    data_fraction: float = _data(1.0, "train on a seeded random sample of the blocks", "0..1")
+    block_size: int | None = _data(None, "tokens predicted in one block", "TOKENS", shown="the model's context, 1024")
 
-    num_train_epochs: float | None = option(None, "passes over the data", group="length", metavar="EPOCHS", shown="3")
-    max_steps: int | None = option(None, "optimizer steps, in place of epochs", group="length", metavar="STEPS")
-
-    learning_rate: float | None = option(
-        None, "the highest, after the warm-up", group="optimizer", metavar="LR", shown="5e-05; 6e-04 from scratch"
-    )
-    lr_scheduler_type: str = option(
-        "linear", "schedule of the learning rate after the warm-up: linear or cosine to 0, constant, or "
-        "warmup_stable_decay: constant, then to 0 over --decay-steps",
-        group="optimizer", metavar="SCHEDULE", choices=("linear", "cosine", "constant", "warmup_stable_decay"),
-    )  # fmt: skip
-    warmup_steps: float = option(
-        0.0, "steps over which the learning rate rises from 0; below 1: a part of the run", group="optimizer",
-        metavar="STEPS", shown="0",
-    )  # fmt: skip
-    decay_steps: float | None = option(
-        None, "last steps, over which warmup_stable_decay falls to 0; below 1: a part of the run", group="optimizer",
-        metavar="STEPS", shown="0.2",
-    )  # fmt: skip
-    weight_decay: float = option(
-        0.0, "AdamW's, of matrices and embeddings; biases and LayerNorm have none", group="optimizer", metavar="DECAY"
-    )
-    adam_beta1: float = option(0.9, "AdamW's decay of the mean gradient", group="optimizer", metavar="0..1")
-    adam_beta2: float = option(0.999, "AdamW's decay of the mean squared gradient", group="optimizer", metavar="0..1")
-    adam_epsilon: float = option(1e-8, "AdamW's, against division by 0", group="optimizer", metavar="EPSILON")
-    max_grad_norm: float = option(
-        1.0, "clip the gradient's norm to this; 0 is no clipping", group="optimizer", metavar="NORM"
-    )
-    seed: int = option(42, "decides everything random", group="optimizer", metavar="N", role="experiment")
-
-    precision: str = option(
-        "auto", "number format of matmuls, weights stay fp32; auto: bf16 where the device has it natively, else fp32",
-        group="speed", choices=("auto", "bf16", "fp16", "fp32"),
-    )  # fmt: skip
-    gradient_checkpointing: bool = option(False, "less memory, a third more time", group="speed")
-    compile: bool | None = option(
-        None, "torch.compile: half a minute to start; for long runs on a GPU, a CPU gains nothing from it",
-        group="speed", shown="on a GPU from 1,000 steps on, with DeepSpeed only where asked for",
-    )  # fmt: skip
-    deterministic: bool = option(
-        False, "on a GPU too the same bits in every run, by slower kernels; a CPU has them anyway", group="speed"
-    )
-    engine: str = option(
-        "auto", "how weights and work are split over the processes. single: one process; ddp: whole on each; fsdp: "
-        "FSDP2, a shard on each; auto: the first of these that fits into memory",
-        group="speed", choices=("auto", "single", "ddp", "fsdp"),
-    )  # fmt: skip
-    fsdp_reshard: bool = option(
-        True, "fsdp: free a block's weights after its forward; without it faster, more memory", group="speed"
-    )
-    reduce_dtype: str = option(
-        "fp32", "number format in which gradients are summed over the processes; bf16: half the traffic, rounded to 8 "
-        "bits", group="speed", choices=("fp32", "bf16", "fp16"),
-    )  # fmt: skip
-    deepspeed: str | None = option(
+    global_batch_size: int | None = _batch(
         None,
-        "ZeRO by a DeepSpeed config file: zero1, zero2, zero2_offload, zero3, zero3_offload, or your own",
-        group="speed",
-        metavar="FILE",
+        "blocks per optimizer step, over all processes; with the data and the seed it decides what is learned",
+        "BLOCKS",
+        shown="32, or the product of the next two",
+        role="experiment",
     )
-    device: str = option("auto", "auto: cuda where there is one", group="speed", choices=("auto", "cpu", "cuda"))
+    per_device_train_batch_size: int | None = _batch(
+        None,
+        "micro-batch: blocks per forward pass and process",
+        "BLOCKS",
+        shown="up to 8, follows from the global batch",
+    )
+    gradient_accumulation_steps: int | None = _batch(
+        None, "micro-batches per optimizer step", shown="follows from the global batch"
+    )
 
-    output_dir: str | None = option(None, "the run's folder", group="run", metavar="DIR", shown="runs/MODEL-DATASET")
-    eval_steps: int | None = option(
-        None, "steps between validations; each save validates too", group="run", metavar="STEPS", shown="--save-steps",
-        role="schedule",
-    )  # fmt: skip
-    early_stopping_patience: int | None = option(
-        None, "end the run after so many validations in a row that were no better than the best; the best checkpoint "
-        "is kept", group="run", metavar="N", shown="never", role="schedule",
-    )  # fmt: skip
-    save_steps: int = option(500, "steps between checkpoints", group="run", metavar="STEPS")
-    logging_steps: int = option(10, "steps between lines of metrics.jsonl", group="run", metavar="STEPS")
-    async_save: bool = option(True, "write checkpoints while training continues", group="run")
-    save_total_limit: int = option(2, "newest checkpoints kept, beside the best", group="run", metavar="N")
-    per_device_eval_batch_size: int = option(8, "blocks of one forward in validation", group="run", metavar="BLOCKS")
-    sample_prompts: str | None = option(
-        None, "let the model continue each line of a file now and then: samples.jsonl", group="run", metavar="FILE"
+    num_train_epochs: float | None = _length(None, "passes over the data", "EPOCHS", shown="3")
+    max_steps: int | None = _length(None, "optimizer steps, in place of epochs", "STEPS")
+
+    learning_rate: float | None = _optimizer(
+        None, "the highest, after the warm-up", "LR", shown="5e-05; 6e-04 from scratch"
     )
-    sample_steps: int | None = option(
-        None, "steps between samples", group="run", metavar="STEPS", shown="as validations"
+    lr_scheduler_type: str = _optimizer(
+        "linear",
+        "schedule of the learning rate after the warm-up: linear or cosine to 0, constant, or warmup_stable_decay: "
+        "constant, then to 0 over --decay-steps",
+        "SCHEDULE",
+        choices=("linear", "cosine", "constant", "warmup_stable_decay"),
     )
-    resume: str = option(
-        "auto", "resume from the newest checkpoint, never, or from PATH", group="run", metavar="auto|never|PATH"
+    warmup_steps: float = _optimizer(
+        0.0, "steps over which the learning rate rises from 0; below 1: a fraction of the run", "STEPS", shown="0"
     )
-    wandb: bool = option(False, "log to Weights & Biases too", group="run")
-    dry_run: bool = option(False, "print settings and derived numbers, do nothing", group="run")
-    quiet: bool = option(False, "print errors only", group="run")
-    config: str | None = option(None, CONFIG_HELP, group="run", metavar="FILE")
+    decay_steps: float | None = _optimizer(
+        None, "steps of warmup_stable_decay's fall to 0; below 1: a fraction of the run", "STEPS", shown="0.2"
+    )
+    weight_decay: float = _optimizer(
+        0.0, "AdamW's, of matrices and embeddings; biases and LayerNorm have none", "DECAY"
+    )
+    adam_beta1: float = _optimizer(0.9, "AdamW's decay of the mean gradient", "0..1")
+    adam_beta2: float = _optimizer(0.999, "AdamW's decay of the mean squared gradient", "0..1")
+    adam_epsilon: float = _optimizer(1e-8, "AdamW's, against division by 0", "EPSILON")
+    max_grad_norm: float = _optimizer(1.0, "clip the gradient's norm to this; 0 is no clipping", "NORM")
+    seed: int = _optimizer(42, "decides everything random", role="experiment")
+
+    precision: str = _speed(
+        "auto",
+        "number format of matmuls, weights stay fp32; auto: bf16 where the device has it natively, else fp32",
+        choices=PRECISIONS,
+    )
+    gradient_checkpointing: bool = _speed(False, "less memory, a third more time")
+    compile: bool | None = _speed(
+        None,
+        "torch.compile: half a minute to start; for long runs on a GPU, a CPU gains nothing from it",
+        shown="on a GPU from 1,000 steps on, with DeepSpeed only where asked for",
+    )
+    deterministic: bool = _speed(False, "bit-for-bit reproducible on a GPU, with slower kernels; a CPU always is")
+    engine: str = _speed(
+        "auto",
+        "how weights and work are split over the processes. single: one process; ddp: a full copy on each; fsdp: "
+        "FSDP2, a shard on each; auto: the first of these that fits into memory",
+        choices=("auto", "single", "ddp", "fsdp"),
+    )
+    fsdp_reshard: bool = _speed(True, "fsdp: free a block's weights after its forward; off: faster, more memory")
+    reduce_dtype: str = _speed(
+        "fp32",
+        "number format in which gradients are summed over the processes; bf16: half the traffic, rounded to 8 bits",
+        choices=("fp32", "bf16", "fp16"),
+    )
+    deepspeed: str | None = _speed(
+        None, "ZeRO by a DeepSpeed config file: zero1, zero2, zero2_offload, zero3, zero3_offload, or your own", "FILE"
+    )
+    device: str = _speed("auto", "auto: cuda where there is one", choices=DEVICES)
+
+    output_dir: str | None = _run(None, "the run's folder", "DIR", shown="runs/MODEL-DATASET")
+    eval_steps: int | None = _run(
+        None, "steps between validations; each save validates too", "STEPS", shown="--save-steps", role="schedule"
+    )
+    early_stopping_patience: int | None = _run(
+        None, "stop after this many validations in a row without a new best", shown="never", role="schedule"
+    )
+    save_steps: int = _run(500, "steps between checkpoints", "STEPS")
+    logging_steps: int = _run(10, "steps between lines of metrics.jsonl", "STEPS")
+    async_save: bool = _run(True, "write checkpoints while training continues")
+    save_total_limit: int = _run(2, "newest checkpoints kept, beside the best")
+    per_device_eval_batch_size: int = _run(8, "blocks per forward pass in validation", "BLOCKS")
+    sample_prompts: str | None = _run(
+        None, "let the model continue each line of a file now and then: samples.jsonl", "FILE"
+    )
+    sample_steps: int | None = _run(None, "steps between samples", "STEPS", shown="as validations")
+    resume: str = _run("auto", "resume from the newest checkpoint, never, or from PATH", "auto|never|PATH")
+    wandb: bool = _run(False, "also log to Weights & Biases")
+    dry_run: bool = _run(False, "print settings and derived numbers, do nothing")
+    quiet: bool = _run(False, "print errors only")
+    config: str | None = _run(None, CONFIG_HELP, "FILE")
 
 
 @dataclass(frozen=True)
 class ConsolidateSettings:
     """The consolidate command: a checkpoint to a Hugging Face directory."""
 
-    run: str | None = option(
-        None,
-        "a run's folder or one checkpoint of it",
-        group="arguments",
-        metavar="RUN_OR_CHECKPOINT",
-    )
-    out: str | None = option(None, "the directory to make", metavar="DIR", shown="RUN/hf")
-    step: int | None = option(None, "the checkpoint of this step", metavar="STEP", shown="the newest")
+    run: str | None = _argument(None, "a run's folder or one checkpoint of it", "RUN_OR_CHECKPOINT")
+    out: str | None = option(None, "the directory to make", "DIR", shown="RUN/hf")
+    step: int | None = option(None, "the checkpoint of this step", "STEP", shown="the newest")
     best: bool = option(False, "the checkpoint with the lowest validation loss")
     dtype: str = option("float32", "number format of the weights written", choices=("float32", "bfloat16", "float16"))
-    max_shard_size: str = option("5GB", "largest file of weights", metavar="SIZE")
+    max_shard_size: str = option("5GB", "largest file of weights", "SIZE")
     quiet: bool = option(False, "print errors only")
 
 
@@ -223,44 +202,31 @@ class ConsolidateSettings:
 class EvaluateSettings:
     """The evaluate command: perplexity of Hugging Face directories by the field's protocols."""
 
-    models: tuple[str, ...] = option((), "Hugging Face directories, runs or names", group="arguments", metavar="MODEL")
+    models: tuple[str, ...] = _argument((), "Hugging Face directories, runs or names", "MODEL")
     protocol: str | None = option(
         None,
-        "whose number: see below",
+        "evaluation protocol, see below",
         choices=("hf-doc", "blocks", "knn", "paper", "lm-eval", "free"),
         shown="all that the text allows, in one table; free with --context or --stride",
     )
-    data: str | None = option(
-        None, "a store that wikift prepare made", group="text", metavar="DIR", shown="the store a run was trained on"
+    data: str | None = _text(None, "a store that wikift prepare made", "DIR", shown="the store a run was trained on")
+    dataset: str | None = _text(
+        None, "instead of a store, a text as wikift prepare takes it; of a single file all is evaluated", "NAME|PATH"
     )
-    dataset: str | None = option(
-        None,
-        "instead of a store, a text as wikift prepare takes it; of a single file all is evaluated",
-        group="text",
-        metavar="NAME|PATH",
-    )
-    dataset_config: str | None = option(
-        None, "configuration of a dataset that has several", group="text", metavar="NAME"
-    )
-    text_column: str = option("text", "column that holds the text", group="text", metavar="NAME")
-    split: str | None = option(
-        None, "split of the text", group="text", metavar="NAME", shown="all but train, where there are others"
-    )
+    dataset_config: str | None = _text(None, "configuration of a dataset that has several", "NAME")
+    text_column: str = _text("text", "column that holds the text", "NAME")
+    split: str | None = _text(None, "split of the text", "NAME", shown="all but train, where there are others")
     context: int | None = option(
-        None, "tokens of one window", metavar="TOKENS", shown="the protocol's, 1024, or the model's where that is less"
+        None, "tokens per window", "TOKENS", shown="the protocol's, 1024, or the model's where that is less"
     )
-    stride: int | None = option(
-        None, "tokens between windows", metavar="TOKENS", shown="the protocol's; of free, the context"
-    )
-    per_device_eval_batch_size: int = option(8, "windows of one forward", metavar="N")
+    stride: int | None = option(None, "tokens between windows", "TOKENS", shown="the protocol's; of free, the context")
+    per_device_eval_batch_size: int = option(8, "windows per forward pass")
     precision: str = option(
-        "auto",
-        "number format of the matmuls; auto: that of the stored weights",
-        choices=("auto", "bf16", "fp16", "fp32"),
+        "auto", "number format of the matmuls; auto: that of the stored weights", choices=PRECISIONS
     )
-    device: str = option("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
-    json: bool = option(False, "print JSON, one object a model, split and protocol")
-    csv: bool = option(False, "print CSV, one line a model, split, protocol and normaliser")
+    device: str = option("auto", "auto: cuda where there is one", choices=DEVICES)
+    json: bool = option(False, "print JSON, one object per model, split and protocol")
+    csv: bool = option(False, "print CSV, one line per model, split, protocol and normaliser")
     quiet: bool = option(False, "no progress")
 
 
@@ -268,47 +234,34 @@ class EvaluateSettings:
 class GenerateSettings:
     """The generate command: prompts to text. None stands for the default that follows from `temperature`."""
 
-    model: str | None = option(
-        None,
-        "a Hugging Face directory, a run or a name",
-        group="arguments",
-        metavar="MODEL",
-        shown="the newest of runs/",
+    model: str | None = _argument(
+        None, "a Hugging Face directory, a run or a name", "MODEL", shown="the newest of runs/"
     )
-    prompt: str | None = option(None, "answer this and leave", group="prompts", metavar="TEXT")
-    prompts_file: str | None = option(None, "answer each line of a file and leave", group="prompts", metavar="FILE")
-    examples: bool = option(False, "answer five built-in prompts and leave", group="prompts")
-    max_new_tokens: int = option(128, "tokens of an answer, at most", group="sampling", metavar="TOKENS")
-    temperature: float = option(0.8, "0 takes the likeliest token each time, as do_sample=False", group="sampling",
-                                metavar="T")  # fmt: skip
-    top_k: int | None = option(
-        None, "sample from the K likeliest tokens; 0 is all", group="sampling", metavar="K", shown="50"
+    prompt: str | None = _prompts(None, "generate from this prompt and exit", "TEXT")
+    prompts_file: str | None = _prompts(None, "generate from each line of a file and exit", "FILE")
+    examples: bool = _prompts(False, "generate from five built-in prompts and exit")
+    max_new_tokens: int = _sampling(128, "tokens of an answer, at most", "TOKENS")
+    temperature: float = _sampling(0.8, "0 takes the likeliest token each time, as do_sample=False", "T")
+    top_k: int | None = _sampling(None, "sample from the K likeliest tokens; 0 is all", "K", shown="50")
+    top_p: float | None = _sampling(None, "sample from the likeliest tokens that make up P", "P", shown="0.95")
+    repetition_penalty: float | None = _sampling(
+        None, "above 1 repeats less", "R", shown="1.1; at temperature 0 none, which is 1"
     )
-    top_p: float | None = option(
-        None, "sample from the likeliest tokens that make up P", group="sampling", metavar="P", shown="0.95"
-    )
-    repetition_penalty: float | None = option(
-        None, "above 1 repeats less", group="sampling", metavar="R", shown="1.1; at temperature 0 none, which is 1"
-    )
-    seed: int | None = option(None, "same seed, same text", group="sampling", metavar="N", shown="42")
-    stop: tuple[str, ...] = option(
-        (), "end before this text; may be given several times, \\n is a new line", group="sampling", metavar="TEXT",
-    )  # fmt: skip
-    num_return_sequences: int = option(1, "answers to each prompt", group="sampling", metavar="N")
-    num_beams: int = option(1, "beam search of this width, with --temperature 0", group="sampling", metavar="N")
-    logprobs: bool = option(False, "with --json: each token with its log-probability under the model", group="output")
-    json: bool = option(False, "one JSON object an answer", group="output")
-    batch_size: int = option(16, "sequences written at once where there are several prompts", group="speed")
-    precision: str = option(
-        "fp32", "number format of the weights; auto: bf16 where the device has it natively, else fp32", group="speed",
+    seed: int | None = _sampling(None, "same seed, same text", shown="42")
+    stop: tuple[str, ...] = _sampling((), "end before this text; may be repeated, \\n is a new line", "TEXT")
+    num_return_sequences: int = _sampling(1, "answers to each prompt")
+    num_beams: int = _sampling(1, "beam search of this width, with --temperature 0")
+    logprobs: bool = _output(False, "with --json: each token with its log-probability under the model")
+    json: bool = _output(False, "one JSON object per answer")
+    batch_size: int = _speed(16, "sequences generated at once where there are several prompts")
+    precision: str = _speed(
+        "fp32",
+        "number format of the weights; auto: bf16 where the device has it natively, else fp32",
         choices=("auto", "bf16", "fp32"),
-    )  # fmt: skip
-    compile: bool = option(
-        False, "torch.compile: a minute to start; made for a GPU, gains nothing on a CPU", group="speed"
     )
-    device: str = option("auto", "auto: cuda where there is one", group="speed", choices=("auto", "cpu", "cuda"))
-    train: bool = option(True, "train first where no model is named and runs/ has none", group="output")
-    quiet: bool = option(False, "answers only", group="output")
+    device: str = _speed("auto", "auto: cuda where there is one", choices=DEVICES)
+    train: bool = _output(True, "train first where no model is named and runs/ has none")
+    quiet: bool = _output(False, "answers only")
 
 
 def slug(name: str) -> str:
@@ -317,11 +270,8 @@ def slug(name: str) -> str:
 
 
 def store_path(settings: DataSettings) -> Path:
-    """Where prepare puts the store of these (resolved) settings unless told otherwise."""
+    """Where prepare writes the store of these (resolved) settings unless told otherwise."""
     assert settings.dataset is not None
     assert settings.tokenizer is not None
-    parts = [slug(settings.dataset), settings.dataset_config and slug(settings.dataset_config)]
-    parts.append(
-        settings.tokenizer.replace(":", "-") if settings.tokenizer.startswith("train:") else slug(settings.tokenizer)
-    )
-    return Path("data") / "-".join(filter(None, parts))
+    parts = (settings.dataset, settings.dataset_config, settings.tokenizer)
+    return Path("data") / "-".join(slug(part) for part in parts if part)

@@ -44,8 +44,8 @@ def check_sampling(settings: GenerateSettings) -> list[str]:
         problems.append("--logprobs: are written with --json only; add it or remove --logprobs")
     if beams > 1 and not greedy:
         problems.append(f"--num-beams {beams}: draws nothing; add --temperature 0 or remove it")
-    if beams > 1 and (settings.stop or settings.logprobs or settings.compile):
-        others = [flag(name) for name in ("stop", "logprobs", "compile") if getattr(settings, name)]
+    if beams > 1 and (settings.stop or settings.logprobs):
+        others = [flag(name) for name in ("stop", "logprobs") if getattr(settings, name)]
         problems.append(f"--num-beams {beams}: goes without {' and '.join(others)}; remove one of them")
     if several > beams > 1:
         problems.append(f"--num-return-sequences {several}: is more than --num-beams {beams}; take as many at most")

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from wikift.base.command import as_typed
 from wikift.base.errors import UserError, nearest
-from wikift.settings.arguments import Fields, Wrong, flag, make_parser, name_of, read_words
+from wikift.settings.arguments import Fields, Wrong, flag, make_parser, name_of, read_arguments
 from wikift.settings.values import convert, kind_of, read_config_file, show
 
 __all__ = ["ROLES", "Parsed", "flag", "names_by_role", "option", "parse", "parse_all"]
@@ -42,7 +42,7 @@ _TOGETHER = (
 
 
 # What a change of a setting means to a run that is resumed: another experiment is refused; another schedule or
-# placement is allowed and told; a view shows or stores the run and changes nothing in it.
+# placement is allowed and printed; a view shows or stores the run and changes nothing in it.
 ROLES = ("experiment", "schedule", "placement", "view")
 _ROLE_OF_GROUP = {
     "model": "experiment", "data": "experiment", "length": "schedule", "optimizer": "schedule", "batch": "placement",
@@ -53,33 +53,24 @@ _ROLE_OF_GROUP = {
 def option(
     default: Any,
     help: str,
+    metavar: str | None = None,
     *,
     group: str = "options",
     choices: Sequence[str] = (),
-    metavar: str | None = None,
     shown: str | None = None,
     role: str | None = None,
 ) -> Any:
-    """One setting. `shown` is what `--help` says of a default that is derived (`None` in the class).
+    """One setting. `shown` is the text of a default that is derived (`None` in the class); `role` is one of ROLES.
 
-    `role` says what a change of it means to a run, see ROLES; its group's role where not given.
-
-    The group "arguments" has no flags: its settings are given by their position. A TEXT may be anything: empty, or not
-    UTF-8, which a name or a path may not.
+    The group "arguments" has no flags: its settings are set by position. A TEXT may be anything: empty, or not UTF-8,
+    which a name or a path may not.
     """
-    return dataclasses.field(
-        default=default,
-        metadata={
-            "help": help,
-            "group": group,
-            "choices": tuple(choices),
-            "metavar": metavar,
-            "positional": group == "arguments",
-            "shown": shown,
-            "prose": metavar == "TEXT",
-            "role": role or _ROLE_OF_GROUP.get(group, "view"),
-        },
-    )
+    metadata = {
+        "help": help, "metavar": metavar, "group": group, "choices": tuple(choices), "shown": shown,
+        "role": role or _ROLE_OF_GROUP.get(group, "view"), "positional": group == "arguments",
+        "prose": metavar == "TEXT",
+    }  # fmt: skip
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def names_by_role(settings_class: type[Any], role: str) -> list[str]:
@@ -91,7 +82,7 @@ def names_by_role(settings_class: type[Any], role: str) -> list[str]:
 class Parsed(Generic[Settings]):
     """A command line as far as it could be read: where a value is wrong, its setting has the default.
 
-    `typed` tells how each setting was given: {"max_steps": "--max-steps 5", "seed": "seed 1 in my.toml"}.
+    `typed` tells how each setting was set: {"max_steps": "--max-steps 5", "seed": "seed 1 in my.toml"}.
     """
 
     settings: Settings
@@ -108,22 +99,22 @@ class Parsed(Generic[Settings]):
         self.refuse(())
         return result
 
-    def refuse(self, found: Iterable[str]) -> None:
-        """Raise UserError with all problems: those of the command line, and those `found` by checks of its settings.
+    def refuse(self, further: Iterable[str]) -> None:
+        """Raise UserError with all problems: those of the command line, and `further` ones by checks of its settings.
 
-        What a check says of a setting that could not be read is omitted, as the check was told its default; so is what
-        hangs on such a setting, but for plain ranges ("must be ...").
+        A check's problem with a setting that could not be read is omitted, as the check saw its default; so is one of
+        a setting that depends on it, but for plain ranges ("must be ...").
         """
         unread = {wrong.setting for wrong in self.problems if wrong.setting}
         near = unread.union(*(names for names in _TOGETHER if names & unread))
         problems = [wrong.text for wrong in self.problems if wrong.text]
-        problems += [t for t in found if not _names(t, unread) and (": must be " in t or not _names(t, near))]
+        problems += [t for t in further if not _names(t, unread) and (": must be " in t or not _names(t, near))]
         if problems:
             raise UserError(*dict.fromkeys(problems))
 
 
 def _names(problem: str, settings: Iterable[str]) -> bool:
-    """Whether a problem rests on one of these; a flag behind the semicolon is only a way to fix it."""
+    """Whether a problem is about one of these; a flag after the semicolon is only a way to fix it."""
     rule = problem if ": is missing" in problem else problem.partition(";")[0]
     return any(re.search(flag(name) + r"(?![\w-])", rule) for name in settings)
 
@@ -147,7 +138,7 @@ def parse_all(
 ) -> Parsed[Settings]:
     """Read `argv` (or a Python call's `keywords`), and the file that `--config` names, which these override.
 
-    `exclusive` tells for some settings which ones of the config file they override when given on the command line.
+    `exclusive` tells for some settings which ones of the config file they override when set on the command line.
     Problems are in the result, see `Parsed.refuse`; `--help` prints and exits with 0.
     """
     fields = {f.name: f for f in dataclasses.fields(settings_class) if f.init}  # type: ignore[arg-type]
@@ -155,48 +146,47 @@ def parse_all(
     if keywords is None:
         source = "line"
         parser = make_parser(fields, kinds, *map(as_typed, (prog, description, epilog)))
-        typed, rest, problems = read_words(parser, argv)
-        problems += _place_rest(rest, typed, fields, kinds, parser.prog)
+        typed, rest, problems = read_arguments(parser, argv)
+        problems += _distribute(rest, typed, fields, kinds, parser.prog)
     else:
         source, typed = "call", {k: value for k, value in keywords.items() if k in fields and value is not None}
         problems = [_unknown(name, list(fields), prog) for name in keywords if name not in fields]
-    filed: dict[str, Any] = {}
-    if "config" in fields and typed.get("config"):
+    raw = [(source, name, value) for name, value in typed.items()]
+    if typed.get("config"):
         filed, wrong = _filed(str(typed["config"]), fields, typed)
         problems += wrong
-        overridden = {other for name in typed for other in (exclusive or {}).get(name, ())}
-        filed = {name: value for name, value in filed.items() if name not in overridden}
+        overridden = {*typed, *(other for name in typed for other in (exclusive or {}).get(name, ()))}
+        raw = [("file", name, value) for name, value in filed.items() if name not in overridden] + raw
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for origin, raw in (("file", filed), (source, typed)):
-        for name, value in raw.items():
-            meta = fields[name].metadata
-            label = (meta["metavar"] or name) if meta["positional"] else flag(name) if origin == "line" else name
-            sources[name] = f"{label} {show(value)}" + (f" in {typed['config']}" if origin == "file" else "")
-            try:
-                values[name] = convert(value, kinds[name], meta, origin)
-            except ValueError as error:
-                problems.append(Wrong(f"{sources[name]}: {error}", name))
+    for origin, name, value in raw:
+        meta = fields[name].metadata
+        label = (meta["metavar"] or name) if meta["positional"] else flag(name) if origin == "line" else name
+        sources[name] = f"{label} {show(value)}" + (f" in {typed['config']}" if origin == "file" else "")
+        try:
+            values[name] = convert(value, kinds[name], meta, origin)
+        except ValueError as error:
+            problems.append(Wrong(f"{sources[name]}: {error}", name))
     problems = [Wrong(text, "" if setting in values else setting) for text, setting in problems]
     return Parsed(settings_class(**values), sources, tuple(problems))
 
 
-def _place_rest(
+def _distribute(
     rest: list[str], typed: dict[str, Any], fields: Fields, kinds: dict[str, type], prog: str
 ) -> list[Wrong]:
-    """Give words that argparse left over to the setting that takes many; problems for all others."""
+    """Add arguments that argparse left over to the positional setting that takes many; problems for all others."""
     problems: list[Wrong] = []
     flags = [flag(name) for name, field in fields.items() if not field.metadata["positional"]]
     many = next((name for name, kind in kinds.items() if kind is tuple and fields[name].metadata["positional"]), None)
-    for before, word in zip(["", *rest], rest, strict=False):
-        if word.startswith("-"):
-            problems.append(_unknown(word.partition("=")[0], flags, prog))
+    for before, argument in zip(["", *rest], rest, strict=False):
+        if argument.startswith("-"):
+            problems.append(_unknown(argument.partition("=")[0], flags, prog))
         elif before.startswith("-") and "=" not in before:
             continue  # the unknown setting's value
         elif many is not None:  # argparse takes only those that stand together
-            typed.setdefault(many, []).append(word)
+            typed.setdefault(many, []).append(argument)
         else:
-            problems.append(Wrong(f"{word}: belongs to no setting; see {prog} --help"))
+            problems.append(Wrong(f"{argument}: is not an option; see {prog} --help"))
     return problems
 
 

@@ -6,7 +6,6 @@ Training gets this plan and never sees the settings that it was made of. Imports
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,16 +140,6 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{name} {before[name]} -> {new[name]}" for name in told if before[name] != new[name]]
 
 
-def ranks_started() -> int:
-    """World size as the launcher set it, 1 without a launcher. Raises UserError where that makes no sense."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if not size.isdecimal() or int(size) < 1:
-        raise UserError(f"WORLD_SIZE {size}: must be the number of processes; let torchrun set it, or unset it")
-    if int(size) > 1 and "RANK" not in os.environ:
-        raise UserError(f"WORLD_SIZE {size}: is set in the environment, RANK is not; start with torchrun, or unset it")
-    return int(size)
-
-
 def fallback_dataset(ranks: int) -> str:
     """What is trained on where nothing is said: the mission's data on several processes, its small twin on one."""
     return "wikitext-103-v1" if ranks > 1 else "wikitext-2-v1"
@@ -269,13 +258,12 @@ def _fit_problems(settings: TrainSettings, shape: Shape, block_size: int, tokens
     if tokens - 1 < block_size:
         fits = f"take --block-size {tokens - 1} or less, or more text" if tokens > 1 else "give more text"
         problems.append(
-            f"--block-size {block_size}: the train split has {tokens} tokens, too few for one block and the token "
-            f"before it; {fits}"
+            f"--block-size {block_size}: the train split has {tokens} tokens, too few for one block; {fits}"
         )
     if shape.vocab_size < vocab_size:
         problems.append(
             f"--config-overrides vocab_size={shape.vocab_size}: the store's tokenizer has {vocab_size} tokens; "
-            "leave vocab_size out, it follows from the store"
+            "remove vocab_size; the store determines it"
             if settings.from_scratch
             else f"--model {settings.model}: its vocabulary has {shape.vocab_size} tokens, the store's {vocab_size}; "
             "prepare the text with the model's tokenizer, or train --from-scratch"

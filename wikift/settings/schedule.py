@@ -105,20 +105,20 @@ def length_problems(settings: TrainSettings, steps: int) -> list[str]:
     schedule = schedule_of(settings, steps)
     if schedule.warmup >= steps:
         problems.append(
-            f"--warmup-steps {schedule.warmup}: must be less than the run's {steps} steps; take fewer, or a part "
+            f"--warmup-steps {schedule.warmup}: must be less than the run's {steps} steps; use fewer, or a fraction "
             "below 1"
         )
     elif schedule.warmup + schedule.decay > steps:
         problems.append(
-            f"--decay-steps {schedule.decay}: is with --warmup-steps {schedule.warmup} more than the run's {steps} "
-            "steps; take fewer, or a part below 1"
+            f"--decay-steps {schedule.decay}: and --warmup-steps {schedule.warmup} exceed the run's {steps} "
+            "steps; use fewer, or a fraction below 1"
         )
     patience, count = settings.early_stopping_patience, due_of(settings, steps).validations
     # the first validation is always the best one; after the last the run ends anyway
     if patience is not None and patience > count - 2:
         fewer = f"take {count - 2} or less, or " if count > 2 else ""
         problems.append(
-            f"--early-stopping-patience {patience}: cannot act, the run has {count} validation{'s' * (count != 1)}; "
+            f"--early-stopping-patience {patience}: has no effect, the run has {count} validation{'s' * (count != 1)}; "
             f"{fewer}validate more often with --eval-steps"
         )
     return problems

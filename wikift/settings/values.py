@@ -43,7 +43,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: holds a {type(content).__name__}, not a table of settings")
     names = [str(key).replace("-", "_") for key in content]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(*(f"{name} in {path}: is there twice, with - and with _; remove one" for name in twice))
+        raise UserError(*(f"{name} in {path}: is set twice, with - and with _; remove one" for name in twice))
     return dict(zip(names, content.values(), strict=True))
 
 

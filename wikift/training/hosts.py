@@ -35,12 +35,12 @@ def check_hosts(run: Path, store: TokenStore, world: World) -> None:
     problems = []
     if other_folder:
         problems.append(
-            f"--output-dir {run}: is another folder for rank {_words(other_folder)} than for rank 0; name a folder on "
+            f"--output-dir {run}: is a different folder on rank {_words(other_folder)} than on rank 0; name one on "
             "a disk that all hosts share (docs/how-to/several-machines.md)"
         )
     if other_text:
         problems.append(
-            f"--data {store.path}: holds other tokens for rank {_words(other_text)} than for rank 0; copy rank 0's "
+            f"--data {store.path}: has different tokens on rank {_words(other_text)} than on rank 0; copy rank 0's "
             "there, or prepare it from the same text with the same tokenizer"
         )
     if problems:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.base.files import read_jsonl, replace_json
+from wikift.base.files import faults_of_writing, read_jsonl, replace_json
 from wikift.base.folders import METRICS, RUN_FILES, WANDB_ID, list_checkpoints, step_folder, step_of
+from wikift.base.publish import folder_lock, folders_above
 from wikift.checkpoint import reader
 from wikift.checkpoint.reader import Checkpoint
 from wikift.settings.run_plan import RunPlan, changed_settings
@@ -44,7 +43,7 @@ def planned_start(plan: RunPlan, store: TokenStore, say: Say) -> str:
     """
     saved = list_checkpoints(plan.output_dir)
     if plan.resume == "never" or (plan.resume == "auto" and not saved):
-        return "at step 1; what is in the output folder is kept aside" if saved else "at step 1"
+        return "at step 1; what is in the output folder is moved aside" if saved else "at step 1"
     candidates = saved[::-1] if plan.resume == "auto" else [Path(plan.resume)]
     for path in candidates:
         try:
@@ -56,7 +55,7 @@ def planned_start(plan: RunPlan, store: TokenStore, say: Say) -> str:
     check_same_experiment(plan, store, start, say)
     if finished := why_finished(plan, start):
         return f"finished, step {start.step:,}; {finished}"
-    return f"after step {start.step:,} of {start.path}, if that is sound"
+    return f"after step {start.step:,} of {start.path}, if that is valid"
 
 
 def experiment(plan: RunPlan, store: TokenStore) -> dict[str, Any]:
@@ -75,7 +74,7 @@ def check_same_experiment(plan: RunPlan, store: TokenStore, start: Checkpoint, s
         else:
             problems.append(f"{name} {value}: this run was started with {before.get(name)}")
     if problems:
-        way_out = "; take the old value, another --output-dir, or --resume never (the old run is kept aside)"
+        way_out = "; use the old value, another --output-dir, or --resume never (the old run is moved aside)"
         raise UserError(*(problem + way_out for problem in problems))
     if changed := changed_settings(start.manifest["settings"], plan.settings):
         say("changed since the checkpoint: " + ", ".join(changed))
@@ -133,37 +132,22 @@ def set_aside(run: Path, start: Checkpoint | None) -> None:
 @contextlib.contextmanager
 def locked(run: Path, world: World, say: Say) -> Iterator[None]:
     """One writer per run folder: a killed launcher's ranks may still be saving when the command is typed again."""
-    if world.rank != 0:
-        world.barrier()
-        yield
-        return
-    made = [folder for folder in (run, *run.parents) if not folder.exists()]
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {run}: cannot be made ({error.strerror}); name a folder you may write") from None
-    descriptor = os.open(run, os.O_RDONLY)
-    try:
-        deadline, told = time.monotonic() + _LOCK_SECONDS, False
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
+    with contextlib.ExitStack() as stack:
+        if world.rank == 0:
+            with faults_of_writing(run):
+                stack.enter_context(folders_above(run / "run"))  # a run that never began leaves no empty folder
+                try:
+                    # inside: the folder above may belong to somebody else
+                    stack.enter_context(
+                        folder_lock(
+                            run / "run",
+                            _LOCK_SECONDS,
+                            on_wait=lambda: say(f"another process is still writing to {run}; waiting"),
+                        )
+                    )
+                except TimeoutError:
                     raise EnvironmentFault(
-                        f"another process is writing to {run}; wait for it, stop it, or take another --output-dir"
+                        f"another process is writing to {run}; wait for it, stop it, or use another --output-dir"
                     ) from None
-                if not told:
-                    say(f"another process is still writing to {run}; waiting")
-                told = True
-                time.sleep(0.5)
-            except OSError:  # a file system without locks
-                break
         world.barrier()  # the others look at the folder only now
         yield
-    finally:
-        os.close(descriptor)
-        with contextlib.suppress(OSError):  # a run that never began leaves no empty folder
-            for folder in made:
-                folder.rmdir()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
+import shlex
 import shutil
 import signal
 from collections.abc import Iterator
@@ -22,9 +22,8 @@ from transformers.utils import logging as transformers_logging
 
 from wikift import __version__
 from wikift.base.command import command_line
-from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.failure import started_world
-from wikift.base.files import replace_json
+from wikift.base.files import faults_of_writing, replace_json
 from wikift.base.folders import list_checkpoints
 from wikift.base.signals import stop_requests
 from wikift.base.world import World, be_deterministic
@@ -91,8 +90,8 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
     if not stopped:
         best, newest = best_checkpoint(folder), list_checkpoints(folder)[-1]
         choice = "" if best in (None, newest) else " --best"
-        consolidate, generate = command_line("consolidate"), command_line("generate")
-        say(f"done: {folder}\n  {consolidate} {folder}{choice}\n  {generate} {folder}")
+        consolidate, generate, quoted = command_line("consolidate"), command_line("generate"), shlex.quote(str(folder))
+        say(f"done: {folder}\n  {consolidate} {quoted}{choice}\n  {generate} {quoted}")
     return stopped
 
 
@@ -153,7 +152,7 @@ def _prepare_folder(plan: RunPlan, store: TokenStore, config: GPT2Config, start:
         GenerationConfig.from_model_config(config) if scratch else load_generation_config(plan.model.name, config)
     )
     folder = plan.output_dir / "model"
-    try:
+    with faults_of_writing(plan.output_dir):
         resume.set_aside(plan.output_dir, start)
         replace_json(plan.output_dir / "config.json", about)  # first: by it the folder is known as a run's
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,15 +160,6 @@ def _prepare_folder(plan: RunPlan, store: TokenStore, config: GPT2Config, start:
         generation.save_pretrained(folder)
         for file in (store.path / "tokenizer").iterdir():
             shutil.copyfile(file, folder / file.name)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise EnvironmentFault(
-                f"{plan.output_dir}: the disk is full ({error.strerror}); free space and run the command again"
-            ) from None
-        raise UserError(
-            f"--output-dir {plan.output_dir}: {error.filename} cannot be written ({error.strerror}); name a folder you "
-            "may write"
-        ) from None
 
 
 @contextlib.contextmanager

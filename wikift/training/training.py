@@ -15,7 +15,7 @@ from wikift.base.world import World
 from wikift.checkpoint.fragment import OPTIMIZER
 from wikift.checkpoint.reader import Checkpoint
 from wikift.checkpoint.writer import Saver
-from wikift.data.batches import ahead, count_blocks, micro_batches, sample_blocks
+from wikift.data.batches import BatchLayout, ahead, count_blocks, micro_batches, sample_blocks
 from wikift.data.store import TokenStore
 from wikift.engines.base import Engine
 from wikift.evaluation.score import Score, score_split
@@ -71,17 +71,9 @@ class Training:
         plan, tokens = self.plan, self.store.tokens("train")
         items = sample_blocks(count_blocks(len(tokens), plan.block_size), plan.data_fraction, plan.seed)
         assert len(items) == plan.blocks
-        stream = micro_batches(
-            tokens,
-            items,
-            block_size=plan.block_size,
-            micro_batch=plan.layout.micro_batch,
-            accumulation=plan.layout.accumulation,
-            rank=self.world.rank,
-            ranks=self.world.size,
-            run_seed=plan.seed,
-            first_step=self.done,
-        )
+        world, placed = self.world, plan.layout
+        layout = BatchLayout(plan.block_size, placed.micro_batch, placed.accumulation, world.rank, world.size)
+        stream = micro_batches(tokens, items, layout, run_seed=plan.seed, first_step=self.done)
         return ahead(stream, self.world.device)
 
     def validate(self) -> Score | None:

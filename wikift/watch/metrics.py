@@ -102,6 +102,6 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise EnvironmentFault(
-            f"{path} cannot be written ({error.strerror}); make room or fix its permissions, then run the same "
+            f"{path} cannot be written ({error.strerror}); free disk space or fix its permissions, then run the same "
             "command again to resume"
         ) from None
