@@ -394,7 +394,7 @@ def test_wrong_command_lines(made: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_user_errors_come_before_torch(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom wikift.commands.main import run\nfrom wikift.{} import main\n"
+        "import sys\nfrom wikift.commands.main import run\nfrom wikift.commands.{} import main\n"
         "try: run(main, sys.argv[1:])\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
     )
     for module, words in (

@@ -182,7 +182,7 @@ TRAIN: list[tuple[str, list[str]]] = [
         [
             "--engine foo: must be one of",
             "--global-batch-size x: must be a whole",
-            "--max-steps 12: the length is given",
+            "--max-steps 12: the length of training is set twice",
         ],
     ),
     (
