@@ -80,11 +80,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of everything in a folder, by path."""
+    """Size and time of change of every file in a folder, by path, and the folders in it; a lock comes and goes."""
     found = {}
     for path in folder.rglob("*"):
         about = path.lstat()
-        found[str(path.relative_to(folder))] = (about.st_size if path.is_file() else -1, about.st_mtime_ns)
+        found[str(path.relative_to(folder))] = (-1, 0) if path.is_dir() else (about.st_size, about.st_mtime_ns)
     return found
 
 

@@ -136,14 +136,15 @@ def _train_first(arguments: list[str], settings: GenerateSettings) -> tuple[int,
     # a pipe's lines are prompts and its output is for answers, so the training gets neither
     output = None if sys.stdout.isatty() else sys.stderr.fileno()
     command = [*program_of("train"), *arguments, *quiet]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output) as child:
+    child: list[subprocess.Popen[bytes]] = []
 
-        def forward(number: int, frame: object) -> None:
-            if number != signal.SIGINT:  # Ctrl-C reaches it from the terminal
-                child.send_signal(number)
+    def forward(number: int, frame: object) -> None:
+        if child and number != signal.SIGINT:  # Ctrl-C reaches it from the terminal
+            child[0].send_signal(number)
 
-        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-        exit_code = child.wait()
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    child.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output))
+    exit_code = child[0].wait()
     for number, handler in before.items():
         signal.signal(number, handler)
     if exit_code == EXIT_DONE and not (folders.is_run(Path(run)) and folders.has_model(run)):
