@@ -87,7 +87,7 @@ def test_the_hub_shows_the_validation_of_these_weights(run: Path) -> None:
 
 def test_nothing_that_the_card_quotes_breaks_it(run: Path) -> None:
     odd = "it's\n---\n# a `b` | <i> [c](d)"
-    command = "python launch/train.py \\\n  --dataset '" + odd + "\n```\n# ````'"
+    command = "wikift train \\\n  --dataset '" + odd + "\n```\n# ````'"
     record(run, command=command, store={"dataset": odd}, settings={"output_dir": odd})
     renamed = run.with_name(odd.replace("/", ""))
     run.rename(renamed)

@@ -156,6 +156,7 @@ def parse_all(
         filed, wrong = _filed(str(typed["config"]), fields, typed)
         problems += wrong
         overridden = {other for name in typed for other in (exclusive or {}).get(name, ())}
+        # first, so that the command line wins; a wrong value in the file is told all the same
         raw = [("file", name, value) for name, value in filed.items() if name not in overridden] + raw
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
