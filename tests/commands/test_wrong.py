@@ -182,7 +182,7 @@ TRAIN: list[tuple[str, list[str]]] = [
         [
             "--engine foo: must be one of",
             "--global-batch-size x: must be a whole",
-            "--max-steps 12: the length is given",
+            "--max-steps 12: the length of training is set twice",
         ],
     ),
     (
@@ -323,7 +323,7 @@ CONSOLIDATE: list[tuple[str, list[str]]] = [
     ("run --out a-file", ["--out a-file: is a file; name a folder"]),
     ("run --out no-store", ["--out no-store: holds something that wikift did not export"]),
     ("run other", ["other: is not an option"]),
-    ("run --stp 4", ["--stp: no such setting of launch/consolidate.py (did you mean --step?)"]),
+    ("run --stp 4", ["--stp: no such setting of wikift consolidate (did you mean --step?)"]),
     (
         "none --step 4 --best --max-shard-size x",
         ["none: no such", "--step 4: has no effect", "--max-shard-size x: must"],
@@ -381,7 +381,7 @@ GENERATE: list[tuple[str, list[str]]] = [
     ("run --no-train --prompt a -- --max-steps 5", ["--no-train: what follows -- is for a training"]),
     ("runs/new --prompt a", ["runs/new: no such folder, and no name of the Hub; train it first"]),
     ("rum --prompt a", ["rum: no such folder, and no name of the Hub"]),
-    ("run --promt a", ["--promt: no such setting of launch/generate.py (did you mean --prompt?)"]),
+    ("run --promt a", ["--promt: no such setting of wikift generate (did you mean --prompt?)"]),
     (
         "run --prompt a --examples --seed -1 --top-p 2",
         ["--prompt and --examples", "--seed -1: must be 0 or more", "--top-p 2: must be above 0"],

@@ -155,7 +155,7 @@ def parse_all(
     if typed.get("config"):
         filed, wrong = _filed(str(typed["config"]), fields, typed)
         problems += wrong
-        overridden = {*typed, *(other for name in typed for other in (exclusive or {}).get(name, ()))}
+        overridden = {other for name in typed for other in (exclusive or {}).get(name, ())}
         raw = [("file", name, value) for name, value in filed.items() if name not in overridden] + raw
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
