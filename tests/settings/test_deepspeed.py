@@ -459,9 +459,7 @@ def test_a_file_that_is_none(tmp_path: Path, content: str, expected: str) -> Non
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(
-            UserError, match=r"^--deepspeed .*: cannot be read \(.*\); name a DeepSpeed config file, or one of "
-        ):
+        with pytest.raises(UserError, match=r"^--deepspeed .*: cannot be read \(.*\); name a DeepSpeed config file$"):
             read(path)
 
 
