@@ -26,7 +26,7 @@ TOLERANCE = 1e-5
 NOISE = r"\[W.*(?:The hostname of the client socket cannot be retrieved|Unable to resolve hostname).*"  # torch's
 # what a run of four steps says on a terminal, from the first line to the last
 WORDS = (
-    "gpt2 from scratch: ", "engine ", "fp32 on cpu (", "8 blocks a step = 2 processes x ", "step 1/4  loss ",
+    "gpt2 from scratch: ", "engine ", "fp32 on cpu (", "8 blocks per step = 2 processes x ", "step 1/4  loss ",
     "step 2/4  loss ", "step 3/4  loss ", "step 4/4  loss ", "done: ", "  {} ", "  {} ",
 )  # fmt: skip
 

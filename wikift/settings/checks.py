@@ -10,6 +10,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from wikift.base.command import as_typed
 from wikift.base.errors import UserError, nearest
@@ -20,7 +21,7 @@ from wikift.base.shape import RELEASED, parse_overrides, shape_of
 from wikift.settings.batch_layout import BatchLayout, batch_layout
 from wikift.settings.fields import DataSettings, TrainSettings
 from wikift.settings.options import flag
-from wikift.settings.run_plan import model_shape
+from wikift.settings.run_plan import block_problems, model_shape
 
 
 def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str]:
@@ -40,9 +41,7 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
             f"{settings.num_train_epochs:g} too; remove one"
         )
     if settings.engine == "single" and ranks > 1:
-        problems.append(
-            f"--engine single: uses one process, but the launcher started {ranks}; use --engine ddp or auto"
-        )
+        problems.append(f"--engine single: uses one process, but the launcher started {ranks}; use --engine ddp")
     if settings.engine == "ddp" and not launched:
         torchrun = as_typed("torchrun --nproc_per_node=N -m wikift train ...")
         problems.append(f"--engine ddp: needs a launcher; start with {torchrun}")
@@ -63,7 +62,7 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
             problems.append(f"--output-dir {output}: {'is' if path == output else f'{path} is'} a file; name a folder")
     if foreign := foreign_in(output):
         problems.append(
-            f"--output-dir {output}: holds {', '.join(foreign)} that no run of wikift wrote; name a new or empty folder"
+            f"--output-dir {output}: has {', '.join(foreign)}, not of a wikift run; name a new or empty folder"
         )
     if settings.resume not in ("auto", "never") and not (Path(settings.resume) / "manifest.json").is_file():
         problems.append(
@@ -122,12 +121,9 @@ def check_data(settings: DataSettings) -> list[str]:
     if settings.workers is not None and settings.workers < 1:
         problems.append(f"--workers {settings.workers}: must be 1 or more; omit it for all cores")
     tokenizer = settings.tokenizer or ""
-    if tokenizer.startswith("train:"):
-        size = tokenizer.removeprefix("train:")
-        if not size.isdecimal() or int(size) < 257:
-            problems.append(
-                f"--tokenizer {tokenizer}: SIZE must be 257 tokens or more, the bytes and one; try train:8192"
-            )
+    size = tokenizer.removeprefix("train:")
+    if size != tokenizer and (not size.isdecimal() or int(size) < 257):
+        problems.append(f"--tokenizer {tokenizer}: SIZE must be 257 tokens or more, the bytes and one; try train:8192")
     return problems
 
 
@@ -136,46 +132,36 @@ def _plain(value: float) -> str:
     return str(int(value)) if value == int(value) else repr(value)
 
 
+_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # rule -> (settings, whether a value holds it)
+    "1 or more": (
+        "block_size global_batch_size per_device_train_batch_size gradient_accumulation_steps max_steps eval_steps "
+        "save_steps sample_steps logging_steps save_total_limit per_device_eval_batch_size early_stopping_patience",
+        lambda value: value >= 1,
+    ),
+    "0 or more": ("weight_decay max_grad_norm seed warmup_steps", lambda value: value >= 0),
+    "above 0": ("learning_rate adam_epsilon decay_steps", lambda value: value > 0),
+    "above 0 and at most 1": ("data_fraction", lambda value: 0 < value <= 1),
+    "above 0 and at most a million": ("num_train_epochs", lambda value: 0 < value <= 1e6),
+    "at least 0 and below 1": ("adam_beta1 adam_beta2 dropout", lambda value: 0 <= value < 1),
+    "a whole number, or a fraction below 1": (
+        "warmup_steps decay_steps",
+        lambda value: value < 1 or value % 1 == 0,
+    ),
+}
+
+
 def _check_ranges(settings: TrainSettings) -> list[str]:
-    problems = []
-
-    def rule(name: str, holds: bool, requirement: str) -> None:
-        if not holds:
-            problems.append(f"{flag(name)} {_plain(getattr(settings, name))}: must be {requirement}")
-
-    for name in (
-        "block_size", "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps",
-        "eval_steps", "save_steps", "sample_steps", "logging_steps", "save_total_limit", "per_device_eval_batch_size",
-        "early_stopping_patience",
-    ):  # fmt: skip
-        value = getattr(settings, name)
-        rule(name, value is None or value >= 1, "1 or more")
-    rule(
-        "num_train_epochs",
-        settings.num_train_epochs is None or 0 < settings.num_train_epochs <= 1e6,
-        "above 0 and at most a million",
-    )
-    rule("data_fraction", 0 < settings.data_fraction <= 1, "above 0 and at most 1")
-    rule("learning_rate", settings.learning_rate is None or settings.learning_rate > 0, "above 0")
-    for name in ("weight_decay", "max_grad_norm", "seed", "warmup_steps"):
-        rule(name, getattr(settings, name) >= 0, "0 or more")
-    rule(
-        "warmup_steps",
-        settings.warmup_steps < 1 or settings.warmup_steps % 1 == 0,
-        "a whole number, or a fraction below 1",
-    )
-    if settings.decay_steps is not None:
-        decay = settings.decay_steps
-        rule("decay_steps", decay > 0 and (decay < 1 or decay % 1 == 0), "a whole number, or a fraction below 1")
-        if settings.lr_scheduler_type != "warmup_stable_decay":
-            problems.append(
-                f"--decay-steps {_plain(decay)}: has no effect with --lr-scheduler-type {settings.lr_scheduler_type}; "
-                "take warmup_stable_decay, or remove it"
-            )
-    for name in ("adam_beta1", "adam_beta2"):
-        rule(name, 0 <= getattr(settings, name) < 1, "at least 0 and below 1")
-    rule("adam_epsilon", settings.adam_epsilon > 0, "above 0")
-    rule("dropout", settings.dropout is None or 0 <= settings.dropout < 1, "at least 0 and below 1")
+    problems = [
+        f"{flag(name)} {_plain(value)}: must be {rule}"
+        for rule, (names, holds) in _RANGES.items()
+        for name in names.split()
+        if (value := getattr(settings, name)) is not None and not holds(value)
+    ]
+    if settings.decay_steps is not None and settings.lr_scheduler_type != "warmup_stable_decay":
+        problems.append(
+            f"--decay-steps {_plain(settings.decay_steps)}: has no effect with --lr-scheduler-type "
+            f"{settings.lr_scheduler_type}; use warmup_stable_decay, or remove it"
+        )
     if settings.max_steps is not None and settings.warmup_steps >= max(1, settings.max_steps):
         problems.append(
             f"--warmup-steps {_plain(settings.warmup_steps)}: must be less than --max-steps {settings.max_steps}; "
@@ -185,33 +171,27 @@ def _check_ranges(settings: TrainSettings) -> list[str]:
 
 
 def _check_model(settings: TrainSettings) -> list[str]:
-    problems = []
-    if settings.config_overrides is not None and not settings.from_scratch:
+    overrides, problems = settings.config_overrides, []
+    if overrides is not None and not settings.from_scratch:
         problems.append(
-            f"--config-overrides {settings.config_overrides}: has no effect on trained weights; "
-            "add --from-scratch or remove it"
+            f"--config-overrides {overrides}: has no effect on trained weights; add --from-scratch or remove it"
         )
-    problems += problems_of(lambda: parse_overrides(settings.config_overrides or ""))
+    problems += problems_of(lambda: parse_overrides(overrides or ""))
     problems += problems_of(lambda: shape_of(settings.model))
     if problems:
         return problems
     shape = model_shape(settings)
     if shape is None:
-        if not is_hub_name(settings.model):
-            problems.append(
-                f"--model {settings.model}: no such folder, and not one of {', '.join(RELEASED)}"
-                f"{nearest(settings.model, RELEASED)}; name one of these, OWNER/NAME of the Hub, or a folder"
-            )
-        return problems
+        if is_hub_name(settings.model):
+            return []
+        return [
+            f"--model {settings.model}: no such folder, and not one of {', '.join(RELEASED)}"
+            f"{nearest(settings.model, RELEASED)}; name one of these, OWNER/NAME of the Hub, or a folder"
+        ]
     if shape.n_embd % shape.n_head:
-        where = "--config-overrides" if settings.from_scratch else f"--model {settings.model}:"
+        setting = "--config-overrides" if settings.from_scratch else f"--model {settings.model}:"
         problems.append(
-            f"{where} n_head={shape.n_head}: must divide n_embd={shape.n_embd}; "
+            f"{setting} n_head={shape.n_head}: must divide n_embd={shape.n_embd}; "
             f"try n_head={math.gcd(shape.n_embd, shape.n_head)}"
         )
-    if settings.block_size is not None and settings.block_size > shape.n_positions:
-        problems.append(
-            f"--block-size {settings.block_size}: the model has {shape.n_positions} positions; "
-            f"take {shape.n_positions} or less"
-        )
-    return problems
+    return problems + block_problems(settings, shape)

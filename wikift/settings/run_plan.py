@@ -1,7 +1,4 @@
-"""The finished plan of a run: what follows from its settings, the processes, the model and the data.
-
-Training gets this plan and never sees the settings that it was made of. Imports no torch.
-"""
+"""The finished plan of a run, all that training gets: from settings, processes, model and data. Imports no torch."""
 
 from __future__ import annotations
 
@@ -224,13 +221,10 @@ def plan_run(settings: TrainSettings, layout: BatchLayout, shape: Shape, tokens:
 
 def _engine_plan(settings: TrainSettings) -> EnginePlan:
     config = deepspeed.read(settings.deepspeed) if settings.deepspeed else {}
-    engine, reason = settings.engine, "asked for"
-    if config:
-        stage = deepspeed_checks.stage(config)
-        engine, reason = f"zero{stage}", f"stage {stage} in {settings.deepspeed}"
+    stage = deepspeed_checks.stage(config)
     return EnginePlan(
-        engine=engine,
-        reason=reason,
+        engine=f"zero{stage}" if config else settings.engine,
+        reason=f"stage {stage} in {settings.deepspeed}" if config else "asked for",
         compile={None: "auto", True: "yes", False: "no"}[settings.compile],
         precision=settings.precision,
         device=settings.device,
@@ -251,10 +245,15 @@ def _experiment(settings: TrainSettings, block_size: int, global_batch: int) -> 
     return {flag(name): values[name] for name in names}
 
 
+def block_problems(settings: TrainSettings, shape: Shape) -> list[str]:
+    """Whether the block is longer than the model's context."""
+    if settings.block_size is None or settings.block_size <= shape.n_positions:
+        return []
+    return [f"--block-size {settings.block_size}: the model has {shape.n_positions} positions; use that or less"]
+
+
 def _fit_problems(settings: TrainSettings, shape: Shape, block_size: int, tokens: int, vocab_size: int) -> list[str]:
-    problems = []
-    if block_size > shape.n_positions:
-        problems.append(f"--block-size {block_size}: the model has {shape.n_positions} positions; take that or less")
+    problems = block_problems(settings, shape)
     if tokens - 1 < block_size:
         fits = f"take --block-size {tokens - 1} or less, or more text" if tokens > 1 else "give more text"
         problems.append(
