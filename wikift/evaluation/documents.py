@@ -1,9 +1,9 @@
-"""A corpus' rows as documents, and as the texts that the evaluation protocols score. Nothing here is tokenized.
+"""A corpus' rows as documents, and as the texts that the evaluation protocols are about. Nothing here is tokenized.
 
 A document is a row where rows are documents; in line-wise text, as WikiText is, it is what lm-evaluation-harness calls
 a page: it begins at a line ` = Title = ` (loading script of EleutherAI/wikitext_document_level). A text comes as
-(text, ends its unit, document): a unit is what is tokenized as one string, a row, a page or everything. Memory is
-one text (at most a megabyte of a .txt file's line), or one page where pages are detokenized.
+(text, ends its unit, document): a unit is what the tokenizer gets at once, a row, a page or everything. Memory is
+one text's, as long as the corpus' readers make them (a megabyte of a .txt file's line).
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from wikift.data.corpus import Corpus
-from wikift.evaluation.detokenize import detokenized
-
-Part = tuple[str, bool, int]
+from wikift.evaluation.detokenize import Part, detokenized_parts
 
 _WHITE = re.compile(r"\s+")
 
 
 class Row(NamedTuple):
-    """A row, or a piece of a long one. `entire`: not a piece; `title`: it begins a page."""
+    """A row, or a piece of a long one. `entire`: all of it; `title`: it begins a page."""
 
     text: str
     ends: bool
@@ -33,15 +31,16 @@ class Row(NamedTuple):
 
 @dataclass
 class Counts:
-    """By document: words and UTF-8 bytes as the protocol counts them, and tokens."""
+    """By document: words and UTF-8 bytes as the protocol counts them, and tokens; and all bytes read."""
 
-    word_counts: list[int] = field(default_factory=list)
-    byte_counts: list[int] = field(default_factory=list)
-    token_counts: list[int] = field(default_factory=list)
+    words: list[int] = field(default_factory=list)
+    bytes: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    bytes_read: int = 0
 
     def add(self, document: int, word_count: int = 0, byte_count: int = 0, token_count: int = 0) -> None:
-        """Add to `document`; earlier documents without counts get zeros."""
-        columns = (self.word_counts, self.byte_counts, self.token_counts)
+        """Add to `document`; those before it get zeros where nothing was added to them."""
+        columns = (self.words, self.bytes, self.tokens)
         for counts, number in zip(columns, (word_count, byte_count, token_count), strict=True):
             counts.extend([0] * (document + 1 - len(counts)))
             counts[document] += number
@@ -54,7 +53,7 @@ def is_title(line: str) -> bool:
 
 
 def numbered_rows(corpus: Corpus, split: str) -> Iterator[Row]:
-    """The rows of `split` with the number of their document; blank ones before the first title are its own."""
+    """The rows of `split` with the number of their document; what is blank before the first title belongs to it."""
     document, visible, between = 0, False, True
     for text, ends in corpus.texts(split):
         entire = between and ends
@@ -67,7 +66,7 @@ def numbered_rows(corpus: Corpus, split: str) -> Iterator[Row]:
 
 
 def row_texts(corpus: Corpus, split: str, counts: Counts) -> Iterator[Part]:
-    """Each row a unit. Words are the papers' on WikiText: separated by white space, and one end of line per row."""
+    """Each row a unit. Words are the papers' on WikiText: those between white space, and one end of line per row."""
     for row in _counted(numbered_rows(corpus, split), counts):
         yield row.text, row.ends, row.document
 
@@ -84,49 +83,63 @@ def joined_rows(corpus: Corpus, split: str, counts: Counts) -> Iterator[Part]:
 
 
 def page_texts(corpus: Corpus, split: str, counts: Counts) -> Iterator[Part]:
-    """Each page a unit, detokenized. Words and bytes are the original page's, as lm-evaluation-harness' are:
+    """Each page a unit, detokenized. Words and bytes are those of the page before that, as lm-evaluation-harness' are:
     `len(re.split(r"\\s+", page))`, and no end of line."""
-    for page, document in pages(corpus, numbered_rows(corpus, split)):
-        counts.add(document, len(_WHITE.split(page)), len(page.encode()))
-        yield detokenized(page), True, document
+    return detokenized_parts(_counted_pages(pages(corpus, numbered_rows(corpus, split)), counts))
 
 
 def joined_pages(corpus: Corpus, split: str, counts: Counts) -> Iterator[Part]:
-    """The detokenized pages joined by line ends, one unit. Words are the papers', of the original rows."""
+    """The detokenized pages joined by line ends, one unit. Words are the papers', of the rows before that."""
     document, between = 0, ""
-    for page, document in pages(corpus, _counted(numbered_rows(corpus, split), counts)):
-        yield between + detokenized(page), False, document
-        between = "\n"
+    rows = _counted(numbered_rows(corpus, split), counts)
+    for text, ends, document in detokenized_parts(pages(corpus, rows)):
+        yield between + text, False, document
+        between = "\n" if ends else ""
     yield "", True, document
 
 
-def pages(corpus: Corpus, rows: Iterable[Row]) -> Iterator[tuple[str, int]]:
-    """The pages in their original form and their documents, each without the line end before the next title; blank
-    pages are omitted, except the last.
+def pages(corpus: Corpus, rows: Iterable[Row]) -> Iterator[Part]:
+    """The pages in their original form, each without the line end before the next title; what is blank is omitted,
+    save on the last page.
 
-    The Hub's rows are WikiText's lines, except that a blank line, which is " \\n" in the files, is an empty row.
+    The Hub's rows are WikiText's lines, but of a blank line, which is " \\n" in the files, an empty row is left.
     """
-    texts: list[str] = []
-    document = 0
+    held: list[str] = []  # of the page: all of it until something is to be seen, then the last text
+    document, visible = 0, False
     for row in rows:
         if row.title:
-            page = "".join(texts)
-            if page.strip():
-                yield page if corpus.rows_are_documents else page.removesuffix("\n"), document
-            texts = []
+            if visible and held:
+                yield held[-1] if corpus.rows_are_documents else held[-1].removesuffix("\n"), True, document
+            held, visible = [], False
         document, text = row.document, row.text
+        visible = visible or bool(text.strip())
         if not corpus.rows_are_documents and not corpus.rows_are_lines and not text.endswith("\n"):
             text += "\n" if text else " \n"
-        texts.append(text)
-    if texts:
-        yield "".join(texts), document
+        if visible:
+            yield from ((text, False, document) for text in held)
+            held = []
+        held.append(text)
+    if held:
+        yield "".join(held), True, document
 
 
 def _counted(rows: Iterable[Row], counts: Counts) -> Iterator[Row]:
     joined = False  # the text before this one ended inside a word of the same row
     for row in rows:
-        text = row.text
+        text, size = row.text, len(row.text.encode())
         word_count = len(text.split()) - (joined and bool(text) and not text[0].isspace()) + row.ends
         joined = not row.ends and (not text[-1].isspace() if text else joined)
-        counts.add(row.document, word_count, len(text.encode()))
+        counts.bytes_read += size
+        counts.add(row.document, word_count, size)
         yield row
+
+
+def _counted_pages(parts: Iterable[Part], counts: Counts) -> Iterator[Part]:
+    begins, white = True, False  # this text begins a page; the one before it ended in white space
+    for text, ends, document in parts:
+        runs = len(_WHITE.findall(text)) - (white and bool(text) and text[0].isspace())
+        white = not ends and (text[-1].isspace() if text else white)
+        counts.bytes_read += len(text.encode())
+        counts.add(document, runs + begins, len(text.encode()))
+        begins = ends
+        yield text, ends, document

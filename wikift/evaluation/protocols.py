@@ -26,7 +26,8 @@ import numpy as np
 
 from wikift.base.errors import UserError
 from wikift.data.corpus import Corpus
-from wikift.evaluation.documents import Counts, Part, joined_pages, joined_rows, page_texts, row_texts
+from wikift.evaluation.detokenize import Part
+from wikift.evaluation.documents import Counts, joined_pages, joined_rows, page_texts, row_texts
 from wikift.evaluation.score import Piece, Score, Window, document_sums, stored, windows
 from wikift.evaluation.text import Text, document_starts, encoded
 
@@ -148,15 +149,13 @@ def measure(
         size = text.corpus.sizes[split] or 0
 
     def tell(done: int) -> None:
-        progress((sum(counts.token_counts) if store is not None else sum(counts.byte_counts)) / size if size else 0.0)
+        progress((sum(counts.tokens) if store is not None else counts.bytes_read) / size if size else 0.0)
 
     made = protocol_windows(setup, _counted(source, counts), eos)
     nll, scored = document_sums(scorer.losses, made, batch=batch, world=world, progress=tell)
     if not scored.sum():
         raise UserError(f"--split {split}: {text.name} has no token to predict in it; use another")
-    tokens, *units = (
-        np.array(part, np.float64) for part in (counts.token_counts, counts.word_counts, counts.byte_counts)
-    )
+    tokens, *units = (np.array(part, np.float64) for part in (counts.tokens, counts.words, counts.bytes))
     if store is not None:  # tokens do not tell which words are in which document: in proportion
         facts = store.splits[split]
         units = [tokens * (total / tokens.sum()) for total in (facts.words, facts.bytes)]

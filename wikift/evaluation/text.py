@@ -17,7 +17,8 @@ from wikift.data.encode import plain_tokenizer
 from wikift.data.recipe import open_again
 from wikift.data.sources import Source, open_source
 from wikift.data.store import TokenStore
-from wikift.evaluation.documents import Part, is_title
+from wikift.evaluation.detokenize import Part
+from wikift.evaluation.documents import is_title
 from wikift.evaluation.score import Piece
 
 ALL = "all"  # the split of a single file
@@ -71,6 +72,12 @@ def _notes(config: str | None) -> list[str]:
         return []
     raw = config.replace("-v1", "-raw-v1")
     return [f"{config} has <unk> for rare words; published GPT-2 numbers are of {raw} mostly"]
+
+
+# --- an adapter, until data has Source, open_source, source_problems and open_again ------------------------------
+
+
+# --- text to ids -------------------------------------------------------------------------------------------------
 
 
 def encoded(texts: Iterable[Part], tokenizer_file: Path, eos_token_id: int | None) -> Iterator[Piece]:
