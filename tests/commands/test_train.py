@@ -137,11 +137,11 @@ def test_what_no_run_wrote_is_not_written_over(store: Path, tmp_path: Path, resu
         folder.mkdir()
         (folder / name).write_text('{"model_type": "gpt2"}')
         (problem,) = problems_of(store, folder, resume)
-        assert problem.startswith(f"--output-dir {folder}: holds {name} that no run of wikift wrote")
+        assert problem.startswith(f"--output-dir {folder}: has {name}, not of a wikift run")
         assert [path.name for path in folder.iterdir()] == [name]
         assert (folder / name).read_text() == '{"model_type": "gpt2"}'
     (problem,) = problems_of(store, store, resume)
-    assert "holds store.json" in problem
+    assert "has store.json, not of a wikift run" in problem
     log = tmp_path / "logged"
     log.mkdir()
     (log / "slurm-17.out").touch()
