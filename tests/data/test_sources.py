@@ -152,6 +152,8 @@ def test_configurations_of_readme_and_subfolders(tmp_path: Path) -> None:
         written(tmp_path / config, train__jsonl=f'{{"text": "{config}"}}\n', validation__jsonl='{"text": "v"}\n')
     assert rows_of(opened(tmp_path, config="de"), "train") == ["de"]
     assert opened(tmp_path, config="de").rows_are_documents
+    written(tmp_path / "one" / "fr", train__jsonl='{"text": "fr"}\n')
+    assert opened(tmp_path / "one").config == "fr", "the only one needs no name"
     readme = (
         "---\nlicense: mit\nconfigs:\n- config_name: only\n  data_files:\n  - split: train\n    path: en/train.jsonl\n"
     )

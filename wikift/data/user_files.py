@@ -65,6 +65,8 @@ def user_files(dataset: str, config: str | None) -> UserFiles | None:
     if splits and config is not None:
         raise UserError(f"--dataset-config {config}: has no effect, {path} has no configurations; omit it")
     if not splits and configs:
+        if config is None and len(configs) == 1:
+            (config,) = configs
         if config not in configs:
             raise UserError(config_problem(config, list(configs)))
         return _of_one_kind(configs[config], config, where, documents=not set(configs) & set(WIKITEXT))
