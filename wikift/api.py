@@ -89,7 +89,7 @@ def evaluate(*models: str | Path, **settings: Any) -> list[Result]:
     from wikift.commands import evaluate as command
     from wikift.settings.fields import EvaluateSettings
 
-    parsed = _parsed(EvaluateSettings, "evaluate", {"models": models, **settings}, ("json", "csv", "quiet"))
+    parsed = _parsed(EvaluateSettings, "evaluate", {"models": models, **settings}, ("json", "quiet"))
     parsed.checked(command.check)
     return command.run(parsed.settings)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import math
 import os
@@ -82,10 +80,6 @@ def test_json_is_an_object_a_model(made: tuple[TokenStore, Path], capsys: pytest
     assert first["loss"] == pytest.approx(first["nll"] / (tokens - 1))
     assert first["bits_per_byte"] == pytest.approx(first["loss"] * tokens / math.log(2) / store.splits["test"].bytes)
     assert second["difference"]["tokens"]["mean"] == 0
-    assert main([*line, "--csv", "--device", "cpu"]) == 0
-    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert [row["normaliser"] for row in rows] == ["tokens", "words", "bits/byte"] * 2
-    assert float(rows[0]["value"]) == pytest.approx(first["perplexity"])
 
 
 def scored(capsys: pytest.CaptureFixture[str], model: Path, *words: str) -> dict[str, Any]:
@@ -113,9 +107,6 @@ def test_the_precision_is_that_of_the_stored_weights_unless_asked_for(
         config.pop("torch_dtype", None)
         (low / "config.json").write_text(json.dumps(config | ({name: "bfloat16"} if name else {})))
         assert scored(capsys, low, "--data", str(store.path))["precision"] == "bf16"
-    assert main([str(run), str(low), "--data", str(store.path), "--stride", "32", "--device", "cpu", "--csv"]) == 0
-    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert {(row["model"], row["precision"]) for row in rows} == {(str(run), "fp32"), (str(low), "bf16")}
     assert main([str(run), str(low), "--data", str(store.path), "--stride", "32", "--device", "cpu"]) == 0
     assert f"perplexity, {run} in fp32, {low} in bf16" in capsys.readouterr().out
 
@@ -174,11 +165,10 @@ def test_what_is_wrong_is_refused(made: tuple[TokenStore, Path], tmp_path: Path)
         ([empty], [str(empty), "wikift train"]),
         ([store.path], [str(store.path), "neither a model nor a run"]),
         ([run / "checkpoints" / "step-00000012"], ["is a checkpoint", "consolidate"]),
-        ([run, "--data", one.path], ["--split", "no token to predict"]),
-        ([run, "--data", one.path, "--split", "validation"], ["--split validation", "no token to predict"]),
+        ([run, "--data", one.path], ["--data: no split of", "two tokens or more"]),
         ([run, "--protocol", "lm-eval", "--stride", "8"], ["--stride 8: has no effect"]),
         ([run, "--protocol", "paper"], ["--protocol paper: needs the text", "--dataset"]),
-        ([run, run, "--json", "--csv"], ["is named twice", "--csv: --json is set too"]),
+        ([run, run], ["is named twice"]),
         ([run, "--text-column", "x"], ["--text-column x: has no effect without --dataset"]),
         ([run, "--dataset", "demo", "--data", store.path], ["--data", "has no effect, --dataset demo is set"]),
     ]

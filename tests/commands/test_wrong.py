@@ -351,7 +351,7 @@ EVALUATE: list[tuple[str, list[str]]] = [
     ("a-file --data text", ["a-file: is a file"]),
     ("bert --data text", ["bert: config.json says model_type 'bert'"]),
     ("run --precision fp8", ["--precision fp8: must be one of"]),
-    ("run --splt test --json --csv", ["--splt: no such setting", "--csv: --json is set too"]),
+    ("run --splt test --context 0", ["--splt: no such setting", "--context 0: must be 1 or more"]),
     ("run --splt test", ["--splt: no such setting of wikift evaluate (did you mean --split?)"]),
     (
         "a-file no-config --data none --stride 0",

@@ -20,7 +20,7 @@ from tests.trained import SENTENCES
 from wikift.commands.evaluate import main
 from wikift.data.sources import Source, open_source
 from wikift.evaluation import detokenize
-from wikift.evaluation.detokenize import detokenized, detokenized_parts, safe_cut
+from wikift.evaluation.detokenize import Part, detokenized, detokenized_parts, safe_cut
 from wikift.evaluation.documents import Counts, joined_rows, numbered_rows, page_texts, pages, row_texts
 from wikift.evaluation.text import encoded
 
@@ -73,8 +73,8 @@ def test_pages_are_lm_evals(text: Path) -> None:
     counts = Counts()
     made = _whole(page_texts(corpus_of(text), "train", counts))
     assert [page for page, _, _ in made] == [detokenized(first), detokenized(second)]
-    assert counts.words == [len(re.split(r"\s+", page)) for page in (first, second)]
-    assert counts.bytes == [len(page.encode()) for page in (first, second)]
+    assert counts.words == {0: len(re.split(r"\s+", first)), 1: len(re.split(r"\s+", second))}
+    assert counts.bytes == {0: len(first.encode()), 1: len(second.encode())}
 
 
 def _whole(parts: Any) -> list[tuple[str, bool, int]]:
@@ -91,7 +91,7 @@ def _whole(parts: Any) -> list[tuple[str, bool, int]]:
 def test_words_are_the_papers_and_the_join_is_transformers(text: Path) -> None:
     counts = Counts()
     list(row_texts(corpus_of(text), "train", counts))
-    assert sum(counts.words) == sum(len(line.split()) + 1 for line in (TEXT * 8).splitlines())
+    assert counts.words.total() == sum(len(line.split()) + 1 for line in (TEXT * 8).splitlines())
     rows = [line if line.strip() else "" for line in (TEXT * 8).splitlines(keepends=True)]
     assert "".join(part for part, _, _ in joined_rows(corpus_of(text), "train", Counts())) == "\n\n".join(rows)
 
@@ -111,7 +111,7 @@ def test_a_page_of_any_length_is_detokenized_in_parts(monkeypatch: pytest.Monkey
     parts = [
         part
         for part, _, _ in detokenized_parts(
-            [(page[at : at + 30], False, 0) for at in range(0, len(page), 30)] + [("", True, 0)]
+            [Part(page[at : at + 30], False, 0) for at in range(0, len(page), 30)] + [Part("", True, 0)]
         )
     ]
     assert len(parts) > 5

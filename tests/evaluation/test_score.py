@@ -137,7 +137,7 @@ def test_ranks_share_the_windows_and_agree(store: TokenStore, ranks: int) -> Non
 def test_a_split_of_one_token_has_nothing_to_score(tmp_path: Path) -> None:
     splits = {"validation": [Encoded(np.array([5], np.uint16), 1, 2, 1)]}
     one = write_store(tmp_path / "one", splits, vocab_size=320, eos_token_id=0, tokenizer_fingerprint="")
-    with pytest.raises(UserError, match="no token to predict"):
+    with pytest.raises(UserError, match="fewer than two tokens"):
         scored(one, 8)
 
 

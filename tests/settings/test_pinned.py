@@ -26,7 +26,7 @@ SETTINGS = {
         best dtype max_shard_size out quiet run step
     """,
     "evaluate": """
-        context csv data dataset dataset_config device json models per_device_eval_batch_size precision protocol
+        context data dataset dataset_config device json models per_device_eval_batch_size precision protocol
         quiet split stride text_column
     """,
     "generate": """

@@ -1,4 +1,4 @@
-"""The evaluate command: models scored by the field's protocols on one text, as a table, JSON or CSV."""
+"""The evaluate command: models scored by the field's protocols on one text, as a table or JSON."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from wikift.commands.consolidate import model_source
 from wikift.data.sources import Source, source_problems
 from wikift.data.store import TokenStore, check_tokenizer, open_store
 from wikift.evaluation.protocols import PROTOCOLS, Protocol, loaded_scorer, measure, setups
-from wikift.evaluation.report import Result, as_csv, as_json, table
-from wikift.evaluation.text import Text, text_of_dataset, text_of_store
-from wikift.settings.checks import check_data
+from wikift.evaluation.report import Result, as_json, table
+from wikift.evaluation.text import Text, splits_of, text_of_dataset, text_of_store
+from wikift.settings.checks import check_data, problems_of
 from wikift.settings.fields import DataSettings, EvaluateSettings
 from wikift.settings.options import flag, parse_all
 
@@ -56,12 +56,12 @@ def main(argv: Sequence[str]) -> int:
         epilog=EPILOG,
     )
     store, settings = parsed.checked(check), parsed.settings
+    results: list[Result] = []
+    text = _text(settings, store)
 
     from wikift.base.failure import started_world
 
     with started_world(settings.device) as world:
-        text = _text(settings, store)
-        results: list[Result] = []
         try:
             for result in _results(settings, text, world):
                 results.append(result)
@@ -70,18 +70,18 @@ def main(argv: Sequence[str]) -> int:
         finally:  # also the results before a Ctrl-C
             if world.rank == 0 and results and not settings.json:
                 width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-                print(as_csv(results) if settings.csv else table(results, text.notes, width), flush=True)
+                print(table(results, text.notes, width), flush=True)
     return EXIT_DONE
 
 
 def run(settings: EvaluateSettings) -> list[Result]:
     """The results, model by model, the same on every rank. Raises UserError with every problem of the settings."""
-    store = check(settings)
+    text = _text(settings, check(settings))
 
     from wikift.base.failure import started_world
 
     with started_world(settings.device) as world:
-        return list(_results(dataclasses.replace(settings, quiet=True), _text(settings, store), world))
+        return list(_results(dataclasses.replace(settings, quiet=True), text, world))
 
 
 def _results(settings: EvaluateSettings, text: Text, world: World) -> Iterator[Result]:
@@ -92,7 +92,7 @@ def _results(settings: EvaluateSettings, text: Text, world: World) -> Iterator[R
         if not quiet:
             print(f"wikift: {line}", file=sys.stderr, flush=True)
 
-    splits, protocols = _splits(settings, text), _protocols(settings, text)
+    splits, protocols = _splits(settings, text.splits(), text.name), _protocols(settings, text)
     for name in settings.models:
         if world.rank == 0:  # a run is exported by one process
             model_source(name, say)
@@ -100,19 +100,17 @@ def _results(settings: EvaluateSettings, text: Text, world: World) -> Iterator[R
         source = model_source(name, lambda line: None)
         with loaded_scorer(source, settings.precision, world, say) as scorer:
             if text.store is not None and scorer.tokenizer.fingerprint != text.store.tokenizer_fingerprint:
-                raise UserError(f"MODEL {name}: its tokenizer is not the one that made {text.store.path}; name the "
-                                "text with --dataset")  # fmt: skip
+                reason = f"its tokenizer is not the one that made {text.store.path}"
+                raise UserError(f"MODEL {name}: {reason}; name the text with --dataset")
             _check_windows(name, settings, scorer.positions)  # for a model that only the Hub knows
             made = [s for p in protocols for s in setups(p, scorer.positions, settings.context, settings.stride)]
             jobs = [(split, setup) for split in splits for setup in made]
             for number, (split, setup) in enumerate(jobs, 1):
                 progress = Progress(quiet)
-                label = f"{name}, {split}, {setup.protocol.name} ({number} of {len(jobs)})"
+                tell = partial(progress.fraction, f"{name}, {split}, {setup.protocol.name} ({number} of {len(jobs)})")
+                batch = settings.per_device_eval_batch_size
                 try:
-                    score = measure(
-                        scorer, text, split, setup, batch=settings.per_device_eval_batch_size, world=world,
-                        progress=partial(progress.fraction, label),
-                    )  # fmt: skip
+                    score = measure(scorer, text, split, setup, batch=batch, world=world, progress=tell)
                 finally:
                     progress.clear()
                 seconds = round(time.monotonic() - progress.started, 3)
@@ -134,8 +132,6 @@ def check(settings: EvaluateSettings) -> TokenStore | None:
         problems.append(f"--stride {settings.stride}: must be at most --context {settings.context}")
     if settings.protocol == "lm-eval" and settings.stride is not None:
         problems.append(f"--stride {settings.stride}: has no effect, the windows of lm-eval are disjoint; omit it")
-    if settings.json and settings.csv:
-        problems.append("--csv: --json is set too; omit one of them")
     if repeated := sorted({name for name in settings.models if settings.models.count(name) > 1}):
         problems.append(f"MODEL {repeated[0]}: is named twice; omit one")
     store = None
@@ -144,10 +140,7 @@ def check(settings: EvaluateSettings) -> TokenStore | None:
     except UserError as error:
         problems += error.problems
     for name in settings.models:
-        try:
-            _check_model(name, settings, store)
-        except UserError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
+        problems += [p for p in problems_of(partial(_check_model, name, settings, store)) if p not in problems]
     if problems:
         raise UserError(*problems)
     return store
@@ -156,8 +149,7 @@ def check(settings: EvaluateSettings) -> TokenStore | None:
 def _store(settings: EvaluateSettings) -> TokenStore | None:
     """The store that the settings name. Raises UserError for every problem with it, or with `--dataset`."""
     if settings.dataset is not None:
-        names = ("dataset", "dataset_config", "text_column")
-        asked = DataSettings(**{name: getattr(settings, name) for name in names})
+        asked = DataSettings(settings.dataset, settings.dataset_config, settings.text_column)
         problems = check_data(asked) + source_problems(_source(settings))
         if settings.data is not None:
             problems.append(f"--data {settings.data}: has no effect, --dataset {settings.dataset} is set; omit one")
@@ -167,11 +159,9 @@ def _store(settings: EvaluateSettings) -> TokenStore | None:
     for name in ("dataset_config", "text_column"):
         if getattr(settings, name) != getattr(EvaluateSettings(), name):
             raise UserError(f"{flag(name)} {getattr(settings, name)}: has no effect without --dataset; omit it")
-    if settings.data is not None:
-        stores = [open_store(settings.data)]
-    else:
-        runs = [run for name in settings.models if (run := folders.run_of(name)) is not None]
-        stores = [open_store(str(folders.run_config(run)["store_path"])) for run in runs]
+    runs = [run for name in settings.models if (run := folders.run_of(name)) is not None]
+    paths = [settings.data] if settings.data else [str(folders.run_config(run)["store_path"]) for run in runs]
+    stores = [open_store(path) for path in paths]
     if not stores and not settings.models:
         return None  # a problem of its own
     if not stores:
@@ -181,15 +171,8 @@ def _store(settings: EvaluateSettings) -> TokenStore | None:
         )
     if len({store.fingerprint for store in stores}) > 1:
         raise UserError("--data: required, the runs were trained on different stores; name one for all of them")
-    _check_split(settings.split, list(stores[0].splits), str(stores[0].path))
-    if settings.split is not None and stores[0].splits[settings.split].tokens < 2:
-        raise UserError(f"--split {settings.split}: {stores[0].path} has no token to predict; choose another")
+    _splits(settings, splits_of(stores[0]), str(stores[0].path))
     return stores[0]
-
-
-def _check_split(split: str | None, known: list[str], text: str) -> None:
-    if split is not None and split not in known:
-        raise UserError(f"--split {split}: {text} has {', '.join(known)}; use one of these")
 
 
 def _source(settings: EvaluateSettings) -> Source:
@@ -216,12 +199,12 @@ def _check_windows(name: str, settings: EvaluateSettings, positions: int) -> Non
         raise UserError(f"--{setting} {tokens}: {name} has {positions} positions; use that or less")
 
 
-def _splits(settings: EvaluateSettings, text: Text) -> list[str]:
-    """The chosen split, or all but train if there are others. Raises UserError for one that the text does not have."""
-    known = text.splits()
-    _check_split(settings.split, known, text.name)
+def _splits(settings: EvaluateSettings, known: list[str], text: str) -> list[str]:
+    """The chosen split, or all but train if there are others. Raises UserError for one that is not `known`."""
     if not known:
-        raise UserError(f"--split: {text.name} has no token to predict in any; name another text")
+        raise UserError(f"--data: no split of {text} has two tokens or more, so none can be predicted; name another")
+    if settings.split is not None and settings.split not in known:
+        raise UserError(f"--split {settings.split}: {text} has {', '.join(known)}; use one of these")
     return [settings.split] if settings.split is not None else [name for name in known if name != "train"] or known
 
 
@@ -231,6 +214,6 @@ def _protocols(settings: EvaluateSettings, text: Text) -> list[Protocol]:
         return [p for p in PROTOCOLS.values() if p.name != "free" and (p.from_store or text.corpus is not None)]
     protocol = PROTOCOLS[name or "free"]
     if text.corpus is None and not protocol.from_store:
-        raise UserError(f"--protocol {name}: needs the text, not only its tokens; name it with --dataset "
-                        f"({text.missing})")  # fmt: skip
+        reason = f"needs the text, not only its tokens; name it with --dataset ({text.missing})"
+        raise UserError(f"--protocol {name}: {reason}")
     return [protocol]

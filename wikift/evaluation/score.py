@@ -47,11 +47,10 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Score:
-    """One model's likelihood of one text, by document.
+    """One model's likelihood of one text: float64 (documents,) each.
 
-    Each array is float64 (documents,): `nll` in nats over `scored` tokens (where a protocol counts other tokens than it
-    scores, both are of its count), `tokens` of the text, scored or not. `words` counts one end of line per row, as the
-    papers on WikiText do, save where the protocol counts otherwise; `bytes` are UTF-8.
+    `nll` in nats over `scored` tokens (where a protocol counts other tokens than it scores, both are of its count),
+    `tokens` of the text, scored or not; `words` and UTF-8 `bytes` as the protocol counts them.
     """
 
     nll: np.ndarray
@@ -74,9 +73,8 @@ class Score:
         if normaliser == "tokens":
             return self.nll, self.scored
         nats = self.nll / self.scored.sum() * self.tokens.sum()
-        if normaliser == "words":
-            return nats, self.words
-        return (nats / math.log(2) if normaliser == "bits/byte" else nats), self.bytes
+        units = self.words if normaliser == "words" else self.bytes
+        return (nats / math.log(2) if normaliser == "bits/byte" else nats), units
 
     def value(self, normaliser: str) -> float:
         """Perplexity per token, word or byte ("tokens", "words", "bytes"), or "bits/byte"; nan without such units."""
@@ -89,10 +87,9 @@ class Score:
 
 
 def difference(one: Score, other: Score, normaliser: str) -> tuple[float, float]:
-    """How much larger ln(perplexity) (or bits/byte) is of `other`, and the standard error of that over the documents.
+    """How much larger ln(perplexity) (or bits/byte) of `other` is, and the standard error of that over the documents.
 
-    The error is the ratio estimator's (Cochran, Sampling Techniques, 6.19): documents are taken as drawn at random,
-    each with its difference and its length. nan where there are not two documents.
+    The error is the ratio estimator's (Cochran, Sampling Techniques, 6.19), nan where there are not two documents.
     """
     mean, parts = 0.0, np.zeros(len(one.nll))
     for sign, (nats, units) in ((-1, one.spread(normaliser)), (1, other.spread(normaliser))):
@@ -118,19 +115,22 @@ def score_split(
 ) -> Score:
     """Score `split` in disjoint windows with all ranks together; every rank returns the same Score.
 
-    `nll(inputs, targets)` takes int64 CPU tensors (batch, context) and returns the float64 sum over the scored targets,
-    exactly 0 where there are none. It may be collective: every rank calls it equally often. `progress(done, of)` counts
-    windows. Raises UserError where the split has nothing to score.
+    `nll(inputs, targets)` takes int64 CPU tensors (batch, context) and returns the float64 sum over the scored targets.
+    It may be collective: every rank calls it equally often. `progress(done, of)` counts windows. Raises UserError where
+    the split has nothing to score.
     """
     ids, counts = store.tokens(split), store.splits[split]
     if len(ids) < 2:
-        raise UserError(f"--split {split}: has {len(ids)} tokens, so no token to predict; name another split")
+        raise UserError(too_short(split, str(store.path)))
     number = -(-(len(ids) - 1) // context)
-    sums = document_sums(
-        nll, windows(stored(ids), context + 1, context), batch=batch, world=world, width=context,
-        progress=lambda done: progress(done, number),
-    )  # fmt: skip
+    made = windows(stored(ids), context + 1, context)
+    sums = document_sums(nll, made, batch=batch, world=world, width=context, progress=lambda n: progress(n, number))
     return Score(*sums, *(np.array([count], np.float64) for count in (len(ids), counts.words, counts.bytes)))
+
+
+def too_short(split: str, text: str) -> str:
+    """The problem of a split that has no perplexity."""
+    return f"--split {split}: {text} has fewer than two tokens there, so none to predict; use another split"
 
 
 def stored(ids: np.ndarray, starts: Sequence[int] = ()) -> Iterator[Piece]:
@@ -152,13 +152,10 @@ def windows(
     ids = documents = np.empty(0, np.int64)
     at = begin = done = 0  # of the text: where `ids` begins, where the window does, how much has been predicted
     while True:
-        more, known = [], at + len(ids)
-        while known <= begin + width and (piece := next(pieces, None)) is not None:  # one more tells if it is the last
-            more.append(piece)
-            known += len(piece.ids)
-        if more:
-            ids = np.concatenate([ids, *(piece.ids for piece in more)])
-            documents = np.concatenate([documents, *(piece.documents for piece in more)])
+        # one token more tells whether this window is the last
+        while at + len(ids) <= begin + width and (piece := next(pieces, None)) is not None:
+            ids, documents = np.append(ids, piece.ids), np.append(documents, piece.documents)
+        known = at + len(ids)
         end = min(begin + width, known)
         last = end == known
         start = max(0, end - width) if fill and last else begin
@@ -187,8 +184,7 @@ def document_sums(
     Every rank reads all of `source` and scores its share of each `batch * world.size` windows. `losses(inputs,
     targets)` takes int64 CPU tensors (M, L) and returns the loss of each position (M * L,), 0 where `IGNORED`; or
     the sum of all, (), which is taken as the first document's. With a `width`, every rank calls it equally often, each
-    time on `batch` windows of that length; without one, on what windows it has, as long as the longest. `progress`
-    is told how many windows are done.
+    time on `batch` windows of that length; without one, on what windows it has. `progress` counts windows.
     """
     import torch
 
@@ -200,26 +196,27 @@ def document_sums(
         sums = np.pad(sums, ((0, 0), (0, max(0, int(group[-1].documents[-1]) + 1 - sums.shape[1]))))
         if own or width:
             longest = max((len(window.ids) - 1 for window in own), default=0)
-            inputs, targets = _padded(own, batch if width else len(own), width or longest)
+            inputs, targets, documents, weights = _padded(own, batch if width else len(own), width or longest)
             loss = losses(torch.from_numpy(inputs), torch.from_numpy(targets))
-            documents = np.concatenate([np.empty(0, np.int64), *(w.documents[w.first :] for w in own)])
-            weights = np.concatenate([np.empty(0), *(np.full(len(w.ids) - w.first, w.weight) for w in own)])
             if loss.ndim:
-                np.add.at(sums[0], documents, loss.double().cpu().numpy()[targets.ravel() != IGNORED] * weights)
+                sums[0] += np.bincount(documents, loss.double().cpu().numpy() * weights, sums.shape[1])
             else:
                 total += loss.to(total)
-            np.add.at(sums[1], documents, weights)
+            sums[1] += np.bincount(documents, weights, sums.shape[1])
         done += len(group)
         progress(done)
     sums[0, 0] += float(total)
     return world.total(torch.from_numpy(sums)).numpy()
 
 
-def _padded(group: list[Window], rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs, 0 past a window's end, and targets, both int64 (rows, width)."""
-    inputs, targets = np.zeros((rows, width), np.int64), np.full((rows, width), IGNORED, np.int64)
+def _padded(group: list[Window], rows: int, width: int) -> tuple[np.ndarray, ...]:
+    """Inputs and targets, int64 (rows, width); each target's document and weight, 0 if not scored, (rows * width,)."""
+    inputs, documents, weights = (np.zeros((rows, width), dtype) for dtype in (np.int64, np.int64, np.float64))
+    targets = np.full((rows, width), IGNORED, np.int64)
     for row, window in enumerate(group):
         size = len(window.ids) - 1
+        scored = slice(window.first - 1, size)
         inputs[row, :size] = window.ids[:-1]
-        targets[row, window.first - 1 : size] = window.ids[window.first :]
-    return inputs, targets
+        targets[row, scored] = window.ids[window.first :]
+        documents[row, scored], weights[row, scored] = window.documents[window.first :], window.weight
+    return inputs, targets, documents.ravel(), weights.ravel()

@@ -1,8 +1,9 @@
-"""The text that an evaluation is about, and its ids: a token store, the rows it was made of, or a dataset."""
+"""The text of an evaluation, and its ids: a token store, the rows it was made of, or a dataset."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,7 @@ from wikift.evaluation.score import Piece
 
 ALL = "all"  # the split of a single file
 _WITH_UNK = ("wikitext-2-v1", "wikitext-103-v1")
-_ENCODED_TOGETHER = 1 << 16  # characters
-_TITLE_TOKENS = 400
+_TITLE_TOKENS = 400  # of the longest title
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,19 @@ class Text:
     notes: list[str]
 
     def splits(self) -> list[str]:
-        """The splits with a token to predict, as far as that is known."""
+        """The splits that can be evaluated, as far as that is known."""
         if self.store is not None:
-            return [name for name, split in self.store.splits.items() if split.tokens > 1]
+            return splits_of(self.store)
         return list(self.corpus.splits) if self.corpus is not None else []
 
 
+def splits_of(store: TokenStore) -> list[str]:
+    """The splits with a token that others precede."""
+    return [name for name, split in store.splits.items() if split.tokens > 1]
+
+
 def text_of_dataset(source: Source) -> Text:
-    """A text without a store: as prepare's, save that a single file is one split, all of it."""
+    """A text without a store: as prepare's, but for a single file, which is one split."""
     file = Path(source.dataset).is_file()
     corpus = open_source(source, cut=not file)
     if file:
@@ -55,14 +60,13 @@ def text_of_dataset(source: Source) -> Text:
 
 
 def text_of_store(store: TokenStore) -> Text:
-    """A store's text, with the rows that it was made of where they can be had."""
+    """A store's text, with the rows that it was made of where they can be read again."""
     name = str(store.path)
     try:
         corpus = open_again(store)
     except (UserError, EnvironmentFault, OSError, KeyError) as error:
         missing = one_line(error)
-        need = "hf-doc, paper and lm-eval need the text, which"
-        note = f"{need} {name} does not lead to: name it with --dataset ({missing})"
+        note = f"hf-doc, paper and lm-eval need the text that {name} was made of; name it with --dataset ({missing})"
         return Text(name, store, None, missing, [note, *_notes(store.record.get("dataset_config"))])
     return Text(name, store, corpus, "", _notes(corpus.config))
 
@@ -74,75 +78,42 @@ def _notes(config: str | None) -> list[str]:
     return [f"{config} has <unk> for rare words; published GPT-2 numbers are of {raw} mostly"]
 
 
-# --- an adapter, until data has Source, open_source, source_problems and open_again ------------------------------
-
-
-# --- text to ids -------------------------------------------------------------------------------------------------
-
-
 def encoded(texts: Iterable[Part], tokenizer_file: Path, eos_token_id: int | None) -> Iterator[Piece]:
     """The ids of each unit, as the tokenizer returns them for all of it; `eos_token_id` follows unless None."""
     tokenizer = plain_tokenizer(tokenizer_file)
-    starts: list[int] = []  # in characters, of documents that are not encoded yet, and their numbers
-    numbers: list[int] = []
+    unread: list[np.ndarray] = []  # the document of each character that is not encoded yet
+    document = 0
 
-    def without_documents() -> Iterator[tuple[str, bool]]:
-        position = 0
+    def noted() -> Iterator[tuple[str, bool]]:
+        nonlocal document
         for text, ends, document in texts:
-            if not numbers or document != numbers[-1]:
-                starts.append(position)
-                numbers.append(document)
-            position += len(text)
+            unread.append(np.full(len(text), document))
             yield text, ends
 
-    def flush() -> Iterator[Piece]:
-        encodings = tokenizer.encode_batch([text for text, _, _ in waiting], add_special_tokens=False)
-        for encoding, (text, ends, at) in zip(encodings, waiting, strict=True):
-            ids, characters = encoding.ids, [at + begin for begin, _ in encoding.offsets]
-            if ends and eos_token_id is not None:
-                ids, characters = [*ids, eos_token_id], [*characters, at + max(0, len(text) - 1)]
-            documents = np.array(numbers, np.int64)[np.searchsorted(starts, characters, "right") - 1]
-            yield Piece(np.array(ids, np.int64), documents, ends)
-        passed = int(np.searchsorted(starts, waiting[-1][2], "right")) - 1 if waiting else 0
-        del starts[:passed], numbers[:passed]
-
-    waiting: list[tuple[str, bool, int]] = []  # (text, ends its unit, where it begins)
-    at = size = 0
-    for text, ends, _ in pieces(without_documents(), cut_rule(tokenizer_file)):
-        waiting.append((text, ends, at))
-        at, size = at + len(text), size + len(text) + 16
-        if size >= _ENCODED_TOGETHER:
-            yield from flush()
-            waiting, size = [], 0
-    yield from flush()
+    for text, ends, _ in pieces(noted(), cut_rule(tokenizer_file)):
+        of_characters = np.concatenate(unread)
+        unread[:] = [of_characters[len(text) :]]
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        ids, documents = encoding.ids, [of_characters[min(begin, len(text) - 1)] for begin, _ in encoding.offsets]
+        if ends and eos_token_id is not None:
+            ids, documents = [*ids, eos_token_id], [*documents, document]
+        yield Piece(np.array(ids, np.int64), np.array(documents, np.int64), ends)
 
 
 def document_starts(store: TokenStore, split: str) -> list[int]:
-    """Where documents but the first begin: behind end-of-text tokens where rows have them, else at WikiText's titles.
-
-    Finds none, so that all is one document, where there is no tokenizer that could tell a title.
-    """
-    ids = store.tokens(split)
-    if store.record.get("append_eos"):
-        return [end + 1 for end in _positions(ids, [store.eos_token_id]) if end + 1 < len(ids)]
-    try:
-        tokenizer = plain_tokenizer(store.path / "tokenizer" / "tokenizer.json")
-    except Exception:  # the library knows no class of its own for what it can't read
-        return []
-    vocabulary = tokenizer.get_vocab()  # of a byte-level BPE: \u010a is a line end, \u0120 a space
-    line_ends = [i for token, i in vocabulary.items() if token.endswith("\u010a")]
-    signs = {i for token, i in vocabulary.items() if token.lstrip("\u0120").startswith("=")}
-    starts = []
-    for end in _positions(ids, line_ends):
-        if end + 1 < len(ids) and int(ids[end + 1]) in signs:
-            line = ids[end + 1 : end + 1 + _TITLE_TOKENS]
-            ends = np.flatnonzero(np.isin(line, line_ends))
-            if len(ends) and is_title(tokenizer.decode(line[: ends[0] + 1].tolist(), skip_special_tokens=False)):
-                starts.append(end + 1)
-    before = ids[: starts[0]].tolist() if starts and starts[0] < _TITLE_TOKENS else [0]
-    return starts[1:] if starts and not tokenizer.decode(before).strip() else starts
-
-
-def _positions(ids: np.ndarray, wanted: list[int]) -> Iterator[int]:
-    for at in range(0, len(ids), 1 << 20):
-        yield from (np.flatnonzero(np.isin(ids[at : at + (1 << 20)], wanted)) + at).tolist()
+    """Where documents but the first begin: after end-of-text tokens where rows have them, else at WikiText's titles."""
+    ids, with_eos = store.tokens(split), store.record.get("append_eos")
+    tokenizer = plain_tokenizer(store.path / "tokenizer" / "tokenizer.json")
+    line_ends = [i for token, i in tokenizer.get_vocab().items() if token.endswith("\u010a")]  # "\n" in byte-level BPE
+    is_end = np.zeros(store.vocab_size, np.bool_)
+    is_end[store.eos_token_id if with_eos else line_ends] = True
+    starts = [start for start in (np.flatnonzero(is_end[ids]) + 1).tolist() if start < len(ids)]
+    if with_eos:
+        return starts
+    titles = [
+        begin
+        for begin, end in itertools.pairwise([0, *starts, len(ids)])
+        if end - begin <= _TITLE_TOKENS and is_title(tokenizer.decode(ids[begin:end].tolist()))
+    ]
+    blank = titles and not tokenizer.decode(ids[: min(titles[0], _TITLE_TOKENS)].tolist()).strip()
+    return titles[1:] if blank else titles

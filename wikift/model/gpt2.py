@@ -104,8 +104,10 @@ class NextTokenLoss(nn.Module):
                 return total
             return self.model.lm_head(self._hidden(inputs, mask, position_ids)[:, -1]).float()  # type: ignore[no-any-return]
 
+    @torch.inference_mode()
     def by_token(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """What `forward` sums, (rows * length,) in fp32, 0 where -100. Whole weights, no gradients."""
+        """What `forward` sums, (rows * length,) in fp32, 0 where -100, of CPU tensors. Whole weights, no gradients."""
+        inputs, targets = inputs.to(self.model.device), targets.to(self.model.device)
         with autocast(inputs.device, self.precision):
             return token_losses(self._hidden(inputs).flatten(0, 1), self.model.lm_head.weight, targets.flatten())
 

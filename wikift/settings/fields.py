@@ -226,7 +226,6 @@ class EvaluateSettings:
     )
     device: str = option("auto", "auto: cuda where there is one", choices=DEVICES)
     json: bool = option(False, "print JSON, one object per model, split and protocol")
-    csv: bool = option(False, "print CSV, one line per model, split, protocol and normaliser")
     quiet: bool = option(False, "no progress")
 
 
