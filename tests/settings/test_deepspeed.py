@@ -8,8 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,85 +26,40 @@ ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = {path.name: json.loads(path.read_text()) for path in sorted((ROOT / "ds_configs").glob("*.json"))}
 
 # The configs of transformers' DeepSpeed documentation and tests, put together from their parts.
-BATCH = {
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    "steps_per_print": 2000,
-    "train_batch_size": "auto",
-    "train_micro_batch_size_per_gpu": "auto",
-    "wall_clock_breakdown": False,
+PARTS = json.loads("""{
+  "batch": {"gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "steps_per_print": 2000,
+    "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "wall_clock_breakdown": false},
+  "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2,
+    "min_loss_scale": 1},
+  "adamw": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto",
+    "torch_adam": true, "adam_w_mode": true}},
+  "warmup": {"type": "WarmupLR",
+    "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}},
+  "decay": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_min_lr": "auto"}},
+  "zero2": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": true}, "allgather_partitions": true,
+    "allgather_bucket_size": 5e8, "overlap_comm": true, "reduce_scatter": true, "reduce_bucket_size": 5e8,
+    "contiguous_gradients": true, "round_robin_gradients": true},
+  "zero3": {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": true},
+    "offload_param": {"device": "cpu", "pin_memory": true}, "overlap_comm": true, "contiguous_gradients": true,
+    "sub_group_size": 1e9, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+    "stage3_param_persistence_threshold": "auto", "stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9,
+    "stage3_gather_16bit_weights_on_model_save": true},
+  "nvme": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/local_nvme", "buffer_count": 4},
+    "offload_param": {"device": "nvme", "nvme_path": "/local_nvme", "buffer_size": 1e8, "max_in_cpu": 1e9}},
+  "aio": {"block_size": 262144, "queue_depth": 32, "single_submit": false, "overlap_events": true}
+}""")
+
+
+def put_together(zero: str, scheduler: Any, **more: Any) -> dict[str, Any]:
+    parts = {"fp16": PARTS["fp16"], "optimizer": PARTS["adamw"], "scheduler": scheduler, **PARTS["batch"], **more}
+    return {**parts, "zero_optimization": PARTS[zero]}
+
+
+TRAINER = {
+    "zero2": put_together("zero2", PARTS["warmup"], bf16={"enabled": "auto"}),
+    "zero3": put_together("zero3", PARTS["decay"], amp={"enabled": "auto", "opt_level": "auto"}),
+    "nvme": put_together("nvme", {"type": "auto"}, aio=PARTS["aio"]),
 }
-FP16 = {
-    "enabled": "auto",
-    "loss_scale": 0,
-    "loss_scale_window": 1000,
-    "initial_scale_power": 16,
-    "hysteresis": 2,
-    "min_loss_scale": 1,
-}
-ADAMW = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}}
-WARMUP: dict[str, Any] = {
-    "type": "WarmupLR",
-    "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
-}
-DECAY = {"type": "WarmupDecayLR", "params": {**WARMUP["params"], "total_num_steps": "auto"}}
-CPU = {"device": "cpu", "pin_memory": True}
-ZERO2 = {
-    "stage": 2,
-    "offload_optimizer": CPU,
-    "allgather_partitions": True,
-    "allgather_bucket_size": 5e8,
-    "overlap_comm": True,
-    "reduce_scatter": True,
-    "reduce_bucket_size": 5e8,
-    "contiguous_gradients": True,
-    "round_robin_gradients": True,
-}
-ZERO3 = {
-    "stage": 3,
-    "offload_optimizer": CPU,
-    "offload_param": CPU,
-    "overlap_comm": True,
-    "contiguous_gradients": True,
-    "sub_group_size": 1e9,
-    "reduce_bucket_size": "auto",
-    "stage3_prefetch_bucket_size": "auto",
-    "stage3_param_persistence_threshold": "auto",
-    "stage3_max_live_parameters": 1e9,
-    "stage3_max_reuse_distance": 1e9,
-    "stage3_gather_16bit_weights_on_model_save": True,
-}
-NVME = {
-    **ZERO3,
-    "offload_optimizer": {
-        "device": "nvme", "nvme_path": "/local_nvme", "pin_memory": True, "buffer_count": 4, "fast_init": False,
-    },
-    "offload_param": {
-        "device": "nvme", "nvme_path": "/local_nvme", "pin_memory": True, "buffer_count": 5, "buffer_size": 1e8,
-        "max_in_cpu": 1e9,
-    },
-    "aio": {
-        "block_size": 262144, "queue_depth": 32, "single_submit": False, "overlap_events": True,
-    },
-}  # fmt: skip
-TRAINER: dict[str, dict[str, Any]] = {
-    "zero1": {"zero_optimization": {"stage": 1}},
-    "zero2": {"zero_optimization": ZERO2},
-    "zero3": {"zero_optimization": ZERO3},
-    "zero2 whole": {
-        "fp16": FP16, "bf16": {"enabled": "auto"}, "optimizer": ADAMW, "scheduler": WARMUP, "zero_optimization": ZERO2,
-        **BATCH,
-    },
-    "zero3 whole": {
-        "fp16": FP16, "bf16": {"enabled": "auto"}, "optimizer": ADAMW, "scheduler": DECAY, "zero_optimization": ZERO3,
-        **BATCH,
-    },
-    "nvme": {"fp16": FP16, "optimizer": ADAMW, "scheduler": WARMUP, "zero_optimization": NVME, **BATCH},
-    "options": {
-        "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-        "communication_data_type": "fp32", "amp": {"enabled": "auto", "opt_level": "auto"}, **BATCH,
-    },
-}  # fmt: skip
 EVERY = {**SHIPPED, **TRAINER}
 
 
@@ -145,7 +98,7 @@ def completed(path: str, **numbers: Any) -> dict[str, Any]:
         "layout": BatchLayout(1, 2, 3), "precision": "fp32", "max_grad_norm": 0.5, "hidden_size": 64,
         "reduce_dtype": "fp32",
     }  # fmt: skip
-    return engine_config(read(path), **{**given, **numbers})
+    return engine_config(read(path)[0], **{**given, **numbers})
 
 
 # --- files that are right ----------------------------------------------------------------------------------------
@@ -162,11 +115,10 @@ def test_every_file_leaves_auto_to_the_command_line_and_deepspeed_takes_it(
     tmp_path: Path, name: str, precision: str
 ) -> None:
     line = f"--precision {precision} --learning-rate 0.001 --weight-decay 0.1 --warmup-steps 7 --global-batch-size 6"
-    if "scheduler" in EVERY[name]:
-        line += f" --lr-scheduler-type {'constant' if EVERY[name]['scheduler'] is WARMUP else 'linear'}"
+    line += f" --lr-scheduler-type {'constant' if EVERY[name].get('scheduler') == PARTS['warmup'] else 'linear'}"
     result = merged(EVERY[name], tmp_path, line)
     assert not result.problems
-    assert set(result.taken) <= {"reduce_dtype"}  # one of the files decides that
+    assert not result.taken
     config = completed(str(tmp_path / "ds.json"), precision=precision)
     assert '"auto"' not in json.dumps(config)
     assert "optimizer" not in config
@@ -194,7 +146,7 @@ def test_sizes_left_to_us_are_those_of_the_trainer(tmp_path: Path) -> None:
     assert config["train_batch_size"] == 24
     assert type(zero["sub_group_size"]) is int
     # a size of stage 3 that is left open on stage 2 is DeepSpeed's own
-    two = completed(written({"zero_optimization": {**ZERO3, "stage": 2, "offload_param": None}}, tmp_path))
+    two = completed(written({"zero_optimization": {**PARTS["zero3"], "stage": 2, "offload_param": None}}, tmp_path))
     assert "stage3_prefetch_bucket_size" not in two["zero_optimization"]
 
 
@@ -204,9 +156,9 @@ def test_the_loss_scale_is_grad_scalers_unless_the_file_says_otherwise(tmp_path:
         "enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1,
         "min_loss_scale": 1,
     }  # fmt: skip
-    theirs = completed(written(TRAINER["zero2 whole"], tmp_path), precision="fp16")["fp16"]
-    assert theirs == {**FP16, "enabled": True}
-    notes = merged(TRAINER["zero2 whole"], tmp_path, "--precision fp16").notes
+    theirs = completed(written(TRAINER["zero2"], tmp_path), precision="fp16")["fp16"]
+    assert theirs == {**PARTS["fp16"], "enabled": True}
+    notes = merged(TRAINER["zero2"], tmp_path, "--precision fp16").notes
     assert any("fp16.loss_scale_window 1000" in note for note in notes)
 
 
@@ -222,7 +174,7 @@ NUMBERS: list[tuple[str, Any, str, str, str]] = [
     ("optimizer.params.eps", 1e-6, "adam_epsilon", "1e-6", "1e-8"),
     ("optimizer.params.weight_decay", 0.1, "weight_decay", "0.1", "0"),
     ("optimizer.params.betas", [0.8, 0.999], "adam_beta1", "0.8", "0.9"),
-    ("optimizer.params.betas", [0.9, 0.95], "adam_beta2", "0.95", "0.999"),
+    ("optimizer.params.betas", ["auto", 0.95], "adam_beta2", "0.95", "0.999"),
     ("scheduler.params.warmup_max_lr", 3e-5, "learning_rate", "3e-5", "5e-5"),
     ("scheduler.params.warmup_num_steps", 500, "warmup_steps", "500", "0"),
     ("scheduler.params.total_num_steps", 900, "max_steps", "900", "800"),
@@ -247,7 +199,7 @@ def test_a_number_acts_where_the_command_line_is_silent_agrees_or_clashes(
     assert not silent.problems
     kind = type(getattr(silent.settings, setting))
     assert getattr(silent.settings, setting) == kind(same)
-    assert silent.taken[setting] == key
+    assert silent.taken[setting].startswith(key)
     assert any(f"{option} " in note and key in note for note in silent.notes)
 
     agreed = merged(config, tmp_path, f"{option} {same}")
@@ -255,9 +207,12 @@ def test_a_number_acts_where_the_command_line_is_silent_agrees_or_clashes(
     assert getattr(agreed.settings, setting) == kind(same)
 
     (problem,) = merged(config, tmp_path, f"{option} {other}").problems
-    assert problem.startswith(f"{option} {other}: contradicts {key} ")
-    assert json.dumps(value) in problem
-    assert "ds.json" in problem
+    assert problem.startswith(f"{option} {other}: contradicts {key}")
+    assert problem.endswith(f' in {tmp_path}/ds.json; remove one of the two, or write "auto" there')
+
+    way_out = merged(with_key(key, "auto"), tmp_path, f"{option} {other}")
+    assert not way_out.problems
+    assert setting not in way_out.taken
 
 
 def test_a_number_of_the_config_file_clashes_too_and_is_named(tmp_path: Path) -> None:
@@ -318,7 +273,7 @@ def test_two_switches_make_one_precision(tmp_path: Path, fp16: Any, bf16: Any, a
 
 
 def test_what_is_done_in_wikifts_own_way_is_said(tmp_path: Path) -> None:
-    said = " ".join(merged(TRAINER["zero2 whole"], tmp_path).notes)
+    said = " ".join(merged(TRAINER["zero2"], tmp_path).notes)
     assert "AdamW is wikift's AdamW" in said
     assert "WarmupLR is wikift's --lr-scheduler-type constant with a linear warm-up" in said
     assert "not used by wikift: steps_per_print" in said
@@ -326,53 +281,70 @@ def test_what_is_done_in_wikifts_own_way_is_said(tmp_path: Path) -> None:
     assert not merged(SHIPPED["zero3.json"], tmp_path).notes
 
 
+def test_a_file_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
+    """Comments, trailing commas, numbers and switches as text, older names, names without the prefix."""
+    text = """{
+      // as people write them
+      "train_batch_size": "32",  # text
+      "bfloat16": {"enabled": 1},
+      "zero_optimization": {
+        "stage": "3",
+        "cpu_offload": true,
+        "prefetch_bucket_size": 5e7 /* without stage3_ */
+        "overlap_comm": "True",
+        "reduce_bucket_size": "500",
+      },
+    }"""
+    result = merged(text, tmp_path)
+    assert not result.problems
+    assert (result.settings.global_batch_size, result.settings.precision) == (32, "bf16")
+    config, problems = read(tmp_path / "ds.json")
+    assert not problems
+    zero = {key.partition(".")[2]: value for key, value in config.items() if key.startswith("zero")}
+    assert zero == {
+        "stage": "3", "offload_optimizer.device": "cpu", "stage3_prefetch_bucket_size": 50000000, "overlap_comm": True,
+        "reduce_bucket_size": 500,
+    }  # fmt: skip
+    assert completed(str(tmp_path / "ds.json"))["zero_optimization"]["stage"] == 3
+
+
 # --- files that are wrong ----------------------------------------------------------------------------------------
 
 WRONG: list[tuple[str, Any, str]] = [
     ("zero_optimization.stage", 0, "remove --deepspeed"),
-    ("zero_optimization.stage", None, "remove --deepspeed"),
-    ("zero_optimization.stage", 4, "must be 1, 2 or 3"),
-    ("zero_optimization.stage", "2", "must be 1, 2 or 3"),
-    ("optimizer.type", "Lamb", "wikift's is AdamW"),
-    ("optimizer.type", "OneBitAdam", "wikift's is AdamW"),
+    ("zero_optimization.stage", "auto", "must be 1, 2 or 3"),
+    ("optimizer.type", "Lamb", "wikift's is AdamW; write AdamW, or remove the section"),
     ("optimizer.type", ["AdamW"], "wikift's is AdamW"),
+    ("optimizer.params.adam_w_mode", False, "remove it"),
+    ("optimizer.params.momentum", 0.9, "changes what is learned, and wikift has no such setting; remove it"),
+    ("optimizer.params.betas", [0.9], 'write two numbers in brackets, or "auto"'),
+    ("optimizer.params.lr", "fast", 'must be a number, or "auto"'),
+    ("optimizer.params.max_grad_norm", 1.0, '"gradient_clipping" or --max-grad-norm clips'),
     ("scheduler.type", {"name": "WarmupLR"}, "--lr-scheduler-type linear"),
-    ("optimizer.params.adam_w_mode", False, "wikift's optimizer is AdamW"),
-    ("optimizer.params.momentum", 0.9, "wikift's optimizer is AdamW"),
-    ("optimizer.params.betas", [0.9], "must be two numbers"),
-    ("optimizer.params.max_grad_norm", 1.0, "gradient_clipping"),
-    ("scheduler.params.cos_min_ratio", 0.1, "remove it"),
-    ("optimizer.params.amsgrad", True, "wikift's optimizer is AdamW"),
-    ("data_types.param_dtype", "bf16", "--precision"),
-    ("gradient_allreduce_op", "sum", "remove it"),
-    ("eigenvalue.enabled", True, "remove it"),
-    ("quantize_training.enabled", True, "remove it"),
-    ("zero_optimization.zenflow.topk_ratio", 0.1, "remove it"),
     ("scheduler.type", "OneCycle", "--lr-scheduler-type linear"),
     ("scheduler.type", "WarmupCosineLR", "--lr-scheduler-type cosine"),
-    ("scheduler.params.warmup_min_lr", 1e-6, "rises from 0"),
-    ("scheduler.params.warmup_type", "log", 'write "linear"'),
-    ("train_batch_size", "32", "must be a whole number"),
+    ("scheduler.params.warmup_min_lr", 1e-6, 'rises from 0; write 0 or "auto"'),
+    ("scheduler.params.warmup_type", "log", "remove it"),
+    ("data_types.param_dtype", "bf16", "--precision"),
+    ("gradient_allreduce_op", "sum", "remove it"),
+    ("zero_optimization.zenflow.topk_ratio", 0.1, "remove it"),
+    ("zero_optimization.zero_quantized_gradients", True, "remove it"),
+    ("amp", {"enabled": True}, "--precision"),
+    ("curriculum_learning.enabled", True, "remove it"),
+    ("compression_training.weight_quantization.shared_parameters.enabled", True, "remove it"),
+    ("bf16.bf16_master_weights_and_grads", True, "remove it"),
+    ("train_batch_size", "many", 'must be a whole number, or "auto"'),
     ("train_micro_batch_size_per_gpu", 2.5, "must be a whole number"),
     ("gradient_clipping", True, "must be a number"),
-    ("fp16.enabled", "yes", "must be true or false"),
-    ("zero_optimization.overlap_comm", 1, "must be true or false"),
-    ("zero_optimization.reduce_bucket_size", 0, "must be above 0"),
-    ("communication_data_type", "fp23", "must be one of fp32, fp16, bf16 (did you mean"),
+    ("fp16.enabled", "maybe", 'must be true or false, or "auto"'),
+    ("zero_optimization.overlap_comm", 2, "must be true or false"),
+    ("zero_optimization.reduce_bucket_size", 0, "must be 1 or more"),
+    ("zero_optimization.sub_group_size", -1, "must be 0 or more"),
+    ("communication_data_type", "fp23", "must be one of fp32, bf16, fp16 (did you mean"),
     ("zero_optimization.offload_param.device", "cpu", "needs stage 3"),
     ("zero_optimization.offload_optimizer.device", "nvme", "needs stage 3"),
     ("zero_optimization.offload_optimizer.device", "disk", "must be one of none, cpu, nvme"),
-    ("zero_optimization.zero_quantized_gradients", True, "remove it"),
-    ("amp", {"enabled": True}, "--precision"),
-    ("elasticity.enabled", True, "remove it"),
-    ("data_efficiency.enabled", True, "remove it"),
-    ("curriculum_learning.enabled", True, "remove it"),
-    ("progressive_layer_drop.enabled", True, "remove it"),
-    ("compression_training.weight_quantization.shared_parameters.enabled", True, "remove it"),
-    ("sparse_attention.mode", "fixed", "remove it"),
-    ("bf16.bf16_master_weights_and_grads", True, "fp32"),
-    ("bfloat16.enabled", True, 'write "bf16"'),
-    ("zero_optimization.cpu_offload", True, 'write "offload_optimizer"'),
+    ("zero_optimization.offload_optimizer", "cpu", "must be a section in braces"),
 ]
 
 
@@ -387,32 +359,26 @@ def test_what_cannot_be_is_one_error_with_the_way_out(tmp_path: Path, key: str, 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("tensorboard", {"enabled": False, "output_path": "logs/"}),
         ("activation_checkpointing", {"partition_activations": False, "number_checkpoints": None}),
         ("elasticity", {"enabled": False, "max_train_batch_size": 2000}),
-        ("zero_optimization.offload_optimizer", {"device": "none"}),
         ("zero_optimization.offload_param", None),
         ("scheduler", None),
         ("optimizer.params.adam_w_mode", True),
-        ("gradient_allreduce_op", "mean"),
-        ("checkpoint", {"use_node_local_storage": False}),
+        ("scheduler.params.warmup_type", "linear"),
         ("scheduler.params.warmup_min_lr", 0.0),
     ],
 )
-def test_what_asks_for_nothing_passes_and_is_left_out(tmp_path: Path, key: str, value: Any) -> None:
+def test_what_asks_for_nothing_passes_and_is_omitted(tmp_path: Path, key: str, value: Any) -> None:
     result = merged(with_key(key, value), tmp_path)
     assert not result.problems
     assert "not used" not in " ".join(result.notes)
-    assert key.split(".")[-1] not in json.dumps(completed(str(tmp_path / "ds.json"))).replace("offload_optimizer", "")
+    assert key.split(".")[-1] not in json.dumps(completed(str(tmp_path / "ds.json")))
 
 
 UNUSED: dict[str, Any] = {
     "wall_clock_breakdown": True,
     "tensorboard": {"enabled": True, "output_path": "logs/"},
-    "wandb": {"enabled": True},
     "activation_checkpointing": {"partition_activations": True},
-    "autotuning": {"enabled": True},
-    "checkpoint": {"load_universal": True},
     "zero_force_ds_cpu_optimizer": True,
     "zero_optimization.zero_hpz_partition_size": 8,
     "zero_optimization.overlap_com": True,  # a typing error
@@ -434,7 +400,7 @@ def test_what_only_tunes_or_logs_and_what_nobody_knows_is_one_note(tmp_path: Pat
     assert completed(written(config, tmp_path)) == plain, "nothing of it reaches DeepSpeed"
 
 
-def test_a_folder_for_the_nvme_disk_is_there_or_is_asked_for(tmp_path: Path) -> None:
+def test_a_folder_for_the_nvme_disk_exists(tmp_path: Path) -> None:
     section = {"device": "nvme", "nvme_path": str(tmp_path / "none")}
     config = {"zero_optimization": {"stage": 3, "offload_optimizer": section, "offload_param": {"device": "nvme"}}}
     absent, missing = merged(config, tmp_path).problems
@@ -448,13 +414,17 @@ def test_a_folder_for_the_nvme_disk_is_there_or_is_asked_for(tmp_path: Path) -> 
     [
         ('{"zero_optimization": {"stage": 2}', "not valid JSON"),
         ("[1, 2]", "is a list"),
-        ('{"zero_optimization": true}', "zero_optimization true in {path}: must be a section in braces"),
-        ('{"zero_optimization": {"stage": 2}, "optimizer": "AdamW"}', 'optimizer "AdamW" in {path}: must be a section'),
+        ('{"zero_optimization": {"stage": 2, "stage": 3}}', "stage is there twice"),
+        (
+            '{"zero_optimization": {"stage": 3, "max_live_parameters": 1, "stage3_max_live_parameters": 2}}',
+            "is there twice",
+        ),
     ],
 )
 def test_a_file_that_is_none(tmp_path: Path, content: str, expected: str) -> None:
     (problem,) = merged(content, tmp_path).problems
-    assert expected.format(path=tmp_path / "ds.json") in problem
+    assert expected in problem
+    assert str(tmp_path / "ds.json") in problem
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
@@ -465,11 +435,10 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_a_file_of_wikift_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    files = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
-    assert [read(file.stem) for file in files] == [read(file) for file in files]
-    assert len(files) == 5
+    for name in SHIPPED:
+        assert read(name.removesuffix(".json")) == read(ROOT / "ds_configs" / name)
     Path("zero2").write_text('{"zero_optimization": {"stage": 1}}')  # the user's own comes first
-    assert read("zero2") == {"zero_optimization.stage": 1}
+    assert read("zero2") == ({"zero_optimization.stage": 1}, [])
 
 
 # --- the command -------------------------------------------------------------------------------------------------
@@ -507,7 +476,7 @@ def test_a_number_out_of_range_is_told_with_its_key(alone: pytest.MonkeyPatch, t
 def test_a_dry_run_is_a_config_file_that_says_the_same_again(
     alone: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = with_key("optimizer.params.lr", 3e-5, copy.deepcopy(TRAINER["zero3 whole"]))
+    config = with_key("optimizer.params.lr", 3e-5, TRAINER["zero3"])
     path = written(with_key("scheduler.params.total_num_steps", 50, with_key("fp16.enabled", True, config)), tmp_path)
     assert main(["--deepspeed", path, "--dry-run", "--dataset", "demo"]) == 0
     first = capsys.readouterr().out
@@ -585,9 +554,3 @@ def test_the_memory_table_is_what_its_formulas_give() -> None:
         for line, numbers in zip(lines, right, strict=True):
             places = 1 if line[0].strip().startswith("CPU") else 2
             assert re.findall(r"[\d.]+", line[column]) == [f"{n / 2**30:.{places}f}" for n in numbers], line
-
-
-def test_nothing_heavy_is_imported() -> None:
-    heavy = "{'torch', 'deepspeed', 'transformers'}"
-    code = f"import sys, wikift.settings.deepspeed; sys.exit(bool({heavy} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

@@ -7,51 +7,30 @@ silent, and one that contradicts it is an error that names both. Imports neither
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
-import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from wikift.base.errors import UserError
 from wikift.settings.batch_layout import BatchLayout
-from wikift.settings.deepspeed_checks import (
-    PASSED,
-    SECTIONS,
-    SETTINGS,
-    Config,
-    file_problems,
-    is_kind,
-    schedule_of,
-    show,
-    stage,
-    unused,
-)  # fmt: skip
+from wikift.settings.deepspeed_checks import PASSED, SCHEDULERS, SETTINGS, Config, checked, show, stage, unused
 from wikift.settings.fields import TrainSettings
 from wikift.settings.options import flag
 
 _ZERO = "zero_optimization."
 
 
-@dataclass(frozen=True)
-class Merged:
+class Merged(NamedTuple):
     """Settings with what the file says. `taken`: setting -> the key of the file that decided it."""
 
     settings: TrainSettings
-    notes: tuple[str, ...] = ()
-    problems: tuple[str, ...] = ()
-    taken: dict[str, str] = field(default_factory=dict)
-
-
-class _Wish(NamedTuple):
-    """One value of the file that is a setting of wikift's."""
-
-    key: str
-    shown: str
-    setting: str
-    value: Any
+    notes: Sequence[str] = ()
+    problems: Sequence[str] = ()
+    taken: Mapping[str, str] = {}
 
 
 def own_files() -> dict[str, Path]:
@@ -61,26 +40,25 @@ def own_files() -> dict[str, Path]:
     return {file.stem: file for folder in folders for file in sorted(folder.glob("*.json"))}
 
 
-def read(path: str | Path) -> Config:
-    """The file, or wikift's own of that name (zero2), flat. Raises UserError where it is not an object of JSON."""
+def read(path: str | Path) -> tuple[Config, list[str]]:
+    """The keys of the file, or of wikift's own of that name (zero2), and the problems of their values.
+
+    Raises UserError where it is no object of Hjson, which DeepSpeed reads: JSON with comments and trailing commas.
+    """
+    import hjson
+
     try:
         file = Path(path) if Path(path).exists() else own_files().get(str(path), Path(path))
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        known = ", ".join(own_files())
+        content = hjson.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
+        if not isinstance(content, dict):
+            raise ValueError(f"is a {type(content).__name__}, not an object of settings")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not valid JSON: {error}"
+        ours = ", ".join(own_files())
         raise UserError(
-            f"--deepspeed {path}: cannot be read ({reason}); name a DeepSpeed config file, or one of {known}"
+            f"--deepspeed {path}: cannot be read ({reason}); name a DeepSpeed config file, or one of {ours}"
         ) from None
-    except ValueError as error:
-        raise UserError(f"--deepspeed {path}: not valid JSON ({error}); fix the file or name another") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--deepspeed {path}: is a {type(content).__name__}, not an object of settings")
-    config = dict(_flat(content))
-    bare = [key for key, value in config.items() if key in SECTIONS and value is not None]
-    if bare:
-        raise UserError(*(f"{key} {show(config[key])} in {path}: must be a section in braces" for key in bare))
-    return {key: value for key, value in config.items() if key not in SECTIONS}
+    return checked(content, str(path))
 
 
 def merge(settings: TrainSettings, typed: Mapping[str, str]) -> Merged:
@@ -97,35 +75,37 @@ def merge(settings: TrainSettings, typed: Mapping[str, str]) -> Merged:
             f"--engine {settings.engine}: has no effect, --deepspeed {path} selects ZeRO; remove one of the two"
         )
     if importlib.util.find_spec("deepspeed") is None:
-        problems.append(
-            f'--deepspeed {path}: DeepSpeed is not installed; pip install "wikift[deepspeed]", or use --engine fsdp'
-        )
+        fix = 'pip install "wikift[deepspeed]", or use --engine fsdp'
+        return Merged(settings, problems=[*problems, f"--deepspeed {path}: DeepSpeed is not installed; {fix}"])
     try:
-        config = read(path)
+        config, wrong = read(path)
     except UserError as error:
-        return Merged(settings, problems=(*problems, *error.problems))
-    problems += file_problems(config, path)
+        return Merged(settings, problems=[*problems, *error.problems])
+    problems += wrong
     if settings.compile and stage(config) == 3:
         problems.append(
             f"--compile: has no effect, stage 3 in {path} gathers weights in hooks that torch.compile does not follow; "
             "remove it, or take stage 2 or --engine fsdp"
         )
     asked = {name: getattr(settings, name) for name in typed if getattr(settings, name) != "auto"}
-    taken: dict[str, _Wish] = {}
-    for wish in _wishes(config, asked):
-        name, text = wish.setting, f"{wish.key} {wish.shown} in {path}"
+    taken: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    for key, name, value in _wishes(config, asked):
+        text = f"{key} {show(config[key])} in {path}"
         if name in asked:
-            if asked[name] != wish.value:
+            if asked[name] != value:
                 problems.append(f'{typed[name]}: contradicts {text}; remove one of the two, or write "auto" there')
         elif name == "max_steps" and "num_train_epochs" in asked:
-            problems.append(
-                f'{typed["num_train_epochs"]}: the length of training is set twice, {text} too; write "auto" there'
-            )
-        elif taken.setdefault(name, wish).value != wish.value:
-            problems.append(f"{text}: contradicts {taken[name].key} {taken[name].shown} there; take the same number")
-    merged = dataclasses.replace(settings, **{name: wish.value for name, wish in taken.items()})
-    notes = tuple(f"{Path(path).name}: {note}" for note in _notes(config, merged, list(taken.values())))
-    return Merged(merged, notes, tuple(problems), {name: wish.key for name, wish in taken.items()})
+            epochs = typed["num_train_epochs"]
+            problems.append(f'{epochs}: the length of training is set twice, {text} too; write "auto" there')
+        elif values.setdefault(name, value) != value:
+            first = f"{taken[name]} {show(config[taken[name]])}"
+            problems.append(f"{text}: contradicts {first} there; take the same number")
+        else:
+            taken[name] = key
+    merged = dataclasses.replace(settings, **values)
+    notes = [f"{Path(path).name}: {note}" for note in _notes(config, merged, taken)]
+    return Merged(merged, notes, problems, taken)
 
 
 def with_keys(problems: Iterable[str], merged: Merged) -> list[str]:
@@ -170,7 +150,7 @@ def engine_config(
     if precision != "fp32" and not (precision == "bf16" and stage(config) == 1):
         flat["data_types.grad_accum_dtype"] = "fp32"
     # an "auto" that is left is DeepSpeed's own default, as it is under the Trainer
-    flat |= {k: _cast(v, PASSED[k]) for k, v in config.items() if k in PASSED and v not in ("auto", None)}
+    flat |= {key: value for key, value in config.items() if key in PASSED and value != "auto"}
     flat |= {
         "train_micro_batch_size_per_gpu": layout.micro_batch,
         "gradient_accumulation_steps": layout.accumulation,
@@ -180,46 +160,36 @@ def engine_config(
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         *sections, name = key.split(".")
-        table = nested
-        for section in sections:
-            table = table.setdefault(section, {})
-        table[name] = value
+        functools.reduce(lambda table, section: table.setdefault(section, {}), sections, nested)[name] = value
     return nested
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything."""
-    for name, value in table.items():
-        if isinstance(value, dict) and prefix + name in SECTIONS:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if twice := [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:
+        raise ValueError(f"{', '.join(twice)} is there twice, which DeepSpeed refuses")
+    return dict(pairs)
 
 
-def _wishes(config: Config, asked: Mapping[str, Any]) -> Iterator[_Wish]:
-    for key, (setting, kind) in SETTINGS.items():
-        if is_kind(value := config.get(key), kind):
-            yield _Wish(key, show(value), setting, _cast(value, kind))
-    betas: Any = config.get("optimizer.params.betas")
-    if is_kind(betas, list):
-        for setting, beta in zip(("adam_beta1", "adam_beta2"), betas, strict=True):
-            yield _Wish("optimizer.params.betas", show(betas), setting, float(beta))
-    if schedule := schedule_of(config):
-        yield _Wish("scheduler.type", f"{show(config['scheduler.type'])} ({schedule})", "lr_scheduler_type", schedule)
+def _wishes(config: Config, asked: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(key, setting, value) of everything in the file that is a setting of wikift's."""
+    for key, setting in SETTINGS.items():
+        if config.get(key, "auto") != "auto":
+            yield key, setting, config[key]
+    if schedule := SCHEDULERS.get(config.get("scheduler.type", "auto")):
+        yield "scheduler.type", "lr_scheduler_type", schedule
     # the two switches together: fp32 where bf16 is off, or fp16 off and bf16 not there
     switches = {name: config.get(name + ".enabled") for name in ("bf16", "fp16")}
-    on = [name for name, value in switches.items() if value is True]
     off = [name for name, value in switches.items() if value is False]
-    if on:
-        yield _Wish(on[0] + ".enabled", "true", "precision", on[0])
+    if on := [name for name, value in switches.items() if value is True]:
+        yield on[0] + ".enabled", "precision", on[0]
     elif asked.get("precision") in off or ("precision" not in asked and off and switches["bf16"] != "auto"):
-        yield _Wish(f"{asked.get('precision', off[0])}.enabled", "false", "precision", "fp32")
+        yield f"{asked.get('precision', off[0])}.enabled", "precision", "fp32"
 
 
-def _notes(config: Config, merged: TrainSettings, wishes: Sequence[_Wish]) -> Iterator[str]:
+def _notes(config: Config, merged: TrainSettings, taken: Mapping[str, str]) -> Iterator[str]:
     """What is printed: what the file decides, what wikift does in its own way, and what it does not use."""
-    if wishes:
-        yield "sets " + ", ".join(f"{flag(w.setting)} {getattr(merged, w.setting)} ({w.key})" for w in wishes)
+    if taken:
+        yield "sets " + ", ".join(f"{flag(name)} {getattr(merged, name)} ({key})" for name, key in taken.items())
     if "optimizer.type" in config:
         yield f"optimizer {config['optimizer.type']} is wikift's AdamW, without decay of biases and LayerNorm"
     if "scheduler.type" in config:
@@ -230,7 +200,3 @@ def _notes(config: Config, merged: TrainSettings, wishes: Sequence[_Wish]) -> It
         yield f"the loss scale follows {', '.join(own)}"
     if names := unused(config):
         yield f"not used by wikift: {', '.join(names)}"
-
-
-def _cast(value: Any, kind: type) -> Any:
-    return int(value) if kind is int else value

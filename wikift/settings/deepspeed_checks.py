@@ -1,151 +1,130 @@
-"""The keys of a DeepSpeed config file (DeepSpeed 0.19): which are supported, which refused, and what values they take.
+"""The keys of a DeepSpeed config file (DeepSpeed 0.19): ours, passed on, or refused; any other one only tunes or logs.
 
-A key is written with dots, "zero_optimization.stage". Any other one is reported as not used.
+A key is written with dots, "zero_optimization.stage". Values are read as DeepSpeed's fields read them: "2" is a number.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
-from collections.abc import Iterator
+import typing
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from wikift.base.errors import nearest
+from wikift.settings.fields import TrainSettings
+from wikift.settings.values import convert, kind_of
 
 Config = dict[str, Any]  # flat: {"zero_optimization.stage": 2, ...}
 
-# Passed on to DeepSpeed as they are: section and type of the value, names.
+_ZERO = "zero_optimization."
+# Passed on to DeepSpeed: section and kind of the value, names.
 _PASSED: dict[tuple[str, type], str] = {
     ("", bool): "prescale_gradients disable_python_gc zero_allow_untested_optimizer bf16.immediate_grad_update "
     "fp16.consecutive_hysteresis aio.single_submit aio.overlap_events aio.use_gds",
+    ("", int): "fp16.initial_scale_power fp16.loss_scale_window fp16.hysteresis fp16.min_loss_scale aio.block_size "
+    "aio.queue_depth aio.intra_op_parallelism",
     ("", float): "gradient_predivide_factor fp16.loss_scale",
     ("", str): "data_types.grad_accum_dtype",
-    ("fp16.", int): "initial_scale_power loss_scale_window hysteresis min_loss_scale",
-    ("aio.", int): "block_size queue_depth intra_op_parallelism",
-    ("zero_optimization.", bool): "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce overlap_comm "
+    (_ZERO, bool): "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce overlap_comm "
     "allgather_partitions stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential ignore_unused_parameters "
     "round_robin_gradients parameter_alignment memory_efficient_linear override_module_apply log_trace_cache_warnings "
-    "enable_sanity_checks",
-    ("zero_optimization.", int): "reduce_bucket_size allgather_bucket_size sub_group_size stage3_prefetch_bucket_size "
+    "enable_sanity_checks offload_param.pin_memory offload_optimizer.pin_memory offload_optimizer.pipeline_read "
+    "offload_optimizer.pipeline_write offload_optimizer.fast_init",
+    (_ZERO, int): "reduce_bucket_size allgather_bucket_size sub_group_size stage3_prefetch_bucket_size "
     "stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters "
-    "stage3_max_reuse_distance stage3_module_granularity_threshold",
-    ("zero_optimization.offload_optimizer.", bool): "pin_memory pipeline_read pipeline_write fast_init",
-    ("zero_optimization.offload_optimizer.", int): "buffer_count",
-    ("zero_optimization.offload_optimizer.", str): "device nvme_path",
-    ("zero_optimization.offload_param.", bool): "pin_memory",
-    ("zero_optimization.offload_param.", int): "buffer_count buffer_size max_in_cpu",
-    ("zero_optimization.offload_param.", str): "device nvme_path",
+    "stage3_max_reuse_distance stage3_module_granularity_threshold offload_optimizer.buffer_count "
+    "offload_param.buffer_count offload_param.buffer_size offload_param.max_in_cpu",
+    (_ZERO, str): "offload_optimizer.device offload_optimizer.nvme_path offload_param.device offload_param.nvme_path",
 }
 PASSED = {section + name: kind for (section, kind), names in _PASSED.items() for name in names.split()}
-
-# Read as settings of wikift, with the type of their value.
-SETTINGS: dict[str, tuple[str, type]] = {
-    "train_batch_size": ("global_batch_size", int),
-    "train_micro_batch_size_per_gpu": ("per_device_train_batch_size", int),
-    "gradient_accumulation_steps": ("gradient_accumulation_steps", int),
-    "gradient_clipping": ("max_grad_norm", float),
-    "optimizer.params.lr": ("learning_rate", float),
-    "optimizer.params.eps": ("adam_epsilon", float),
-    "optimizer.params.weight_decay": ("weight_decay", float),
-    "scheduler.params.warmup_max_lr": ("learning_rate", float),
-    "scheduler.params.warmup_num_steps": ("warmup_steps", float),  # float: below 1 is a fraction of the run
-    "scheduler.params.total_num_steps": ("max_steps", int),
-    "communication_data_type": ("reduce_dtype", str),
+_ABOVE_ZERO = (_ZERO + "reduce_bucket_size", "fp16.loss_scale_window", "fp16.min_loss_scale")
+_CHOICES = {"grad_accum_dtype": ("fp32", "fp16", "bf16"), "device": ("none", "cpu", "nvme")}  # by the key's end
+_SWITCH = {**dict.fromkeys(("true", "1", "yes", "on"), True), **dict.fromkeys(("false", "0", "no", "off"), False)}
+# Read as settings of wikift.
+SETTINGS = {
+    "train_batch_size": "global_batch_size",
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.betas.0": "adam_beta1",
+    "optimizer.params.betas.1": "adam_beta2",
+    "optimizer.params.eps": "adam_epsilon",
+    "optimizer.params.weight_decay": "weight_decay",
+    "scheduler.params.warmup_max_lr": "learning_rate",
+    "scheduler.params.warmup_num_steps": "warmup_steps",
+    "scheduler.params.total_num_steps": "max_steps",
+    "communication_data_type": "reduce_dtype",
 }
+_HINTS = {name: kind_of(hint) for name, hint in typing.get_type_hints(TrainSettings).items()}
 SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear"}  # by name, their --lr-scheduler-type
-
-_KINDS = {**PASSED, **{key: kind for key, (_, kind) in SETTINGS.items()}}
-_KINDS |= {"fp16.enabled": bool, "bf16.enabled": bool, "optimizer.params.betas": list}
-_SUPPORTED = {*_KINDS, "zero_optimization.stage", "optimizer.type", "scheduler.type"}
-SECTIONS = {key.rsplit(".", depth)[0] for key in _SUPPORTED for depth in range(1, key.count(".") + 1)}
-_CHOICES = {
-    **dict.fromkeys(("communication_data_type", "data_types.grad_accum_dtype"), ("fp32", "fp16", "bf16")),
-    "zero_optimization.offload_optimizer.device": ("none", "cpu", "nvme"),
-    "zero_optimization.offload_param.device": ("none", "cpu", "nvme"),
+# key: kind of its value, and what `convert` is to know of it
+_KINDS: dict[str, tuple[Any, Mapping[str, Any]]] = {
+    **{key: (kind, {"choices": _CHOICES.get(key.split(".")[-1]), "prose": True}) for key, kind in PASSED.items()},
+    **{key: (_HINTS[name], TrainSettings.__dataclass_fields__[name].metadata) for key, name in SETTINGS.items()},
+    **dict.fromkeys(("fp16.enabled", "bf16.enabled"), (bool, {})),
+    **dict.fromkeys((_ZERO + "stage", "optimizer.type", "optimizer.params.torch_adam", "scheduler.type"), (None, {})),
 }
-_ABOVE_ZERO = ("zero_optimization.reduce_bucket_size", "fp16.loss_scale_window", "fp16.min_loss_scale")
-
-# Other keys, and whole sections, that change what is learned: refused where they ask for something, by the fix.
+_SECTIONS = {key.rsplit(".", depth)[0] for key in _KINDS for depth in range(1, key.count(".") + 1)}
+_ALIASES = {key.replace("stage3_", ""): key for key in PASSED} | {  # names that DeepSpeed takes for the same
+    "bfloat16": "bf16",
+    _ZERO + "cpu_offload": _ZERO + "offload_optimizer.device",
+    _ZERO + "cpu_offload_param": _ZERO + "offload_param.device",
+}
+# Keys, and whole sections, that change what is learned: refused where they ask for something, by the fix.
 _REFUSED_BY_FIX = {
     "use --precision": "amp torch_autocast data_types",
-    "it changes what is learned; remove it": "data_efficiency curriculum_learning elasticity progressive_layer_drop "
-    "compression_training quantize_training weight_quantization eigenvalue sparse_attention gradient_allreduce_op "
-    "zero_optimization.zenflow zero_optimization.zero_quantized_weights zero_optimization.zero_quantized_gradients "
-    "zero_optimization.zeropp_loco_param",
-    "wikift keeps weights and moments in fp32 beside bf16 and fp16; remove it": "fp16.fp16_master_weights_and_grads "
-    "bf16.bf16_master_weights_and_grads bf16.bf16_optimizer_states",
-    "wikift's optimizer is AdamW, of lr, betas, eps and weight_decay; remove it": "optimizer.params",
-    'write "gradient_clipping" or use --max-grad-norm': "optimizer.params.max_grad_norm",
-    "wikift's learning-rate schedule has no such setting; remove it": "scheduler.params",
+    'remove it; "gradient_clipping" or --max-grad-norm clips': "optimizer.params.max_grad_norm",
+    'write two numbers in brackets, or "auto"': "optimizer.params.betas",
     'the learning rate rises from 0; write 0 or "auto"': "scheduler.params.warmup_min_lr",
-    'the warm-up is a straight line; write "linear" or remove it': "scheduler.params.warmup_type",
-    'it is an older spelling; write "bf16"': "bfloat16",
-    'it is an older spelling; write "offload_optimizer" or "offload_param"': "zero_optimization.cpu_offload "
-    "zero_optimization.cpu_offload_param zero_optimization.cpu_offload_params",
+    "it changes what is learned, and wikift has no such setting; remove it": "optimizer.params scheduler.params "
+    "data_efficiency curriculum_learning elasticity progressive_layer_drop compression_training "
+    "quantize_training weight_quantization eigenvalue sparse_attention gradient_allreduce_op zero_optimization.zenflow "
+    "zero_optimization.zero_quantized_weights zero_optimization.zero_quantized_gradients "
+    "zero_optimization.zeropp_loco_param fp16.fp16_master_weights_and_grads bf16.bf16_master_weights_and_grads "
+    "bf16.bf16_optimizer_states",
 }
 _REFUSED = {key: fix for fix, keys in _REFUSED_BY_FIX.items() for key in keys.split()}
-# Refused keys with the values that ask for nothing; for all others these are false, 0, "none" and {"enabled": false}.
-_HARMLESS: dict[str, tuple[Any, ...]] = {
-    "gradient_allreduce_op": ("mean",),
-    "scheduler.params.warmup_type": ("linear",),
-    "scheduler.params.last_batch_iteration": (-1,),
-    "optimizer.params.adam_w_mode": (True,),
-    "optimizer.params.bias_correction": (True,),
-    "optimizer.params.torch_adam": (True, False),
+_HARMLESS = {  # values that ask for nothing, beside false, 0, "none", "auto" and {"enabled": false}
+    "gradient_allreduce_op": "mean",
+    "scheduler.params.warmup_type": "linear",
+    "scheduler.params.last_batch_iteration": -1,
+    **dict.fromkeys(("optimizer.params.adam_w_mode", "optimizer.params.bias_correction"), True),
 }
-_NAMES = {
-    bool: "true or false", int: "a whole number, 0 or more", float: "a number", str: "text",
-    list: "two numbers in brackets",
-}  # fmt: skip
 
 
-def file_problems(config: Config, path: str) -> list[str]:
-    """Every problem of the file at `path` that does not depend on the command line."""
-    problems = [f"{key} {show(config.get(key))} in {path}: {rule}" for key, rule in _zero_problems(config)]
+def checked(content: Mapping[str, Any], path: str) -> tuple[Config, list[str]]:
+    """The keys of the file, flat, and every problem that does not depend on the command line.
+
+    A key with null, or with a problem, is not among the keys.
+    """
+    config: Config = {}
+    problems = [f"{key} in {path}: {rule}" for key, rule in _type_problems(content)]
+    unknown = {problem.partition(".")[0] for problem in problems}  # of another type nothing else is known
+    for key, value in _flat({name: part for name, part in content.items() if name not in unknown}):
+        try:
+            if key in config:
+                raise ValueError("is there twice, under two of its names; remove one")
+            config[key] = _converted(key, value)
+        except ValueError as error:
+            problems.append(f"{key} {show(value)} in {path}: {error}")
+    problems += [f"{key} {show(config.get(key))} in {path}: {rule}" for key, rule in _zero_problems(config)]
     if config.get("bf16.enabled") is True and config.get("fp16.enabled") is True:
         problems.append(f"bf16.enabled and fp16.enabled in {path}: are both true; enable one")
-    unknown = {}  # section -> fix
-    if str(config.get("optimizer.type")).lower() not in ("adam", "adamw"):  # DeepSpeed runs both as AdamW
-        unknown["optimizer"] = "wikift's is AdamW; write AdamW, or remove the section"
-    if not schedule_of(config):
-        kind = "cosine" if config.get("scheduler.type") == "WarmupCosineLR" else "linear, cosine or constant"
-        unknown["scheduler"] = f"wikift knows {' and '.join(SCHEDULERS)}; remove it and use --lr-scheduler-type {kind}"
-    for section, fix in unknown.items():
-        if any(key.startswith(section + ".") and value is not None for key, value in config.items()):
-            problems.append(f"{section}.type {show(config.get(section + '.type'))} in {path}: not supported, {fix}")
-    for key, value in config.items():
-        skipped = ".params." in key and key.partition(".")[0] in unknown  # the type is reported
-        if not skipped and (problem := _value_problem(key, value)):
-            problems.append(f"{key} {show(value)} in {path}: {problem}")
-    return problems
+    return config, problems
 
 
 def unused(config: Config) -> list[str]:
     """The keys that ask for something and have no effect under wikift."""
-    return [key for key, value in config.items() if not (key in _SUPPORTED or _fix(key) or _asks_nothing(value))]
+    return [key for key, value in config.items() if not (key in _KINDS or _fix(key) or _asks_nothing(value))]
 
 
 def stage(config: Config) -> int:
-    """The ZeRO stage: 1, 2 or 3; 0 where none is asked for."""
-    value = config.get("zero_optimization.stage", 0)
-    return int(value) if is_kind(value, int) else 0
-
-
-def is_kind(value: Any, kind: type) -> bool:
-    """Whether a value of JSON is of `kind`: 5e8 is a whole number, true is none; a list is of two numbers."""
-    if kind in (bool, str):
-        return isinstance(value, kind)
-    if kind is list:
-        return isinstance(value, list) and len(value) == 2 and all(is_kind(part, float) for part in value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return False
-    return kind is float or (value == int(value) and value >= 0)
-
-
-def schedule_of(config: Config) -> str | None:
-    """The --lr-scheduler-type that the file's scheduler is; None where it has none, or one that wikift has not."""
-    return SCHEDULERS.get(str(config.get("scheduler.type")))
+    """The ZeRO stage: 1, 2 or 3; 0 where the file has none."""
+    with contextlib.suppress(ValueError):
+        return int(convert(config.get(_ZERO + "stage", 0), int, {}, "line"))
+    return 0
 
 
 def show(value: Any) -> str:
@@ -154,35 +133,69 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _type_problems(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key and value, rule) of an optimizer and a scheduler that are not ours."""
+    kinds = {name: part.get("type") for name, part in content.items() if isinstance(part, dict) and part}
+    kind = kinds.get("optimizer", "auto")
+    if str(kind).lower() not in ("adam", "adamw", "auto"):  # DeepSpeed runs both as AdamW
+        yield f"optimizer.type {show(kind)}", "not supported, wikift's is AdamW; write AdamW, or remove the section"
+    kind = kinds.get("scheduler", "auto")
+    if kind not in (*SCHEDULERS, "auto"):
+        ours = "cosine" if kind == "WarmupCosineLR" else "linear, cosine or constant"
+        fix = f"wikift knows {' and '.join(SCHEDULERS)}; remove it and use --lr-scheduler-type {ours}"
+        yield f"scheduler.type {show(kind)}", f"not supported, {fix}"
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything but null."""
+    for name, value in table.items():
+        key = _ALIASES.get(prefix + name, prefix + name)
+        if name == "betas" and isinstance(value, list) and len(value) == 2:
+            value = dict(zip("01", value, strict=True))
+        if name in ("cpu_offload", "cpu_offload_param") and isinstance(value, bool):
+            value = "cpu" if value else "none"
+        if isinstance(value, dict) and key in _SECTIONS:
+            yield from _flat(value, key + ".")
+        elif value is not None:
+            yield key, value
+
+
+def _converted(key: str, value: Any) -> Any:
+    """`value` as DeepSpeed takes it for `key`. Raises ValueError with the rule that it breaks."""
+    if key in _SECTIONS and key != "optimizer.params.betas":
+        raise ValueError("must be a section in braces")
+    harmless = value in (_HARMLESS[key], "auto") if key in _HARMLESS else _asks_nothing(value)
+    if (fix := _fix(key)) and not harmless:
+        raise ValueError(f"not supported; {fix}")
+    kind, meta = _KINDS.get(key, (None, {}))
+    if kind is None or value == "auto":
+        return value
+    if kind is bool:
+        value = _SWITCH.get(str(value).lower(), value)
+    least = int(key in _ABOVE_ZERO)
+    try:
+        converted = convert(value, kind, meta, "line")
+        if key in PASSED and kind in (int, float) and converted < least:
+            raise ValueError(f"must be {least} or more")
+    except ValueError as error:
+        raise ValueError(f'{error}, or "auto"') from None
+    return converted
+
+
 def _fix(key: str) -> str | None:
     """What to do instead, of a key that is refused, by itself or with its section."""
-    return None if key in _SUPPORTED else _REFUSED.get(key, _REFUSED.get(key.rpartition(".")[0]))
-
-
-def _value_problem(key: str, value: Any) -> str | None:
-    if value == "auto" or value is None:
-        return None
-    if key in _KINDS and not is_kind(value, _KINDS[key]):
-        return f'must be {_NAMES[_KINDS[key]]}, or "auto"'
-    if key in _CHOICES and value not in _CHOICES[key]:
-        return f"must be one of {', '.join(_CHOICES[key])}{nearest(value, _CHOICES[key])}"
-    if key in _ABOVE_ZERO and not value:
-        return 'must be above 0; write "auto" or remove it'
-    harmless = value in _HARMLESS[key] if key in _HARMLESS else _asks_nothing(value)
-    if (fix := _fix(key)) and not harmless:
-        return f"not supported; {fix}"
-    return None
+    return None if key in _KINDS else _REFUSED.get(key, _REFUSED.get(key.rpartition(".")[0]))
 
 
 def _zero_problems(config: Config) -> Iterator[tuple[str, str]]:
     """(key, what is wrong with its value) of the stage and of offloading."""
     if stage(config) not in (1, 2, 3):
-        yield "zero_optimization.stage", "must be 1, 2 or 3; write one of them, or remove --deepspeed (that is DDP)"
-    for section in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):
-        device, path = config.get(section + ".device"), config.get(section + ".nvme_path")
+        yield _ZERO + "stage", "must be 1, 2 or 3; write one of them, or remove --deepspeed (that is DDP)"
+    for section in (_ZERO + "offload_optimizer", _ZERO + "offload_param"):
+        device, folder = config.get(section + ".device"), config.get(section + ".nvme_path")
         if stage(config) in (1, 2) and (device == "nvme" or (device == "cpu" and section.endswith("param"))):
             yield section + ".device", f"needs stage 3, the file has {stage(config)}; write 3, or remove the section"
-        elif device == "nvme" and (path is None or not Path(str(path)).is_dir()):
+        elif device == "nvme" and (folder is None or not Path(str(folder)).is_dir()):
             yield section + ".nvme_path", "must be an existing folder on an NVMe disk"
 
 

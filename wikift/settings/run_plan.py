@@ -220,7 +220,7 @@ def plan_run(settings: TrainSettings, layout: BatchLayout, shape: Shape, tokens:
 
 
 def _engine_plan(settings: TrainSettings) -> EnginePlan:
-    config = deepspeed.read(settings.deepspeed) if settings.deepspeed else {}
+    config = deepspeed.read(settings.deepspeed)[0] if settings.deepspeed else {}
     stage = deepspeed_checks.stage(config)
     return EnginePlan(
         engine=f"zero{stage}" if config else settings.engine,
