@@ -3,26 +3,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from tests.data.hostile import HANDPICKED, TEXTS
 from tests.real import GPT2_TOKENIZER, needs_data, validation_rows
 from wikift.base.errors import UserError
-from wikift.data import cuts as cutting
-from wikift.data import encode, tokenizer
-from wikift.data.cuts import Cuts, cut_rule, pieces, training_texts
+from wikift.data import cuts, encode, tokenizer
+from wikift.data.cuts import pieces
 from wikift.data.encode import Chunk, chunks, encode_all
 from wikift.data.store import Encoded
 from wikift.data.texts import Texts
@@ -34,7 +32,6 @@ def whole(saved: tokenizer.SavedTokenizer, text: str) -> list[int]:
 
 
 _LOADED: dict[Path, Tokenizer] = {}
-_RULES: dict[Path, tuple[str, ...] | None] = {}
 _ENCODERS: dict[tuple[Path, int | None], encode.EncodeChunk] = {}
 
 
@@ -44,48 +41,38 @@ def loaded(saved: tokenizer.SavedTokenizer) -> Tokenizer:
     return _LOADED[saved.file]
 
 
-def encoded(
-    saved: tokenizer.SavedTokenizer, texts: Iterable[tuple[str, bool]], cuts: Cuts, eos: int | None = None
-) -> list[Encoded]:
+def encoded(saved: tokenizer.SavedTokenizer, rows: Iterable[str], eos: int | None = None) -> list[Encoded]:
     one = _ENCODERS.get((saved.file, eos)) or encode.chunk_encoder(saved.file, eos, "uint16")
     _ENCODERS[saved.file, eos] = one
-    return [one(chunk) for chunk in chunks(batches(texts), cuts)]
+    return [one(chunk) for chunk in chunks(batches(rows), cut=True)]
 
 
-def batches(texts: Iterable[tuple[str, bool]], size: int = 3) -> Iterator[tuple[Texts, np.ndarray]]:
-    """`size` texts at a time, as they come."""
-    texts = iter(texts)
-    while some := list(itertools.islice(texts, size)):
-        yield Texts.of(text for text, _ in some), np.array([end for _, end in some])
+def batches(rows: Iterable[str], size: int = 3) -> Iterator[Texts]:
+    """`size` rows at a time, as they come."""
+    rows = iter(rows)
+    while some := list(itertools.islice(rows, size)):
+        yield Texts.of(some)
 
 
 def ids_of(parts: Iterable[Encoded]) -> list[int]:
     return [int(i) for part in parts for i in part.ids]
 
 
-@contextlib.contextmanager
-def small_limits(long: int, hopeless: int, search: int = 5) -> Iterator[None]:
-    with (
-        mock.patch.multiple(cutting, LONG_CHARACTERS=long, HOPELESS_CHARACTERS=hopeless, _SEARCH_CHARACTERS=search),
-        mock.patch.object(encode, "CHUNK_CHARACTERS", 50),
-    ):
-        yield
-
-
 def check_cuts(saved: tokenizer.SavedTokenizer, text: str, long: int, arrive: list[int]) -> None:
-    """`text` as one row in pieces, arriving in texts that end at `arrive`, gives the ids and counts of the whole."""
-    cuts = Cuts(unsplit=_RULES.get(saved.file) or cut_rule(saved.file).unsplit)
-    _RULES[saved.file] = cuts.unsplit
-    places = [0, *sorted({place % (len(text) + 1) for place in arrive}), len(text)]
-    parts = [text[a:b] for a, b in itertools.pairwise(places) if b > a] or [text]
-    row = [(part, i == len(parts) - 1) for i, part in enumerate(parts)]
-    with small_limits(long, 1000):
-        found = encoded(saved, row, cuts)
-    assert cuts.inexact == 0
-    assert ids_of(found) == whole(saved, text)
-    assert sum(part.rows for part in found) == 1
-    assert sum(part.words for part in found) == len(text.split()) + 1
-    assert sum(part.bytes for part in found) == len(text.encode())
+    """`text` as one row in pieces, and as a unit in texts that end at `arrive`, has the ids and counts of the whole."""
+    ends = [0, *sorted(end % (len(text) + 1) for end in arrive), len(text)]
+    arriving = [text[a:b] for a, b in itertools.pairwise(ends)]
+    with (
+        mock.patch.multiple(cuts, LONG_CHARACTERS=long),
+        mock.patch.multiple(encode, LONG_CHARACTERS=long, CHUNK_CHARACTERS=50),
+    ):
+        parts = encoded(saved, [text])
+        unit = list(pieces((part, number == len(arrive)) for number, part in enumerate(arriving)))
+    assert ids_of(parts) == whole(saved, text) == [i for piece, _ in unit for i in whole(saved, piece)]
+    assert [last for _, last in unit] == [False] * (len(unit) - 1) + [True]
+    assert sum(part.rows for part in parts) == 1
+    assert sum(part.words for part in parts) == len(text.split()) + 1
+    assert sum(part.bytes for part in parts) == len(text.encode())
 
 
 @settings(max_examples=400, deadline=None)
@@ -105,59 +92,49 @@ def test_cut_rows_have_gpt2s_ids(gpt2: tokenizer.SavedTokenizer, text: str, long
     check_cuts(gpt2, text, long, arrive)
 
 
-def test_long_rows_are_cut_where_they_can_be(small: tokenizer.SavedTokenizer) -> None:
+def test_long_units_are_cut_where_words_end_and_nowhere_else() -> None:
     text = "the cat's (x) " * 40_000
-    cuts = cut_rule(small.file)
-    parts = list(pieces([(text, True)], cuts))
+    parts = [piece for piece, _ in pieces([(text, True)])]
+    assert "".join(parts) == text
     assert len(parts) > 8
-    assert max(len(part) for part, _, _ in parts) <= cutting.LONG_CHARACTERS
-    assert "".join(part for part, _, _ in parts) == text
-    assert [end for _, end, _ in parts] == [False] * (len(parts) - 1) + [True]
-    assert (cuts.exact, cuts.inexact) == (1, 0)
+    assert max(map(len, parts)) <= cuts.LONG_CHARACTERS + 10
+    unbroken = "x" * 700_000
+    assert list(pieces([(unbroken, False), (unbroken + "\n", True), ("short", True)])) == [
+        (unbroken * 2, False), ("\n", True), ("short", True)
+    ]  # fmt: skip
+    assert list(pieces([("some words ", False), (text, True)], cut=False)) == [("some words " + text, True)]
 
 
-def test_a_row_without_a_place_is_cut_all_the_same_and_told(small: tokenizer.SavedTokenizer) -> None:
-    cuts = cut_rule(small.file)
-    parts = [
-        part for part, _, _ in pieces([("x" * 2_500_000, False), ("x" * 700_000 + "\n", True), ("short", True)], cuts)
-    ]
-    assert [len(part) for part in parts] == [1_000_000, 1_000_000, 1_000_000, 200_001, 5]
-    assert (cuts.exact, cuts.inexact) == (0, 1)
-    with small_limits(3, 7):
-        found = encoded(small, [("x" * 100, True)], cuts)
-    assert loaded(small).decode(ids_of(found)) == "x" * 100
-    assert sum(part.words for part in found) == 2, "one word and the end of the line"
-
-
-def test_other_tokenizers_rows_stay_whole(tmp_path: Path, small: tokenizer.SavedTokenizer) -> None:
-    from tokenizers import normalizers, pre_tokenizers
-
-    changed = Tokenizer.from_file(str(small.file))
-    for number, change in enumerate(
-        (
-            {"normalizer": normalizers.NFC()},
-            {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)},
-            {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)},
-        )
-    ):
-        other = Tokenizer.from_str(changed.to_str())
-        for name, value in change.items():
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        (True, {}),
+        (False, {"normalizer": normalizers.NFC()}),
+        (False, {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)}),
+        (False, {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)}),
+        (False, {"added": AddedToken("<x>", lstrip=True)}),
+        (False, {"added": "two words"}),
+    ],
+)
+def test_other_tokenizers_rows_stay_whole(
+    tmp_path: Path, small: tokenizer.SavedTokenizer, kind: bool, change: dict[str, Any]
+) -> None:
+    other = Tokenizer.from_file(str(small.file))
+    for name, value in change.items():
+        if name == "added":
+            other.add_tokens([value])
+        else:
             setattr(other, name, value)
-        file = tmp_path / f"{number}.json"
-        other.save(str(file))
-        cuts = cut_rule(file)
-        with small_limits(3, 7):
-            texts = list(pieces([("some words ", False), ("and more", True), ("x", True)], cuts))
-        assert texts == [("some words and more", True, False), ("x", True, False)]
-        assert (cuts.exact, cuts.inexact) == (0, 0)
+    other.save(str(tmp_path / "tokenizer.json"))
+    assert cuts.splits_at_spaces(tmp_path / "tokenizer.json") == kind
 
 
 def test_end_of_text_follows_each_row_once(small: tokenizer.SavedTokenizer) -> None:
     rows = ["one two three four", "", "five"]
-    with small_limits(4, 1000):
-        found = encoded(small, [(row, True) for row in rows], cut_rule(small.file), eos=small.eos_token_id)
-    assert ids_of(found) == [i for row in rows for i in [*whole(small, row), small.eos_token_id]]
-    assert sum(part.words for part in found) == 4 + 0 + 1 + 3
+    with mock.patch.object(cuts, "LONG_CHARACTERS", 4), mock.patch.object(encode, "LONG_CHARACTERS", 4):
+        parts = encoded(small, rows, eos=small.eos_token_id)
+    assert ids_of(parts) == [i for row in rows for i in [*whole(small, row), small.eos_token_id]]
+    assert sum(part.words for part in parts) == 4 + 0 + 1 + 3
 
 
 @needs_data
@@ -167,9 +144,8 @@ def test_real_rows_and_hostile_ones_have_hugging_faces_ids(gpt2: tokenizer.Saved
     theirs = AutoTokenizer.from_pretrained(GPT2_TOKENIZER)
     rows = [*validation_rows(), *HANDPICKED]
     expected = [i for ids in theirs(rows, add_special_tokens=False)["input_ids"] for i in ids]
-    found = encoded(gpt2, [(row, True) for row in rows], cut_rule(gpt2.file))
-    assert ids_of(found) == expected
-    real = encoded(gpt2, [(row, True) for row in validation_rows()], cut_rule(gpt2.file))
+    assert ids_of(encoded(gpt2, rows)) == expected
+    real = encoded(gpt2, validation_rows())
     assert sum(len(part.ids) for part in real) == 256_061
     assert sum(part.words for part in real) == 217_646
     assert sum(part.rows for part in real) == 3_760
@@ -178,19 +154,19 @@ def test_real_rows_and_hostile_ones_have_hugging_faces_ids(gpt2: tokenizer.Saved
 @settings(max_examples=200, deadline=None)
 @given(text=st.text() | TEXTS)
 def test_any_text_survives_a_round_trip(small: tokenizer.SavedTokenizer, text: str) -> None:
-    ids = ids_of(encoded(small, [(text, True)], cut_rule(small.file)))
+    ids = ids_of(encoded(small, [text]))
     assert loaded(small).decode(ids, skip_special_tokens=False) == text
 
 
-def some_rows(count: int = 400) -> list[tuple[str, bool]]:
-    return [(f"row {i} " + HANDPICKED[i % len(HANDPICKED)] * (i % 5) + "\n", True) for i in range(count)]
+def some_rows(count: int = 400) -> list[str]:
+    return [f"row {i} " + HANDPICKED[i % len(HANDPICKED)] * (i % 5) + "\n" for i in range(count)]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_workers_do_not_show_in_the_result(small: tokenizer.SavedTokenizer, workers: int) -> None:
-    expected = encoded(small, some_rows(), cut_rule(small.file))
+    expected = encoded(small, some_rows())
     with mock.patch.object(encode, "CHUNK_CHARACTERS", 900):
-        parts = chunks(batches(some_rows()), cut_rule(small.file))
+        parts = chunks(batches(some_rows()), cut=True)
         found = list(encode_all(parts, encode.chunk_encoder(small.file, None, "uint16"), workers))
     assert len(found) > 2 * workers + 1, "more than are in flight"
     assert ids_of(found) == ids_of(expected)
@@ -203,7 +179,7 @@ def test_chunks_in_flight_are_bounded_and_an_error_ends_the_threads(small: token
         nonlocal taken
         for _ in range(200):
             taken += 1
-            yield Chunk(Texts.of(["some text"]), np.array([True]), 0)
+            yield Chunk(Texts.of(["some text"]), np.array([True]))
         raise UserError("line 201: is bad")
 
     encode_chunk = encode.chunk_encoder(small.file, None, "uint16")
@@ -215,31 +191,6 @@ def test_chunks_in_flight_are_bounded_and_an_error_ends_the_threads(small: token
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
 
 
-def test_training_texts_are_the_text_in_pieces() -> None:
-    text = "a word " * 30_000
-    found = list(training_texts([(text, False), ("x" * 10, True), ("\n", True)], tokenizer.EOS))
-    assert "".join(found) == text + "x" * 10 + "\n"
-    assert max(map(len, found)) <= cutting.LONG_CHARACTERS
-
-
-def test_memory_of_a_long_row_is_bounded(small: tokenizer.SavedTokenizer) -> None:
-    """30 MB of one row: the texts in flight, and not the row, are held."""
-    import tracemalloc
-
-    def arriving() -> Iterator[tuple[str, bool]]:
-        for number in range(30):
-            yield "the cat's (x) " * 75_000, number == 29
-
-    tracemalloc.start()
-    start = time.monotonic()
-    count = sum(len(text) for chunk in chunks(batches(arriving(), 1), cut_rule(small.file)) for text in chunk.texts)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert count == 30 * 75_000 * 14
-    assert peak < 12e6, f"{peak:,} bytes"
-    assert time.monotonic() - start < 30
-
-
 def test_ids_are_raw_little_endian(small: tokenizer.SavedTokenizer) -> None:
-    (part,) = encoded(small, [("the", True)], cut_rule(small.file))
+    (part,) = encoded(small, ["the"])
     assert part.ids.dtype == np.dtype("<u2")

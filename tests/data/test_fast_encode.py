@@ -21,22 +21,19 @@ from tests.data.test_encode import batches, ids_of, some_rows
 from tests.ranks import run_ranks
 from tests.real import ROOT, needs_data, validation_rows
 from wikift.data import encode, fast_encode, tokenizer
-from wikift.data.cuts import Cuts, cut_rule
 from wikift.data.encode import Chunk, chunks, encode_all
 from wikift.data.store import open_store
 from wikift.data.texts import Texts, count_words
 
-needs_gigatoken = pytest.mark.skipif(
-    fast_encode.why_not(Cuts(unsplit=())) is not None, reason="gigatoken is not installed"
-)
+needs_gigatoken = pytest.mark.skipif(fast_encode.why_not(True) is not None, reason="gigatoken is not installed")
 
 
-def both(saved: tokenizer.SavedTokenizer, rows: list[tuple[str, bool]], workers: int, eos: int | None) -> None:
+def both(saved: tokenizer.SavedTokenizer, rows: list[str], workers: int, eos: int | None) -> None:
     """The two encoders give the same ids and counts for `rows`."""
     slow = encode.chunk_encoder(saved.file, eos, "uint16")
-    expected = [slow(chunk) for chunk in chunks(batches(rows), cut_rule(saved.file))]
+    expected = [slow(chunk) for chunk in chunks(batches(rows), cut=True)]
     fast = fast_encode.fast_chunk_encoder(saved.file, eos, "uint16")
-    found = list(encode_all(chunks(batches(rows), cut_rule(saved.file)), fast, workers))
+    found = list(encode_all(chunks(batches(rows), cut=True), fast, workers))
     assert ids_of(found) == ids_of(expected)
     assert all(part.ids.dtype == np.dtype("<u2") for part in found)
     for count in ("rows", "words", "bytes"):
@@ -54,14 +51,14 @@ def test_ids_and_counts_are_those_of_tokenizers(small: tokenizer.SavedTokenizer,
 @needs_gigatoken
 @needs_data
 def test_real_rows_have_gpt2s_ids(gpt2: tokenizer.SavedTokenizer) -> None:
-    both(gpt2, [(row, True) for row in [*validation_rows(), *HANDPICKED]], 2, gpt2.eos_token_id)
+    both(gpt2, [*validation_rows(), *HANDPICKED], 2, gpt2.eos_token_id)
 
 
 @needs_gigatoken
 @settings(max_examples=100, deadline=None)
 @given(texts=st.lists(st.text() | TEXTS, min_size=1, max_size=5))
 def test_any_text_has_the_same_ids(small: tokenizer.SavedTokenizer, texts: list[str]) -> None:
-    chunk = Chunk(Texts.of(texts), np.ones(len(texts), np.bool_), 0)
+    chunk = Chunk(Texts.of(texts), np.ones(len(texts), np.bool_))
     if "fast" not in _ENCODERS:
         _ENCODERS["fast"] = fast_encode.fast_chunk_encoder(small.file, None, "uint16")
         _ENCODERS["slow"] = encode.chunk_encoder(small.file, None, "uint16")
@@ -80,7 +77,7 @@ def test_a_character_that_one_of_the_two_does_not_know_is_found(small: tokenizer
     """In one row of ten thousand, where the sample does not see it: an error, or the same ids (once both know it)."""
     rows = [f"the cat's {number} a1 there\n" for number in range(10_000)]
     rows[4321] = f"the {new}'s then\n"
-    chunk = Chunk(Texts.of(rows), np.ones(len(rows), np.bool_), 0)
+    chunk = Chunk(Texts.of(rows), np.ones(len(rows), np.bool_))
     try:
         found = fast_encode.fast_chunk_encoder(small.file, None, "uint16")(chunk).ids.tolist()
     except fast_encode.Disagreement:
@@ -107,7 +104,7 @@ def memory_of_digits(file: str, cache_bytes: int) -> float:
     start = fast_encode._resident_bytes()
     with mock.patch.object(fast_encode, "CACHE_BYTES", cache_bytes):
         fast = fast_encode.fast_chunk_encoder(Path(file), None, "uint16")
-        rows = chunks(((texts, np.ones(len(texts), np.bool_)) for texts in numbers()), cut_rule(Path(file)))
+        rows = chunks(numbers(), cut=True)
         for _ in encode_all(rows, fast, 2):
             most = max(most, fast_encode._resident_bytes() - start)
     return most
@@ -125,7 +122,7 @@ _ENCODERS: dict[str, encode.EncodeChunk] = {}
 
 @needs_gigatoken
 def test_a_restarted_tokenizer_returns_the_same_ids(small: tokenizer.SavedTokenizer) -> None:
-    chunk = Chunk(Texts.of(["a cat then there\n"] * 50), np.ones(50, np.bool_), 0)
+    chunk = Chunk(Texts.of(["a cat then there\n"] * 50), np.ones(50, np.bool_))
     with (
         mock.patch.multiple(fast_encode, _LEAST_BYTES_BETWEEN=0, CACHE_BYTES=-(1 << 60)),
         mock.patch.object(fast_encode, "_load") as load,
@@ -210,7 +207,7 @@ def test_every_hostile_string_is_compared_at_the_start(small: tokenizer.SavedTok
 
 @needs_gigatoken
 def test_long_texts_are_compared_too(small: tokenizer.SavedTokenizer) -> None:
-    chunk = Chunk(Texts.of(["the cat then " * 3000] * 2), np.ones(2, np.bool_), 0)
+    chunk = Chunk(Texts.of(["the cat then " * 3000] * 2), np.ones(2, np.bool_))
     right = fast_encode._encode
     encode_chunk = fast_encode.fast_chunk_encoder(small.file, None, "uint16")
     encode_chunk(chunk)
@@ -224,9 +221,9 @@ def test_long_texts_are_compared_too(small: tokenizer.SavedTokenizer) -> None:
 
 
 def test_only_where_it_may_be_used() -> None:
-    assert "GPT-2's kind" in (fast_encode.why_not(Cuts(unsplit=None)) or "gigatoken is not installed GPT-2's kind")
+    assert "GPT-2's kind" in (fast_encode.why_not(False) or "gigatoken is not installed GPT-2's kind")
     with mock.patch("importlib.util.find_spec", return_value=None):
-        assert fast_encode.why_not(Cuts(unsplit=())) == "gigatoken is not installed"
+        assert fast_encode.why_not(True) == "gigatoken is not installed"
 
 
 WHITE = [c for c in map(chr, range(0x110000)) if c.isspace()]

@@ -21,16 +21,7 @@ TEXTS = st.lists(
 
 
 def rows(batches: Any) -> list[str]:
-    """A line reader's texts put together to rows."""
-    found: list[str] = []
-    for batch in batches:
-        assert batch
-        for text in batch:
-            if found and not found[-1].endswith("\n"):
-                found[-1] += text
-            else:
-                found.append(text)
-    return found
+    return [text for batch in batches for text in batch]
 
 
 @settings(max_examples=300, deadline=None)
@@ -49,12 +40,25 @@ def test_lines_end_with_newlines_and_nothing_else(
         assert rows(read_lines(path)) == [line for line in lines if line]
 
 
-def test_a_long_line_comes_in_pieces(tmp_path: Path) -> None:
-    path = tmp_path / "t.txt"
-    path.write_text("short\n" + "xy" * 3_000_000 + "\nend")
-    texts = [text for batch in read_lines(path) for text in batch]
-    assert max(map(len, texts)) <= 2 << 20
+@pytest.mark.parametrize("block", [1 << 18, 1 << 20, 1 << 23])
+def test_a_line_of_millions_is_several_rows_before_white_space_where_there_is_some(tmp_path: Path, block: int) -> None:
+    """And they depend on the line alone."""
+    path, million = tmp_path / "t.txt", 1 << 20
+    lines = [
+        "short\n",
+        "é" * 3 * million + "\n",
+        "word and " * 300_000 + "\n",
+        "x" * (million + 9) + "\n",
+        "y" * 3 * million,
+    ]
+    path.write_text("".join(lines))
+    with mock.patch("wikift.data.readers._BLOCK_BYTES", block):
+        texts = rows(read_lines(path))
     assert "".join(texts) == path.read_text()
+    first, *others = [len(text) for text in texts]
+    assert [first, *others[:3], *others[6:]] == [6, million, million, million + 1, million + 10, *[million] * 3]
+    assert all(text.startswith(" ") and text.endswith(("word", "and", "\n")) for text in texts[5:7])
+    assert others[3:5] == [million + 4, million + 3]
 
 
 @pytest.mark.parametrize("block", [7, 1 << 20])

@@ -27,14 +27,7 @@ def opened(path: Path | str, *, seed: int = 42, **others: Any) -> Corpus:
 
 
 def rows_of(corpus: Corpus, split: str) -> list[str]:
-    found, held = [], ""
-    for text, ends in corpus.texts(split):
-        held += text
-        if ends:
-            found.append(held)
-            held = ""
-    assert not held
-    return found
+    return list(corpus.texts(split))
 
 
 def written(folder: Path, **files: str) -> Path:
@@ -142,7 +135,7 @@ def test_a_folder_in_the_hubs_layout() -> None:
     assert problem.endswith("has no such configuration; choose one of wikitext-2-v1, wikitext-103-v1")
     corpus = opened(WIKITEXT_MIRROR, config="wikitext-2-v1")
     assert list(corpus.splits) == ["train", "validation", "test"]
-    assert (corpus.config, corpus.rows_are_documents, corpus.rows_are_lines) == ("wikitext-2-v1", False, False)
+    assert (corpus.config, corpus.rows_are_documents) == ("wikitext-2-v1", False)
     assert rows_of(corpus, "validation") == validation_rows()
     assert corpus.sizes["validation"] == pytest.approx(sum(len(row.encode()) for row in validation_rows()), rel=0.1)
 
@@ -182,7 +175,7 @@ def test_wikitext_comes_from_the_datasets_cache(tmp_path: Path) -> None:
         from wikift.data.sources import Source, open_source
         from wikift.base.errors import EnvironmentFault
         corpus = open_source(Source("wikitext-2-v1"))
-        rows = [text for text, ends in corpus.texts("validation") if ends]
+        rows = list(corpus.texts("validation"))
         print(corpus.name, corpus.config, corpus.revision, list(corpus.splits), corpus.rows_are_documents, len(rows))
         corpus = open_source(Source("Salesforce/wikitext"))
         print(corpus.config, corpus.rows_are_documents)
@@ -272,12 +265,13 @@ def test_one_row_is_not_cut_and_it_is_said(tmp_path: Path, text: str, rows: str)
     assert corpus.cut is None
 
 
-def test_a_line_in_pieces_is_one_row_of_the_cut(tmp_path: Path) -> None:
-    rows = ["short\n", "x" * 3_000_000 + "\n", "y" * 2_500_000 + "\n", "end"]
-    corpus = opened(written(tmp_path, t__txt="".join(rows)) / "t.txt", validation_fraction=0.5)
-    found = [rows_of(corpus, split) for split in ("train", "validation")]
-    assert sorted(map(len, found)) == [2, 2]
-    assert sorted(found[0] + found[1]) == sorted(rows)
+def test_a_file_of_one_long_line_can_be_cut(tmp_path: Path) -> None:
+    text = "word " * 1_000_000
+    corpus = opened(written(tmp_path, t__txt=text) / "t.txt", validation_fraction=0.5)
+    assert [len(rows_of(corpus, split)) for split in ("train", "validation")] == [3, 2]
+    assert corpus.notes == [
+        f"{tmp_path / 't.txt'}: lines of more than a million characters are divided into several rows"
+    ]
 
 
 def test_a_file_that_grows_between_the_two_readings_of_a_cut(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from wikift.base.errors import UserError
-from wikift.data.texts import Ends, Texts
+from wikift.data.texts import Texts
 from wikift.data.user_files import CHANGED
 
 _STRETCHES = 10  # of lines, at least, on the smaller side of a cut: a sample of the text and not one chapter of it
@@ -26,67 +26,41 @@ Rows = Callable[[], Iterator[Texts]]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Splits of rows. `sizes` are bytes of text, about, where they are known beforehand; `notes` are for the user.
-
-    Where `rows_are_lines`, a row may come in several texts and ends where a text ends in "\\n" (or the split does);
-    elsewhere each text is a row.
-    """
+    """Splits of rows: each text is one. `sizes` are bytes of text, about, where they are known beforehand; `notes` are
+    for the user, and reading a split may add to them."""
 
     name: str
     config: str | None
     revision: str
     rows_are_documents: bool
-    rows_are_lines: bool
     splits: dict[str, Rows]
     sizes: dict[str, int | None]
     cut: dict[str, float | int] | None = None
     notes: list[str] = field(default_factory=list)
 
-    def batches(self, split: str) -> Iterator[tuple[Texts, Ends]]:
-        """The texts of `split` in order, and which of them end their row; the last one does."""
-        held: Texts | None = None
-        for batch in self.splits[split]():
-            if not len(batch):
-                continue
-            if held is not None:
-                yield held, self.ends(held)
-            held = batch
-        if held is not None:
-            ends = self.ends(held)
-            ends[-1] = True
-            yield held, ends
-
-    def ends(self, texts: Texts) -> Ends:
-        """Which of the texts end their row, as far as they show it themselves."""
-        return texts.ends_with(ord("\n")) if self.rows_are_lines else np.ones(len(texts), np.bool_)
-
-    def texts(self, split: str) -> Iterator[tuple[str, bool]]:
-        """Each text of `split` in order as a string, and whether its row ends with it."""
-        for texts, ends in self.batches(split):
-            yield from zip(texts, ends.tolist(), strict=True)
+    def texts(self, split: str) -> Iterator[str]:
+        """The rows of `split`, in order."""
+        return (text for texts in self.splits[split]() for text in texts)
 
 
 def cut_validation(corpus: Corpus, fraction: float, seed: int) -> Corpus:
     """Cut `fraction` of the train rows off as validation. One row stays whole; of two or more neither side is empty."""
     train = corpus.splits["train"]
-    rows = sum(int(ends.sum()) for _, ends in corpus.batches("train"))
+    rows = sum(len(texts) for texts in train())
     if rows < 2:
         note = f"{corpus.name} has {'one row' if rows else 'no rows'}, so no validation split is cut from it"
         return dataclasses.replace(corpus, notes=[*corpus.notes, note])
-    units = min(rows, math.ceil(_STRETCHES / min(fraction, 1 - fraction))) if corpus.rows_are_lines else rows
+    stretches = math.ceil(_STRETCHES / min(fraction, 1 - fraction))
+    units = rows if corpus.rows_are_documents else min(rows, stretches)
     taken = np.fromiter(_chosen(units, fraction, seed), np.bool_, units)
 
     def part(validation: bool) -> Rows:
         def batches() -> Iterator[Texts]:
             row = 0  # that comes next
             for batch in train():
-                if not len(batch):
-                    continue
-                ends = corpus.ends(batch)
-                ended = np.cumsum(ends)
-                unit = (row + ended - ends) * units // rows
-                row += int(ended[-1])
-                if unit[-1] >= units:
+                unit = np.arange(row, row + len(batch)) * units // rows
+                row += len(batch)
+                if row > rows:
                     raise UserError(f"{corpus.name}: {CHANGED}")
                 kept = batch.kept(taken[unit] == validation)
                 if len(kept):

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from wikift.base import hub
-from wikift.data.cuts import Cuts, short_rows
+from wikift.data.cuts import LONG_CHARACTERS, pieces
 from wikift.data.store import DTYPES, Encoded
-from wikift.data.texts import Ends, Texts, count_words
+from wikift.data.texts import Texts, count_words
 
 CHUNK_CHARACTERS = 1 << 20  # at least; a reader's batch is not divided
 _CALL_BYTES = 1 << 20  # of a chunk that `tokenizers` gets at once
@@ -29,11 +29,10 @@ _CALL_BYTES = 1 << 20  # of a chunk that `tokenizers` gets at once
 
 @dataclass(frozen=True)
 class Chunk:
-    """Texts to encode each by itself. `ends[i]`: the row ends with text i. `joined`: words that two texts share."""
+    """Texts to encode each by itself. `ends[i]`: the row ends with text i; the next text is its next piece if not."""
 
     texts: Texts
-    ends: Ends
-    joined: int
+    ends: npt.NDArray[np.bool_]
 
     def encoded(self, ids: npt.NDArray[Any], ends: npt.NDArray[np.int64], eos: int | None, dtype: str) -> Encoded:
         """Of the ids of all texts end to end, text i's up to `ends[i]`: with `eos` after each row, and the counts."""
@@ -41,27 +40,34 @@ class Chunk:
         if eos is not None:
             ids = np.insert(ids, ends[self.ends], eos)
         rows = int(self.ends.sum())
-        word_count = count_words(self.texts) + rows - self.joined
-        return Encoded(ids, rows, word_count, len(self.texts.data))
+        return Encoded(ids, rows, count_words(self.texts) + rows, len(self.texts.data))
 
 
-def chunks(batches: Iterable[tuple[Texts, Ends]], cuts: Cuts) -> Iterator[Chunk]:
-    """Pack texts, and whether each ends its row, into chunks of a million bytes or more. The last text ends its row."""
-    packed: list[tuple[Texts, Ends]] = []
-    joined = size = 0
-    for texts, ends, shared in short_rows(batches, cuts):
-        packed.append((texts, ends))
-        joined += shared
-        size += len(texts.data) + 16 * len(texts)  # a row has a cost even if it is blank
+def chunks(batches: Iterable[Texts], *, cut: bool) -> Iterator[Chunk]:
+    """Pack rows into chunks of a million bytes or more; `cut`: long rows in pieces."""
+    packed: list[Chunk] = []
+    size = 0
+    for part in _parts(batches, cut):
+        packed.append(part)
+        size += len(part.texts.data) + 16 * len(part.texts)  # a row has a cost even if it is blank
         if size >= CHUNK_CHARACTERS:
-            yield _chunk(packed, joined)
-            packed, joined, size = [], 0, 0
+            yield _joined(packed)
+            packed, size = [], 0
     if packed:
-        yield _chunk(packed, joined)
+        yield _joined(packed)
 
 
-def _chunk(packed: list[tuple[Texts, Ends]], joined: int) -> Chunk:
-    return Chunk(Texts.joined([texts for texts, _ in packed]), np.concatenate([ends for _, ends in packed]), joined)
+def _parts(batches: Iterable[Texts], cut: bool) -> Iterator[Chunk]:
+    for texts in batches:
+        if cut and len(texts) and texts.lengths.max() > LONG_CHARACTERS:
+            for text, ends in pieces((text, True) for text in texts):
+                yield Chunk(Texts.of((text,)), np.array([ends]))
+        elif len(texts):
+            yield Chunk(texts, np.ones(len(texts), np.bool_))
+
+
+def _joined(parts: list[Chunk]) -> Chunk:
+    return Chunk(Texts.joined([part.texts for part in parts]), np.concatenate([part.ends for part in parts]))
 
 
 EncodeChunk = Callable[[Chunk], Encoded]

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wikift.data.cuts import Cuts
 from wikift.data.encode import Chunk, EncodeChunk, plain_tokenizer
 from wikift.data.store import Encoded
 from wikift.data.texts import Texts
@@ -47,11 +46,11 @@ class Disagreement(Exception):
     """gigatoken returned other ids than `tokenizers`, or could not read the tokenizer; the message says where."""
 
 
-def why_not(cuts: Cuts) -> str | None:
+def why_not(gpt2s_kind: bool) -> str | None:
     """Why gigatoken is not to be used: None where it may be."""
     if importlib.util.find_spec("gigatoken") is None:
         return "gigatoken is not installed"
-    return "gigatoken is used for tokenizers of GPT-2's kind only" if cuts.unsplit is None else None
+    return None if gpt2s_kind else "gigatoken is used for tokenizers of GPT-2's kind only"
 
 
 def fast_chunk_encoder(tokenizer_file: Path, eos_token_id: int | None, dtype: str) -> EncodeChunk:
@@ -97,7 +96,7 @@ def fast_chunk_encoder(tokenizer_file: Path, eos_token_id: int | None, dtype: st
                 fast, since = _load(tokenizer_file), 0
         return chunk.encoded(ids, ends, eos_token_id, dtype)
 
-    encode(Chunk(Texts.of(_HOSTILE), np.ones(len(_HOSTILE), np.bool_), 0))
+    encode(Chunk(Texts.of(_HOSTILE), np.ones(len(_HOSTILE), np.bool_)))
     return encode
 
 

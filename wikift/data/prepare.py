@@ -18,7 +18,7 @@ from wikift.base.console import Progress
 from wikift.base.errors import UserError
 from wikift.data import encode, fast_encode, tokenizer
 from wikift.data.corpus import Corpus
-from wikift.data.cuts import Cuts, cut_rule, training_texts
+from wikift.data.cuts import pieces, splits_at_spaces
 from wikift.data.recipe import check_recipe, facts_of, is_unchanged, recipe_asked, record_of
 from wikift.data.sources import Source, open_source, source_problems
 from wikift.data.store import Encoded, TokenStore, dtype_for, open_store, write_store
@@ -105,20 +105,20 @@ def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> No
     facts = facts_of(source, checksums=True)
     for note in corpus.notes:
         say(note)
+    told = len(corpus.notes)
     saved = _tokenizer(request, corpus, folder / "tokenizer", say, progress)
     append_eos = corpus.rows_are_documents if request.append_eos is None else request.append_eos
     record: dict[str, Any] = {}
     starts: list[float] = []  # of reading each split
 
-    def write(encode_chunk: encode.EncodeChunk, cuts: Cuts) -> TokenStore:
+    def write(encode_chunk: encode.EncodeChunk, gpt2s_kind: bool) -> TokenStore:
         def parts(split: str) -> Iterator[Encoded]:
             starts.append(time.perf_counter())
-            chunks = encode.chunks(corpus.batches(split), cuts)
+            chunks = encode.chunks(corpus.splits[split](), cut=gpt2s_kind)
             encoded = encode.encode_all(chunks, encode_chunk, request.workers or _cores())
             counted = progress.over(split, corpus.sizes[split], encoded, lambda part: (part.bytes, len(part.ids)))
             yield from _with_text(f"--dataset {source.dataset}: its {split} split", counted)
             record.update(record_of(facts, corpus, saved, append_eos, source))
-            record.update(rows_cut_exactly=cuts.exact, rows_cut_inexactly=cuts.inexact)
 
         return write_store(
             folder, {split: parts(split) for split in corpus.splits}, vocab_size=saved.vocab_size,
@@ -129,11 +129,8 @@ def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> No
     progress.clear()
     if not is_unchanged(source, store):
         raise UserError(f"{source.dataset}: {CHANGED}")
-    if inexact := store.record["rows_cut_inexactly"]:
-        say(
-            f"{inexact} row(s) of more than a million characters could not be split exactly; a few ids may "
-            "differ from tokenizing the whole row at once (rows_cut_inexactly in store.json)"
-        )
+    for note in corpus.notes[told:]:  # of the reading
+        say(note)
     size, seconds = sum(split.bytes for split in store.splits.values()), time.perf_counter() - starts[0]
     if size > SLOW_BYTES:
         rate = f"{size / 1e6:,.0f} MB of text in {seconds:.1f} s, {size / seconds / 1e6:,.3g} MB/s"
@@ -141,7 +138,7 @@ def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> No
 
 
 def _by_either(
-    write: Callable[[encode.EncodeChunk, Cuts], TokenStore],
+    write: Callable[[encode.EncodeChunk, bool], TokenStore],
     saved: SavedTokenizer,
     append_eos: bool,
     size: int,
@@ -149,16 +146,16 @@ def _by_either(
 ) -> TokenStore:
     """The store by gigatoken where that is possible and right, else by `tokenizers`."""
     setup = (saved.file, saved.eos_token_id if append_eos else None, dtype_for(saved.vocab_size))
-    cuts = cut_rule(saved.file)
-    reason = fast_encode.why_not(cuts)
+    gpt2s_kind = splits_at_spaces(saved.file)
+    reason = fast_encode.why_not(gpt2s_kind)
     if reason is None:
         try:
-            return write(fast_encode.fast_chunk_encoder(*setup), cuts)
+            return write(fast_encode.fast_chunk_encoder(*setup), gpt2s_kind)
         except fast_encode.Disagreement as error:
             reason = str(error)
     if size > SLOW_BYTES:
         say(f"{reason}: encoding with tokenizers, at about 2 MB/s on each core")
-    return write(encode.chunk_encoder(*setup), cut_rule(saved.file))
+    return write(encode.chunk_encoder(*setup), gpt2s_kind)
 
 
 def _with_text(name: str, parts: Iterator[Encoded]) -> Iterator[Encoded]:
@@ -186,7 +183,7 @@ def _tokenizer(request: Request, corpus: Corpus, folder: Path, say: Say, progres
         )
     size = int(name.removeprefix("train:"))
     say(f"training a byte-level BPE of {size:,} tokens on the train split")
-    texts = training_texts(corpus.texts("train"), tokenizer.EOS)
+    texts = (piece for piece, _ in pieces((text, True) for text in corpus.texts("train")))
     counted = progress.over("tokenizer", corpus.sizes["train"], texts, lambda text: (len(text.encode()), 0))
     saved = tokenizer.train(counted, size, folder)
     progress.clear()

@@ -1,8 +1,8 @@
 """Rows of text out of the user's files, in batches, with bounded memory: .txt, .jsonl and .parquet.
 
 A row of a `.txt` file is a line with its "\\n"; "\\r\\n" is read as "\\n", a byte-order mark is dropped, and nothing
-else ends a line. A line longer than a block comes in several texts: in line files a row ends where a text ends in
-"\\n", or with the file. Rows of the other two are documents, each one text. Every fault is a UserError with file, line
+else ends a line. A line longer than a million characters is several rows, each but the last without "\\n", divided
+before white space where there is some. Rows of the other two are documents. Every fault is a UserError with file, line
 and fix. Texts come as UTF-8 in one buffer and not as Python strings (`texts`).
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ from wikift.data.texts import Texts
 
 _BLOCK_BYTES = 1 << 20
 _BATCH_CHARACTERS = 1 << 20
+_ROW_CHARACTERS, _SEARCHED = 1 << 20, 1 << 16  # of a longer line's rows; how far behind that white space is looked for
+_LINE_CHARACTERS = _ROW_CHARACTERS + _SEARCHED  # longer lines are divided
+_ROW = re.compile(
+    rf"[^\n]{{0,{_LINE_CHARACTERS}}}\n|[^\n]{{1,{_LINE_CHARACTERS}}}\Z"
+    rf"|[^\n]{{{_ROW_CHARACTERS}}}(?:[^\n]{{0,{_SEARCHED}}}?\S(?=[ \t\r]))?"
+)
 _COLUMN_BYTES, _COLUMN_ROWS = 5 << 19, 8192  # a batch of a column: large, as each chunk of `encode` has a price
 
 Reader = Callable[[Path, str], Iterator[Texts]]
@@ -29,18 +36,30 @@ Reader = Callable[[Path, str], Iterator[Texts]]
 
 def read_lines(path: Path, column: str = "") -> Iterator[Texts]:
     """The lines of a text file, each with its "\\n"; `column` has no meaning here."""
-    for text in _decoded(path):
-        data = np.frombuffer(text.encode(), np.uint8)
-        ends = np.flatnonzero(data == ord("\n")) + 1
-        rest = [] if len(ends) and ends[-1] == len(data) else [len(data)]
-        yield Texts(data, np.concatenate((np.zeros(1, np.int64), ends, rest), dtype=np.int64, casting="unsafe"))
+    held = ""  # of a line whose end has not come
+    for block in _decoded(path):
+        text = held + block
+        end = text.rfind("\n") + 1
+        held = text[end:]
+        if end:
+            yield _lines(text[:end])
+        while len(held) > _LINE_CHARACTERS + 2 and (row := _ROW.match(held)):  # decided, whatever comes
+            yield Texts.of((row[0],))
+            held = held[row.end() :]
+    if held:
+        yield _lines(held)
+
+
+def _lines(text: str) -> Texts:
+    data = np.frombuffer(text.encode(), np.uint8)
+    ends = np.flatnonzero(data == ord("\n")) + 1
+    rest = [] if len(ends) and ends[-1] == len(data) else [len(data)]
+    texts = Texts(data, np.concatenate((np.zeros(1, np.int64), ends, rest), dtype=np.int64, casting="unsafe"))
+    return texts if texts.lengths.max() <= _ROW_CHARACTERS else Texts.of(_ROW.findall(text))
 
 
 def _decoded(path: Path) -> Iterator[str]:
-    """The file's text in blocks, decoded and with "\\r\\n" as "\\n". A block ends at a line's end where it has one.
-
-    Holds one block, unless a line is longer: such a line is passed on in pieces.
-    """
+    """The file's text in blocks, decoded and with "\\r\\n" as "\\n"."""
     rest, held, offset, line = b"", "", 0, 1
     with _open(path) as file:
         while True:
@@ -55,16 +74,10 @@ def _decoded(path: Path) -> Iterator[str]:
                 raise _not_utf8(path, line, offset + error.start, data[error.start]) from None
             line += data.count(b"\n", 0, used)
             rest, offset = data[used:], offset + used
-            text = held + text
-            held = ""
+            text, held = held + text, ""
             if block and text.endswith("\r"):  # its "\n" may be in the next block
                 text, held = text[:-1], "\r"
-            text = text.replace("\r\n", "\n")
-            lines_end = text.rfind("\n") + 1
-            if block and lines_end:
-                text, held = text[:lines_end], text[lines_end:] + held
-            if text:
-                yield text
+            yield text.replace("\r\n", "\n")
             if not block:
                 return
 

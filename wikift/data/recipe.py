@@ -68,7 +68,6 @@ def record_of(
         "revision": _checksum(files) if files else corpus.revision,
         "rows_are_documents": corpus.rows_are_documents,
         "append_eos": append_eos,
-        "newlines": "each row ends with its own, CRLF read as LF" if corpus.rows_are_lines else "as in the rows",
         **(corpus.cut or {"validation_fraction": None, "seed": None}),
         "tokenizer": {"name": tokenizer.name},
         **({"files": files, "dataset_path": path} if files else {}),

@@ -87,7 +87,8 @@ def source_problems(source: Source) -> list[str]:
 
 
 def _from_files(source: Source, files: UserFiles) -> Corpus:
-    column, lines = source.text_column, files.suffix == ".txt"
+    column, lines, notes = source.text_column, files.suffix == ".txt", list[str]()
+    long_line = f"{source.dataset}: lines of more than a million characters are divided into several rows"
     if files.suffix == ".parquet":  # reported at once and not after minutes
         problems = [p for paths in files.splits.values() for path in paths for p in parquet_problems(path, column)]
         if problems:
@@ -95,14 +96,19 @@ def _from_files(source: Source, files: UserFiles) -> Corpus:
 
     def rows(paths: list[Path]) -> Rows:
         def batches() -> Iterator[Texts]:
-            open_line = False
             for path in paths:
-                if open_line:
-                    open_line = False
-                    yield Texts.of(["\n"])  # a line ends with its file, also if another file follows
+                held: Texts | None = None
                 for batch in READERS[files.suffix](path, column):
-                    yield batch
-                    open_line = lines and not batch.ends_with(ord("\n"))[-1]
+                    if held is not None:
+                        yield held
+                        if lines and not held.ends_with_newline and long_line not in notes:
+                            notes.append(long_line)
+                    held = batch
+                if held is not None and lines and path != paths[-1] and not held.ends_with_newline:
+                    *others, last = held  # a line ends with its file, also if another file follows
+                    held = Texts.of([*others, last + "\n"])
+                if held is not None:
+                    yield held
 
         return batches
 
@@ -114,9 +120,9 @@ def _from_files(source: Source, files: UserFiles) -> Corpus:
         config=files.config,
         revision="",  # of files the recipe has the content's checksum
         rows_are_documents=files.rows_are_documents,
-        rows_are_lines=lines,
         splits={name: rows(paths) for name, paths in files.splits.items()},
         sizes={name: size(paths) for name, paths in files.splits.items()},
+        notes=notes,
     )
 
 
@@ -161,7 +167,6 @@ def _from_hub(source: Source, name: str, config: str | None) -> Corpus:
         config=config,
         revision=commit[1] if commit else str(info.version),
         rows_are_documents=config not in WIKITEXT,
-        rows_are_lines=False,
         splits={str(split): rows(part) for split, part in loaded.items()},
         sizes={str(split): getattr((info.splits or {}).get(split), "num_bytes", None) for split in loaded},
     )
@@ -194,4 +199,4 @@ def _demo() -> Corpus:
     def rows(split: str) -> Rows:
         return lambda: (Texts.of(line + "\n" for line in text.split("\n")) for text in texts[split])
 
-    return Corpus("demo", None, platform.python_version(), False, True, {s: rows(s) for s in shares}, dict(sizes))
+    return Corpus("demo", None, platform.python_version(), False, {s: rows(s) for s in shares}, dict(sizes))

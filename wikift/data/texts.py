@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Ends = npt.NDArray[np.bool_]  # of texts: whether their row ends with each
-
 _BLOCK_BYTES = 1 << 18  # so that what is counted stays in a core's cache
 
 # White space beyond ASCII, for str.split(): U+0085 and U+00A0, whose UTF-8 starts with 0xC2, and U+1680, U+2000 to
@@ -79,12 +77,9 @@ class Texts:
         """In bytes."""
         return np.diff(self.offsets)
 
-    def ends_with(self, byte: int) -> npt.NDArray[np.bool_]:
-        """Which texts have `byte` (ASCII) as their last."""
-        matches = np.zeros(len(self), np.bool_)
-        filled = self.lengths > 0
-        matches[filled] = self.data[self.offsets[1:][filled] - 1] == byte
-        return matches
+    @property
+    def ends_with_newline(self) -> bool:
+        return len(self.data) > 0 and self.data[-1] == ord("\n")
 
     def kept(self, which: npt.NDArray[np.bool_]) -> Texts:
         """Only those that `which` says."""
