@@ -41,17 +41,12 @@ def is_title(line: str) -> bool:
 def numbered_rows(corpus: Corpus, split: str) -> Iterator[Row]:
     """The rows of `split`; what is blank before the first title belongs to its document."""
     document, visible = 0, False
-    parts: list[str] = []
-    for part, ends in corpus.texts(split):
-        parts.append(part)
-        if ends:
-            text = "".join(parts)
-            parts.clear()
-            title = corpus.rows_are_documents or is_title(text)
-            if title and visible:
-                document, visible = document + 1, False
-            visible = visible or bool(text.strip())
-            yield Row(text, document, title)
+    for text in corpus.texts(split):
+        title = corpus.rows_are_documents or is_title(text)
+        if title and visible:
+            document, visible = document + 1, False
+        visible = visible or bool(text.strip())
+        yield Row(text, document, title)
 
 
 def row_texts(corpus: Corpus, split: str, counts: Counts) -> Iterator[Part]:
@@ -100,7 +95,7 @@ def pages(corpus: Corpus, rows: Iterable[Row]) -> Iterator[Part]:
         if visible or row.title:
             text, visible = "", visible and not row.title
         text, document, visible = text + row.text, row.document, visible or bool(row.text.strip())
-        if not corpus.rows_are_documents and not corpus.rows_are_lines and not row.text.endswith("\n"):
+        if not corpus.rows_are_documents and not row.text.endswith("\n"):
             text += "\n" if row.text else " \n"
     yield Part(text, True, document)
 

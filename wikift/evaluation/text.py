@@ -13,7 +13,7 @@ import numpy as np
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.hub import one_line
 from wikift.data.corpus import Corpus
-from wikift.data.cuts import cut_rule, pieces
+from wikift.data.cuts import pieces, splits_at_spaces
 from wikift.data.encode import plain_tokenizer
 from wikift.data.recipe import open_again
 from wikift.data.sources import Source, open_source
@@ -90,7 +90,7 @@ def encoded(texts: Iterable[Part], tokenizer_file: Path, eos_token_id: int | Non
             unread.append(np.full(len(text), document))
             yield text, ends
 
-    for text, ends, _ in pieces(noted(), cut_rule(tokenizer_file)):
+    for text, ends in pieces(noted(), cut=splits_at_spaces(tokenizer_file)):
         of_characters = np.concatenate(unread)
         unread[:] = [of_characters[len(text) :]]
         encoding = tokenizer.encode(text, add_special_tokens=False)
