@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from wikift.settings import fields
+from wikift.settings.habits import answer, habits
 from wikift.settings.options import flag
 
 PAGE = Path(__file__).resolve().parent / "reference" / "settings.md"
@@ -42,6 +43,16 @@ RESUME = """\
 that *may change* is printed if it did; all others may change silently.
 """
 
+OTHERS = """\
+## Names of other tools
+
+What people type by habit, of run_clm.py, `TrainingArguments`, accelerate and nanoGPT, is an error that names what it is
+here. VALUE is what was typed.
+
+| Name | Here |
+|---|---|
+"""
+
 
 def page() -> str:
     """The whole page."""
@@ -58,7 +69,26 @@ def page() -> str:
         for group in groups:
             rows = [f for f in options if f.metadata["group"] == group and not f.metadata["positional"]]
             parts.append(table(group.capitalize() if len(groups) > 1 else "Option", rows, command))
-    return "\n".join(parts)
+    return "\n".join([*parts, OTHERS + "\n".join(other_names()) + "\n"])
+
+
+def other_names() -> list[str]:
+    """A row for each line of habits.txt; where commands differ, which one has the option."""
+    flags = {
+        command: [flag(field.name) for field in dataclasses.fields(settings) if not field.metadata["positional"]]
+        for command, settings in COMMANDS.items()
+    }
+    rows = []
+    for names, _ in habits():
+        answers: dict[str, list[str]] = {}
+        for command in COMMANDS:
+            if text := answer(names[0], flags[command]):
+                option, semicolon, note = text.partition("; ")
+                text = f"`{option}`{semicolon}{note}" if option.startswith("--") else text
+                answers.setdefault(text, []).append(command)
+        cells = [text + f" ({', '.join(commands)})" * (len(answers) > 1) for text, commands in answers.items()]
+        rows.append(f"| {', '.join(f'`--{name}`' for name in names)} | {'; '.join(cells)} |")
+    return rows
 
 
 def table(title: str, options: list[dataclasses.Field[typing.Any]], command: str) -> str:

@@ -65,7 +65,7 @@ def test_the_whole_job_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not result.interrupted
     assert result.metrics["step"] == 4
     assert math.isfinite(result.metrics["eval_loss"])
-    with pytest.raises(wikift.UserError, match="dtyp: no such setting"):
+    with pytest.raises(wikift.UserError, match="dtyp: unknown option"):
         wikift.consolidate(result.output_dir, dtyp="float16")
     assert not (result.output_dir / "hf").exists(), "nothing is done with half of the settings"
     model = wikift.consolidate(result.output_dir)
@@ -83,7 +83,7 @@ def test_problems_are_one_exception_and_nothing_is_printed(capfd: pytest.Capture
     with pytest.raises(wikift.UserError) as error:
         wikift.train(max_stps=5, learning_rate=-1, block_size="8", dry_run=True, data="none")
     problems = error.value.problems
-    assert [p for p in problems if p.startswith("max_stps: no such setting of wikift.train (did you mean max_steps?)")]
+    assert [p for p in problems if p.startswith("max_stps: unknown option (did you mean max_steps?)")]
     assert [p for p in problems if p.startswith("block_size 8: must be a whole number, without quotes")]
     assert [p for p in problems if p.startswith("dry_run: has no effect in wikift.train")]
     with pytest.raises(wikift.UserError, match="learning-rate -1"):

@@ -339,59 +339,6 @@ def test_the_five_examples(made: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert all(word in prompts.EXAMPLES[0] for word in ("2005", "precision spectroscopy", "optical frequency comb"))
 
 
-def test_wrong_command_lines(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "latin.txt").write_bytes(b"one\ntwo\nH\xe4nsch\n")
-    (tmp_path / "blank.txt").write_text(" \n\n")
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "notes.txt").write_text("mine")
-    checkpoint = tmp_path / "runs" / "small" / "checkpoints" / "step-00000012"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "manifest.json").write_text("{}")
-    for name in ("small", "empty"):
-        (tmp_path / "runs" / name).mkdir(exist_ok=True)
-        (tmp_path / "runs" / name / "config.json").write_bytes((made / "config.json").read_bytes())
-    run = str(made)
-    lines: list[tuple[list[str], list[str]]] = [
-        ([run, "--prompt", "a", "--examples"], ["--prompt and --examples"]),
-        ([run, "--prompt", "a", "--prompts-file", "latin.txt"], ["--prompt and --prompts-file", "line 3 is not UTF-8"]),
-        ([run, "--prompts-file", "none.txt"], ["--prompts-file none.txt: cannot be read"]),
-        ([run, "--prompts-file", "."], ["--prompts-file .: cannot be read"]),
-        ([run, "--prompts-file", "blank.txt"], ["has no prompt in it"]),
-        ([run, "--temperature", "-1", "--top-p", "0"], ["--temperature -1", "--top-p 0"]),
-        ([run, "--top-k", "-1", "--top-p", "1.1"], ["--top-k -1", "--top-p 1.1"]),
-        ([run, "--max-new-tokens", "0", "--seed", "-1"], ["--max-new-tokens 0", "--seed -1"]),
-        ([run, "--repetition-penalty", "0", "--temperature", "hot"], ["--temperature hot: must be a number"]),
-        ([run, "--repetition-penalty", "0"], ["--repetition-penalty 0"]),
-        ([run, "--stop", "", "--logprobs"], ["--stop: is empty", "--logprobs: are written with --json"]),
-        ([run, "--num-beams", "2", "--stop", "a"], ["add --temperature 0", "goes without --stop"]),
-        ([run, "--num-beams", "2", "--num-return-sequences", "3", "--temperature", "0"], ["more than --num-beams 2"]),
-        ([run, "--num-return-sequences", "3", "--temperature", "0"], ["all would be the same", "--num-beams 3"]),
-        ([run, "--num-return-sequences=0", "--num-beams=0", "--batch-size=0"], ["-sequences 0", "-beams 0", "-size 0"]),
-        ([run, "--temprature", "1"], ["--temprature", "--temperature"]),
-        (["foreign"], ["neither a model nor a run"]),
-        (["latin.txt"], ["is a file"]),
-        ([str(made / "checkpoints" / "step-00000012")], ["is a checkpoint", "consolidate"]),
-        ([run, "--temperature", "0", "--top-k", "9", "--top-p", "0.5", "--seed", "1"],
-         ["--top-k 9: has no effect at --temperature 0", "--top-p 0.5: has no", "--seed 1: has no"]),
-        (["gtp2"], ["gtp2: no such folder", "(did you mean gpt2?)"]),
-        (["runs/smal"], ["runs/smal: no such folder", "(did you mean runs/small?)"]),
-        (["runs/small/hf"], ["runs/small/hf: is not there yet; make it: wikift consolidate runs/small"]),
-        (["runs/empty"], ["runs/empty: has no checkpoint yet; train it first: wikift train --output-dir"]),
-        (["zzz/y/hf"], ["zzz/y/hf: no such folder", "wikift train --output-dir zzz/y"]),
-        (["zzz/y/x"], ["zzz/y/x: no such folder", "wikift train --output-dir zzz/y/x"]),
-        ([run, "--", "--seed", "1"], ["--: settings after it are for training, and MODEL"]),
-        ([run, "--no-train", "--", "--seed", "1"], ["--no-train"]),
-    ]  # fmt: skip
-    before = sorted(tmp_path.rglob("*"))
-    for words, expected in lines:
-        with pytest.raises(UserError) as raised:
-            main(words)
-        for part in expected:
-            assert part in str(raised.value), words
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 def test_user_errors_come_before_torch(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom wikift.commands.main import run\nfrom wikift.commands.{} import main\n"

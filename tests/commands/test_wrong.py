@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +22,10 @@ from tests.tiny import SHAPE, tiny_store
 from tests.trained import text_store, trained_run
 from wikift.commands import main as exits
 
-FITS = f"--from-scratch --config-overrides {SHAPE} --block-size 8 --global-batch-size 8 --max-steps 12 --output-dir out"
+FITS = (
+    f"--data store --from-scratch --config-overrides {SHAPE} --block-size 8 --global-batch-size 8 --max-steps 12 "
+    "--output-dir out"
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +63,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "no-splits/notes.md": "# notes",
         "prompts-empty.txt": " \n\n",
         "prompts-latin.txt": b"good\ncaf\xe9\n",
+        "runs/small/config.json": '{"wikift": "0"}',
+        "runs/small/checkpoints/step-00000012/manifest.json": "{}",
+        "runs/empty/config.json": '{"wikift": "0", "command": "wikift train --seed 3 --output-dir runs/empty"}',
     }
     for name, content in files.items():
         path = work / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     tiny_store(work / "store")
     tiny_store(work / "short", train=8)
@@ -99,6 +107,12 @@ def check(code: Any, out: str, err: str, expected: list[str]) -> None:
         assert len([text for text in lines if words in text]) == 1, (words, err)
 
 
+def merged(defaults: str, line: str) -> str:
+    """The line with those of the default options that it does not set itself."""
+    kept = [text for text in re.findall(r"--[^-].*?(?= --|$)", defaults) if f"{text.split()[0]} " not in f"{line} "]
+    return " ".join([line, *kept])
+
+
 @pytest.fixture
 def refused(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs a command in this process and checks that it is refused, with what words, and writes nothing."""
@@ -109,200 +123,209 @@ def refused(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     def run(command: str, line: str, *expected: str) -> None:
         before = listing(work)
         with pytest.raises(SystemExit) as left:
-            exits.run(COMMANDS[command][0], line.split())
+            exits.run(COMMANDS[command][0], shlex.split(line))
         check(left.value.code, *capsys.readouterr(), list(expected))
         assert listing(work) == before
 
     return run
 
 
-TRAIN: list[tuple[str, list[str]]] = [
-    ("--learning-rate -1e-4", ["--learning-rate -0.0001: must be above 0"]),
-    ("--learning-rate 0", ["--learning-rate 0: must be above 0"]),
-    ("--deepspeed none.json", ["--deepspeed none.json: cannot be read"]),
-    ("--deepspeed not-json.json", ["--deepspeed not-json.json: not valid JSON"]),
-    ("--deepspeed zero0.json --engine single", ["zero_optimization.stage 0 in zero0.json: must", "--engine single: "]),
-    ("--deepspeed batch.json", ["--gradient-accumulation-steps 3: must divide the 8 blocks"]),
-    (
-        "--deepspeed no-zero.json --max-grad-norm 1 --learning-rate 0",
-        [
-            "zero_optimization.stage null in no-zero.json: must be 1, 2 or 3",
-            'optimizer.type "Lamb" in no-zero.json: not supported',
-            "--max-grad-norm 1: contradicts gradient_clipping 0.5 in no-zero.json",
-            "--learning-rate 0: must be above 0",
-        ],
-    ),
-    (
-        "--adam-beta1 1 --adam-beta2 -0.5",
-        ["--adam-beta1 1: must be at least 0", "--adam-beta2 -0.5: must be at least 0"],
-    ),
-    ("--data-fraction 0", ["--data-fraction 0: must be above 0 and at most 1"]),
-    ("--data-fraction 10", ["--data-fraction 10: must be above 0 and at most 1"]),
-    ("--dropout 1 --adam-epsilon 0", ["--dropout 1: must be", "--adam-epsilon 0: must be above 0"]),
-    ("--max-steps 0", ["--max-steps 0: must be 1 or more"]),
-    ("--max-steps ten", ["--max-steps ten: must be a whole number"]),
-    ("--num-train-epochs 2", ["--max-steps 12: the length of training is set twice, --num-train-epochs 2 too"]),
-    ("--warmup-steps 12", ["--warmup-steps 12: must be less than --max-steps 12"]),
-    ("--warmup-steps 1.5", ["--warmup-steps 1.5: must be a whole number, or a fraction below 1"]),
-    ("--block-size 17", ["--block-size 17: the model has 16 positions"]),
-    ("--per-device-train-batch-size 3", ["--per-device-train-batch-size 3: must divide the 8 blocks"]),
-    (
-        "--per-device-train-batch-size 2 --gradient-accumulation-steps 3",
-        [
-            "--global-batch-size 8: is not 1 process x 2 (--per-device-train-batch-size) x 3 "
-            "(--gradient-accumulation-steps) = 6; remove one of the three"
-        ],
-    ),
-    ("--config-overrides n_layer", ["--config-overrides n_layer: must be NAME=VALUE"]),
-    ("--config-overrides n_layr=2", ["--config-overrides n_layr=2: must be NAME=VALUE"]),
-    ("--config-overrides n_layer=many", ["--config-overrides n_layer=many: n_layer must be a whole number"]),
-    ("--config-overrides n_head=3,n_embd=32,n_positions=16", ["--config-overrides n_head=3: must divide n_embd=32"]),
-    (f"--config-overrides {SHAPE},vocab_size=10", ["--config-overrides vocab_size=10: the store's tokenizer has 97"]),
-    ("--precision fp8", ["--precision fp8: must be one of auto, bf16, fp16, fp32"]),
-    ("--lr-scheduler-type cosin", ["(did you mean cosine?)"]),
-    ("--engine ddp", ["--engine ddp: needs a launcher"]),
-    ("--reduce-dtype bf16", ["--reduce-dtype bf16: has no effect, one process exchanges no gradients"]),
-    (
-        "--reduce-dtype fp16 --engine fsdp",
-        ["--reduce-dtype fp16: small gradients would underflow without a loss scale"],
-    ),
-    (
-        "--reduce-dtype bf16 --engine fsdp --no-fsdp-reshard --gradient-accumulation-steps 2",
-        ["--reduce-dtype bf16: with --no-fsdp-reshard the 2 micro-batches of a step would be added up in bf16 too"],
-    ),
-    ("--resume nowhere", ["--resume nowhere: must be auto, never or a checkpoint"]),
-    ("--resume run", ["--resume run: must be auto, never or a checkpoint"]),
-    ("--output-dir a-file", ["--output-dir a-file: is a file; name a folder"]),
-    ("--output-dir a-file/run", ["--output-dir a-file/run: a-file is a file; name a folder"]),
-    ("--learning-rte 1", ["--learning-rte: no such setting of wikift train (did you mean --learning-rate?)"]),
-    ("--model", ["--model: needs a value"]),
-    ("--max-step 5 --learning-rate -1", ["--max-step: no such setting of", "--learning-rate -1: must be above 0"]),
-    (  # what the checks say of the defaults in place of the wrong values is not said
-        "--engine foo --reduce-dtype bf16 --global-batch-size x --per-device-train-batch-size 3 --num-train-epochs 2",
-        [
-            "--engine foo: must be one of",
-            "--global-batch-size x: must be a whole",
-            "--max-steps 12: the length of training is set twice",
-        ],
-    ),
-    (
-        "--config none.toml --output-dir a-file",
-        ["--config none.toml: cannot be read", "--output-dir a-file: is a file"],
-    ),
-    ("--datset x --text-column y --data none", ["--datset: no such setting of", "--data none: no such folder"]),
-    ("--lr 1", ["--lr: no such setting of wikift train; use --learning-rate"]),
-    ("--config none.toml", ["--config none.toml: cannot be read"]),
-    ("--config not-toml.toml", ["--config not-toml.toml: not valid TOML"]),
-    ("--config not-json.json", ["--config not-json.json: not valid JSON"]),
-    (
-        "--config unknown.toml",
-        ["learning_rat: no such setting of config file unknown.toml (did you mean learning_rate?)"],
-    ),
-    ("--config types.toml", ["max_steps 1.5 in types.toml", "wandb 1 in types.toml", "model 7 in types.toml"]),
-    ("--data none", ["--data none: no such folder"]),
-    ("--data a-file", ["--data a-file: is a file, not a token store"]),
-    ("--data no-store", ["--data no-store: has no store.json"]),
-    ("--data foreign", ["--data foreign: store.json is not wikift's (format 'mosaic-1')"]),
-    ("--data newer", ["--data newer: has format wikift-store-99"]),
-    ("--data broken-store", ["--data broken-store: store.json is not JSON"]),
-    ("--data garbled-store", ["--data garbled-store: store.json has no valid tokenizer"]),
-    ("--data truncated", ["--data truncated: train.bin is truncated: 100 bytes, store.json says 818"]),
-    ("--data binless", ["--data binless: validation.bin is missing"]),
-    ("--data damaged", ["--data damaged: train.bin is damaged: id 65535"]),
-    ("--data short --block-size 8", ["--block-size 8: the train split has 8 tokens, too few for one block"]),
-    ("--data no-validation --eval-steps 4", ["--eval-steps 4: cannot act, no-validation has no validation text"]),
-    ("--dataset demo", ["--dataset demo: has no effect, --data store is tokenized already"]),
-    ("--tokenizer gpt2 --workers 2", ["--tokenizer gpt2: has no effect", "--workers 2: has no effect"]),
-    (
-        "--learning-rate -1 --max-steps 0 --model gpt3 --data none --engine ddp --resume nowhere --output-dir a-file",
-        [
-            "--learning-rate -1",
-            "--max-steps 0",
-            "--model gpt3",
-            "--data none",
-            "--engine ddp",
-            "--resume",
-            "--output-dir",
-        ],
-    ),
-]
+def cases(name: str) -> list[Any]:
+    """A table's rows `LINE -> PROBLEM | PROBLEM`: (its name, line, problems)."""
+    rows = [row.split("-> ") for row in TABLES[name][2].replace("\\\n", "").strip().splitlines()]
+    return [pytest.param(name, line, problems.split(" | "), id=f"{name}: {line}") for line, problems in rows]
 
 
-@pytest.mark.parametrize(("line", "expected"), TRAIN, ids=[line for line, _ in TRAIN])
-def test_train_from_scratch(refused: Any, line: str, expected: list[str]) -> None:
-    refused("train", f"--data store {FITS} {line}", *expected)
+TRAIN = r"""
+--learning-rate -1e-4 -> --learning-rate -0.0001: must be above 0
+--deepspeed none.json -> --deepspeed none.json: cannot be read
+--deepspeed not-json.json -> --deepspeed not-json.json: not valid JSON
+--deepspeed zero0.json --engine single -> zero_optimization.stage 0 in zero0.json: must | --engine single:
+--deepspeed batch.json -> --gradient-accumulation-steps 3: must divide the 8 blocks
+--deepspeed no-zero.json --max-grad-norm 1 --learning-rate 0 \
+-> zero_optimization.stage null in no-zero.json: must be 1, 2 or 3 | \
+optimizer.type "Lamb" in no-zero.json: not supported | \
+--max-grad-norm 1: contradicts gradient_clipping 0.5 in no-zero.json | \
+--learning-rate 0: must be above 0
+--adam-beta1 1 --adam-beta2 -0.5 -> --adam-beta1 1: must be at least 0 | --adam-beta2 -0.5: must be at least 0
+--data-fraction 10 -> --data-fraction 10: must be above 0 and at most 1
+--dropout 1 --adam-epsilon 0 -> --dropout 1: must be | --adam-epsilon 0: must be above 0
+--max-steps 0 -> --max-steps 0: must be 1 or more
+--max-steps ten -> --max-steps ten: must be a whole number
+--num-train-epochs 2 -> --max-steps 12: the length of training is set twice, --num-train-epochs 2 too
+--warmup-steps 12 -> --warmup-steps 12: must be less than --max-steps 12
+--warmup-steps 1.5 -> --warmup-steps 1.5: must be a whole number, or a fraction below 1
+--block-size 17 -> --block-size 17: --model gpt2 has only 16 positions
+--per-device-train-batch-size 3 -> --per-device-train-batch-size 3: must divide the 8 blocks
+--per-device-train-batch-size 2 --gradient-accumulation-steps 3 \
+-> --global-batch-size 8: is not 1 process x 2 (--per-device-train-batch-size) x 3 (--gradient-accumulation-steps) = 6
+--config-overrides n_layer -> --config-overrides n_layer: must be NAME=VALUE
+--config-overrides n_layer=many -> --config-overrides n_layer=many: n_layer must be a whole number
+--config-overrides n_head=3,n_embd=32,n_positions=16 -> --config-overrides n_head=3: must divide n_embd=32
+--config-overrides n_layer=2,n_head=2,n_embd=32,n_positions=16,vocab_size=10 \
+-> --config-overrides vocab_size=10: the store's tokenizer has 97
+--precision fp8 -> --precision fp8: must be one of auto, bf16, fp16, fp32
+--lr-scheduler-type cosin -> (did you mean cosine?)
+--engine ddp -> --engine ddp: needs a launcher
+--reduce-dtype bf16 -> --reduce-dtype bf16: has no effect, --engine auto is one process here
+--reduce-dtype fp16 --engine fsdp -> --reduce-dtype fp16: small gradients would underflow without a loss scale
+--reduce-dtype bf16 --engine fsdp --no-fsdp-reshard --gradient-accumulation-steps 2 \
+-> --reduce-dtype bf16: with --no-fsdp-reshard the 2 micro-batches of a step would be added up in bf16 too
+--resume run -> --resume run: must be auto, never or a checkpoint
+--output-dir a-file/run -> --output-dir a-file/run: a-file is a file; name a folder
+--learning-rte 1 -> --learning-rte: unknown option (did you mean --learning-rate?)
+--model -> --model: needs a value
+--max-step 5 --learning-rate -1 -> --max-step: unknown option (did | --learning-rate -1: must be above 0
+--engine foo --reduce-dtype bf16 --global-batch-size x --per-device-train-batch-size 3 --num-train-epochs 2 \
+-> --engine foo: must be one of | \
+--global-batch-size x: must be a whole | \
+--max-steps 12: the length of training is set twice
+--config none.toml --output-dir a-file -> --config none.toml: cannot be read | --output-dir a-file: is a file
+--datset x --text-column y --data none -> --datset: unknown option (did | --text-column y: has no effect | --data none:
+--lr 1 -> --lr: is --learning-rate 1 here
+--config not-toml.toml -> --config not-toml.toml: not valid TOML
+--config not-json.json -> --config not-json.json: not valid JSON
+--config unknown.toml -> learning_rat in unknown.toml: unknown option (did you mean learning_rate?)
+--config types.toml -> max_steps 1.5 in types.toml | wandb 1 in types.toml | model 7 in types.toml
+--data none -> --data none: no such folder
+--data a-file -> --data a-file: is a file, not a token store
+--data no-store -> --data no-store: has no store.json
+--data foreign -> --data foreign: store.json is not wikift's (format 'mosaic-1')
+--data newer -> --data newer: has format wikift-store-99
+--data broken-store -> --data broken-store: store.json is not JSON
+--data garbled-store -> --data garbled-store: store.json has no valid tokenizer
+--data truncated -> --data truncated: train.bin is truncated: 100 bytes, store.json says 818
+--data binless -> --data binless: validation.bin is missing
+--data damaged -> --data damaged: train.bin is damaged: id 65535
+--data short --block-size 8 -> --block-size 8: the train split has 8 tokens, too few for one block
+--data no-validation --eval-steps 4 -> --eval-steps 4: cannot act, no-validation has no validation text
+--dataset demo -> --dataset demo: has no effect, --data store is tokenized already
+--tokenizer gpt2 --workers 2 -> --tokenizer gpt2: has no effect | --workers 2: has no effect
+--learning-rate -1 --max-steps 0 --model gpt3 --data none --engine ddp --resume nowhere --output-dir a-file \
+-> --learning-rate -1 | --max-steps 0 | --model gpt3 | --data none | --engine ddp | --resume | --output-dir
+"""
+
+FINE_TUNE = r"""
+--model gpt2-smal -> --model gpt2-smal: no such folder, and not one of distilgpt2, gpt2, gpt2-medium
+--model gpt2x -> (did you mean gpt2?)
+--model ./models/none -> --model ./models/none: no such folder
+--model no-config -> --model no-config: has no config.json
+--model bert -> --model bert: config.json says model_type 'bert'; wikift trains gpt2 models only
+--model broken -> --model broken: config.json cannot be read
+--model garbled -> --model garbled: config.json says n_layer 'two'
+--model small-model -> --model small-model: its vocabulary has 50 tokens, the store's 97
+--config-overrides n_layer=2 -> --config-overrides n_layer=2: has no effect without --from-scratch
+"""
+
+TEXT = r"""
+--dataset none.txt -> --dataset none.txt: no such file or folder
+--dataset wikitext-103 -> --dataset wikitext-103: no such file, folder or dataset; did you mean wikitext-103-v1?
+--dataset empty.txt -> empty.txt
+--dataset blank.txt -> blank.txt
+--dataset latin.txt -> latin.txt
+--dataset rows.jsonl -> text
+--dataset broken.jsonl -> broken.jsonl
+--dataset table.csv -> --dataset table.csv: wikift reads .txt, .jsonl, .parquet, not .csv
+--dataset no-splits -> --dataset no-splits: has no train, validation or test
+--dataset good.txt --text-column body -> --text-column body: has no effect, good.txt
+--dataset good.txt --dataset-config x -> --dataset-config x: has no effect, good.txt is one file
+--dataset demo --dataset-config x -> --dataset-config x: --dataset demo has none
+--dataset good.txt --validation-fraction 1 -> --validation-fraction 1: must be above 0 and below 1
+--dataset good.txt --workers 0 -> --workers 0: must be 1 or more
+--dataset good.txt --tokenizer train:abc -> --tokenizer train:abc: SIZE must be 257 tokens or more
+--dataset good.txt --tokenizer no-config -> --tokenizer no-config: has neither tokenizer.json
+--dataset good.txt --tokenizer a-file -> --tokenizer a-file: is a file
+--dataset none.txt --tokenizer train:x --workers 0 -> --dataset none.txt | --tokenizer train:x | --workers 0
+"""
+
+PREPARE = r"""
+--out a-file -> --out a-file: is a file; name a folder
+--out no-store -> --out no-store: is a folder that contains other files
+--out text -> text: was made with other settings
+--out new --dataset-nme x --seed -1 -> --dataset-nme: unknown option (did | --seed -1: must be 0 or more
+--out a-file --seed -1 --workers 0 -> --out a-file | --seed -1 | --workers 0
+"""
+
+CONSOLIDATE = r"""
+--max-shard-size 0 -> RUN_OR_CHECKPOINT: is missing | --max-shard-size 0: must be a number
+none -> none: no such folder
+store -> store: is not a run's folder
+run --step 5 -> --step 5: is not among the checkpoints of run: 4, 8, 12
+run --step 4 --best -> --step 4: has no effect with --best
+run/checkpoints/step-00000004 --best --out new -> --best: has no effect
+run --dtype float8 -> --dtype float8: must be one of float32, bfloat16, float16
+run --max-shard-size 5apples -> --max-shard-size 5apples: must be a number and KB
+run --out a-file -> --out a-file: is a file; name a folder
+run --out no-store -> --out no-store: holds something that wikift did not export
+run other -> other: is not an option
+run --stp 4 -> --stp: unknown option (did you mean --step?)
+none --step 4 --best --max-shard-size x -> none: no such | --step 4: has no effect | --max-shard-size x: must
+"""
+
+EVALUATE = r"""
+-> MODEL: required
+run --split tset -> --split tset:
+run --context 16 --stride 17 -> --stride 17: must be at most --context 16
+run --context 64 -> --context 64: run has 32 positions
+run --stride 64 -> --stride 64: run has 32 positions
+run --data store -> its tokenizer is not the one that made store
+run --data none -> --data none: no such folder
+gpt2 -> --data: required
+no-config --data text -> no-config: holds neither a model nor a run
+a-file --data text -> a-file: is a file
+bert --data text -> bert: config.json says model_type 'bert'
+run --precision fp8 -> --precision fp8: must be one of
+run --splt test --context 0 -> --splt: unknown option (did you mean --split?) | --context 0: must be 1 or more
+a-file no-config --data none --stride 0 -> --stride 0: must | --data none: no such | a-file: is | no-config: holds
+"""
+
+GENERATE = r"""
+run --prompt a --examples --seed -1 -> --prompt and --examples: only one source of prompts | --seed -1: must be
+run --prompt a --prompts-file prompts-latin.txt -> --prompt and --prompts-file: only one source | line 2 is not UTF-8
+run --prompts-file none.txt -> --prompts-file none.txt: cannot be read
+run --prompts-file . -> --prompts-file .: cannot be read
+run --prompts-file prompts-empty.txt -> --prompts-file prompts-empty.txt: has no prompt in it
+run --temperature -1 --top-p 0 -> --temperature -1: must be 0 or more | --top-p 0: must be above 0
+run --top-k -1 --top-p 1.1 -> --top-k -1: must be 0 or more | --top-p 1.1: must be above 0 and at most 1
+run --max-new-tokens 0 --repetition-penalty 0 -> --max-new-tokens 0: must be 1 or more | --repetition-penalty 0: must be
+run --repetition-penalty 0.05 --temperature hot -> --temperature hot: must be a number | 0.05: must be
+run --stop "" --logprobs -> --stop: is empty | --logprobs: are written with --json
+run --num-beams 2 --stop a -> --num-beams 2: draws nothing; add --temperature 0 | --num-beams 2: goes without --stop
+run --num-beams 2 --num-return-sequences 3 --temperature 0 -> --num-return-sequences 3: is more than --num-beams 2
+run --num-return-sequences 3 --temperature 0 -> all would be the same; raise it, or add --num-beams 3
+run --num-return-sequences=0 --num-beams=0 --batch-size=0 -> -sequences 0: must | -beams 0: must | -size 0: must
+run --temperature 0 --top-k 9 --top-p 0.5 --seed 1 \
+-> --top-k 9: has no effect at --temperature 0 | --top-p 0.5: has no effect | --seed 1: has no effect
+run --promt a -> --promt: unknown option (did you mean --prompt?)
+a-file -> a-file: is a file
+no-store -> no-store: holds neither a model nor a run
+run/checkpoints/step-00000004 -> is a checkpoint; make a model of it first: wikift consolidate
+gtp2 -> gtp2: no such folder, and no name of the Hub (did you mean gpt2?)
+runs/smal -> runs/smal: no such folder, and no name of the Hub (did you mean runs/small?)
+runs/small/hf -> runs/small/hf: is not there yet; make it: wikift consolidate runs/small
+runs/empty -> has no checkpoint yet; train it first: wikift train --seed 3 --output-dir runs/empty
+zzz/y/hf -> zzz/y/hf: no such folder, and no name of the Hub; train it first: wikift train --output-dir zzz/y
+zzz/y/x -> zzz/y/x: no such folder, and no name of the Hub; train it first: wikift train --output-dir zzz/y/x
+run -- --seed 1 -> --: settings after it are for training, and MODEL run
+run --no-train -- --seed 1 -> --no-train: settings after -- are for training
+"""
+
+TABLES = {
+    "train from scratch": ("train", FITS, TRAIN),
+    "train a model": ("train", "--data store --block-size 8 --max-steps 2 --output-dir out", FINE_TUNE),
+    "train on text": ("train", f"{FITS.replace('--data store ', '')} --tokenizer train:300 --quiet", TEXT),
+    "prepare text": ("prepare", "--tokenizer train:300 --out new --quiet", TEXT),
+    "prepare": ("prepare", "--dataset good.txt --tokenizer train:300", PREPARE),
+    "consolidate": ("consolidate", "", CONSOLIDATE),
+    "evaluate": ("evaluate", "", EVALUATE),
+    "generate": ("generate", "", GENERATE),
+}
 
 
-FINE_TUNE: list[tuple[str, list[str]]] = [
-    ("--model gpt2-smal", ["--model gpt2-smal: no such folder, and not one of distilgpt2, gpt2, gpt2-medium"]),
-    ("--model gpt2x", ["(did you mean gpt2?)"]),
-    ("--model ./models/none", ["--model ./models/none: no such folder"]),
-    ("--model no-config", ["--model no-config: has no config.json"]),
-    ("--model bert", ["--model bert: config.json says model_type 'bert'; wikift trains gpt2 models only"]),
-    ("--model broken", ["--model broken: config.json cannot be read"]),
-    ("--model garbled", ["--model garbled: config.json says n_layer 'two'"]),
-    ("--model small-model", ["--model small-model: its vocabulary has 50 tokens, the store's 97"]),
-    ("--config-overrides n_layer=2", ["--config-overrides n_layer=2: has no effect on trained weights"]),
-]
-
-
-@pytest.mark.parametrize(("line", "expected"), FINE_TUNE, ids=[line for line, _ in FINE_TUNE])
-def test_train_a_model_that_is_none(refused: Any, line: str, expected: list[str]) -> None:
-    refused("train", f"--data store --block-size 8 --max-steps 2 --output-dir out {line}", *expected)
-
-
-TEXT: list[tuple[str, list[str]]] = [
-    ("--dataset none.txt", ["--dataset none.txt: no such file or folder"]),
-    ("--dataset ./none", ["--dataset ./none: no such file or folder"]),
-    (
-        "--dataset wikitext-103",
-        ["--dataset wikitext-103: no such file, folder or dataset; did you mean wikitext-103-v1?"],
-    ),
-    ("--dataset empty.txt", ["empty.txt"]),
-    ("--dataset blank.txt", ["blank.txt"]),
-    ("--dataset latin.txt", ["latin.txt"]),
-    ("--dataset rows.jsonl", ["text"]),
-    ("--dataset broken.jsonl", ["broken.jsonl"]),
-    ("--dataset table.csv", ["--dataset table.csv: wikift reads .txt, .jsonl, .parquet, not .csv"]),
-    ("--dataset no-splits", ["--dataset no-splits: has no train, validation or test"]),
-    ("--dataset good.txt --text-column body", ["--text-column body: has no effect, good.txt"]),
-    ("--dataset good.txt --dataset-config x", ["--dataset-config x: has no effect, good.txt is one file"]),
-    ("--dataset demo --dataset-config x", ["--dataset-config x: has no effect, demo has no other"]),
-    ("--dataset good.txt --validation-fraction 1", ["--validation-fraction 1: must be above 0 and below 1"]),
-    ("--dataset good.txt --workers 0", ["--workers 0: must be 1 or more"]),
-    ("--dataset good.txt --tokenizer train:abc", ["--tokenizer train:abc: SIZE must be 257 tokens or more"]),
-    ("--dataset good.txt --tokenizer train:256", ["--tokenizer train:256: SIZE must be 257 tokens or more"]),
-    ("--dataset good.txt --tokenizer no-config", ["--tokenizer no-config: has neither tokenizer.json"]),
-    ("--dataset good.txt --tokenizer a-file", ["--tokenizer a-file: is a file"]),
-    (
-        "--dataset none.txt --tokenizer train:x --workers 0",
-        ["--dataset none.txt", "--tokenizer train:x", "--workers 0"],
-    ),
-]
-
-
-@pytest.mark.parametrize("command", ["prepare", "train"])
-@pytest.mark.parametrize(("line", "expected"), TEXT, ids=[line for line, _ in TEXT])
-def test_text_that_is_none(refused: Any, command: str, line: str, expected: list[str]) -> None:
-    tokenizer = "" if "--tokenizer" in line else "--tokenizer train:300"
-    more = f"{FITS} --quiet" if command == "train" else "--out new --quiet"  # no progress before the problem
-    refused(command, f"{line} {tokenizer} {more}", *expected)
-
-
-PREPARE: list[tuple[str, list[str]]] = [
-    ("--out a-file", ["--out a-file: is a file; name a folder"]),
-    ("--out no-store", ["--out no-store: is a folder that contains other files"]),
-    ("--out text", ["text: was made with other settings"]),
-    ("--out new --seed -1", ["--seed -1: must be 0 or more"]),
-    ("--out new --dataset-nme x --seed -1", ["--dataset-nme: no such setting", "--seed -1: must be 0 or more"]),
-    ("--out new --dataset-nme x", ["--dataset-nme: no such setting of"]),
-    ("--out a-file --seed -1 --workers 0", ["--out a-file", "--seed -1", "--workers 0"]),
-]
-
-
-@pytest.mark.parametrize(("line", "expected"), PREPARE, ids=[line for line, _ in PREPARE])
-def test_prepare(refused: Any, line: str, expected: list[str]) -> None:
-    refused("prepare", f"--dataset good.txt --tokenizer train:300 {line}", *expected)
+@pytest.mark.parametrize(("name", "line", "expected"), [case for name in TABLES for case in cases(name)])
+def test_a_wrong_line_is_refused(refused: Any, name: str, line: str, expected: list[str]) -> None:
+    command, defaults, _ = TABLES[name]
+    refused(command, merged(defaults, line), *expected)
 
 
 def test_prepare_verifies_every_byte(refused: Any) -> None:
@@ -310,118 +333,22 @@ def test_prepare_verifies_every_byte(refused: Any) -> None:
     refused("prepare", "--verify --out none", "--out none: no such folder")
 
 
-CONSOLIDATE: list[tuple[str, list[str]]] = [
-    ("--max-shard-size 0", ["RUN_OR_CHECKPOINT: is missing", "--max-shard-size 0: must be a number"]),
-    ("none", ["none: no such folder"]),
-    ("store", ["store: is not a run's folder"]),
-    ("bert", ["bert: is not a run's folder"]),
-    ("run --step 5", ["--step 5: is not among the checkpoints of run: 4, 8, 12"]),
-    ("run --step 4 --best", ["--step 4: has no effect with --best"]),
-    ("run/checkpoints/step-00000004 --best --out new", ["--best: has no effect"]),
-    ("run --dtype float8", ["--dtype float8: must be one of float32, bfloat16, float16"]),
-    ("run --max-shard-size 5apples", ["--max-shard-size 5apples: must be a number and KB"]),
-    ("run --out a-file", ["--out a-file: is a file; name a folder"]),
-    ("run --out no-store", ["--out no-store: holds something that wikift did not export"]),
-    ("run other", ["other: is not an option"]),
-    ("run --stp 4", ["--stp: no such setting of wikift consolidate (did you mean --step?)"]),
-    (
-        "none --step 4 --best --max-shard-size x",
-        ["none: no such", "--step 4: has no effect", "--max-shard-size x: must"],
-    ),
-]
-
-
-@pytest.mark.parametrize(("line", "expected"), CONSOLIDATE, ids=[line for line, _ in CONSOLIDATE])
-def test_consolidate(refused: Any, line: str, expected: list[str]) -> None:
-    refused("consolidate", line, *expected)
-
-
-EVALUATE: list[tuple[str, list[str]]] = [
-    ("", ["MODEL: required"]),
-    ("run --split tset", ["--split tset: "]),
-    ("run --context 16 --stride 17", ["--stride 17: must be at most --context 16"]),
-    ("run --context 64", ["--context 64: run has 32 positions"]),
-    ("run --stride 64", ["--stride 64: run has 32 positions"]),
-    ("run --stride 0", ["--stride 0: must be 1 or more"]),
-    ("run --context -1", ["--context -1: must be 1 or more"]),
-    ("run --data store", ["its tokenizer is not the one that made store"]),
-    ("run --data none", ["--data none: no such folder"]),
-    ("gpt2", ["--data: required"]),
-    ("no-config --data text", ["no-config: holds neither a model nor a run"]),
-    ("a-file --data text", ["a-file: is a file"]),
-    ("bert --data text", ["bert: config.json says model_type 'bert'"]),
-    ("run --precision fp8", ["--precision fp8: must be one of"]),
-    ("run --splt test --context 0", ["--splt: no such setting", "--context 0: must be 1 or more"]),
-    ("run --splt test", ["--splt: no such setting of wikift evaluate (did you mean --split?)"]),
-    (
-        "a-file no-config --data none --stride 0",
-        ["--stride 0: must", "--data none: no such", "a-file: is", "no-config: holds"],
-    ),
-]
-
-
-@pytest.mark.parametrize(("line", "expected"), EVALUATE, ids=[line for line, _ in EVALUATE])
-def test_evaluate(refused: Any, line: str, expected: list[str]) -> None:
-    refused("evaluate", line, *expected)
-
-
-GENERATE: list[tuple[str, list[str]]] = [
-    ("run --prompt a --examples", ["--prompt and --examples: only one source of prompts"]),
-    ("run --prompt a --prompts-file good.txt", ["--prompt and --prompts-file: only one source of prompts"]),
-    ("run --prompts-file none.txt", ["--prompts-file none.txt: cannot be read"]),
-    ("run --prompts-file prompts-empty.txt", ["--prompts-file prompts-empty.txt: has no prompt in it"]),
-    ("run --prompts-file prompts-latin.txt", ["--prompts-file prompts-latin.txt: line 2 is not UTF-8"]),
-    ("run --prompt a --temperature -1", ["--temperature -1: must be 0 or more"]),
-    ("run --prompt a --top-p 0 --top-k -1", ["--top-p 0: must be above 0", "--top-k -1: must be"]),
-    ("run --prompt a --max-new-tokens 0", ["--max-new-tokens 0: must be 1 or more"]),
-    ("run --prompt a --repetition-penalty 0", ["--repetition-penalty 0: must be from 0.1 to 10"]),
-    ("a-file --prompt a", ["a-file: is a file"]),
-    ("no-config --prompt a", ["no-config: holds neither a model nor a run"]),
-    ("run/checkpoints/step-00000004 --prompt a", ["run/checkpoints/step-00000004: is a checkpoint"]),
-    ("run --no-train --prompt a -- --max-steps 5", ["--no-train: settings after -- are for training"]),
-    ("runs/new --prompt a", ["runs/new: no such folder, and no name of the Hub; train it first"]),
-    ("rum --prompt a", ["rum: no such folder, and no name of the Hub"]),
-    ("run --promt a", ["--promt: no such setting of wikift generate (did you mean --prompt?)"]),
-    (
-        "run --prompt a --examples --seed -1 --top-p 2",
-        ["--prompt and --examples", "--seed -1: must be 0 or more", "--top-p 2: must be above 0"],
-    ),
-]
-
-
-@pytest.mark.parametrize(("line", "expected"), GENERATE, ids=[line for line, _ in GENERATE])
-def test_generate(refused: Any, line: str, expected: list[str]) -> None:
-    refused("generate", line, *expected)
-
-
 def test_another_experiment_in_a_runs_folder(refused: Any) -> None:
-    line = (
-        f"--data text {FITS.replace('n_positions=16', 'n_positions=32').replace('--block-size 8', '--block-size 16')}"
-    )
+    fits = merged(FITS, f"--config-overrides {SHAPE.replace('16', '32')} --block-size 16 --data text")
     refused(
         "train",
-        f"{line} --output-dir run --seed 7 --global-batch-size 4 --max-steps 99",
+        merged(fits, "--output-dir run --seed 7 --global-batch-size 4 --max-steps 99"),
         "--seed 7: this run was started with 42",
         "--global-batch-size 4: this run was started with 8",
     )
 
 
-# --- as processes ------------------------------------------------------------------------------------------------
-
 AS_PROCESSES: list[tuple[str, str, int, list[str]]] = [  # command, line, processes that a launcher started, expected
-    ("train", f"--data store {FITS}", 3, ["--global-batch-size 8: must be a multiple of the 3 processes; take 6 or 9"]),
-    ("train", f"--data store {FITS} --engine single", 2, ["--engine single: uses one process, but"]),
-    (
-        "train",
-        f"--data store {FITS} --max-step 5",
-        0,
-        ["--max-step: no such setting of python /"],
-    ),
-    ("prepare", "--dataset latin.txt --tokenizer train:300", 0, ["latin.txt"]),
+    ("train", FITS, 3, ["--global-batch-size 8: must be a multiple of the 3 processes; take 6 or 9"]),
+    ("train", f"{FITS} --engine single", 2, ["--engine single: uses one process, but"]),
     ("consolidate", "", 0, ["RUN_OR_CHECKPOINT"]),
     ("consolidate", "run", 2, ["torchrun: started 2 processes"]),
     ("evaluate", "run --context 8 --stride 9", 2, ["--stride 9: must be at most --context 8"]),
-    ("generate", "run --examples --prompt a", 0, ["--prompt and --examples"]),
     ("generate", "run --prompt a", 2, ["torchrun: started 2 processes"]),
 ]
 

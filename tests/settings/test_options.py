@@ -77,8 +77,8 @@ def test_dashes_and_underscores_are_the_same_in_names_and_kept_in_values() -> No
     assert parsed("--output_dir", "my_run-1").output_dir == "my_run-1"
 
 
-def test_the_last_of_two_wins_and_negative_numbers_are_values() -> None:
-    assert parsed("--max-steps", "1", "--max-steps", "2").max_steps == 2
+def test_numbers_below_zero_and_texts_with_a_dash_are_values() -> None:
+    assert parse(GenerateSettings, ["--prompt", "- a", "--stop", "-- b"], prog="").prompt == "- a"
     assert parsed("--learning-rate", "-1e-5", "--dropout", "-.5").learning_rate == -1e-5
     assert parsed("--dropout=-1").dropout == -1
 
@@ -96,13 +96,21 @@ def test_the_last_of_two_wins_and_negative_numbers_are_values() -> None:
         (["--output-dir", ""], "--output-dir '': must not be empty"),
         (["--model", os.fsdecode(b"caf\xe9")], "must be UTF-8 text"),
         (["--max-steps"], "--max-steps: needs a value"),
-        (["--dry-run=yes"], "--dry-run: takes no value"),
-        (["--no-append-eos=1"], "--append-eos: takes no value"),
+        (["--dry-run=yes"], "--dry-run yes: takes no value; --dry-run or --no-dry-run"),
+        (["--no-append-eos=1"], "--no-append-eos 1: takes no value"),
+        (["--gradient_checkpointing", "True"], "--gradient-checkpointing True: takes no value"),
+        (["--max-steps", "1", "--max_steps=2"], "--max-steps: is set 2 times (1, 2); keep one"),
+        (["--wandb", "--no-wandb"], "--wandb: is set 2 times (True, False); keep one"),
         (["5"], "5: is not an option"),
-        (["--max-step", "5"], "--max-step: no such setting of train.py (did you mean --max-steps?)"),
-        (["--learning_rte=5"], "--learning-rte: no such setting of train.py (did you mean --learning-rate?)"),
-        (["-max-steps", "5"], "-max-steps: no such setting of train.py (did you mean --max-steps?)"),
-        (["--zzz"], "--zzz: no such setting of train.py"),
+        (["--max-step", "5"], "--max-step: unknown option (did you mean --max-steps?)"),
+        (["--learning_rte=5"], "--learning_rte: unknown option (did you mean --learning-rate?)"),
+        (["-max-steps", "5"], "-max-steps: unknown option (did you mean --max-steps?)"),
+        (["--zzz"], "--zzz: unknown option; see --help"),
+        (["--stride", "5"], "--stride: unknown option; see --help"),
+        (["--fp16", "True"], "--fp16: is --precision fp16 here"),
+        (["--model_name_or_path", "my model"], "--model_name_or_path: is --model 'my model' here"),
+        (["--warmup_ratio=.1"], "--warmup_ratio: is --warmup-steps .1 here; below 1 it is a fraction of the run"),
+        (["--do_train"], "--do_train: unknown option; omit it, `wikift train` trains"),
         (["--lr-scheduler-type", "cosin"], "(did you mean cosine?)"),
     ],
 )
@@ -185,9 +193,10 @@ def test_an_answer_on_the_line_displaces_what_hangs_on_the_question_in_the_file(
         ("a.toml", "wandb = 1", "wandb 1 in {}: must be true or false"),
         ("a.toml", 'wandb = "true"', "wandb true in {}: must be true or false"),
         ("a.toml", 'precision = "fp8"', "precision fp8 in {}: must be one of auto"),
-        ("a.toml", "[train]\nmax_steps = 5", "train: no such setting of config file {}"),
-        ("a.toml", 'config = "b.toml"', "config: no such setting of config file {}"),
+        ("a.toml", "[train]\nmax_steps = 5", "train in {}: unknown option; see --help"),
+        ("a.toml", 'config = "b.toml"', "config in {}: unknown option; see --help"),
         ("a.toml", "max_steps = 5\nmax-steps = 6", "max_steps in {}: is set twice, with - and with _"),
+        ("a.toml", "lr = 1e-4", "lr in {}: is learning_rate 0.0001 here"),
         ("a.toml", "max_steps: 5", "--config {}: not valid TOML"),
         ("a.json", "max_steps = 5", "--config {}: not valid JSON"),
         ("a.json", "[5]", "--config {}: holds a list, not a table of settings"),

@@ -197,7 +197,7 @@ def test_everything_that_does_not_fit_comes_at_once() -> None:
         plan(10, shape=small, block_size=32)
     found = caught.value.problems
     assert len(found) == 3
-    assert found[0].startswith("--block-size 32: the model has 16 positions")
+    assert found[0].startswith("--block-size 32: --model gpt2 has only 16 positions")
     assert "10 tokens" in found[1]
     assert "take --block-size 9 or less" in found[1]
     assert found[2].startswith("--model gpt2: its vocabulary has 100 tokens, the store's 50257")
@@ -284,7 +284,7 @@ def test_near_names_are_suggested() -> None:
         ("initializer_range=inf", ["must be a number above 0"]),
         ("activation_function=rely", ["activation_function must be one of gelu_new"]),
         ("n_head=5", ["n_head=5: must divide n_embd=768; try n_head=1"]),
-        ("n_positions=16", ["--block-size 32: the model has 16 positions"]),
+        ("n_positions=16", ["--block-size 32: --model gpt2 has only 16 positions"]),
     ],
 )
 def test_overrides(overrides: str, expected: list[str]) -> None:

@@ -13,7 +13,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from wikift.base.command import command_line
+from wikift.base.command import as_typed, command_line
 from wikift.base.errors import UserError, nearest
 from wikift.base.shape import RELEASED, released_name
 
@@ -86,6 +86,13 @@ def newest_run(folder: Path = Path("runs")) -> Path | None:
     return max(ages)[1] if ages else None
 
 
+def train_command(run: Path) -> str:
+    """The command that trains the run `run`, or makes it: its own where it has begun."""
+    return as_typed(
+        str(read_json(run / "config.json").get("command") or f"wikift train --output-dir {shlex.quote(str(run))}")
+    )
+
+
 def is_hub_name(name: str) -> bool:
     """Whether `name`, which is no folder here, can only mean a model of the Hub: gpt2, or OWNER/NAME."""
     owner, slash, rest = name.partition("/")
@@ -120,7 +127,7 @@ def check_model(name: str) -> None:
             f"{name}: is not there yet; make it: {command_line('consolidate')} {shlex.quote(str(path.parent))}"
         )
     run = path.parent if path.name == "hf" else path
-    train = f"train it first: {command_line('train')} --output-dir {shlex.quote(str(run))}"
+    train = f"train it first: {train_command(run)}"
     if is_run(path):
         raise UserError(f"{name}: has no checkpoint yet; {train}")
     near = nearest(name, [*RELEASED, *(str(run) for run in Path("runs").glob("*") if run.is_dir())])

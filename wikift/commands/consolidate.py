@@ -144,10 +144,7 @@ def _choose(folder: Path, settings: ConsolidateSettings, say: Say) -> Path:
     steps = folders.checkpoint_steps(folder)
     listed = ", ".join(map(str, steps))
     if not steps:
-        raise UserError(
-            f"{folder}: has no checkpoint yet; train it further: {command_line('train')} --output-dir "
-            f"{shlex.quote(str(folder))}"
-        )
+        raise UserError(f"{folder}: has no checkpoint yet; train it further: {folders.train_command(folder)}")
     if settings.step is not None and settings.step not in steps:
         raise UserError(f"--step {settings.step}: is not among the checkpoints of {folder}: {listed}; use one of these")
     if not settings.best:

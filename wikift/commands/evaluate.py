@@ -22,7 +22,7 @@ from wikift.data.store import TokenStore, check_tokenizer, open_store
 from wikift.evaluation.protocols import PROTOCOLS, Protocol, loaded_scorer, measure, setups
 from wikift.evaluation.report import Result, as_json, table
 from wikift.evaluation.text import Text, splits_of, text_of_dataset, text_of_store
-from wikift.settings.checks import check_data, problems_of
+from wikift.settings.checks import check_data, problems_of, range_problems
 from wikift.settings.fields import DataSettings, EvaluateSettings
 from wikift.settings.options import flag, parse_all
 
@@ -124,10 +124,7 @@ def check(settings: EvaluateSettings) -> TokenStore | None:
     Raises UserError with every problem that shows without loading a model or reading text.
     """
     problems = [] if settings.models else ["MODEL: required; a run (runs/NAME), a model folder or a Hub name"]
-    for name in ("context", "stride", "per_device_eval_batch_size"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            problems.append(f"{flag(name)} {value}: must be 1 or more")
+    problems += range_problems(settings)
     if settings.context is not None and settings.stride is not None and settings.stride > settings.context:
         problems.append(f"--stride {settings.stride}: must be at most --context {settings.context}")
     if settings.protocol == "lm-eval" and settings.stride is not None:

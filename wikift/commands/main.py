@@ -44,7 +44,9 @@ def main(argv: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"{name}: no such command{nearest(name, list(COMMANDS))}; one of {', '.join(COMMANDS)}")
     command = importlib.import_module(COMMANDS[name][0]).main
-    return int(command([*options, "--dry-run"] if name == "plan" else options))
+    if name == "plan" and "--dry-run" not in options:
+        options.append("--dry-run")
+    return int(command(options))
 
 
 def _help() -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from wikift.base.command import command_line
 from wikift.settings.batch_layout import ranks_started
-from wikift.settings.checks import check_data
+from wikift.settings.checks import check_data, range_problems
 from wikift.settings.fields import DataSettings, PrepareSettings, store_path
 from wikift.settings.options import Parsed, parse_all
 from wikift.settings.run_plan import fallback_dataset
@@ -50,10 +50,7 @@ def make(parsed: Parsed[PrepareSettings]) -> Path:
         say(f"--dataset is not set: using {settings.dataset}")
     settings = dataclasses.replace(settings, tokenizer=settings.tokenizer or DEFAULT_TOKENIZER)
     out = Path(settings.out) if settings.out is not None else store_path(settings)
-    problems = data_problems(settings, out)
-    if settings.seed < 0:
-        problems.append(f"--seed {settings.seed}: must be 0 or more")
-    parsed.refuse(problems)
+    parsed.refuse(range_problems(settings) + data_problems(settings, out))
     exists = (out / "store.json").exists()
     make_store(settings, settings.seed, out, quiet=settings.quiet, say=say, setting="--out")
     if exists:

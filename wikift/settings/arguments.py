@@ -1,4 +1,4 @@
-"""The command line of a settings class, by argparse: the text of each setting, and what `--help` shows."""
+"""The command line of a settings class: how it is read, and what `--help` shows of it (by argparse)."""
 
 from __future__ import annotations
 
@@ -7,22 +7,12 @@ import dataclasses
 import re
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from wikift.base.errors import UserError
-
 Fields = dict[str, dataclasses.Field[Any]]
-
-
-def flag(name: str) -> str:
-    """The spelling of a setting on the command line: `max_steps` -> `--max-steps`."""
-    return "--" + name.replace("_", "-")
-
-
-def name_of(flag: str) -> str:
-    """The setting of a flag, or of a name spelled with dashes: `--max-steps` -> `max_steps`."""
-    return flag.lstrip("-").replace("-", "_")
+# Neither a number like -1e-5 nor a text with spaces is an option.
+_OPTION = re.compile(r"(--|-(?!inf|nan)[A-Za-z])[^\s=]*(=.*)?", re.DOTALL)
 
 
 class Wrong(NamedTuple):
@@ -32,35 +22,61 @@ class Wrong(NamedTuple):
     setting: str = ""
 
 
+def flag(name: str) -> str:
+    """The spelling of a setting on the command line: `max_steps` -> `--max-steps`."""
+    return "--" + name.replace("_", "-")
+
+
 def read_arguments(
-    parser: argparse.ArgumentParser, argv: Sequence[str]
-) -> tuple[dict[str, Any], list[str], list[Wrong]]:
-    """(text by setting, unknown arguments, problems); a flag that argparse refuses is a problem."""
-    line, problems = list[str](), list[Wrong]()
-    for argument in argv:
-        name, equals, value = argument.partition("=")
-        if line and re.match(r"--[^=]+$", line[-1]) and re.match(r"-(\.?\d|inf|nan)", argument):
-            line[-1] += "=" + argument  # argparse takes a number like -1e-5 for an option
+    argv: Sequence[str], fields: Fields, kinds: dict[str, type], unknown: Callable[[str, str], Wrong]
+) -> tuple[dict[str, Any], list[Wrong]]:
+    """(values as text by setting, problems); `unknown(name, value)` is the problem of an option that there is not.
+
+    `--name value` and `--name=value` are the same, as are `-` and `_` in names.
+    """
+    optional = {flag(name): name for name, field in fields.items() if not field.metadata["positional"]}
+    optional |= {flag("no_" + name): name for name in optional.values() if kinds[name] is bool}
+    typed: dict[str, list[Any]] = {}
+    problems, arguments, rest = list[Wrong](), list[str](), [*reversed(argv)]
+    while rest:
+        argument = rest.pop()
+        if not _OPTION.fullmatch(argument):
+            arguments.append(argument)
+            continue
+        spelled, equals, value = argument.partition("=")
+        name = spelled.replace("_", "-")
+        setting, has_value = optional.get(name, ""), equals or (rest and not _OPTION.fullmatch(rest[-1]))
+        if setting and kinds[setting] is bool:
+            if equals or (has_value and rest[-1].lower() in ("true", "false")):
+                value = value or rest.pop()
+                problems.append(
+                    Wrong(f"{name} {value}: takes no value; {flag(setting)} or {flag('no_' + setting)}", setting)
+                )
+            typed.setdefault(setting, []).append(name == flag(setting))
+            continue
+        value = value if equals or not has_value else rest.pop()
+        if not setting:
+            problems.append(unknown(spelled, value))
+        elif has_value:
+            typed.setdefault(setting, []).append(value)
         else:
-            line.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
-    while True:
-        try:
-            namespace, unknown = parser.parse_known_args(line)
-            return {name: value for name, value in vars(namespace).items() if value != []}, unknown, problems
-        except argparse.ArgumentError as error:
-            names = (error.argument_name or "").split("/")
-            rule = "takes no value" if "explicit" in str(error.message) else "needs a value"
-            problems.append(Wrong(f"{names[0]}: {rule}; see {parser.prog} --help", name_of(names[0])))
-            rest = [argument for argument in line if argument.partition("=")[0] not in names]
-            if len(rest) == len(line):
-                raise UserError(*(wrong.text for wrong in problems)) from None
-            line = rest
+            problems.append(Wrong(f"{name}: needs a value", setting))
+    for name in (name for name, field in fields.items() if field.metadata["positional"] and arguments):
+        typed[name] = arguments if kinds[name] is tuple else arguments[:1]
+        arguments = arguments[len(typed[name]) :]
+    problems += [Wrong(f"{argument}: is not an option, and none takes it") for argument in arguments]
+    several = {name: values for name, values in typed.items() if len(values) > 1 and kinds[name] is not tuple}
+    problems += [
+        Wrong(f"{flag(name)}: is set {len(values)} times ({', '.join(map(str, values))}); keep one", name)
+        for name, values in several.items()
+    ]
+    return {name: v if kinds[name] is tuple else v[-1] for name, v in typed.items() if name not in several}, problems
 
 
 def make_parser(
     fields: Fields, kinds: dict[str, type], prog: str, description: str, epilog: str
 ) -> argparse.ArgumentParser:
-    """The parser of these settings; all values stay text."""
+    """The parser of these settings, for its help."""
     width = max(60, min(shutil.get_terminal_size().columns, 120))
     positional = [
         f"[{field.metadata['metavar']}{' ...' if kinds[name] is tuple else ''}]"
@@ -72,10 +88,7 @@ def make_parser(
         usage=" ".join(["%(prog)s", *positional, "[options]"]),
         description=_wrapped(description, width),
         epilog=_wrapped(epilog, width),
-        allow_abbrev=False,
         add_help=False,
-        exit_on_error=False,
-        argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width),
     )
     titles = [*(field.metadata["group"] for field in fields.values()), "options"]
@@ -89,11 +102,9 @@ def make_parser(
         if meta["positional"]:
             group.add_argument(name, nargs="*" if kind is tuple else "?", metavar=metavar, help=text)
         elif kind is not bool:
-            group.add_argument(flag(name), action="append" if kind is tuple else "store", metavar=metavar, help=text)
+            group.add_argument(flag(name), metavar=metavar, help=text)
         elif field.default is False:
             group.add_argument(flag(name), action="store_true", help=text)
-            if "config" in fields:  # turns off what the file turns on; not worth a line of help
-                parser.add_argument(flag("no_" + name), dest=name, action="store_false", help=argparse.SUPPRESS)
         else:
             group.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text)
     groups["options"].add_argument("-h", "--help", action="help", help="show this help and exit")

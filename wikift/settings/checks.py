@@ -26,7 +26,7 @@ from wikift.settings.run_plan import block_problems, model_shape
 
 def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str]:
     """Every problem of resolved settings that can be known before data is read. `launched`: a launcher set RANK."""
-    problems = _check_ranges(settings)
+    problems = range_problems(settings) + _schedule_problems(settings)
     batch = (settings.global_batch_size, settings.per_device_train_batch_size, settings.gradient_accumulation_steps)
     layout = None
     if all(number is None or number >= 1 for number in batch):
@@ -35,11 +35,6 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
         except UserError as error:
             problems += error.problems
     problems += check_data(settings) + _check_model(settings)
-    if settings.max_steps is not None and settings.num_train_epochs is not None:
-        problems.append(
-            f"--max-steps {settings.max_steps}: the length of training is set twice, --num-train-epochs "
-            f"{settings.num_train_epochs:g} too; remove one"
-        )
     if settings.engine == "single" and ranks > 1:
         problems.append(f"--engine single: uses one process, but the launcher started {ranks}; use --engine ddp")
     if settings.engine == "ddp" and not launched:
@@ -77,7 +72,7 @@ def _reduction_problems(settings: TrainSettings, ranks: int, layout: BatchLayout
     if settings.reduce_dtype == "fp32":
         return []
     if settings.deepspeed is None and (settings.engine == "single" or (settings.engine == "auto" and ranks == 1)):
-        problems.append(f"{asked}: has no effect, one process exchanges no gradients; remove it")
+        problems.append(f"{asked}: has no effect, --engine {settings.engine} is one process here; remove it")
     if settings.reduce_dtype == "fp16" and settings.precision != "fp16":
         problems.append(f"{asked}: small gradients would underflow without a loss scale; use bf16, or --precision fp16")
     if not settings.fsdp_reshard and layout is not None and layout.accumulation > 1:
@@ -111,15 +106,7 @@ def check_data(settings: DataSettings) -> list[str]:
                     "remove one of the two"
                 )
     if settings.dataset_config is not None and settings.dataset in (*WIKITEXT, "demo"):
-        problems.append(
-            f"--dataset-config {settings.dataset_config}: has no effect, {settings.dataset} has no other; remove it"
-        )
-    if settings.validation_fraction is not None and not 0 < settings.validation_fraction < 1:
-        problems.append(
-            f"--validation-fraction {settings.validation_fraction:g}: must be above 0 and below 1; try 0.05"
-        )
-    if settings.workers is not None and settings.workers < 1:
-        problems.append(f"--workers {settings.workers}: must be 1 or more; omit it for all cores")
+        problems.append(f"--dataset-config {settings.dataset_config}: --dataset {settings.dataset} has none; remove it")
     tokenizer = settings.tokenizer or ""
     size = tokenizer.removeprefix("train:")
     if size != tokenizer and (not size.isdecimal() or int(size) < 257):
@@ -135,28 +122,38 @@ def _plain(value: float) -> str:
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # rule -> (settings, whether a value holds it)
     "1 or more": (
         "block_size global_batch_size per_device_train_batch_size gradient_accumulation_steps max_steps eval_steps "
-        "save_steps sample_steps logging_steps save_total_limit per_device_eval_batch_size early_stopping_patience",
+        "save_steps sample_steps logging_steps save_total_limit per_device_eval_batch_size early_stopping_patience "
+        "max_eval_samples workers context stride max_new_tokens num_return_sequences num_beams batch_size",
         lambda value: value >= 1,
     ),
-    "0 or more": ("weight_decay max_grad_norm seed warmup_steps", lambda value: value >= 0),
+    "0 or more": ("weight_decay max_grad_norm seed warmup_steps temperature top_k", lambda value: value >= 0),
     "above 0": ("learning_rate adam_epsilon decay_steps", lambda value: value > 0),
-    "above 0 and at most 1": ("data_fraction", lambda value: 0 < value <= 1),
+    "above 0 and at most 1": ("data_fraction top_p", lambda value: 0 < value <= 1),
+    "above 0 and below 1": ("validation_fraction", lambda value: 0 < value < 1),
     "above 0 and at most a million": ("num_train_epochs", lambda value: 0 < value <= 1e6),
     "at least 0 and below 1": ("adam_beta1 adam_beta2 dropout", lambda value: 0 <= value < 1),
-    "a whole number, or a fraction below 1": (
-        "warmup_steps decay_steps",
-        lambda value: value < 1 or value % 1 == 0,
-    ),
+    "from 0.1 to 10; 1 is none": ("repetition_penalty", lambda value: 0.1 <= value <= 10),
+    "a whole number, or a fraction below 1": ("warmup_steps decay_steps", lambda value: value < 1 or value % 1 == 0),
 }
 
 
-def _check_ranges(settings: TrainSettings) -> list[str]:
-    problems = [
+def range_problems(settings: Any) -> list[str]:
+    """What is out of its range in the settings of any command."""
+    return [
         f"{flag(name)} {_plain(value)}: must be {rule}"
         for rule, (names, holds) in _RANGES.items()
         for name in names.split()
-        if (value := getattr(settings, name)) is not None and not holds(value)
+        if (value := getattr(settings, name, None)) is not None and not holds(value)
     ]
+
+
+def _schedule_problems(settings: TrainSettings) -> list[str]:
+    problems = []
+    if settings.max_steps is not None and settings.num_train_epochs is not None:
+        problems.append(
+            f"--max-steps {settings.max_steps}: the length of training is set twice, --num-train-epochs "
+            f"{settings.num_train_epochs:g} too; remove one"
+        )
     if settings.decay_steps is not None and settings.lr_scheduler_type != "warmup_stable_decay":
         problems.append(
             f"--decay-steps {_plain(settings.decay_steps)}: has no effect with --lr-scheduler-type "
@@ -173,9 +170,7 @@ def _check_ranges(settings: TrainSettings) -> list[str]:
 def _check_model(settings: TrainSettings) -> list[str]:
     overrides, problems = settings.config_overrides, []
     if overrides is not None and not settings.from_scratch:
-        problems.append(
-            f"--config-overrides {overrides}: has no effect on trained weights; add --from-scratch or remove it"
-        )
+        problems.append(f"--config-overrides {overrides}: has no effect without --from-scratch; add that or remove it")
     problems += problems_of(lambda: parse_overrides(overrides or ""))
     problems += problems_of(lambda: shape_of(settings.model))
     if problems:

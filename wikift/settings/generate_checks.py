@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from wikift.settings.checks import range_problems
 from wikift.settings.fields import GenerateSettings
 from wikift.settings.options import flag
 
@@ -18,21 +19,7 @@ SAMPLING = (
 def check_sampling(settings: GenerateSettings) -> list[str]:
     """Every problem of the settings that shape the text."""
     beams, several, greedy = settings.num_beams, settings.num_return_sequences, settings.temperature == 0
-    all_set = with_defaults(settings)
-    rules = {
-        "max_new_tokens": (settings.max_new_tokens >= 1, "1 or more"),
-        "temperature": (settings.temperature >= 0, "0 or more"),
-        "top_k": (all_set.top_k >= 0, "0 (all tokens) or more"),
-        "top_p": (0 < all_set.top_p <= 1, "above 0 and at most 1"),
-        "repetition_penalty": (0.1 <= all_set.repetition_penalty <= 10, "from 0.1 to 10; 1 is none"),
-        "seed": (all_set.seed >= 0, "0 or more"),
-        "num_return_sequences": (several >= 1, "1 or more"),
-        "num_beams": (beams >= 1, "1 (no beam search) or more"),
-        "batch_size": (settings.batch_size >= 1, "1 or more"),
-    }
-    problems = [
-        f"{flag(n)} {getattr(settings, n):g}: must be {rule}" for n, (holds, rule) in rules.items() if not holds
-    ]
+    problems = range_problems(settings)
     problems += [
         f"{flag(name)} {getattr(settings, name):g}: has no effect at --temperature 0; remove it (or: /set {name})"
         for name in ("top_k", "top_p", "seed")

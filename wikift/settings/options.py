@@ -7,7 +7,6 @@ with those of the checks that follow. Imports nothing heavy: `--help` is instant
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,30 +15,15 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from wikift.base.command import as_typed
-from wikift.base.errors import UserError, nearest
-from wikift.settings.arguments import Fields, Wrong, flag, make_parser, name_of, read_arguments
+from wikift.base.errors import UserError
+from wikift.settings.arguments import Fields, Wrong, flag, make_parser, read_arguments
+from wikift.settings.habits import unknown
 from wikift.settings.values import convert, kind_of, read_config_file, show
 
 __all__ = ["ROLES", "Parsed", "flag", "names_by_role", "option", "parse", "parse_all"]
 
 Settings = TypeVar("Settings")
 Result = TypeVar("Result")
-
-# What people type by habit, of run_clm.py and others, and what it is here.
-HABITS = {
-    "fp16": "--precision fp16", "bf16": "--precision bf16", "torch_dtype": "--precision", "lr": "--learning-rate",
-    "epochs": "--num-train-epochs", "batch_size": "--global-batch-size", "model_name_or_path": "--model",
-    "dataset_name": "--dataset", "dataset_config_name": "--dataset-config", "train_file": "--dataset",
-    "report_to": "--wandb", "resume_from_checkpoint": "--resume", "overwrite_output_dir": "--resume never",
-    "do_eval": "--eval-steps, or nothing: each save validates",
-}  # fmt: skip
-# Settings that are checked against each other by rules that do not name both.
-_TOGETHER = (
-    {"global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"}, {"engine", "reduce_dtype"},
-    {"model", "from_scratch", "block_size", "config_overrides"},
-    {"dataset", "dataset_config", "text_column", "validation_fraction"},
-)  # fmt: skip
-
 
 # What a change of a setting means to a run that is resumed: another experiment is refused; another schedule or
 # placement is allowed and printed; a view shows or stores the run and changes nothing in it.
@@ -48,6 +32,9 @@ _ROLE_OF_GROUP = {
     "model": "experiment", "data": "experiment", "length": "schedule", "optimizer": "schedule", "batch": "placement",
     "speed": "placement",
 }  # fmt: skip
+
+
+_FLAG = re.compile(r"--[a-z0-9-]+")
 
 
 def option(
@@ -63,12 +50,12 @@ def option(
     """One setting. `shown` is the text of a default that is derived (`None` in the class); `role` is one of ROLES.
 
     The group "arguments" has no flags: its settings are set by position. A TEXT may be anything: empty, or not UTF-8,
-    which a name or a path may not.
+    which a name or a path may not. In a PATH, FILE, DIR, MODEL or RUN a leading `~` is the home folder.
     """
     metadata = {
         "help": help, "metavar": metavar, "group": group, "choices": tuple(choices), "shown": shown,
         "role": role or _ROLE_OF_GROUP.get(group, "view"), "positional": group == "arguments",
-        "prose": metavar == "TEXT",
+        "prose": metavar == "TEXT", "path": re.search("PATH|FILE|DIR|MODEL|RUN", metavar or "") is not None,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -102,21 +89,13 @@ class Parsed(Generic[Settings]):
     def refuse(self, further: Iterable[str]) -> None:
         """Raise UserError with all problems: those of the command line, and `further` ones by checks of its settings.
 
-        A check's problem with a setting that could not be read is omitted, as the check saw its default; so is one of
-        a setting that depends on it, but for plain ranges ("must be ...").
+        A check saw the default of a setting that could not be read: its problems that name that setting are omitted.
         """
-        unread = {wrong.setting for wrong in self.problems if wrong.setting}
-        near = unread.union(*(names for names in _TOGETHER if names & unread))
+        unread = {flag(wrong.setting) for wrong in self.problems if wrong.setting}
         problems = [wrong.text for wrong in self.problems if wrong.text]
-        problems += [t for t in further if not _names(t, unread) and (": must be " in t or not _names(t, near))]
+        problems += [text for text in further if not unread & set(_FLAG.findall(text.partition(";")[0]))]
         if problems:
             raise UserError(*dict.fromkeys(problems))
-
-
-def _names(problem: str, settings: Iterable[str]) -> bool:
-    """Whether a problem is about one of these; a flag after the semicolon is only a way to fix it."""
-    rule = problem if ": is missing" in problem else problem.partition(";")[0]
-    return any(re.search(flag(name) + r"(?![\w-])", rule) for name in settings)
 
 
 def parse(settings_class: type[Settings], argv: Sequence[str], **about: Any) -> Settings:
@@ -143,14 +122,17 @@ def parse_all(
     """
     fields = {f.name: f for f in dataclasses.fields(settings_class) if f.init}  # type: ignore[arg-type]
     kinds = {name: kind_of(hint) for name, hint in typing.get_type_hints(settings_class).items() if name in fields}
+    flags = [flag(name) for name, field in fields.items() if not field.metadata["positional"]]
+    if {"-h", "--help"} & set(argv):
+        make_parser(fields, kinds, *map(as_typed, (prog, description, epilog))).print_help()
+        raise SystemExit(0)
+    problems = list[Wrong]()
     if keywords is None:
         source = "line"
-        parser = make_parser(fields, kinds, *map(as_typed, (prog, description, epilog)))
-        typed, rest, problems = read_arguments(parser, argv)
-        problems += _distribute(rest, typed, fields, kinds, parser.prog)
+        typed, problems = read_arguments(argv, fields, kinds, lambda name, value: unknown(name, value, flags))
     else:
         source, typed = "call", {k: value for k, value in keywords.items() if k in fields and value is not None}
-        problems = [_unknown(name, list(fields), prog) for name in keywords if name not in fields]
+        problems += [unknown(name, show(keywords[name]), flags) for name in keywords if name not in fields]
     raw = [(source, name, value) for name, value in typed.items()]
     if typed.get("config"):
         filed, wrong = _filed(str(typed["config"]), fields, typed)
@@ -172,41 +154,13 @@ def parse_all(
     return Parsed(settings_class(**values), sources, tuple(problems))
 
 
-def _distribute(
-    rest: list[str], typed: dict[str, Any], fields: Fields, kinds: dict[str, type], prog: str
-) -> list[Wrong]:
-    """Add arguments that argparse left over to the positional setting that takes many; problems for all others."""
-    problems: list[Wrong] = []
-    flags = [flag(name) for name, field in fields.items() if not field.metadata["positional"]]
-    many = next((name for name, kind in kinds.items() if kind is tuple and fields[name].metadata["positional"]), None)
-    for before, argument in zip(["", *rest], rest, strict=False):
-        if argument.startswith("-"):
-            problems.append(_unknown(argument.partition("=")[0], flags, prog))
-        elif before.startswith("-") and "=" not in before:
-            continue  # the unknown setting's value
-        elif many is not None:  # argparse takes only those that stand together
-            typed.setdefault(many, []).append(argument)
-        else:
-            problems.append(Wrong(f"{argument}: is not an option; see {prog} --help"))
-    return problems
-
-
 def _filed(path: str, fields: Fields, typed: Mapping[str, Any]) -> tuple[dict[str, Any], list[Wrong]]:
     """(values by setting, problems) of a config file."""
     known = [name for name in fields if name != "config"]
     try:
-        values = read_config_file(Path(path))
+        values = read_config_file(Path(path).expanduser())
     except UserError as error:  # any setting may be in it
         return {}, [*map(Wrong, error.problems), *(Wrong("", name) for name in known if name not in typed)]
-    problems = [_unknown(key, known, f"config file {path}") for key in values if key not in known]
+    flags = [flag(name) for name in known]
+    problems = [unknown(key, show(value), flags, f" in {path}") for key, value in values.items() if key not in known]
     return {name: value for name, value in values.items() if name in known}, problems
-
-
-def _unknown(name: str, known: Sequence[str], where: str) -> Wrong:
-    """A setting that does not exist, and the one that was meant, as far as that shows."""
-    ours = HABITS.get(name_of(name), "")
-    meant = name_of(re.split(r"[ ,]", ours)[0])
-    if meant and meant in map(name_of, known):
-        return Wrong(f"{name}: no such setting of {where}; use {ours}", meant)
-    near = difflib.get_close_matches(name, known, n=1)
-    return Wrong(f"{name}: no such setting of {where}{nearest(name, known)}", name_of(near[0]) if near else "")

@@ -249,7 +249,7 @@ def block_problems(settings: TrainSettings, shape: Shape) -> list[str]:
     """Whether the block is longer than the model's context."""
     if settings.block_size is None or settings.block_size <= shape.n_positions:
         return []
-    return [f"--block-size {settings.block_size}: the model has {shape.n_positions} positions; use that or less"]
+    return [f"--block-size {settings.block_size}: --model {settings.model} has only {shape.n_positions} positions"]
 
 
 def _fit_problems(settings: TrainSettings, shape: Shape, block_size: int, tokens: int, vocab_size: int) -> list[str]:
