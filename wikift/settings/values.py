@@ -72,7 +72,7 @@ def convert(value: Any, kind: type, meta: Mapping[str, Any], source: str) -> Any
             raise ValueError("must not be empty; name something or omit it")
         if not meta["prose"] and value != value.encode("utf-8", "replace").decode("utf-8"):
             raise ValueError("must be UTF-8 text")
-        return os.path.expanduser(value) if meta["path"] else value
+        return os.path.expanduser(value) if meta.get("path") else value
     if source != "line" and isinstance(value, str):
         raise ValueError(f"must be {_article(kind)}, without quotes")
     try:
