@@ -139,7 +139,7 @@ def cases(name: str) -> list[Any]:
 TRAIN = r"""
 --learning-rate -1e-4 -> --learning-rate -0.0001: must be above 0
 --deepspeed none.json -> --deepspeed none.json: cannot be read
---deepspeed not-json.json -> --deepspeed not-json.json: not valid JSON
+--deepspeed not-json.json -> --deepspeed not-json.json: cannot be read (not valid JSON
 --deepspeed zero0.json --engine single -> zero_optimization.stage 0 in zero0.json: must | --engine single:
 --deepspeed batch.json -> --gradient-accumulation-steps 3: must divide the 8 blocks
 --deepspeed no-zero.json --max-grad-norm 1 --learning-rate 0 \
