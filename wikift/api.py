@@ -103,7 +103,7 @@ def generate(model: str | Path, prompts: str | Sequence[str], **settings: Any) -
     from wikift.settings.fields import GenerateSettings
 
     asked = [prompts] if isinstance(prompts, str) else list(prompts)
-    left = ("prompt", "prompts_file", "examples", "json", "logprobs", "train", "quiet")
+    left = ("prompt", "prompts_file", "examples", "json", "train", "quiet")
     parsed = _parsed(GenerateSettings, "generate", {"model": model, **settings}, left)
     return [answer.text for answers in command.texts(parsed, asked) for answer in answers]
 

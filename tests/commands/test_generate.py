@@ -240,7 +240,7 @@ def test_a_published_models_own_sampling_does_not_mix_in(
     other.mkdir()
     for path in (made / "hf").iterdir():
         (other / path.name).write_bytes(path.read_bytes())
-    odd = {"do_sample": True, "temperature": 9.0, "max_length": 7, "num_beams": 1, "no_repeat_ngram_size": 1}
+    odd = {"do_sample": True, "temperature": 9.0, "max_length": 7, "no_repeat_ngram_size": 1}
     config = json.loads((other / "generation_config.json").read_text())
     (other / "generation_config.json").write_text(json.dumps({**config, **odd}))
     texts = []
@@ -306,20 +306,17 @@ def test_batches_come_back_in_order_and_each_as_alone(
     ]
 
 
-def test_stop_strings_logprobs_and_several_sequences(scripted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stop_strings_and_several_sequences(scripted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(scripted), "--prompt", "", "--device", "cpu", "--max-new-tokens", "60"]
-    assert main([*words, "--stop", "nothing", "--stop", "…\\n", "--stop=京", "--json", "--logprobs"]) == 0
+    assert main([*words, "--stop", "nothing", "--stop", "…\\n", "--stop=京", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["text"], found["finish_reason"]) == ("Hänsch — 東", "stop_string")
     assert found["stop"] == ["nothing", "…\n", "京"]
-    assert len(found["logprobs"]) == found["new_tokens"] == len("Hänsch — 東京".encode())
-    assert all(-0.1 < logprob <= 0 for _, logprob in found["logprobs"]), "the script leaves no choice"
+    assert found["new_tokens"] == len("Hänsch — 東京".encode())
     assert main([*words, "--stop", "\\n"]) == 0
     assert capsys.readouterr().out == SCRIPT.partition("\n")[0] + "\n"
     assert main([*words, "--num-return-sequences", "2", "--quiet"]) == 0
     assert capsys.readouterr().out == f"{SCRIPT}\n\n{SCRIPT}\n"
-    assert main([*words, "--num-beams", "2", "--temperature", "0", "--repetition-penalty", "1"]) == 0
-    assert capsys.readouterr().out == f"{SCRIPT}\n"
 
 
 def test_the_five_examples(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -289,11 +289,9 @@ run --temperature -1 --top-p 0 -> --temperature -1: must be 0 or more | --top-p 
 run --top-k -1 --top-p 1.1 -> --top-k -1: must be 0 or more | --top-p 1.1: must be above 0 and at most 1
 run --max-new-tokens 0 --repetition-penalty 0 -> --max-new-tokens 0: must be 1 or more | --repetition-penalty 0: must be
 run --repetition-penalty 0.05 --temperature hot -> --temperature hot: must be a number | 0.05: must be
-run --stop "" --logprobs -> --stop: is empty | --logprobs: are written with --json
-run --num-beams 2 --stop a -> --num-beams 2: draws nothing; add --temperature 0 | --num-beams 2: goes without --stop
-run --num-beams 2 --num-return-sequences 3 --temperature 0 -> --num-return-sequences 3: is more than --num-beams 2
-run --num-return-sequences 3 --temperature 0 -> all would be the same; raise it, or add --num-beams 3
-run --num-return-sequences=0 --num-beams=0 --batch-size=0 -> -sequences 0: must | -beams 0: must | -size 0: must
+run --stop "" -> --stop: is empty
+run --num-return-sequences 3 --temperature 0 -> all would be the same; raise the temperature
+run --num-return-sequences=0 --batch-size=0 -> -sequences 0: must | -size 0: must
 run --temperature 0 --top-k 9 --top-p 0.5 --seed 1 \
 -> --top-k 9: has no effect at --temperature 0 | --top-p 0.5: has no effect | --seed 1: has no effect
 run --promt a -> --promt: unknown option (did you mean --prompt?)

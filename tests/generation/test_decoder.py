@@ -53,8 +53,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def writer(tokenizer: Any) -> Writer:
-    return Writer(random_model(), tokenizer)
+def model() -> GPT2LMHeadModel:
+    return random_model()
+
+
+@pytest.fixture(scope="module")
+def writer(model: GPT2LMHeadModel, tokenizer: Any) -> Writer:
+    return Writer(model, tokenizer)
 
 
 def drawing(**values: Any) -> Sampling:
@@ -221,13 +226,13 @@ def test_random_streams_are_their_own() -> None:
     [{"temperature": 0.0, "repetition_penalty": 1.0}, {"temperature": 0.0}, {}, {"top_k": 0, "top_p": 1.0}],
     ids=["greedy", "greedy-penalty", "sampled", "sampled-from-all"],
 )
-def test_200_prompts_in_one_batch_give_what_each_gives_alone(writer: Writer, values: dict[str, Any]) -> None:
+def test_60_prompts_in_one_batch_give_what_each_gives_alone(writer: Writer, values: dict[str, Any]) -> None:
     settings = drawing(max_new_tokens=12, **values)
-    prompts = texts(200)
+    prompts = texts(60)
     together = without_time(writer.answers(prompts, settings))
     assert together == without_time([alone(writer, prompt, settings, number) for number, prompt in prompts])
-    assert len({answer.text for answer in together}) > 100
-    assert len({answer.prompt_tokens for answer in together}) > 20
+    assert len({answer.text for answer in together}) > 40
+    assert len({answer.prompt_tokens for answer in together}) > 15
 
 
 def test_near_ties_are_decided_by_the_text_alone(tokenizer: Any) -> None:
@@ -238,7 +243,7 @@ def test_near_ties_are_decided_by_the_text_alone(tokenizer: Any) -> None:
         weight[161:320:2] = weight[160:320:2] * (1 + 1e-7)
     writer = Writer(model, tokenizer)
     settings = drawing(max_new_tokens=16, temperature=0, repetition_penalty=1.0)
-    prompts = texts(64)
+    prompts = texts(32)
     asked: list[int] = []
     by_itself = writer.decoder.alone
 
@@ -250,39 +255,20 @@ def test_near_ties_are_decided_by_the_text_alone(tokenizer: Any) -> None:
     together = without_time(writer.answers(prompts, settings))
     doubts = len(asked)
     assert together == without_time([alone(writer, prompt, settings, number) for number, prompt in prompts])
-    assert doubts > 100
+    assert doubts > 50
 
 
-def test_greedy_tokens_are_those_of_generate(writer: Writer) -> None:
+def test_greedy_tokens_are_those_of_generate(model: GPT2LMHeadModel, writer: Writer) -> None:
     for _, prompt in texts(12, longest=30):
-        ids = writer.tokenizer(prompt)["input_ids"] or [writer.end_of_text]
+        inputs = torch.tensor([writer.tokenizer(prompt)["input_ids"] or [writer.end_of_text]])
         with torch.no_grad():
-            found = writer.model.generate(
-                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=16, do_sample=False,
+            generated: Any = model.generate(
+                inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=16, do_sample=False, pad_token_id=0,
                 repetition_penalty=1.2,
             )  # fmt: skip
-        answer = alone(
-            writer, prompt, drawing(max_new_tokens=16, temperature=0, repetition_penalty=1.2, logprobs=True), 0
-        )
-        assert [piece for piece, _ in answer.logprobs or ()] == [
-            writer.tokenizer.decode([t]) for t in found[0, len(ids) :]
-        ]
-
-
-def test_logprobs_are_the_models(writer: Writer) -> None:
-    answer = alone(writer, "Paris", drawing(max_new_tokens=6, logprobs=True), 0)
-    assert answer.logprobs is not None
-    ids = writer.tokenizer("Paris")["input_ids"]
-    for piece, logprob in answer.logprobs:
-        with torch.no_grad():
-            expected = writer.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-        token = min(
-            (t for t in range(320) if writer.tokenizer.decode([t]) == piece),
-            key=lambda t: abs(float(expected[t]) - logprob),
-        )
-        assert abs(float(expected[token]) - logprob) < 1e-3
-        ids.append(token)
-    assert len(answer.logprobs) == answer.new_tokens == 6
+        expected = writer.tokenizer.decode(generated[0, inputs.shape[1] :], skip_special_tokens=True)
+        answer = alone(writer, prompt, drawing(max_new_tokens=16, temperature=0, repetition_penalty=1.2))
+        assert answer.text == expected.removesuffix("\ufffd")
 
 
 def test_several_sequences_of_a_prompt(writer: Writer) -> None:
@@ -295,28 +281,10 @@ def test_several_sequences_of_a_prompt(writer: Writer) -> None:
     assert len({answer.text for answer in three}) == 6
 
 
-def test_beams_are_transformers(writer: Writer) -> None:
-    notes: list[str] = []
-    settings = drawing(max_new_tokens=100, temperature=0, num_beams=3, num_return_sequences=2, repetition_penalty=1.0)
-    found = writer.answers([(0, "Maria was")], settings, note=notes.append)
-    ids = writer.tokenizer("Maria was")["input_ids"]
-    with torch.no_grad():
-        expected = writer.model.generate(
-            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=48 - len(ids), num_beams=3,
-            num_return_sequences=2, do_sample=False,
-        )  # fmt: skip
-    decoded = [writer.tokenizer.decode(row[len(ids) :], skip_special_tokens=True) for row in expected]
-    assert [answer.text for answer in found] == [text.removesuffix("\ufffd") for text in decoded]
-    assert [answer.sequence for answer in found] == [0, 1]
-    assert notes == [
-        f"at most {48 - len(ids)} new tokens instead of 100: beam search ends at the model's context of 48"
-    ]
-
-
 def test_a_text_longer_than_the_context_slides_and_says_so(writer: Writer) -> None:
     notes: list[str] = []
-    settings = drawing(max_new_tokens=150, temperature=0, repetition_penalty=1.0, logprobs=True)
-    answer = alone(writer, "Paris", settings, 0, note=notes.append)
+    settings = drawing(max_new_tokens=150, temperature=0, repetition_penalty=1.0)
+    answer = alone(writer, "Paris", settings, note=notes.append)
     assert (answer.new_tokens, answer.finish_reason) == (150, "length")
     assert answer.slides == 5
     assert notes == [

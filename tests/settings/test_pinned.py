@@ -30,7 +30,7 @@ SETTINGS = {
         quiet split stride text_column
     """,
     "generate": """
-        batch_size device examples json logprobs max_new_tokens model num_beams num_return_sequences
+        batch_size device examples json max_new_tokens model num_return_sequences
         precision prompt prompts_file quiet repetition_penalty seed stop temperature top_k top_p train
     """,
 }

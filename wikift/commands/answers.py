@@ -39,7 +39,7 @@ def print_answer(
 ) -> list[Answer]:
     """Answer one prompt (number, text) on standard output: streamed where it is one text, else when it is ready."""
     sampling = sampling_of(settings)
-    if settings.json or settings.num_return_sequences > 1 or settings.num_beams > 1:
+    if settings.json or settings.num_return_sequences > 1:
         answers = writer.answers([prompt], sampling, note=say, stopped=stopped)
         print_answers(answers, settings, source, echo=echo, first=True)
         return answers
@@ -65,8 +65,9 @@ def as_json(answer: Answer, settings: GenerateSettings, source: str) -> str:
     """One answer, with the settings that made it, as one line."""
     values = with_defaults(settings)
     sampling = {name: getattr(values, name) for name in SAMPLING}
-    facts = {name: value for name, value in dataclasses.asdict(answer).items() if name != "logprobs" or value}
-    return json.dumps({"model": source, **facts, **sampling, "precision": settings.precision}, ensure_ascii=False)
+    return json.dumps(
+        {"model": source, **dataclasses.asdict(answer), **sampling, "precision": settings.precision}, ensure_ascii=False
+    )
 
 
 def speed(answers: Iterable[Answer]) -> str:

@@ -89,7 +89,7 @@ class _Session:
 
     def answer(self, prompt: str) -> None:
         """Print the text that continues `prompt`."""
-        if prompt == self.last and self.settings.temperature == 0 and self.settings.num_beams == 1:
+        if prompt == self.last and self.settings.temperature == 0:
             self.say("the same prompt gives the same text at temperature 0; /set temperature 0.8 samples")
         with _interruptible() if self.terminal else contextlib.nullcontext(lambda: False) as stopped:
             echo = not self.terminal and not self.settings.quiet

@@ -58,7 +58,7 @@ class Decoder:
         columns = min(self.positions, self.used + new_tokens)
         shape = (2, len(self.scales), len(windows), self.heads, columns, self.width // self.heads)
         self.cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        return self._read(self.windows, slice(None))
+        return self._read(self.windows, self.cache[..., : self.used, :])
 
     def advance(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to each row; returns the logits (rows, vocabulary) of the next."""
@@ -74,7 +74,8 @@ class Decoder:
         self.used += 1
         logits = self._last_column(tokens, lengths)
         for row in full:
-            logits[row] = self._read([self.windows[row]], slice(row, row + 1))[0]
+            columns = slice(self.used - len(self.windows[row]), self.used)
+            logits[row] = self._read([self.windows[row]], self.cache[:, :, row : row + 1, :, columns])[0]
         return logits
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -85,7 +86,17 @@ class Decoder:
 
     def alone(self, row: int) -> Tensor:
         """The logits (1, vocabulary) after a row's window read by itself: independent of its neighbours."""
-        return self._read([self.windows[row]], slice(0))  # the cache of no row changes
+        shape = (*self.cache.shape[:2], 1, self.heads, len(self.windows[row]), self.cache.shape[-1])
+        return self._read([self.windows[row]], self.cache.new_empty(shape))
+
+    def _read(self, windows: Sequence[Sequence[int]], cache: Tensor) -> Tensor:
+        """The logits (rows, vocabulary) after windows padded on the left, whose keys and values fill `cache`."""
+        length = cache.shape[-2]
+        padding = [length - len(window) for window in windows]
+        ids = self._ids([[0] * pad + list(window) for pad, window in zip(padding, windows, strict=True)])
+        columns, starts = torch.arange(length, device=self.device), self._ids(padding)[:, None]
+        mask = causal_mask(columns >= starts) if any(padding) else None
+        return self._forward(ids, (columns - starts).clamp(min=0), cache, mask)
 
     def _last_column(self, tokens: Sequence[int], lengths: list[int]) -> Tensor:
         """The logits after `tokens`, one a row: row r's text is in the last `lengths[r]` of the columns in use."""
@@ -93,38 +104,13 @@ class Decoder:
         if min(lengths) < self.used:
             starts = self._ids([self.used - length for length in lengths])[:, None]
             mask = (torch.arange(self.used, device=self.device) >= starts)[:, None, None]
+        position_ids = self._ids([length - 1 for length in lengths])[:, None]
+        return self._forward(self._ids(tokens)[:, None], position_ids, self.cache[..., : self.used, :], mask)
 
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = self.cache[:, layer, :, :, : self.used]
-            keys[:, :, -1:], values[:, :, -1:] = key, value
-            return F.scaled_dot_product_attention(query, keys, values, mask, scale=self.scales[layer])
-
-        return self._forward(self._ids(tokens)[:, None], self._ids([n - 1 for n in lengths])[:, None], attend)
-
-    def _read(self, windows: Sequence[Sequence[int]], rows: slice) -> Tensor:
-        """The logits (rows, vocabulary) after windows padded on the left.
-
-        Their keys and values fill the cache of `rows` up to column `used`.
-        """
-        length = max(len(window) for window in windows)
-        padding = [length - len(window) for window in windows]
-        ids = self._ids([[0] * pad + list(window) for pad, window in zip(padding, windows, strict=True)])
-        columns = torch.arange(length, device=self.device)
-        starts = self._ids(padding)[:, None]
-        mask = causal_mask(columns >= starts) if any(padding) else None
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            self.cache[0, layer, rows, :, self.used - length : self.used] = key
-            self.cache[1, layer, rows, :, self.used - length : self.used] = value
-            causal = mask is None and length > 1
-            return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=self.scales[layer])
-
-        return self._forward(ids, (columns - starts).clamp(min=0), attend)
-
-    def _forward(self, ids: Tensor, position_ids: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+    def _forward(self, ids: Tensor, position_ids: Tensor, cache: Tensor, mask: Tensor | None) -> Tensor:
         """Logits (rows, vocabulary) in fp32 after the last of `ids` (rows, length).
 
-        `attend(layer, query, key, value)`, each (rows, heads, length, head width), returns the attended values alike.
+        The last `length` columns of `cache` (2, layers, rows, heads, columns, head width) are written, all are read.
         """
         rows, length = ids.shape
         transformer, matmul = self.transformer, self.matmul
@@ -133,7 +119,11 @@ class Decoder:
             attn, mlp = block.attn, block.mlp
             qkv = matmul(block.ln_1(hidden), attn.c_attn.weight, attn.c_attn.bias)
             query, key, value = qkv.view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-            attended = attend(layer, query, key, value).transpose(1, 2).reshape(rows * length, self.width)
+            keys, values = cache[:, layer]
+            keys[:, :, -length:], values[:, :, -length:] = key, value
+            causal, scale = mask is None and length > 1, self.scales[layer]
+            attended = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=causal, scale=scale)
+            attended = attended.transpose(1, 2).reshape(rows * length, self.width)
             hidden = hidden + matmul(attended, attn.c_proj.weight, attn.c_proj.bias)
             inner = self.act(matmul(block.ln_2(hidden), mlp.c_fc.weight, mlp.c_fc.bias))
             hidden = hidden + matmul(inner, mlp.c_proj.weight, mlp.c_proj.bias)

@@ -38,8 +38,6 @@ class Sampling:
     seed: int = 42
     stop: tuple[str, ...] = ()
     num_return_sequences: int = 1
-    num_beams: int = 1
-    logprobs: bool = False
 
 
 def uniforms(seed_: int, number: int, sequence: int = 0) -> Iterator[float]:
@@ -80,35 +78,28 @@ def choose(
 def _draw(scaled: Tensor, sampling: Sampling, drawn: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens (rows,) and doubts (rows,): the kept tokens form a line, each as long as it is likely, `drawn` points.
 
-    Rounding moves a border between two tokens by no more than `slack`, relative to the whole.
+    Rounding moves a border between two tokens by no more than `slack`, relative to the line.
     """
     size = scaled.shape[-1]
     count = min(sampling.top_k or size, size)
-    if count == size and sampling.top_p >= 1:  # all tokens are kept: no order is needed
-        cumulative = scaled.softmax(-1).cumsum(-1)
-        target = drawn * cumulative[:, -1]
-        index = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp(max=size - 1)
-        return index, _near_a_border(cumulative, target, index, slack)
-    values, ids = scaled.topk(min(count + 1, size), dim=-1)  # the first one removed tells how clear the cut is
+    ordered = count < size or sampling.top_p < 1  # if all tokens are kept, no order is needed
+    values, ids = scaled, torch.empty(0)
+    if ordered:
+        values, ids = scaled.topk(min(count + 1, size), dim=-1)  # the first one removed tells how clear the cut is
     likely = values[:, :count].softmax(-1)
     cumulative = likely.cumsum(-1)
     before = cumulative - likely
-    kept = (before < sampling.top_p).sum(-1)  # (rows,), 1 or more
+    kept = (before < sampling.top_p).sum(-1) if ordered else torch.full_like(drawn, size).long()  # (rows,), 1 or more
     target = drawn * _at(cumulative, kept - 1)
     index = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp(max=kept - 1)
-    doubtful = _near_a_border(cumulative, target, index, slack)
+    doubtful = (cumulative - target[:, None]).abs().amin(-1) < slack
+    if not ordered:
+        return index, doubtful
     if sampling.top_p < 1:  # one token more or less
         doubtful |= ((before - sampling.top_p).abs() < slack[:, None]).any(-1)
     close = (values[:, :-1] - values[:, 1:] < slack[:, None]).double()  # between each token and the next
     close = torch.nn.functional.pad(close, (1, 1))
     return _at(ids, index), doubtful | (_at(close, index) + _at(close, index + 1) > 0)
-
-
-def _near_a_border(cumulative: Tensor, target: Tensor, index: Tensor, slack: Tensor) -> Tensor:
-    start = _at(
-        torch.nn.functional.pad(cumulative, (1, 0), value=-torch.inf), index
-    )  # the line's own beginning is fixed
-    return ((start - target).abs() < slack) | ((_at(cumulative, index) - target).abs() < slack)
 
 
 def _at(values: Tensor, index: Tensor) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from wikift.base.errors import UserError, one_line
 from wikift.base.hub import quiet_libraries
@@ -24,7 +24,7 @@ class Answer:
     """What follows a prompt. `finish_reason` is stop (end of text), stop_string, length or interrupted.
 
     `seconds` are those of the batch up to this answer's end; `slides` counts how often the context was full and its
-    first half was dropped; `logprobs` has (token's text, log-probability under the model itself) for each token.
+    first half was dropped.
     """
 
     prompt: str
@@ -35,7 +35,6 @@ class Answer:
     finish_reason: str
     slides: int = 0
     sequence: int = 0
-    logprobs: list[tuple[str, float]] | None = None
 
 
 @dataclass
@@ -48,14 +47,6 @@ class _Row:
     sequence: int
     stream: Stream
     uniforms: Iterator[float]
-    logprobs: list[tuple[str, float]] = field(default_factory=list)
-
-    def answer(self, seconds: float, reason: str, slides: int = 0) -> Answer:
-        text, count = self.stream.finish(), len(self.stream.ids)
-        return Answer(
-            self.prompt, text, self.prompt_tokens, count, round(seconds, 3), reason, slides, self.sequence,
-            self.logprobs or None,
-        )  # fmt: skip
 
 
 def load_writer(
@@ -94,13 +85,10 @@ class Writer:
     """A model, whose head may be laid out differently in memory, and its tokenizer, ready to answer."""
 
     def __init__(self, model: GPT2LMHeadModel, tokenizer: Any) -> None:
-        self.model: Any = model
         self.tokenizer, self.positions = tokenizer, int(model.config.n_positions)
         self.rounding = ROUNDING if model.dtype == torch.float32 else 0.0
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else model.config.eos_token_id
         self.end_of_text: int = end if isinstance(end, int) else 0
-        # a published model's own sampling defaults must not mix with the user's settings
-        self.model.generation_config = GenerationConfig(eos_token_id=self.end_of_text, pad_token_id=self.end_of_text)
         self.decoder = Decoder(model)
 
     @torch.inference_mode()
@@ -125,30 +113,21 @@ class Writer:
                 stream = Stream(self.tokenizer, write, sampling.stop)
                 random = uniforms(sampling.seed, number, sequence)
                 rows.append(_Row(prompt, len(ids), window, sequence, stream, random))
-        if sampling.num_beams == 1:
-            return self._write(rows, sampling, stopped)
-        several = sampling.num_return_sequences
-        groups = (rows[first : first + several] for first in range(0, len(rows), several))
-        return [answer for group in groups for answer in self._beams(group, sampling, note)]
-
-    def _write(self, rows: list[_Row], sampling: Sampling, stopped: Callable[[], bool]) -> list[Answer]:
         started = time.perf_counter()
         answers: list[Answer | None] = [None] * len(rows)
         active = list(range(len(rows)))  # the numbers of the decoder's rows
         logits = self.decoder.begin([row.window for row in rows], sampling.max_new_tokens)
         while active:
             tokens = self._choose(logits, [rows[number] for number in active], sampling)
-            logprobs = logits.log_softmax(-1)[range(len(tokens)), tokens].tolist() if sampling.logprobs else []
             interrupted = stopped()
             unfinished = []
             for column, (number, token) in enumerate(zip(active, tokens, strict=True)):
                 row = rows[number]
                 row.stream.take(token, show=len(rows) == 1 or bool(sampling.stop))
-                if logprobs:
-                    row.logprobs.append((self.tokenizer.decode([token]), round(logprobs[column], 4)))
                 if reason := self._reason(row.stream, sampling, interrupted):
-                    seconds = time.perf_counter() - started
-                    answers[number] = row.answer(seconds, reason, self.decoder.slides[column])
+                    text, count, seconds = row.stream.finish(), len(row.stream.ids), time.perf_counter() - started
+                    facts = (round(seconds, 3), reason, self.decoder.slides[column], row.sequence)
+                    answers[number] = Answer(row.prompt, text, row.prompt_tokens, count, *facts)
                 else:
                     unfinished.append(column)
             if unfinished:
@@ -188,32 +167,9 @@ class Writer:
                 f"the prompt has {len(ids):,} tokens, the model's context is {self.positions:,}: "
                 f"only its last {len(window):,} tokens are used"
             )
-        if sampling.num_beams == 1 and len(window) + wanted > self.positions:
+        if len(window) + wanted > self.positions:
             note(
                 f"prompt and answer may exceed the model's context of {self.positions:,} tokens; "
                 f"then only the last {max(1, self.positions // 2):,} tokens are kept"
             )
         return ids, window
-
-    def _beams(self, rows: list[_Row], sampling: Sampling, note: Callable[[str], None]) -> list[Answer]:
-        """Beam search of one prompt, which is transformers'. It ends where the model's context does."""
-        started = time.perf_counter()
-        inputs = torch.tensor([rows[0].window], device=self.model.device)  # (1, prompt tokens)
-        room = self.positions - inputs.shape[1]
-        if sampling.max_new_tokens > room:
-            note(
-                f"at most {room:,} new tokens instead of {sampling.max_new_tokens:,}: beam search ends at the "
-                f"model's context of {self.positions:,}"
-            )
-        config = GenerationConfig(
-            num_beams=sampling.num_beams, num_return_sequences=len(rows), do_sample=False,
-            max_new_tokens=min(sampling.max_new_tokens, room), repetition_penalty=sampling.repetition_penalty,
-            eos_token_id=self.end_of_text, pad_token_id=self.end_of_text,
-        )  # fmt: skip
-        texts = self.model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
-        answers = []
-        for row, new in zip(rows, texts[:, inputs.shape[1] :].tolist(), strict=True):
-            ended = self.end_of_text in new
-            row.stream.ids = new[: new.index(self.end_of_text) + 1] if ended else new
-            answers.append(row.answer(time.perf_counter() - started, "stop" if ended else "length"))
-        return answers

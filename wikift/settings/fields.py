@@ -249,8 +249,6 @@ class GenerateSettings:
     seed: int | None = _sampling(None, "same seed, same text", shown="42")
     stop: tuple[str, ...] = _sampling((), "end before this text; may be repeated, \\n is a new line", "TEXT")
     num_return_sequences: int = _sampling(1, "answers to each prompt")
-    num_beams: int = _sampling(1, "beam search of this width, with --temperature 0")
-    logprobs: bool = _output(False, "with --json: each token with its log-probability under the model")
     json: bool = _output(False, "one JSON object per answer")
     batch_size: int = _speed(16, "sequences generated at once where there are several prompts")
     precision: str = _speed(

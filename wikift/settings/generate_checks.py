@@ -12,13 +12,12 @@ from wikift.settings.options import flag
 # What /set changes and --json reports.
 SAMPLING = (
     "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "num_return_sequences",
-    "num_beams",
 )  # fmt: skip
 
 
 def check_sampling(settings: GenerateSettings) -> list[str]:
     """Every problem of the settings that shape the text."""
-    beams, several, greedy = settings.num_beams, settings.num_return_sequences, settings.temperature == 0
+    several, greedy = settings.num_return_sequences, settings.temperature == 0
     problems = range_problems(settings)
     problems += [
         f"{flag(name)} {getattr(settings, name):g}: has no effect at --temperature 0; remove it (or: /set {name})"
@@ -27,20 +26,8 @@ def check_sampling(settings: GenerateSettings) -> list[str]:
     ]
     if "" in settings.stop:
         problems.append("--stop: is empty, which is everywhere; name a text or remove it")
-    if settings.logprobs and not settings.json:
-        problems.append("--logprobs: are written with --json only; add it or remove --logprobs")
-    if beams > 1 and not greedy:
-        problems.append(f"--num-beams {beams}: draws nothing; add --temperature 0 or remove it")
-    if beams > 1 and (settings.stop or settings.logprobs):
-        others = [flag(name) for name in ("stop", "logprobs") if getattr(settings, name)]
-        problems.append(f"--num-beams {beams}: goes without {' and '.join(others)}; remove one of them")
-    if several > beams > 1:
-        problems.append(f"--num-return-sequences {several}: is more than --num-beams {beams}; take as many at most")
-    elif several > 1 and beams == 1 and greedy:
-        problems.append(
-            f"--num-return-sequences {several}: at --temperature 0 all would be the same; raise it, or add "
-            f"--num-beams {several}"
-        )
+    if several > 1 and greedy:
+        problems.append(f"--num-return-sequences {several}: at --temperature 0 all would be the same; raise the temperature")
     return problems
 
 
