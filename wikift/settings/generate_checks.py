@@ -27,7 +27,9 @@ def check_sampling(settings: GenerateSettings) -> list[str]:
     if "" in settings.stop:
         problems.append("--stop: is empty, which is everywhere; name a text or remove it")
     if several > 1 and greedy:
-        problems.append(f"--num-return-sequences {several}: at --temperature 0 all would be the same; raise the temperature")
+        problems.append(
+            f"--num-return-sequences {several}: at --temperature 0 all would be the same; raise the temperature"
+        )
     return problems
 
 
