@@ -5,8 +5,10 @@ pytest tests/commands/test_launchers.py
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +43,32 @@ def launched(launcher: list[str], words: list[str]) -> str:
     done = subprocess.run([*launcher, TRAIN, *words], env=environment, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def srun(words: list[str]) -> str:
+    """Two processes with what a bare `srun --ntasks=2` sets; the port follows from a job id of which it is free."""
+    for job in range(os.getpid(), os.getpid() + 1000):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", 15000 + job % 15000)):
+            break
+    common = {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
+    common |= {"SLURM_STEP_NODELIST": "node7", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
+    plain = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    plain |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, TRAIN, *words],
+            env={**plain, **common, "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for n in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [task.communicate(timeout=SECONDS)[0] for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    return "".join(outputs)
 
 
 def in_ranks(words: list[str]) -> None:
@@ -96,6 +124,13 @@ def test_every_file_trains_as_ddp_does(
     check(folder / name, folder / "ddp", output, name.partition("_")[0], **form)
 
 
+@pytest.mark.parametrize("settings", [{}, {"deepspeed": "zero3"}], ids=["ddp", "zero3"])
+def test_a_bare_srun_trains_as_torchrun_does(folder: Path, settings: dict[str, Any]) -> None:
+    name = f"srun-{len(settings)}"
+    output = srun(words_of(folder, name, **settings))
+    check(folder / name, folder / "ddp", output, settings.get("deepspeed", "ddp"))
+
+
 def test_every_file_is_among_them() -> None:
     (mark,) = [mark for mark in test_every_file_trains_as_ddp_does.pytestmark if mark.name == "parametrize"]  # type: ignore[attr-defined]
     assert {getattr(case, "values", case)[1] for case in mark.args[1]} == {
@@ -122,18 +157,27 @@ def local_places(name: str, value: str) -> tuple[int, int]:
     return start_world("cpu").local_size, torch.get_num_threads()
 
 
-@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
-def test_more_processes_than_devices_on_a_host(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}, r"--nproc_per_node 3: this host has 2 CUDA devices.*--num_gpus"),
+        ({}, "LOCAL_RANK: is not set beside RANK"),
+    ],
+)
+def test_which_gpu_is_whose_must_be_known(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     from wikift.base.errors import UserError
     from wikift.base.world import start_world
 
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.setenv(name, "3")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", **environment}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match=r"--nproc_per_node 3: this host has 2 CUDA devices.*--num_gpus"):
+    with pytest.raises(UserError, match=message):
         start_world("auto")
 
 

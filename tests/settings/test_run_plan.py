@@ -30,7 +30,6 @@ from wikift.settings.batch_layout import (
     MICRO_BATCH_CEILING,
     BatchLayout,
     batch_layout,
-    ranks_started,
 )
 from wikift.settings.checks import check_train
 from wikift.settings.fields import EXCLUSIVE, TrainSettings
@@ -116,19 +115,6 @@ def test_a_batch_that_was_not_given_is_said_to_be_the_default() -> None:
     huge = TrainSettings(global_batch_size=10**15, per_device_train_batch_size=7)
     with pytest.raises(UserError, match=r"take 5 or 8"):  # at once, too
         batch_layout(huge, 1)
-
-
-def test_all_ranks_start_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    for size, expected in (("0", "WORLD_SIZE 0"), ("x", "WORLD_SIZE x"), ("-1", "WORLD_SIZE -1"), ("2", "RANK")):
-        monkeypatch.setenv("WORLD_SIZE", size)
-        with pytest.raises(UserError, match=expected):
-            ranks_started()
-    monkeypatch.setenv("RANK", "1")
-    assert ranks_started() == 2
-    monkeypatch.delenv("WORLD_SIZE")
-    monkeypatch.delenv("RANK")
-    assert ranks_started() == 1
 
 
 # --- plan --------------------------------------------------------------------------------------------------------

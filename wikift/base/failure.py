@@ -14,16 +14,15 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from wikift.base.errors import EXIT_FAULT, EXIT_USER, EnvironmentFault, UserError, report
-from wikift.base.world import COLLECTIVE_TIMEOUT, World, start_world, stop_world
+from wikift.base.launcher import launch
+from wikift.base.world import COLLECTIVE_TIMEOUT, World, shared_store, start_world, stop_world
 
-_FAILED = "wikift/failed"
+_PREFIX, _FAILED = "wikift", "wikift/failed"
 _GRACE_SECONDS = 5.0
-_TELL = datetime.timedelta(seconds=20)
+_TELL_SECONDS = 20
 
 
 @contextlib.contextmanager
@@ -32,20 +31,20 @@ def started_world(device: str = "auto") -> Iterator[World]:
 
     Without this a rank that raised would leave the others in a collective until its timeout of half an hour.
     """
-    if "MASTER_ADDR" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    here = launch()
+    if not here.address or here.size == 1:
         yield start_world(device)
         stop_world()
         return
-    rank = int(os.environ["RANK"])
-    with _meeting(rank):  # a client of its own: the process group's may be busy in a blocking call
-        store = _failure_store(COLLECTIVE_TIMEOUT)
-    _start_watching(store, rank)  # before the others are waited for: one may have failed already
+    with _meeting(here.rank):
+        store = shared_store(_PREFIX, COLLECTIVE_TIMEOUT)
+    _start_watching(store, here.rank)  # before the others are waited for: one may have failed already
     try:
-        with _meeting(rank):
+        with _meeting(here.rank):
             world = start_world(device)
         yield world
     except Exception as error:
-        _fail(error, store, rank)
+        _fail(error, store, here.rank)
     stop_world()
 
 
@@ -65,20 +64,14 @@ def tell_other_hosts() -> None:
 
     Says nothing and gives up after 20 seconds where nobody listens: they have failed too.
     """
-    address = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
-    deadline = time.monotonic() + _TELL.total_seconds()
+    here = launch()
+    host, _, port = here.address.rpartition(":")
+    deadline = time.monotonic() + _TELL_SECONDS
     while time.monotonic() < deadline:
-        with contextlib.suppress(Exception), socket.create_connection(address, timeout=1.0):
-            _first_failure(_failure_store(_TELL), int(os.environ["RANK"]), wait=False)
+        with contextlib.suppress(Exception), socket.create_connection((host.strip("[]"), int(port)), timeout=1.0):
+            _first_failure(shared_store(_PREFIX, datetime.timedelta(seconds=_TELL_SECONDS)), here.rank, wait=False)
             return
         time.sleep(0.5)
-
-
-def _failure_store(timeout: datetime.timedelta) -> Any:
-    """Where the ranks tell each other of a failure."""
-    return torch.distributed.distributed_c10d.PrefixStore(
-        "wikift", next(iter(rendezvous("env://", timeout=timeout)))[0]
-    )
 
 
 def _start_watching(store: Any, rank: int) -> None:
@@ -108,24 +101,24 @@ def _fail(error: Exception, store: Any, rank: int) -> NoReturn:
     """Say why, tell the others, leave at once: destructors of a broken process group may wait for ever."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher that notices must not end it before it has spoken
+    expected = isinstance(error, (UserError, EnvironmentFault))
+    lost_peer = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
     # A lost peer has a cause elsewhere, and a wrong setting is wrong on every rank: let the one speak that knows.
-    secondary = _is_lost_peer(error) or (isinstance(error, (UserError, EnvironmentFault)) and rank != 0)
-    first = _first_failure(store, rank, wait=secondary)
-    if _is_lost_peer(error) and first is None:
-        print(
-            f"wikift: rank {rank} lost the connection to another process (killed, or out of memory?); "
-            "run the same command again to resume from the newest checkpoint",
-            file=sys.stderr,
+    first = _first_failure(store, rank, wait=lost_peer or (expected and rank != 0))
+    if lost_peer and first is None:
+        text = (
+            f"rank {rank} lost the connection to another process; out of memory is likely: lower "
+            "--per-device-train-batch-size or --block-size, or use --gradient-checkpointing or --engine fsdp. The same "
+            "command resumes from the newest checkpoint"
         )
     elif first not in (None, rank):
-        if not isinstance(error, (UserError, EnvironmentFault)):
-            print(f"wikift: rank {rank} stops, rank {first} failed", file=sys.stderr)
-    elif isinstance(error, UserError):
-        report(error)
-    elif isinstance(error, EnvironmentFault):
-        print(f"wikift: {error}", file=sys.stderr)
+        text = "" if expected else f"rank {rank} stops, rank {first} failed"
     else:
-        print(f"wikift: rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, end="")
+        text = str(error) if expected else f"rank {rank} failed:\n{traceback.format_exc().rstrip()}"
+    if isinstance(error, UserError) and text:
+        report(error)
+    elif text:
+        print(f"wikift: {text}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     if first != rank:
@@ -145,7 +138,3 @@ def _first_failure(store: Any, rank: int, *, wait: bool) -> int | None:
         return first
     except Exception:  # the store went with its host
         return None if wait else rank
-
-
-def _is_lost_peer(error: Exception) -> bool:
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from wikift.base.files import faults_of_writing, sync_folder
+from wikift.base.launcher import launch
 from wikift.base.signals import ENDING, stopping_by_exception
 
 _POLL_SECONDS = 0.5
@@ -32,7 +33,7 @@ def make_once(
     disk is full. Nothing incomplete stays, unless the process is killed outright.
     """
     with faults_of_writing(out), stopping_by_exception(), folders_above(out):
-        if os.environ.get("LOCAL_RANK", "0") != "0" and not is_made():
+        if launch().local_rank and not is_made():
             # Of one machine's ranks the first prepares, if it comes in time: its error messages are the ones shown
             wait()
             wait, start = (lambda: None), time.monotonic()

@@ -1,8 +1,7 @@
 """Who am I among the processes: start, stop, sums over ranks, seeds.
 
-The launcher sets RANK, WORLD_SIZE, LOCAL_RANK, the rendezvous and LOCAL_WORLD_SIZE (torchrun) or LOCAL_SIZE
-(DeepSpeed's); without one there is a single process and no process group. CUDA ranks get gloo beside nccl, so that
-small numbers on the host never wait for the device.
+Without a launcher there is a single process and no process group. CUDA ranks get gloo beside nccl, so that small
+numbers on the host never wait for the device.
 """
 
 from __future__ import annotations
@@ -14,12 +13,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from wikift.base.errors import UserError
+from wikift.base.launcher import Launch, launch
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 _NVIDIA_DRIVER = Path("/dev/nvidiactl")
@@ -92,27 +93,35 @@ def start_world(device: str = "auto") -> World:
 
     `device` is auto, cpu or cuda. Raises UserError where CUDA is asked for and absent, or has fewer devices than ranks.
     """
-    local_rank, local_size = _local_rank()
-    chosen = _device(device, local_rank, local_size)
-    if local_size > 1:
+    here = launch()
+    chosen = _device(device, here)
+    if here.local_size > 1:
         # torchrun gives every rank one thread, DeepSpeed's launcher all cores; share them out instead, beside a GPU
         # too, for an optimizer that is offloaded
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.local_size))
     if dist.is_initialized():
-        return World(dist.get_rank(), dist.get_world_size(), local_rank, chosen, local_size)
-    if "RANK" not in os.environ:
+        return World(dist.get_rank(), dist.get_world_size(), here.local_rank or 0, chosen, here.local_size)
+    if not here.started:
         return World(device=chosen)
-    store, rank, size = next(iter(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
     dist.init_process_group(
         _backend(chosen),
-        store=torch.distributed.distributed_c10d.PrefixStore("wikift/group", store),
-        rank=rank,
-        world_size=size,
+        store=shared_store("wikift/group", COLLECTIVE_TIMEOUT),
+        rank=here.rank,
+        world_size=here.size,
         timeout=COLLECTIVE_TIMEOUT,
         # for one rank it makes NCCL fail in later groups (deepspeedai/DeepSpeed#8248)
-        device_id=chosen if chosen.type == "cuda" and size > 1 else None,
+        device_id=chosen if chosen.type == "cuda" and here.size > 1 else None,
     )
-    return World(rank, size, local_rank, chosen, local_size)
+    return World(here.rank, here.size, here.local_rank or 0, chosen, here.local_size)
+
+
+def shared_store(prefix: str, timeout: datetime.timedelta) -> Any:
+    """What the ranks tell each other under `prefix`, by a connection of its own; waits until all can be reached."""
+    here = launch()
+    if not here.address:
+        raise UserError("MASTER_ADDR: is not set beside RANK; it is the host of rank 0, which torchrun sets")
+    store = next(iter(rendezvous(f"tcp://{here.address}", here.rank, here.size, timeout=timeout)))[0]
+    return torch.distributed.distributed_c10d.PrefixStore(prefix, store)
 
 
 def join_group(world: World) -> None:
@@ -137,13 +146,7 @@ def stop_world() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
-def _local_rank() -> tuple[int, int]:
-    """(rank, number of ranks) on this host."""
-    size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")
-    return int(os.environ.get("LOCAL_RANK", "0")), int(size)
-
-
-def _device(requested: str, local_rank: int, local_size: int) -> torch.device:
+def _device(requested: str, here: Launch) -> torch.device:
     if requested == "cpu":
         return torch.device("cpu")
     if requested == "auto" and not torch.cuda.is_available():
@@ -158,12 +161,16 @@ def _device(requested: str, local_rank: int, local_size: int) -> torch.device:
         raise UserError(
             "--device cuda: torch sees no CUDA device here; use --device cpu, or install a CUDA build of torch"
         )
-    if local_size > torch.cuda.device_count():
+    if here.started and here.local_rank is None and torch.cuda.device_count() > 1:
         raise UserError(
-            f"--nproc_per_node {local_size}: this host has {torch.cuda.device_count()} CUDA devices, one for each "
+            "LOCAL_RANK: is not set beside RANK, and decides between several GPUs; torchrun and srun set it"
+        )
+    if here.local_size > torch.cuda.device_count():
+        raise UserError(
+            f"--nproc_per_node {here.local_size}: this host has {torch.cuda.device_count()} CUDA devices, one for each "
             "process at most; start fewer processes (deepspeed: --num_gpus, slots in the hostfile) or use --device cpu"
         )
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", here.local_rank or 0)
     built_for = [int(arch[3:].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
     major, minor = torch.cuda.get_device_capability(device)
     if built_for and 10 * major + minor < min(built_for):

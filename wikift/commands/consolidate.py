@@ -10,9 +10,9 @@ from wikift.base import folders, hub
 from wikift.base.command import command_line
 from wikift.base.errors import EXIT_DONE, UserError
 from wikift.base.files import parse_size, read_jsonl
+from wikift.base.launcher import launch
 from wikift.checkpoint.reader import best_checkpoint
 from wikift.export.export import export
-from wikift.settings.batch_layout import ranks_started
 from wikift.settings.fields import ConsolidateSettings
 from wikift.settings.options import parse_all
 
@@ -90,8 +90,8 @@ def _run_folder(name: str) -> Path:
 def check(settings: ConsolidateSettings) -> None:
     """Raises UserError with every problem that shows without opening a checkpoint."""
     problems = []
-    if ranks_started() > 1:
-        problems.append(f"torchrun: started {ranks_started()} processes, this command is one; start it with python")
+    if launch().size > 1:
+        problems.append(f"torchrun: started {launch().size} processes, this command is one; start it with python")
     try:
         parse_size(settings.max_shard_size)
     except UserError as error:

@@ -17,10 +17,10 @@ from wikift.base import folders
 from wikift.base.command import command_line, program_of
 from wikift.base.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 from wikift.base.files import read_lines
+from wikift.base.launcher import launch
 from wikift.commands.answers import print_answer, print_answers, sampling_of, speed
 from wikift.commands.consolidate import model_source
 from wikift.generation import prompts
-from wikift.settings.batch_layout import ranks_started
 from wikift.settings.checks import check_train, problems_of
 from wikift.settings.fields import EXCLUSIVE, GenerateSettings, TrainSettings
 from wikift.settings.generate_checks import check_sampling
@@ -88,8 +88,8 @@ def _checked(settings: GenerateSettings, training: list[str] | None) -> tuple[Ge
     chosen = [name for name, used in sources.items() if used]
     if len(chosen) > 1:
         problems.append(f"{' and '.join(chosen)}: only one source of prompts can be used; remove the others")
-    if ranks_started() > 1:
-        problems.append(f"torchrun: started {ranks_started()} processes, this command is one; start it with python")
+    if launch().size > 1:
+        problems.append(f"torchrun: started {launch().size} processes, this command is one; start it with python")
     if training is not None and not settings.train:
         problems.append("--no-train: settings after -- are for training; remove one of the two")
     elif training is not None and settings.model is not None:

@@ -21,6 +21,7 @@ from wikift.base.errors import (
     nearest,
     report,
 )
+from wikift.base.launcher import Launch, launch
 
 COMMANDS = {  # name: its module, what it does
     "prepare": ("wikift.commands.prepare", "text to a token store"),
@@ -65,11 +66,13 @@ def start() -> typing.NoReturn:
 
 def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> typing.NoReturn:
     """Run one command to its exit code, printing the two kinds of expected failure without a traceback."""
+    here = Launch()
     try:
+        here = launch()
         code = command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if not here.local_rank:
             code = report(error)
         else:
             time.sleep(2)  # the launcher ends its ranks when the first one leaves: let one speak, on each host
@@ -83,17 +86,12 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
     except KeyboardInterrupt:
         print("wikift: interrupted", file=sys.stderr)
         code = 130
-    if code not in (EXIT_DONE, EXIT_INTERRUPTED) and _several_hosts():
+    if code not in (EXIT_DONE, EXIT_INTERRUPTED) and here.address and here.size != here.local_size:
         from wikift.base.failure import tell_other_hosts
 
         tell_other_hosts()
-    if "RANK" in os.environ:  # a process group's destructors may never end: see world.stop_world
+    if here.started:  # a process group's destructors may never end: see world.stop_world
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-def _several_hosts() -> bool:
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")
-    return "MASTER_ADDR" in os.environ and os.environ.get("WORLD_SIZE", "1") != local

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wikift.base.command import command_line
-from wikift.settings.batch_layout import ranks_started
+from wikift.base.launcher import launch
 from wikift.settings.checks import check_data, range_problems
 from wikift.settings.fields import DataSettings, PrepareSettings, store_path
 from wikift.settings.options import Parsed, parse_all
@@ -46,7 +46,7 @@ def make(parsed: Parsed[PrepareSettings]) -> Path:
         parsed.refuse(())
         return Path(settings.out)
     if settings.dataset is None:
-        settings = dataclasses.replace(settings, dataset=fallback_dataset(ranks_started()))
+        settings = dataclasses.replace(settings, dataset=fallback_dataset(launch().size))
         say(f"--dataset is not set: using {settings.dataset}")
     settings = dataclasses.replace(settings, tokenizer=settings.tokenizer or DEFAULT_TOKENIZER)
     out = Path(settings.out) if settings.out is not None else store_path(settings)

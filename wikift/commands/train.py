@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wikift.base.command import command_line
 from wikift.base.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
+from wikift.base.launcher import launch, unused_settings
 from wikift.base.shape import Shape
 from wikift.settings import deepspeed
-from wikift.settings.batch_layout import BatchLayout, batch_layout, ranks_started
+from wikift.settings.batch_layout import BatchLayout, batch_layout
 from wikift.settings.checks import check_train, problems_of
 from wikift.settings.fields import EXCLUSIVE, TrainSettings, store_path
 from wikift.settings.options import Parsed, flag, parse_all
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     )
     if parsed.settings.dry_run:
         text = plan(parsed, problems)
-        if os.environ.get("RANK", "0") == "0":
+        if launch().rank == 0:
             print(text, flush=True)
         return EXIT_DONE
     return EXIT_INTERRUPTED if train(parsed, problems)[1] else EXIT_DONE
@@ -59,13 +59,13 @@ def main(argv: Sequence[str]) -> int:
 def plan(parsed: Parsed[TrainSettings], problems: Sequence[str] = ()) -> str:
     """What a run of these settings would be: a config file, with what follows from it as comments. Writes nothing."""
     settings, notes = _resolved(parsed, problems)
-    return "\n".join([*(f"# {note}" for note in notes), dry_run(settings, batch_layout(settings, ranks_started()))])
+    return "\n".join([*(f"# {note}" for note in notes), dry_run(settings, batch_layout(settings, launch().size))])
 
 
 def train(parsed: Parsed[TrainSettings], problems: Sequence[str] = ()) -> tuple[Path, int]:
     """Train to the end or to a stop; returns the run's folder and the signal that stopped it, else 0."""
     settings, notes = _resolved(parsed, problems)
-    prints = os.environ.get("RANK", "0") == "0" and not settings.quiet
+    prints = launch().rank == 0 and not settings.quiet
 
     def say(text: str) -> None:
         if prints:
@@ -74,7 +74,7 @@ def train(parsed: Parsed[TrainSettings], problems: Sequence[str] = ()) -> tuple[
     for note in notes:
         say(note)
     store = _store(settings, prints, say)
-    run_plan = _plan(settings, batch_layout(settings, ranks_started()), store)
+    run_plan = _plan(settings, batch_layout(settings, launch().size), store)
 
     from wikift.training.run import train_run
 
@@ -84,12 +84,14 @@ def train(parsed: Parsed[TrainSettings], problems: Sequence[str] = ()) -> tuple[
 def _resolved(parsed: Parsed[TrainSettings], problems: Sequence[str]) -> tuple[TrainSettings, list[str]]:
     """The settings with what follows from them, and what to tell of it. Raises UserError with all that is wrong."""
     asked = parsed.settings
-    ranks = ranks_started()
+    ranks = launch().size
     merged = deepspeed.merge(asked, parsed.typed)
     settings = resolve(merged.settings, ranks)
-    checks = check_train(settings, ranks, launched="RANK" in os.environ) + _data_problems(settings, asked)
+    checks = check_train(settings, ranks, launched=launch().started) + _data_problems(settings, asked)
     parsed.refuse([*problems, *merged.problems, *deepspeed.with_keys(checks, merged)])
     notes = list(merged.notes)
+    if names := unused_settings():
+        notes.append(f"not used by wikift: {', '.join(names)}")
     if asked.data is None and asked.dataset is None and ranks == 1:
         notes.append("one process: falling back to wikitext-2-v1 (torchrun starts several, and wikitext-103-v1)")
     return settings, notes
@@ -104,8 +106,8 @@ def _without_local_rank(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             value = value if equals else "".join(options[index + 1 : index + 2])
             ranks.append(value)
             del options[index : index + (1 if equals else 2)]
-    own = os.environ.get("LOCAL_RANK")
-    wrong = [rank for rank in ranks if rank != (own or rank) or not rank.isdecimal()]
+    own = launch().local_rank
+    wrong = [rank for rank in ranks if not rank.isdecimal() or int(rank) != (int(rank) if own is None else own)]
     return options, [
         f"--local-rank {rank}: is the launcher's to set, LOCAL_RANK is {own}; omit it" for rank in wrong[:1]
     ]
@@ -201,6 +203,6 @@ def _store(settings: TrainSettings, prints: bool, say: Say) -> TokenStore:
     folder, own = Path(settings.model), settings.data is None and settings.tokenizer == settings.model
     bare = folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     # of several ranks one looks; a store made with the model's own tokenizer, as by default, needs no look
-    if not settings.from_scratch and not own and not bare and os.environ.get("RANK", "0") == "0":
+    if not settings.from_scratch and not own and not bare and launch().rank == 0:
         check_tokenizer(store, settings.model)
     return store

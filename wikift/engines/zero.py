@@ -43,7 +43,7 @@ class ZeroEngine:
         compute: Compute,
     ) -> None:
         precision = compute.precision
-        deepspeed = import_deepspeed()
+        deepspeed = import_deepspeed(world.local_rank)
         self.world, self.stage = world, int(config["zero_optimization"]["stage"])
         dtype = DTYPES[precision]
         config, rule = _with_own_scale(config) if precision == "fp16" else (config, None)
@@ -184,12 +184,12 @@ def _with_own_scale(config: dict[str, Any]) -> tuple[dict[str, Any], ScaleRule]:
     return {**config, "fp16": {**asked, "loss_scale": rule.initial}}, rule
 
 
-def import_deepspeed() -> Any:
+def import_deepspeed(local_rank: int = 0) -> Any:
     """DeepSpeed without its noise, and without its own all-reduce through shared memory.
 
     On a CPU that is an extension compiled at the first use (30 s, and a compiler must be there); gloo does the same.
     """
-    os.environ.setdefault("LOCAL_RANK", "0")  # zero.Init asks for it
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # zero.Init asks for it
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         import deepspeed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 
 from wikift.base.errors import UserError
@@ -79,13 +78,3 @@ def _nearest_divisors(number: int, near: int) -> str:
     divisors = sorted({*small, *(number // d for d in small)})
     around = [max(d for d in divisors if d < near), *[d for d in divisors if d > near][:1]]
     return " or ".join(map(str, around))
-
-
-def ranks_started() -> int:
-    """World size as the launcher set it, 1 without a launcher. Raises UserError where that makes no sense."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if not size.isdecimal() or int(size) < 1:
-        raise UserError(f"WORLD_SIZE {size}: must be the number of processes; let torchrun set it, or unset it")
-    if int(size) > 1 and "RANK" not in os.environ:
-        raise UserError(f"WORLD_SIZE {size}: is set in the environment, RANK is not; start with torchrun, or unset it")
-    return int(size)
