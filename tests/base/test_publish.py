@@ -9,18 +9,22 @@ import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 
+from tests.tiny import arguments, tiny_store
 from wikift.base import publish
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.publish import folder_lock, make_once, publish_folder
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def fill(folder: Path) -> None:
@@ -146,27 +150,6 @@ def test_who_waits_takes_over_from_a_killed_one(tmp_path: Path) -> None:
     assert everything(tmp_path) == ["out", "out/inner", "out/part", "out/store.json"]
 
 
-def test_who_waits_takes_over_from_one_that_failed(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    go = threading.Event()
-
-    def failing(folder: Path) -> None:
-        go.set()
-        time.sleep(1)
-        raise UserError("no")
-
-    def first() -> None:
-        with pytest.raises(UserError):
-            once(out, failing)
-
-    thread = threading.Thread(target=first)
-    thread.start()
-    assert go.wait(10)
-    assert once(out) == ["waiting"]
-    thread.join()
-    assert (out / "store.json").exists()
-
-
 def test_of_the_ranks_of_a_machine_the_first_prepares(tmp_path: Path) -> None:
     out = tmp_path / "out"
     second, other = started(out, 0, local_rank="1")
@@ -180,12 +163,8 @@ def test_of_the_ranks_of_a_machine_the_first_prepares(tmp_path: Path) -> None:
     assert (out / "part").read_text() == str(first.pid)
 
 
-@pytest.mark.parametrize("left", [False, True])
-def test_a_rank_prepares_if_the_first_does_not_come(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bool
-) -> None:
-    if left:
-        (tmp_path / ".out.partial").mkdir()
+def test_a_rank_prepares_if_the_first_does_not_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".out.partial").mkdir()  # which an earlier process left
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(publish, "_HEAD_START_SECONDS", 1.2)
     start = time.monotonic()
@@ -194,26 +173,25 @@ def test_a_rank_prepares_if_the_first_does_not_come(
     assert (tmp_path / "out" / "store.json").exists()
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP])
-def test_without_locks_the_first_to_finish_wins(tmp_path: Path, number: int) -> None:
-    out = tmp_path / "out"
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_file_locks_one_works_too(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(number, "no locks here")))
+    go, order = threading.Event(), list[str]()
 
-    def overtaken(folder: Path) -> None:
+    def slow(folder: Path) -> None:
+        go.set()
+        time.sleep(0.3)
+        order.append("made")
         fill(folder)
-        once(out, other)
 
-    def other(folder: Path) -> None:
-        fill(folder)
-        (folder / "part").write_text("the other's")
-
-    # the second process is this one again, so give it a name of its own
-    names = itertools.count()
-    with (
-        mock.patch.object(fcntl, "flock", side_effect=OSError(number, "no locks here")),
-        mock.patch.object(publish.os, "uname", side_effect=lambda: SimpleNamespace(nodename=f"host-{next(names)}")),
-    ):
-        once(out, overtaken)
-    assert (out / "part").read_text() == "the other's"
+    thread = threading.Thread(target=once, args=(tmp_path / "out", slow))
+    thread.start()
+    assert go.wait(10)
+    make_once(
+        tmp_path / "out", slow, is_made=(tmp_path / "out" / "store.json").exists, wait=lambda: order.append("wait")
+    )
+    thread.join()
+    assert order == ["wait", "made"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -239,6 +217,23 @@ def test_faults_of_the_disk(tmp_path: Path, number: int) -> None:
     with pytest.raises(kind, match=message):
         once(tmp_path / "out", full)
     assert everything(tmp_path) == []
+
+
+def test_a_second_run_in_a_folder_waits_for_the_first(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    program = [sys.executable, str(ROOT / "launch" / "train.py")]
+    line = arguments(tiny_store(tmp_path / "store"), run, max_steps=1, quiet=False)
+    with folder_lock(run / "run"):  # RUN/.run.lock
+        second = subprocess.Popen([*program, *line], stdout=subprocess.PIPE, text=True)
+        assert second.stdout is not None
+        shown = list(itertools.takewhile(lambda text: "waiting" not in text, second.stdout))
+        time.sleep(0.5)
+        assert second.poll() is None, "it waits"
+        assert not (run / "config.json").exists(), shown
+    assert "step 1/1" in second.communicate(timeout=120)[0]
+    assert second.returncode == 0
+    assert not (run / ".run.lock").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +32,15 @@ class Progress:
             more = count(part)
             done, tokens = done + more[0], tokens + more[1]
             if self.due():
-                self.show(line(name, size, done, tokens, self.last - self.started))
+                self.show(self._line(name, size, done, tokens))
+
+    def _line(self, name: str, size: int | None, done: int, tokens: int) -> str:
+        """`train: 14.1 MB, 1.3 MB/s, 3,054,627 tokens, 7%, 2 min left`; the last two only where `size` is known."""
+        per_second = done / max(self.last - self.started, 1e-9)
+        text = f"{name}: {done / 1e6:,.1f} MB, {per_second / 1e6:.1f} MB/s" + (f", {tokens:,} tokens" if tokens else "")
+        if size and per_second and done < size:  # an estimate, it may be passed
+            text += f", {100 * done / size:.0f}%, {_duration((size - done) / per_second)} left"
+        return text
 
     def fraction(self, name: str, done: float) -> None:
         """Where a line is due, `name: 41%, 3 min left`; `done` from 0 to 1, an estimate that may be more."""
@@ -53,7 +61,9 @@ class Progress:
         if self.quiet:
             return
         if self.terminal:
-            text = "\r" + text[: _columns() - 1] + "\x1b[K"  # a line that wraps could not be rewritten
+            text = (
+                "\r" + text[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
+            )  # a line that wraps could not be rewritten
         self.shown = True  # first, as Ctrl-C may come in between
         print(text, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
 
@@ -64,23 +74,5 @@ class Progress:
         self.shown = False
 
 
-def line(name: str, size: int | None, done: int, tokens: int, seconds: float) -> str:
-    """`train: 14.1 MB, 1.3 MB/s, 3,054,627 tokens, 7%, 2 min left`; the last two only where `size` is known."""
-    per_second = done / max(seconds, 1e-9)
-    text = f"{name}: {done / 1e6:,.1f} MB, {per_second / 1e6:.1f} MB/s"
-    if tokens:
-        text += f", {tokens:,} tokens"
-    if size and per_second and done < size:  # an estimate, it may be passed
-        text += f", {100 * done / size:.0f}%, {_duration((size - done) / per_second)} left"
-    return text
-
-
 def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
-def _columns() -> int:
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    except OSError:
-        return 80

@@ -18,7 +18,8 @@ from wikift.base.errors import EnvironmentFault, UserError
 _BLOCK_BYTES = 1 << 20
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NOT_HERE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY}
+_NAMES = "EACCES EPERM EROFS EEXIST EISDIR ENOTDIR ENOTEMPTY ENAMETOOLONG"
+_NOT_HERE = {getattr(errno, name) for name in _NAMES.split()}
 
 
 def sha256_of(path: Path) -> str:
@@ -68,17 +69,13 @@ def read_range(path: Path, offset: int, into: memoryview) -> None:
 def read_lines(path: Path, setting: str) -> list[str]:
     """The lines of a UTF-8 file that are not blank. Raises UserError where it cannot be read or has none."""
     try:
-        content = path.read_bytes()
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{setting} {path}: cannot be read ({error.strerror}); name a text file") from None
-    try:
-        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{setting} {path}: line {line} is not UTF-8 (byte {error.start}); save the file as UTF-8"
-        ) from None
-    lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{setting} {path}: line {line} is not UTF-8; save the file as UTF-8") from None
+    lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         raise UserError(f"{setting} {path}: has no prompt in it; write one a line")
     return lines
@@ -121,10 +118,10 @@ def faults_of_writing(out: Path) -> Iterator[None]:
                 f"{out}: the disk is full ({error.strerror}); free disk space or write to another disk, and run the "
                 "command again"
             ) from None
-        below = str(error.filename).startswith(str(out.parent))
-        if error.errno in (*_NOT_HERE, errno.ENAMETOOLONG) or (
-            error.errno == errno.ENOENT and below
-        ):  # nothing can be made in /proc
+        # ENOENT: nothing can be made in /proc
+        if error.errno in _NOT_HERE or (
+            error.errno == errno.ENOENT and str(error.filename).startswith(str(out.parent))
+        ):
             raise UserError(
                 f"{out}: cannot be written ({error.strerror}: {error.filename}); name another folder"
             ) from None

@@ -41,15 +41,10 @@ def make_once(
                 time.sleep(_POLL_SECONDS)
         if is_made():
             return
-        with folder_lock(out, on_wait=wait) as locked:
-            if is_made():
-                return
-            try:
-                with publish_folder(out, replace=False, locked=locked) as partial:
+        with folder_lock(out, on_wait=wait):
+            if not is_made():
+                with publish_folder(out, replace=False) as partial:
                     make(partial)
-            except OSError as error:  # without locks another process may have been first, with the same content
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not is_made():
-                    raise
 
 
 def lock_file(folder: Path) -> Path:
@@ -60,44 +55,43 @@ def lock_file(folder: Path) -> Path:
 @contextmanager
 def folder_lock(
     folder: Path, timeout_seconds: float | None = None, on_wait: Callable[[], None] = lambda: None
-) -> Iterator[bool]:
-    """Hold the right to write `folder`, after calling `on_wait` where another process has it; False without file locks.
+) -> Iterator[None]:
+    """Hold the right to write `folder`, after calling `on_wait` where another process has it.
 
-    Raises TimeoutError after `timeout_seconds` of waiting.
+    Raises TimeoutError after `timeout_seconds` of waiting. A file system without file locks gets a file that tells who
+    holds it.
     """
-    from filelock import FileLock, Timeout, UnixFileLock
+    from filelock import FileLock, SoftFileLock, Timeout
 
-    lock = FileLock(lock_file(folder))
+    path = lock_file(folder)
+    lock: FileLock | SoftFileLock = FileLock(path, fallback_to_soft=False)
     try:
         try:
             lock.acquire(blocking=False)
-        except Timeout:
-            on_wait()
-            lock.acquire(timeout_seconds if timeout_seconds is not None else -1, poll_interval=_POLL_SECONDS)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        lock_file(folder).unlink(missing_ok=True)
-        yield False
-        return
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            lock = SoftFileLock(path.with_suffix(".held"))
+            lock.acquire(blocking=False)
+    except Timeout:
+        on_wait()
+        lock.acquire(timeout_seconds if timeout_seconds is not None else -1, poll_interval=_POLL_SECONDS)
     try:
-        yield True
+        yield
     finally:
-        if isinstance(lock, UnixFileLock):  # while it is held: who waits sees that the file has gone, and makes another
-            lock_file(folder).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)  # while it is held: who waits sees that the file has gone, and makes another
         lock.release()
 
 
 @contextmanager
-def publish_folder(target: Path, *, replace: bool, locked: bool = True) -> Iterator[Path]:
+def publish_folder(target: Path, *, replace: bool) -> Iterator[Path]:
     """A folder to write into; it becomes `target` when all went well, and is removed otherwise.
 
-    To be used under `folder_lock`; where that is not `locked`, the folder's name is this process's own. With `replace`
-    an earlier `target` is moved away first and removed afterwards, else it must be missing or empty.
+    To be used under `folder_lock`. With `replace` an earlier `target` is moved away first and removed afterwards, else
+    it must be missing or empty.
     """
     target = target.absolute()
-    own = "" if locked else f"-{os.uname().nodename}-{os.getpid()}"
-    partial, old = (target.with_name(f".{target.name}.{kind}") for kind in (f"partial{own}", "old"))
+    partial, old = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "old"))
     if old.exists() and not target.exists():  # a process was killed between its two renames
         os.rename(old, target)
     _remove(partial, old)

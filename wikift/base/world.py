@@ -45,22 +45,15 @@ class World:
         return summed
 
     def highest(self, number: int) -> int:
-        """The largest of the ranks' numbers, on every rank; collective."""
-        value = torch.tensor(number)
-        if self.size > 1:
-            dist.all_reduce(value, dist.ReduceOp.MAX)
-        return int(value)
+        """The largest of the ranks' numbers (below 2**53), on every rank; collective."""
+        return self.agree(number)[0]
 
     def agree(self, code: int, numbers: Sequence[float] = ()) -> tuple[int, list[float]]:
         """The highest of the ranks' codes and the sums of their numbers, in one all-reduce on the host; collective."""
-        if self.size == 1:
-            return code, list(numbers)
         codes = [0.0] * self.size
         codes[self.rank] = float(code)  # each has an index of its own, so that one sum does for both
-        total = torch.tensor([*numbers, *codes], dtype=torch.float64)
-        dist.all_reduce(total)
-        sums = total.tolist()
-        return int(max(sums[len(numbers) :])), sums[: len(numbers)]
+        sums = self.total(torch.tensor([*codes, *numbers], dtype=torch.float64)).tolist()
+        return int(max(sums[: self.size])), sums[self.size :]
 
     def barrier(self) -> None:
         """Wait for all ranks, on the host."""
@@ -147,28 +140,27 @@ def stop_world() -> None:
 
 
 def _device(requested: str, here: Launch) -> torch.device:
+    newer = "install a torch for an older CUDA (https://pytorch.org/get-started/locally), or use --device cpu"
     if requested == "cpu":
         return torch.device("cpu")
-    if requested == "auto" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        if requested == "cuda":
+            raise UserError(
+                "--device cuda: torch sees no CUDA device; use --device cpu, or install a CUDA build of torch"
+            )
         if torch.version.cuda and _NVIDIA_DRIVER.exists() and "CUDA_VISIBLE_DEVICES" not in os.environ:
             raise UserError(
                 f"--device auto: there is an NVIDIA driver, but torch {torch.__version__} cannot use it (most often it "
-                f"is older than CUDA {torch.version.cuda}); update the driver, install a torch for an older CUDA "
-                "(https://pytorch.org/get-started/locally), or use --device cpu"
+                f"is older than CUDA {torch.version.cuda}); update the driver, {newer}"
             )
         return torch.device("cpu")
-    if not torch.cuda.is_available():
+    count = torch.cuda.device_count()
+    if here.started and here.local_rank is None and count > 1:
+        raise UserError("LOCAL_RANK: is not set beside RANK, to choose among several GPUs; torchrun and srun set it")
+    if here.local_size > count:
         raise UserError(
-            "--device cuda: torch sees no CUDA device here; use --device cpu, or install a CUDA build of torch"
-        )
-    if here.started and here.local_rank is None and torch.cuda.device_count() > 1:
-        raise UserError(
-            "LOCAL_RANK: is not set beside RANK, and decides between several GPUs; torchrun and srun set it"
-        )
-    if here.local_size > torch.cuda.device_count():
-        raise UserError(
-            f"--nproc_per_node {here.local_size}: this host has {torch.cuda.device_count()} CUDA devices, one for each "
-            "process at most; start fewer processes (deepspeed: --num_gpus, slots in the hostfile) or use --device cpu"
+            f"--nproc_per_node {here.local_size}: this host has {count} CUDA devices, one for each process at most; "
+            "start fewer processes (deepspeed: --num_gpus, slots in the hostfile) or use --device cpu"
         )
     device = torch.device("cuda", here.local_rank or 0)
     built_for = [int(arch[3:].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
@@ -176,8 +168,7 @@ def _device(requested: str, here: Launch) -> torch.device:
     if built_for and 10 * major + minor < min(built_for):
         raise UserError(
             f"--device {requested}: this torch has no code for {torch.cuda.get_device_name(device)}, of compute "
-            f"capability {major}.{minor}, but from {min(built_for) / 10} on; install a torch for an older CUDA "
-            "(https://pytorch.org/get-started/locally), or use --device cpu"
+            f"capability {major}.{minor}, but from {min(built_for) / 10} on; {newer}"
         )
     torch.cuda.set_device(device)
     return device

@@ -42,8 +42,8 @@ def published(target: Path) -> Iterator[Path]:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
         with (
             stopping_by_exception(),
-            folder_lock(target, on_wait=refuse) as locked,
-            publish_folder(target, replace=True, locked=locked) as partial,
+            folder_lock(target, on_wait=refuse),
+            publish_folder(target, replace=True) as partial,
         ):
             yield partial
     except OSError as error:
