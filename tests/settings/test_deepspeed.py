@@ -104,11 +104,6 @@ def completed(path: str, **numbers: Any) -> dict[str, Any]:
 # --- files that are right ----------------------------------------------------------------------------------------
 
 
-def test_the_shipped_files_are_the_ones_promised() -> None:
-    assert list(SHIPPED) == [f"zero{name}.json" for name in ("1", "2", "2_offload", "3", "3_offload")]
-    assert [config["zero_optimization"]["stage"] for config in SHIPPED.values()] == [1, 2, 2, 3, 3]
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("name", EVERY)
 def test_every_file_leaves_auto_to_the_command_line_and_deepspeed_takes_it(
@@ -158,8 +153,11 @@ def test_the_loss_scale_is_grad_scalers_unless_the_file_says_otherwise(tmp_path:
     }  # fmt: skip
     theirs = completed(written(TRAINER["zero2"], tmp_path), precision="fp16")["fp16"]
     assert theirs == {**PARTS["fp16"], "enabled": True}
-    notes = merged(TRAINER["zero2"], tmp_path, "--precision fp16").notes
-    assert any("fp16.loss_scale_window 1000" in note for note in notes)
+    told = " ".join(merged(TRAINER["zero2"], tmp_path, "--precision fp16").notes)
+    assert "fp16.loss_scale_window 1000" in told
+    assert "AdamW is wikift's AdamW" in told
+    assert "WarmupLR is wikift's --lr-scheduler-type constant with a linear warm-up" in told
+    assert not merged(SHIPPED["zero3.json"], tmp_path).notes
 
 
 # --- numbers in the file -----------------------------------------------------------------------------------------
@@ -222,6 +220,9 @@ def test_a_number_of_the_config_file_clashes_too_and_is_named(tmp_path: Path) ->
     (problem,) = result.problems
     assert problem.startswith(f"learning_rate 0.0001 in {tmp_path}/my.toml: contradicts optimizer.params.lr 3e-05 in ")
     assert result.settings.precision == "fp16"  # auto is no opinion
+    length = merged(with_key("scheduler.params.total_num_steps", 900), tmp_path, "--num-train-epochs 2")
+    twice = "--num-train-epochs 2: the length of training is set twice, scheduler.params.total_num_steps 900 "
+    assert length.problems[0].startswith(twice)
 
 
 def test_all_clashes_come_at_once_within_the_file_too(tmp_path: Path) -> None:
@@ -237,25 +238,13 @@ def test_all_clashes_come_at_once_within_the_file_too(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_the_length_is_given_once(tmp_path: Path) -> None:
-    config = with_key("scheduler.params.total_num_steps", 900)
-    (problem,) = merged(config, tmp_path, "--num-train-epochs 2").problems
-    assert problem.startswith(
-        "--num-train-epochs 2: the length of training is set twice, scheduler.params.total_num_steps 900 "
-    )
-
-
 @pytest.mark.parametrize(
     ("fp16", "bf16", "asked", "settled"),
     [
-        (None, None, "auto", "auto"),
-        ("auto", "auto", "fp16", "fp16"),
         ("auto", None, "bf16", "bf16"),
         (False, None, "auto", "fp32"),  # the documentation's way to fp32
         (False, None, "bf16", "bf16"),
         (False, "auto", "auto", "auto"),  # bf16 or fp32, by the device
-        (False, True, "auto", "bf16"),
-        ("auto", False, "auto", "fp32"),
         ("auto", False, "fp16", "fp16"),
         (False, False, "auto", "fp32"),
         (True, False, "auto", "fp16"),
@@ -270,15 +259,6 @@ def test_two_switches_make_one_precision(tmp_path: Path, fp16: Any, bf16: Any, a
     result = merged(config, tmp_path, f"--precision {asked}")
     assert len(result.problems) == (settled is None)
     assert settled is None or result.settings.precision == settled
-
-
-def test_what_is_done_in_wikifts_own_way_is_said(tmp_path: Path) -> None:
-    said = " ".join(merged(TRAINER["zero2"], tmp_path).notes)
-    assert "AdamW is wikift's AdamW" in said
-    assert "WarmupLR is wikift's --lr-scheduler-type constant with a linear warm-up" in said
-    assert "not used by wikift: steps_per_print" in said
-    assert not merged(with_key("scheduler.params.warmup_type", "linear"), tmp_path).problems
-    assert not merged(SHIPPED["zero3.json"], tmp_path).notes
 
 
 def test_a_file_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
@@ -314,7 +294,6 @@ WRONG: list[tuple[str, Any, str]] = [
     ("zero_optimization.stage", 0, "remove --deepspeed"),
     ("zero_optimization.stage", "auto", "must be 1, 2 or 3"),
     ("optimizer.type", "Lamb", "wikift's is AdamW; write AdamW, or remove the section"),
-    ("optimizer.type", ["AdamW"], "wikift's is AdamW"),
     ("optimizer.params.adam_w_mode", False, "remove it"),
     ("optimizer.params.momentum", 0.9, "changes what is learned, and wikift has no such setting; remove it"),
     ("optimizer.params.betas", [0.9], 'write two numbers in brackets, or "auto"'),
@@ -324,14 +303,11 @@ WRONG: list[tuple[str, Any, str]] = [
     ("scheduler.type", "OneCycle", "--lr-scheduler-type linear"),
     ("scheduler.type", "WarmupCosineLR", "--lr-scheduler-type cosine"),
     ("scheduler.params.warmup_min_lr", 1e-6, 'rises from 0; write 0 or "auto"'),
-    ("scheduler.params.warmup_type", "log", "remove it"),
     ("data_types.param_dtype", "bf16", "--precision"),
     ("gradient_allreduce_op", "sum", "remove it"),
-    ("zero_optimization.zenflow.topk_ratio", 0.1, "remove it"),
     ("zero_optimization.zero_quantized_gradients", True, "remove it"),
     ("amp", {"enabled": True}, "--precision"),
     ("curriculum_learning.enabled", True, "remove it"),
-    ("compression_training.weight_quantization.shared_parameters.enabled", True, "remove it"),
     ("bf16.bf16_master_weights_and_grads", True, "remove it"),
     ("train_batch_size", "many", 'must be a whole number, or "auto"'),
     ("train_micro_batch_size_per_gpu", 2.5, "must be a whole number"),
@@ -412,31 +388,28 @@ def test_a_folder_for_the_nvme_disk_exists(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ('{"zero_optimization": {"stage": 2}', "not valid JSON"),
-        ("[1, 2]", "is a list"),
-        ('{"zero_optimization": {"stage": 2, "stage": 3}}', "stage is there twice"),
         (
-            '{"zero_optimization": {"stage": 3, "max_live_parameters": 1, "stage3_max_live_parameters": 2}}',
-            "is there twice",
+            "[1, 2]",
+            "cannot be read (not valid JSON: is a list, not an object of settings); name a DeepSpeed config file",
         ),
+        ('{"zero_optimization": {"stage": 2}', "or one of zero1, zero2, zero2_offload, zero3, zero3_offload"),
+        ('{"zero_optimization": {"stage": 2, "stage": 3}}', "stage is there twice"),
+        ('{"zero_optimization": {"stage": 3, "max_reuse_distance": 1, "stage3_max_reuse_distance": 2}}', "there twice"),
     ],
 )
 def test_a_file_that_is_none(tmp_path: Path, content: str, expected: str) -> None:
     (problem,) = merged(content, tmp_path).problems
     assert expected in problem
     assert str(tmp_path / "ds.json") in problem
-
-
-def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(UserError, match=r"^--deepspeed .*: cannot be read \(.*\); name .* or one of zero1, zero2"):
-            read(path)
+    with pytest.raises(UserError, match=r"cannot be read \(No such file"):
+        read(tmp_path / "none.json")
 
 
 def test_a_file_of_wikift_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in SHIPPED:
-        assert read(name.removesuffix(".json")) == read(ROOT / "ds_configs" / name)
+    names = {"zero1": 1, "zero2": 2, "zero2_offload": 2, "zero3": 3, "zero3_offload": 3}
+    assert {name: read(name)[0]["zero_optimization.stage"] for name in names} == names
+    assert [f"{name}.json" for name in names] == list(SHIPPED)
     Path("zero2").write_text('{"zero_optimization": {"stage": 1}}')  # the user's own comes first
     assert read("zero2") == ({"zero_optimization.stage": 1}, [])
 
@@ -451,26 +424,18 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_a_batch_that_cannot_be_is_told_with_its_arithmetic_and_its_keys(
-    alone: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_is_wrong_with_a_setting_of_the_file_names_its_key(alone: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = with_key("train_batch_size", 32, with_key("train_micro_batch_size_per_gpu", 4))
-    path = written(with_key("gradient_accumulation_steps", 2, config), tmp_path)
+    config = with_key("gradient_accumulation_steps", 2, with_key("optimizer.params.lr", 0, config))
+    path = written(config, tmp_path)
     alone.setenv("WORLD_SIZE", "2")
     alone.setenv("RANK", "0")
     with pytest.raises(UserError) as caught:
-        main(["--deepspeed", path, "--dry-run", "--dataset", "demo", "--learning-rate", "-1"])
-    batch, rate = caught.value.problems if "batch" in caught.value.problems[0] else caught.value.problems[::-1]
+        main(["--deepspeed", path, "--dry-run", "--dataset", "demo"])
+    batch, rate = sorted(caught.value.problems)
     assert batch.startswith("--global-batch-size 32: is not 2 processes x 4 (--per-device-train-batch-size) x 2 ")
     assert batch.endswith(f"(train_batch_size, train_micro_batch_size_per_gpu, gradient_accumulation_steps in {path})")
-    assert rate == "--learning-rate -1: must be above 0"
-
-
-def test_a_number_out_of_range_is_told_with_its_key(alone: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    path = written(with_key("optimizer.params.lr", 0), tmp_path)
-    with pytest.raises(UserError) as caught:
-        main(["--deepspeed", path, "--dry-run", "--dataset", "demo"])
-    assert caught.value.problems == (f"--learning-rate 0: must be above 0 (optimizer.params.lr in {path})",)
+    assert rate == f"--learning-rate 0: must be above 0 (optimizer.params.lr in {path})"
 
 
 def test_a_dry_run_is_a_config_file_that_says_the_same_again(
@@ -491,22 +456,28 @@ def test_a_dry_run_is_a_config_file_that_says_the_same_again(
     ]
 
 
-@pytest.mark.parametrize("words", [["--local_rank=1"], ["--local-rank", "1"], ["--local_rank=1", "--local-rank=1"]])
-@pytest.mark.parametrize("own", ["1", None])
-def test_the_launchers_local_rank_is_dropped(
-    alone: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], own: str | None
+@pytest.mark.parametrize(
+    ("line", "own", "expected"),
+    [
+        ("--local_rank=1", "1", None),
+        ("--local-rank 1 --local_rank=1", None, None),
+        ("--local_rank=2", "1", "--local-rank 2: is the launcher's to set, LOCAL_RANK is 1"),
+        ("--local-rank one", "1", "--local-rank one: "),
+        ("--local_rank", "1", "--local-rank : "),
+    ],
+)
+def test_the_launchers_local_rank_is_dropped_or_a_mistake(
+    alone: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str, own: str | None, expected: str | None
 ) -> None:
     if own is not None:
         alone.setenv("LOCAL_RANK", own)
-    assert main([*words, "--dry-run", "--dataset", "demo", "--max-steps", "7"]) == 0
-    assert "max_steps = 7" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("words", [["--local_rank=2"], ["--local-rank", "one"], ["--local_rank"]])
-def test_another_local_rank_is_a_mistake(alone: pytest.MonkeyPatch, words: list[str]) -> None:
-    alone.setenv("LOCAL_RANK", "1")
-    with pytest.raises(UserError, match=r"^--local-rank .*LOCAL_RANK is 1"):
-        main([*words, "--dry-run"])
+    words = ["--dataset", "demo", "--max-steps", "7", "--dry-run", *line.split()]
+    if expected is None:
+        assert main(words) == 0
+        assert "max_steps = 7" in capsys.readouterr().out
+    else:
+        with pytest.raises(UserError, match=f"^{expected}"):
+            main(words)
 
 
 # --- what is said of DeepSpeed -----------------------------------------------------------------------------------
