@@ -20,7 +20,7 @@ from wikift.data.sources import DEFAULT_VALIDATION_FRACTION, Source, open_source
 from wikift.data.store import TokenStore
 from wikift.data.tokenizer import SavedTokenizer, tokenizer_fingerprint
 
-_AS_RECORDED = ("dataset", "dataset_config", "text_column", "append_eos", "validation_fraction", "seed")
+_AS_RECORDED = ("dataset", "dataset_config", "text_column", "append_eos", "validation_fraction", "seed", "encoding")
 
 FileList = dict[str, list[dict[str, Any]]]
 
@@ -37,6 +37,7 @@ class Recipe:
     append_eos: bool | None
     validation_fraction: float | None
     seed: int | None
+    encoding: str | None
     source: Source = field(compare=False)  # where the text is
 
 
@@ -49,9 +50,10 @@ def facts_of(source: Source, *, checksums: bool) -> dict[str, Any]:
     if files is None:
         return {"dataset": source.dataset, "dataset_config": config, "text_column": source.text_column}
     return {
-        "dataset": Path(source.dataset).resolve().name,
+        "dataset": source.name,
         "dataset_config": files.config,
-        "text_column": None if files.suffix == ".txt" else source.text_column,
+        "text_column": None if files.kind == "lines" else source.text_column,
+        **({"encoding": source.encoding} if source.encoding else {}),
         "files": files.listed(checksums=checksums),
     }
 
@@ -61,7 +63,7 @@ def record_of(
 ) -> dict[str, Any]:
     """The part of `store.json` that says what was done; `facts` are those of `source`, with checksums."""
     files: FileList = facts.get("files", {})
-    path = str(Path(source.dataset).resolve())  # where evaluation finds the text again
+    paths = [str(Path(name).resolve()) for name in (source.dataset, *source.more)]  # where evaluation finds the text
     return {
         **{key: value for key, value in facts.items() if key != "files"},
         "dataset_name": corpus.name,
@@ -70,7 +72,7 @@ def record_of(
         "append_eos": append_eos,
         **(corpus.cut or {"validation_fraction": None, "seed": None}),
         "tokenizer": {"name": tokenizer.name},
-        **({"files": files, "dataset_path": path} if files else {}),
+        **({"files": files, "dataset_path": paths if source.more else paths[0]} if files else {}),
     }
 
 
@@ -82,8 +84,9 @@ def _checksum(files: FileList) -> str:
 def recipe_of(store: TokenStore) -> Recipe:
     """The recipe in `store.json`."""
     record = store.record
-    dataset = str(record.get("dataset_path") or record.get("dataset"))
-    named = dataset not in (*WIKITEXT, "demo") and not Path(dataset).is_file()
+    path = record.get("dataset_path") or record.get("dataset")
+    dataset, *more = path if isinstance(path, list) else [str(path)]
+    named = dataset not in (*WIKITEXT, "demo")
     seed = record.get("seed")
     kept: dict[str, Any] = {name: record.get(name) for name in _AS_RECORDED}
     return Recipe(
@@ -96,6 +99,8 @@ def recipe_of(store: TokenStore) -> Recipe:
             record.get("text_column") or "text",
             record.get("validation_fraction"),
             CUT_SEED if seed is None else int(seed),
+            record.get("encoding"),
+            tuple(more),
         ),
     )
 
@@ -114,7 +119,8 @@ def recipe_asked(source: Source, tokenizer: str, append_eos: bool | None, store:
         same = tokenizer_fingerprint(tokenizer) == store.tokenizer_fingerprint
         tokenizer = made.tokenizer if same else f"that of {tokenizer}"
     return Recipe(
-        **{key: facts[key] for key in ("dataset", "dataset_config", "text_column")},
+        dataset=facts["dataset"],
+        **{key: facts.get(key) for key in ("dataset_config", "text_column", "encoding")},
         files=_checksum_now(source, facts["files"], store.record) if "files" in facts else None,
         tokenizer=tokenizer,
         append_eos=store.record.get("rows_are_documents") if append_eos is None else append_eos,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import platform
 import re
 from collections.abc import Iterator
@@ -14,28 +15,37 @@ from wikift.base import hub
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.names import CUT_SEED, WIKITEXT
 from wikift.data.corpus import Corpus, Rows, cut_validation
-from wikift.data.readers import READERS, parquet_bytes, parquet_problems, rows_at_once
+from wikift.data.readers import read_rows
+from wikift.data.splits import SPLITS, Candidate
+from wikift.data.tables import TABLES, check_table, rows_at_once
 from wikift.data.texts import Texts
-from wikift.data.user_files import SPLITS, UserFiles, config_problem, configs_in, user_files
+from wikift.data.user_files import UserFiles, config_problem, configs_in, user_files
 
 DEFAULT_VALIDATION_FRACTION = 0.05
 
 
 @dataclass(frozen=True)
 class Source:
-    """Which text: a dataset's name or path, and how a validation split is cut where it has none."""
+    """Which text: a dataset's name or path (`more`: further ones), and how validation is cut where there is none."""
 
     dataset: str
     config: str | None = None
     text_column: str = "text"
     validation_fraction: float | None = None
     seed: int = CUT_SEED
+    encoding: str | None = None
+    more: tuple[str, ...] = ()
 
     @property
+    def name(self) -> str:
+        """Of the user's files, without the folders above them."""
+        return ", ".join(Path(each).resolve().name for each in (self.dataset, *self.more))
+
+    @functools.cached_property
     def files(self) -> UserFiles | None:
         """The user's files that it names; None for WikiText, the demo and names of the Hub. Raises UserError."""
-        known = self.dataset == "demo" or self.dataset in WIKITEXT
-        return None if known else user_files(self.dataset, self.config)
+        known = not self.more and (self.dataset == "demo" or self.dataset in WIKITEXT)
+        return None if known else user_files((self.dataset, *self.more), self.config)
 
 
 def open_source(source: Source, *, cut: bool = True) -> Corpus:
@@ -73,13 +83,15 @@ def source_problems(source: Source) -> list[str]:
         files = source.files
     except UserError as error:
         return list(error.problems)
-    if files is None and source.dataset != "demo":
-        return []
-    problems, splits = [], set(SPLITS if files is None else files.splits)
-    if source.validation_fraction is not None and ("validation" in splits or "train" not in splits):
+    problems, dataset = [], source.dataset
+    kind = files.kind if files is not None else "demo" if dataset == "demo" else "Hub"
+    splits = files.splits if files is not None else SPLITS if kind == "demo" else ()
+    if source.validation_fraction is not None and splits and ("validation" in splits or "train" not in splits):
         problems.append(unused_fraction(source, "validation" in splits))
-    if (files is None or files.suffix == ".txt") and source.text_column != "text":
-        problems.append(f"--text-column {source.text_column}: has no effect, {source.dataset} has no columns; omit it")
+    if kind in ("demo", "lines") and source.text_column != "text":
+        problems.append(f"--text-column {source.text_column}: has no effect, {dataset} has no columns; omit it")
+    if source.encoding is not None and kind in ("demo", "Hub", *TABLES):
+        problems.append(f"--encoding {source.encoding}: has no effect, {dataset} is not a text file; omit it")
     return problems
 
 
@@ -87,41 +99,35 @@ def source_problems(source: Source) -> list[str]:
 
 
 def _from_files(source: Source, files: UserFiles) -> Corpus:
-    column, lines, notes = source.text_column, files.suffix == ".txt", list[str]()
+    column, notes = source.text_column, files.notes()
     long_line = f"{source.dataset}: lines of more than a million characters are divided into several rows"
-    if files.suffix == ".parquet":  # reported at once and not after minutes
-        problems = [p for paths in files.splits.values() for path in paths for p in parquet_problems(path, column)]
-        if problems:
-            raise UserError(*problems)
 
-    def rows(paths: list[Path]) -> Rows:
+    def rows(of_split: list[Candidate]) -> Rows:
         def batches() -> Iterator[Texts]:
-            for path in paths:
-                held: Texts | None = None
-                for batch in READERS[files.suffix](path, column):
-                    if held is not None:
-                        yield held
-                        if lines and not held.ends_with_newline and long_line not in notes:
-                            notes.append(long_line)
-                    held = batch
-                if held is not None and lines and path != paths[-1] and not held.ends_with_newline:
-                    *others, last = held  # a line ends with its file, also if another file follows
-                    held = Texts.of([*others, last + "\n"])
-                if held is not None:
-                    yield held
+            last: Texts | None = None
+            for batch in read_rows([each.file for each in of_split], files.kind, column, source.encoding):
+                yield batch
+                if last is not None and files.kind == "lines" and not last.ends_with_newline and long_line not in notes:
+                    notes.append(long_line)
+                last = batch
 
         return batches
 
-    def size(paths: list[Path]) -> int:
-        return sum(parquet_bytes(p, column) if files.suffix == ".parquet" else p.stat().st_size for p in paths)
+    def size(of_split: list[Candidate]) -> int | None:
+        tables = files.kind in TABLES  # problems are reported at once and not after minutes
+        sizes = [
+            check_table(each.file, column) if tables and each.file.in_place else each.file.size
+            for each in of_split
+        ]
+        return None if None in sizes else sum(filter(None, sizes))
 
     return Corpus(
-        name=Path(source.dataset).resolve().name,
+        name=source.name,
         config=files.config,
         revision="",  # of files the recipe has the content's checksum
         rows_are_documents=files.rows_are_documents,
-        splits={name: rows(paths) for name, paths in files.splits.items()},
-        sizes={name: size(paths) for name, paths in files.splits.items()},
+        splits={name: rows(each) for name, each in files.splits.items()},
+        sizes={name: size(each) for name, each in files.splits.items()},
         notes=notes,
     )
 

@@ -1,10 +1,19 @@
-"""Which local files a dataset's name stands for: one file, a folder with `train.*`, or one in the Hub's layout."""
+"""Which files of the user's are the text: what `--dataset` names, by file, folder or pattern, once or several times.
+
+All that a folder holds is used, or named as not used, or an error where it looks like a split.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import glob
+import itertools
+import json
 import re
-from dataclasses import dataclass
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +21,42 @@ from wikift.base import hub
 from wikift.base.errors import UserError
 from wikift.base.files import sha256_of
 from wikift.base.names import WIKITEXT
-from wikift.data.readers import READERS
+from wikift.data.open_file import TextFile
+from wikift.data.splits import KINDS, SPLITS, Candidate, candidates, gaps, is_beside, natural, plain, split_of
 
-SPLITS = ("train", "validation", "test")
 CHANGED = "changed while it was read; run the command again when nothing is writing to it"
+UNREAD = (
+    "wikift reads .txt, .md, .tokens, .jsonl, .json, .csv, .tsv, .parquet and .arrow, also in .gz, .bz2, .xz, .zst, "
+    ".zip and .tar; convert it, or rename it to .txt if it is plain text"
+)
 _LISTED = 8
 
-SplitFiles = dict[str, list[Path]]
+Splits = dict[str, list[Candidate]]
 
 
 @dataclass(frozen=True)
 class UserFiles:
-    """The files of each split, all of one kind (`suffix`)."""
+    """The files of each split, all of one kind, and what lies beside them unused."""
 
-    suffix: str
+    kind: str
     config: str | None
-    splits: SplitFiles
+    splits: Splits
     rows_are_documents: bool
+    unused: Sequence[Candidate]
 
     def listed(self, *, checksums: bool) -> dict[str, list[dict[str, Any]]]:
-        """Name, size and time of each split's files, and their SHA-256 where asked for."""
-        return {split: [_describe(path, checksums) for path in paths] for split, paths in self.splits.items()}
+        """Name, size and time of each split's files, an archive once, and their SHA-256 where asked for."""
+        return {
+            split: [_describe(path, checksums) for path, _ in itertools.groupby(each.file.path for each in files)]
+            for split, files in self.splits.items()
+        }
+
+    def notes(self) -> list[str]:
+        """What was read of which split, and what was not; nothing where there is one file only."""
+        if len([*itertools.chain(*self.splits.values(), self.unused)]) == 1:
+            return []
+        read = [f"{split}: {_names(files)}" for split, files in self.splits.items()]
+        return read + ([f"not used: {_names(self.unused)}"] if self.unused else [])
 
 
 def _describe(path: Path, checksum: bool) -> dict[str, Any]:
@@ -41,41 +65,48 @@ def _describe(path: Path, checksum: bool) -> dict[str, Any]:
     return {**entry, "sha256": sha256_of(path)} if checksum else entry
 
 
-def user_files(dataset: str, config: str | None) -> UserFiles | None:
+def _names(files: Sequence[Candidate]) -> str:
+    names = [each.shown for each in files]
+    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def user_files(datasets: Sequence[str], config: str | None) -> UserFiles | None:
     """The files that `--dataset` and `--dataset-config` name, None where that is a name of the Hub.
 
-    Reads names only (and a README.md's front matter). Raises UserError for what can't be a dataset.
+    Reads names, each file's first bytes, a README.md's front matter. Raises UserError for what can't be a dataset.
     """
-    path, where = Path(dataset), f"--dataset {dataset}"
-    if path.is_file():
-        if config is not None:
-            raise UserError(f"--dataset-config {config}: has no effect, {path} is one file; omit it")
-        return _of_one_kind({"train": [path]}, None, where)
-    if not path.is_dir():
-        _must_be_hub_name(dataset, where)
+    where = " ".join(f"--dataset {name}" for name in datasets)
+    if len(datasets) == 1 and not Path(datasets[0]).exists() and not glob.has_magic(datasets[0]):
+        _must_be_hub_name(datasets[0], where)
         return None
     try:
-        if _lists_configs(path / "README.md"):
+        roots = [root for name in datasets for root in _roots(name)]
+        path = roots[0][0]
+        if len(roots) == 1 and path.is_dir() and _lists_configs(path / "README.md"):
             return _of_readme(path, config, where)
-        splits = _split_files(path)
-        configs = {p.name: files for p in sorted(path.iterdir()) if p.is_dir() and (files := _split_files(p))}
-        names = ", ".join(sorted(p.name for p in path.iterdir())[:_LISTED])
+        files = [each for root, named in roots for each in _files(root, named, alone=len(roots) == 1)]
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror}); fix its permissions") from None
-    if splits and config is not None:
+    if len(roots) == 1 and path.is_file() and not files[0].file.member:
+        if config is not None:
+            raise UserError(f"--dataset-config {config}: has no effect, {path} is one file; omit it")
+        return _checked({"train": files}, None, where)
+    groups = _configurations(files) if len(roots) == 1 else {}
+    if groups:
+        if config is None and len(groups) == 1:
+            (config,) = groups
+        if config not in groups:
+            raise UserError(config_problem(config, list(groups)))
+        files = groups[config]
+    splits, unused = _by_split(files, where)
+    one_by_one = {root for root, named in roots if named and root.is_file()}
+    if problems := gaps(each for each in files if each.kind and each.file.path not in one_by_one):
+        raise UserError(*problems)
+    made = _checked(splits, config if groups else None, where, unused)
+    if config not in (None, made.config):
         raise UserError(f"--dataset-config {config}: has no effect, {path} has no configurations; omit it")
-    if not splits and configs:
-        if config is None and len(configs) == 1:
-            (config,) = configs
-        if config not in configs:
-            raise UserError(config_problem(config, list(configs)))
-        return _of_one_kind(configs[config], config, where, documents=not set(configs) & set(WIKITEXT))
-    if not splits:
-        raise UserError(
-            f"{where}: has no train, validation or test with {', '.join(READERS)} (there: {names or 'nothing'}); "
-            "name the files, for example, train.txt, validation.txt, test.txt"
-        )
-    return _of_one_kind(splits, None, where)
+    return made
 
 
 def config_problem(config: str | None, names: list[str]) -> str:
@@ -93,40 +124,107 @@ def configs_in(error: Exception) -> list[str]:
 
 
 def _must_be_hub_name(dataset: str, where: str) -> None:
-    path = Path(dataset)
-    if path.exists():
-        raise UserError(f"{where}: is neither a file nor a folder; save the text in a file")
-    if path.suffix.lower() in READERS or not hub.is_name(dataset):
+    if Path(plain(dataset)).suffix.lower() in KINDS or not hub.is_name(dataset):
         raise UserError(f"{where}: no such file or folder; fix the path")
     near = difflib.get_close_matches(dataset, (*WIKITEXT, "demo"), n=1, cutoff=0.75)
     if near and "/" not in dataset:
         raise UserError(f"{where}: no such file, folder or dataset; did you mean {near[0]}?")
 
 
-def _of_one_kind(splits: SplitFiles, config: str | None, where: str, documents: bool = True) -> UserFiles:
-    suffixes = sorted({file.suffix.lower() for files in splits.values() for file in files})
-    wrong = [suffix or "files without an ending" for suffix in suffixes if suffix not in READERS]
-    if wrong:
-        raise UserError(f"{where}: wikift reads {', '.join(READERS)}, not {', '.join(wrong)}; convert the text to one")
-    if len(suffixes) > 1:
-        raise UserError(f"{where}: mixes {' and '.join(suffixes)}; keep one kind of file for all splits")
-    return UserFiles(suffixes[0], config, splits, documents and suffixes[0] != ".txt")
+# --- what is there -----------------------------------------------------------------------------------------------
 
 
-def _split_files(folder: Path) -> SplitFiles:
-    """`train.*` or the Hub's `train-00000-of-00002.*`, in the folder or in its `data`."""
-    for parent in (folder, folder / "data"):
-        named = {s: re.compile(rf"{s}(-\d+-of-\d+)?\.(txt|jsonl|parquet)", re.IGNORECASE) for s in SPLITS}
-        files = sorted(parent.iterdir()) if parent.is_dir() else []
-        splits = {split: [p for p in files if name.fullmatch(p.name)] for split, name in named.items()}
-        if any(splits.values()):
-            return {split: paths for split, paths in splits.items() if paths}
-    return {}
+def _roots(name: str) -> list[tuple[Path, bool]]:
+    """The files and folders that a word stands for, and whether it names them one by one."""
+    path = Path(name)
+    if path.exists():
+        if not path.is_file() and not path.is_dir():
+            raise UserError(f"--dataset {name}: is neither a file nor a folder; save the text in a file")
+        return [(path, True)]
+    matches = [Path(match) for match in sorted(glob.glob(name, recursive=True), key=natural)]
+    if "**" in name:
+        matches = [match for match in matches if match.is_file()]
+    if not matches:
+        rule = "no file matches" if glob.has_magic(name) else "no such file or folder"
+        raise UserError(f"--dataset {name}: {rule}; fix the path")
+    return [(match, False) for match in matches]
 
 
-def _lists_configs(readme: Path) -> bool:
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    return re.match(r"---\r?\n(.*\n)?configs:", text.partition("\n---")[0], re.DOTALL) is not None
+def _files(root: Path, named: bool, alone: bool) -> list[Candidate]:
+    """All that is at `root`, whose own name tells nothing where it is `alone`. Raises UserError for a file not read."""
+    if root.is_dir():
+        files = list(_walk(root, () if alone else (root.name,)))
+    else:
+        files = list(candidates(root, (root.name,), named=named))
+        if named and len(files) == 1 and not files[0].kind:
+            raise UserError(f"{root}: {UNREAD}")
+        if alone:
+            files = [replace(each, parts=each.parts[1:]) if each.file.member else each for each in files]
+    if not named or alone or any(each.kind and split_of(each.parts) for each in files):
+        return files
+    return [replace(each, train=True) for each in files]
+
+
+def _walk(folder: Path, parts: tuple[str, ...]) -> Iterator[Candidate]:
+    saved = None  # the files of a folder of `save_to_disk`, which may have others in it
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        saved = [entry["filename"] for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]]
+    if missing := [name for name in saved or () if not (folder / name).is_file()]:
+        raise UserError(f"{folder}: {missing[0]} is missing, which its state.json names; copy or save it again")
+    for path in sorted(folder.iterdir(), key=lambda path: natural(path.name)):
+        name = (*parts, path.name)
+        loop = path.is_dir() and folder.resolve().is_relative_to(path.resolve())
+        if (is_beside(path.name) and path.is_dir()) or loop or (saved and path.is_file() and path.name not in saved):
+            yield Candidate(TextFile(path), name, "")
+        elif path.is_dir():
+            yield from _walk(path, name)
+        elif path.is_file():
+            yield from candidates(path, name)
+
+
+def _configurations(files: Iterable[Candidate]) -> dict[str, list[Candidate]]:
+    """The files of each subfolder that has splits, with all that are in none, where the folder itself has no splits."""
+    groups: dict[str, list[Candidate]] = {}
+    with_splits = set[str]()
+    for each in files:
+        folder = each.told[0] if len(each.told) > 1 and split_of((each.told[0], "")) is None else ""
+        groups.setdefault(folder, []).append(each)
+        if each.kind and split_of(each.told):
+            with_splits.add(folder)
+    if "" in with_splits:
+        return {}
+    beside = [each for name, of_group in groups.items() if name not in with_splits for each in of_group]
+    return {name: groups[name] + beside for name in groups if name in with_splits}
+
+
+def _by_split(files: Iterable[Candidate], where: str) -> tuple[Splits, list[Candidate]]:
+    """The files of each split, and those of none. Raises UserError for what looks like a split and is not read."""
+    splits: Splits = {}
+    rest, unused, problems = list[Candidate](), list[Candidate](), list[str]()
+    for each in files:
+        if not each.kind and any(map(is_beside, each.told)):
+            unused.append(each)
+            continue
+        try:
+            split = split_of(each.told) or ("train" if each.train else None)
+        except UserError as error:
+            problems += error.problems
+            continue
+        if not each.kind and split:
+            problems.append(f"{each.file}: looks like {split} text, and {UNREAD}")
+        elif each.kind and split:
+            splits.setdefault(split, []).append(each)
+        else:
+            (rest if each.kind else unused).append(each)
+    if rest and splits and "train" not in splits:
+        problems.append(f"{where}: has {' and '.join(splits)} but no train; name it train.*: {rest[0].shown}?")
+    elif not splits and not rest and not problems:
+        problems.append(f"{where}: has no text (there: {_names(unused) or 'nothing'}); {UNREAD}")
+    if problems:
+        raise UserError(*problems)
+    if not splits:
+        return {"train": rest}, unused
+    return {split: splits[split] for split in SPLITS if split in splits}, unused + rest
 
 
 def _of_readme(folder: Path, config: str | None, where: str) -> UserFiles:
@@ -142,6 +240,39 @@ def _of_readme(folder: Path, config: str | None, where: str) -> UserFiles:
         message = " ".join(str(error).split())[:300]
         raise UserError(f"{where}: README.md names files that do not exist ({message}); download it again") from None
     listed = builder.config.data_files or {}
-    splits = {str(split): [Path(file) for file in files] for split, files in listed.items()}
-    documents = not {*builder.builder_configs} & {*WIKITEXT}
-    return _of_one_kind(splits, builder.config.name, where, documents)
+    splits = {
+        str(split): [each for file in files for each in candidates(Path(file), (Path(file).name,), named=True)]
+        for split, files in listed.items()
+    }
+    return _checked(splits, builder.config.name, where)
+
+
+def _lists_configs(readme: Path) -> bool:
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    return re.match(r"---\r?\n(.*\n)?configs:", text.partition("\n---")[0], re.DOTALL) is not None
+
+
+def _checked(splits: Splits, config: str | None, where: str, unused: Sequence[Candidate] = ()) -> UserFiles:
+    """The files as one kind. Raises UserError for mixed kinds, Git LFS pointers, and a text that is there twice."""
+    files, problems = list(itertools.chain(*splits.values())), list[str]()
+    kinds = {each.kind: each for each in reversed(files)}
+    if pointer := kinds.pop("pointer", None):
+        problems.append(
+            f"{pointer.file}: is a Git LFS pointer and not the file itself; fetch it with git lfs pull, or download it"
+        )
+    if len(kinds) > 1:
+        mixed = ", ".join(f"{kind} in {each.shown}" for kind, each in kinds.items())
+        some = shlex.quote(str(files[0].file.path.parent / f"*{files[0].file.path.suffix}"))
+        problems.append(
+            f"{where}: mixes kinds of files ({mixed}); name those of one kind, for example --dataset {some}"
+        )
+    twice: dict[str, Candidate] = {}
+    for each in files:
+        other = twice.setdefault(plain(str(each.file)), each)
+        if other is not each:
+            problems.append(f"{where}: has the same text twice, {other.shown} and {each.shown}; remove or name one")
+    if problems:
+        raise UserError(*problems)
+    known = [name for name in WIKITEXT if name in files[0].file.path.resolve().parts[-5:]]
+    (kind,) = kinds
+    return UserFiles(kind, config or next(iter(known), None), splits, kind != "lines" and not known, unused)
