@@ -65,7 +65,8 @@ def test_the_mirror_has_its_known_counts(tmp_path: Path, capsys: pytest.CaptureF
     words += ["--out", out]
     assert run(*words) == (0, [])
     printed = capsys.readouterr()
-    assert printed.err == ""
+    splits = ("train", "validation", "test")
+    assert printed.err == "".join(f"{split}: {split}-00000-of-00001.parquet\n" for split in splits)
     table = [line.split() for line in printed.out.splitlines()]
     assert table[0] == ["split", "rows", "tokens", "words", "bytes"]
     assert table[2] == ["validation", "3,760", "256,061", "217,646", "1,119,083"]
@@ -186,7 +187,7 @@ ODD_FAULTS: dict[str, tuple[str, bytes, str]] = {
     "empty jsonl": ("a.jsonl", b"\n\n", "its train split contains no text (no rows)"),
     "blank documents": ("a.jsonl", b'{"text": ""}\n' * 3, "contains no text (2 blank rows)"),
     "invalid UTF-8": ("a.txt", b"fine\n" * 1000 + b"caf\xe9\n", "a.txt, line 1001: byte 0xe9 at offset 5,003 is not"),
-    "not parquet": ("a.parquet", b"text", "a.parquet: is not a complete parquet file"),
+    "not parquet": ("a.parquet", b"text", "a.parquet: is damaged or incomplete"),
 }
 
 
@@ -262,10 +263,6 @@ def recipe(tmp_path: Path) -> tuple[Path, list[Any]]:
         (["--validation-fraction", "0.1"], "validation_fraction 0.05 in the store, 0.1 requested"),
         (["--no-append-eos"], "append_eos True in the store, False requested"),
         (["--tokenizer", "train:301"], "tokenizer train:300 in the store, train:301 requested"),
-        (
-            ["--dataset", "demo"],
-            "dataset a.jsonl in the store, demo requested; text_column text in the store, none requested)",
-        ),
     ],
 )
 def test_another_recipe_is_refused(recipe: tuple[Path, list[Any]], more: list[str], difference: str) -> None:
@@ -273,6 +270,12 @@ def test_another_recipe_is_refused(recipe: tuple[Path, list[Any]], more: list[st
     assert code == 2
     assert f"out: was made with other settings ({difference}" in problem
     assert problem.endswith("remove the folder, or make another store with wikift prepare --out DIR")
+
+
+def test_another_dataset_is_refused(recipe: tuple[Path, list[Any]]) -> None:
+    (problem,) = run("--dataset", "demo", *recipe[1][2:])[1]
+    assert "dataset a.jsonl in the store, demo requested; text_column text in the store, none requested)" in problem
+    assert "name a dataset of the Hub, or the demo, alone" in run(*recipe[1], "--dataset", "demo")[1][0]
 
 
 def test_the_same_recipe_is_known_by_content(recipe: tuple[Path, list[Any]], tmp_path: Path) -> None:

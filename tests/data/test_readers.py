@@ -1,27 +1,41 @@
 # python -m pytest tests/data/test_readers.py
-"""Readers of the user's files: the rows they give, and one clear message for each odd file."""
+"""Readers of the user's files: the rows they yield, compressed or not, and one message for each fault."""
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from wikift.base.errors import UserError
-from wikift.data.readers import read_jsonl, read_lines, read_parquet
+from wikift.data import open_file
+from wikift.data.readers import read_rows
+from wikift.data.splits import candidates
 
 TEXTS = st.lists(
     st.sampled_from(["a", "é", "😀", "\n", "\r", "\r\n", " ", "\u2028", "\x0b", "\x85", "\x00", "\ufeff"])
 ).map("".join)
 
 
-def rows(batches: Any) -> list[str]:
-    return [text for batch in batches for text in batch]
+def rows(path: Path, column: str = "text", encoding: str | None = None) -> list[str]:
+    files = list(candidates(path, (path.name,), named=True))
+    return [text for texts in read_rows([f.file for f in files], files[0].kind, column, encoding) for text in texts]
+
+
+def written(path: Path, content: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
 
 
 @settings(max_examples=300, deadline=None)
@@ -32,12 +46,11 @@ def rows(batches: Any) -> list[str]:
 def test_lines_end_with_newlines_and_nothing_else(
     tmp_path_factory: pytest.TempPathFactory, text: str, block: int
 ) -> None:
-    path = tmp_path_factory.mktemp("lines") / "t.txt"
-    path.write_bytes(text.encode())
+    path = written(tmp_path_factory.mktemp("lines") / "t.txt", text)
     expected = text.removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
     lines = [line + "\n" for line in expected[:-1]] + expected[-1:]
-    with mock.patch("wikift.data.readers._BLOCK_BYTES", max(block, 3)):
-        assert rows(read_lines(path)) == [line for line in lines if line]
+    with mock.patch.object(open_file, "BLOCK_BYTES", max(block, 3)):
+        assert rows(path, encoding="utf-8") == [line for line in lines if line]
 
 
 @pytest.mark.parametrize("block", [1 << 18, 1 << 20, 1 << 23])
@@ -52,8 +65,8 @@ def test_a_line_of_millions_is_several_rows_before_white_space_where_there_is_so
         "y" * 3 * million,
     ]
     path.write_text("".join(lines))
-    with mock.patch("wikift.data.readers._BLOCK_BYTES", block):
-        texts = rows(read_lines(path))
+    with mock.patch.object(open_file, "BLOCK_BYTES", block):
+        texts = rows(path)
     assert "".join(texts) == path.read_text()
     first, *others = [len(text) for text in texts]
     assert [first, *others[:3], *others[6:]] == [6, million, million, million + 1, million + 10, *[million] * 3]
@@ -61,154 +74,247 @@ def test_a_line_of_millions_is_several_rows_before_white_space_where_there_is_so
     assert others[3:5] == [million + 4, million + 1]
 
 
+# --- encodings ---------------------------------------------------------------------------------------------------
+
+RUSSIAN = "Привет, мир. Это обычный текст.\n" * 40
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("text", [RUSSIAN, "plain, é\n" * 9, "这是一个普通的中文句子。\n" * 40], ids=["ru", "fr", "zh"])
+def test_unicode_with_and_without_a_mark(tmp_path: Path, encoding: str, text: str) -> None:
+    assert "".join(rows(written(tmp_path / "t.txt", text.encode(encoding)))) == text
+    line = json.dumps({"text": text}, ensure_ascii=False)
+    assert rows(written(tmp_path / "t.jsonl", f"{line}\n{line}\n".encode(encoding))) == [text, text]
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [(RUSSIAN, "cp1251"), ("这是一个普通的中文句子。\n" * 9, "gb18030"), ("café au lait\n" * 9, "cp1252")],
+)
+def test_other_encodings_are_proposed_and_take_a_setting(tmp_path: Path, text: str, encoding: str) -> None:
+    path = written(tmp_path / "t.txt", text.encode(encoding))
+    with pytest.raises(UserError, match=rf"is not UTF-8; if it is text, name its encoding: --encoding {encoding}"):
+        rows(path)
+    assert "".join(rows(path, encoding=encoding)) == text
+
+
 @pytest.mark.parametrize("block", [7, 1 << 20])
-def test_invalid_utf8_is_placed(tmp_path: Path, block: int) -> None:
-    path = tmp_path / "latin.txt"
-    path.write_bytes("fine\nfine too é\ncaf".encode() + b"\xe9 au lait\n")
-    message = r"latin.txt, line 3: byte 0xe9 at offset 20 is not UTF-8; save the file as UTF-8.*iconv"
-    with mock.patch("wikift.data.readers._BLOCK_BYTES", block), pytest.raises(UserError, match=message):
-        list(read_lines(path))
-    path.write_text("fine\n", encoding="utf-16")
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("fine\nfine too é\ncaf".encode() + b"\xe9 au lait\n", "line 3: byte 0xe9 at offset 20 is not UTF-8"),
+        (b"\xef\xbb\xbfab\n\xf0\x9f", "line 2: byte 0xf0 at offset 6 is not UTF-8"),  # ends within a character
+    ],
+)
+def test_invalid_utf8_is_placed(tmp_path: Path, block: int, content: bytes, fault: str) -> None:
+    path = written(tmp_path / "t.txt", content)
+    with mock.patch.object(open_file, "BLOCK_BYTES", block), pytest.raises(UserError, match=f"t.txt, {fault}"):
+        rows(path)
+
+
+# --- compression -------------------------------------------------------------------------------------------------
+
+
+def by_arrow(content: bytes, codec: str) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, codec) as stream:
+        stream.write(content)
+    packed: bytes = sink.getvalue().to_pybytes()
+    return packed
+
+
+PACKERS = {
+    "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": lambda data: by_arrow(data, "zstd"),
+    "lz4": lambda data: by_arrow(data, "lz4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", PACKERS)
+def test_compression_is_known_by_its_bytes(tmp_path: Path, ending: str) -> None:
+    pack, text = PACKERS[ending], "".join(f"line {i}\n" for i in range(1000))
+    for name in (f"a.txt.{ending}", "a.txt", f"a.{ending}"):
+        assert "".join(rows(written(tmp_path / name, pack(text.encode())))) == text
+    assert "".join(rows(written(tmp_path / f"plain.txt.{ending}", text))) == text, "not compressed after all"
+    twice = pack(text.encode()) + pack(text.encode())
+    assert "".join(rows(written(tmp_path / "twice", twice))) == 2 * text
+    assert rows(written(tmp_path / f"a.jsonl.{ending}", pack(b'{"text": "a"}\n'))) == ["a"]
+    cut = written(tmp_path / f"cut.txt.{ending}", pack(text.encode())[:-20])
+    with pytest.raises(UserError, match=rf"^{cut}: is damaged or incomplete \(.+\); copy or download it again"):
+        rows(cut)
+
+
+# --- documents ---------------------------------------------------------------------------------------------------
+
+DOCUMENTS = [{"text": text, "n": 1} for text in ("one\ntwo", "", "😀 \u2028 é", "\x00", 'a "quote"; b,\tc')]
+JSON_FORMS = {
+    "lines": "\r\n".join(json.dumps(d, ensure_ascii=i % 2 == 0) for i, d in enumerate(DOCUMENTS)) + "\n\n  \n",
+    "list": json.dumps(DOCUMENTS),
+    "list over lines": json.dumps(DOCUMENTS, indent=2, ensure_ascii=False),
+    "objects over lines": "\n".join(json.dumps(d, indent=2) for d in DOCUMENTS),
+    "field of an object": json.dumps({"version": "0.1", "data": DOCUMENTS, "count": 4}),
+}
+
+
+@pytest.mark.parametrize("form", JSON_FORMS)
+@pytest.mark.parametrize("block", [1, 5, 1 << 20])
+def test_json_rows(tmp_path: Path, form: str, block: int) -> None:
+    path = written(tmp_path / "t.json", "\ufeff" + JSON_FORMS[form])
     with (
-        mock.patch("wikift.data.readers._BLOCK_BYTES", block),
-        pytest.raises(UserError, match=r"line 1: byte 0xff at offset 0 is not UTF-8.*iconv -f UTF-16 -t UTF-8"),
+        mock.patch.object(open_file, "BLOCK_BYTES", max(block, 3)),
+        mock.patch("wikift.data.json_rows._SHORT", block),
+        mock.patch("wikift.data.readers._BATCH_CHARACTERS", block),
     ):
-        list(read_lines(path))
-    path.write_bytes(b"\xef\xbb\xbfab\n\xf0\x9f")  # ends within a character; the mark counts
-    with (
-        mock.patch("wikift.data.readers._BLOCK_BYTES", block),
-        pytest.raises(UserError, match="line 2: byte 0xf0 at offset 6"),
-    ):
-        list(read_lines(path))
+        assert rows(path) == [document["text"] for document in DOCUMENTS]
 
 
-def test_jsonl_rows(tmp_path: Path) -> None:
-    path = tmp_path / "t.jsonl"
-    texts = ["one\ntwo", "", "😀 \u2028 é", "\x00"]
-    lines = [json.dumps({"text": text, "n": 1}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts)]
-    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines[:2], "", "  ", *lines[2:]]).encode())
-    assert [text for batch in read_jsonl(path, "text") for text in batch] == texts
-    with mock.patch("wikift.data.readers._BATCH_CHARACTERS", 1):
-        assert [text for batch in read_jsonl(path, "text") for text in batch] == texts
+def test_large_json_is_read_in_bounded_memory(tmp_path: Path) -> None:
+    """A list in an object, and one object with a long text, each larger than what is looked at as one."""
+    texts = ["x" * 1000 + str(i) for i in range(9000)]
+    path = written(tmp_path / "t.json", json.dumps({"data": [{"text": text} for text in texts]}))
+    assert rows(path) == texts
+    assert rows(written(tmp_path / "u.json", json.dumps({"text": "word " * 2_000_000}))) == ["word " * 2_000_000]
 
 
-JSONL_FAULTS = {
-    "not JSON": (b"{'text': 1}", r"is not JSON \(Expecting property name"),
-    "cut off": (b'{"text": "ab', r"is not JSON \(Unterminated string"),
+JSON_FAULTS = {
+    "not JSON": (b"{'text': 1}", r"is not JSON \(Expecting property name.*one object on each line, or a list"),
+    "cut off": (b'{"text": "ab', r"is not JSON \(Invalid control character"),
     "plain text": (b"once upon a time", "is not JSON"),
-    "a list": (b'["text"]', r'is a list, not an object; each line must be like \{"text": \.\.\.\}'),
+    "a list": (b'["text"]', r'is a list, not an object; each row must be like \{"text": "its text"\}'),
     "a number": (b"5", "is a number, not an object"),
-    "no column": (b'{"body": "x", "id": 3}', "has no 'text', it has body, id; name the column with --text-column"),
-    "no columns": (b"{}", "has no 'text', it has nothing"),
-    "null": (b'{"text": null}', "'text' is null, not text; fix or delete the line"),
+    "no column": (b'{"body": "x", "id": 3}', r"has no 'text', it has body \(a text\), id .* --text-column body$"),
+    "no columns": (b"{}", "has no 'text', it has nothing; fix or delete the row"),
+    "nested": (b'{"d": {"body": "x"}, "m": {"i": 1}}', r"it has d.body \(a text\), m.i .*--text-column d.body$"),
+    "chat": (
+        b'{"messages": [{"role": "user", "content": "Hi"}]}',
+        r"it has messages \(a list of \{role, content\}\); write the turns of each chat as one text",
+    ),
+    "null": (b'{"text": null}', "'text' is null, not text; fix or delete the row"),
     "number": (b'{"text": 5}', "'text' is a number, not text"),
     "list": (b'{"text": ["a"]}', "'text' is a list, not text"),
-    "half a pair": (b'{"text": "\\ud83d"}', "'text' holds half of a surrogate pair"),
-    "half a pair, capitals": (b'{"text": "\\uDE00 x"}', "'text' holds half of a surrogate pair"),
+    "an object": (b'{"text": {"en": "a", "de": "b"}}', "'text' is an object, not text; .*--text-column NAME"),
     "not UTF-8": (b'{"text": "caf\xe9"}', "byte 0xe9 at offset 45 is not UTF-8"),
 }
 
 
-def test_an_offset_counts_the_byte_order_mark(tmp_path: Path) -> None:
-    path = tmp_path / "t.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"text": "\xe9"}')
-    with pytest.raises(UserError, match="line 1: byte 0xe9 at offset 13 is not UTF-8"):
-        list(read_jsonl(path, "text"))
-
-
-@pytest.mark.parametrize(("line", "message"), JSONL_FAULTS.values(), ids=JSONL_FAULTS.keys())
-def test_jsonl_faults(tmp_path: Path, line: bytes, message: str) -> None:
-    path = tmp_path / "t.jsonl"
-    path.write_bytes(b'{"text": "first \\ud83d\\ude00"}\n\n' + line + b'\n{"text": "last"}\n')
+@pytest.mark.parametrize(("line", "message"), JSON_FAULTS.values(), ids=JSON_FAULTS.keys())
+def test_json_faults(tmp_path: Path, line: bytes, message: str) -> None:
+    path = written(tmp_path / "t.jsonl", b'{"text": "first \\ud83d\\ude00"}\n\n' + line + b'\n{"text": "last"}\n')
     with pytest.raises(UserError, match=rf"^{path}, line 3: .*{message}"):
-        list(read_jsonl(path, "text"))
+        rows(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"text": "\\ud83d"}', "row 2: holds half of a surrogate pair"),
+        (
+            '{"train": [{"text": "a"}], "test": [{"text": "b"}]}',
+            "is an object with 2 lists; save each",
+        ),
+        ('[{"text": "a"}, {"text": "b"}', r"line 1: is not JSON \(expecting '\]'\); copy or download the file again"),
+        ('["a", "b"]', "line 1: is a text, not an object"),
+    ],
+)
+def test_faults_of_a_json_file(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^{tmp_path}/t.json.*{message}"):
+        rows(written(tmp_path / "t.json", content))
+
+
+CSV_FORMS = {
+    "commas": 'id,text\r\n1,"one, ""two"""\r\n2,"three\nfour"\r\n\r\n3,\r\n',
+    "semicolons": '\ufeffid; text\n1;"one, ""two"""\n2;"three\nfour"\n3;',
+    "tabs": 'id\ttext\n1\tone, "two"\n2\t"three\nfour"\n3\t\n',
+}
+
+
+@pytest.mark.parametrize("form", CSV_FORMS)
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
+def test_csv_rows(tmp_path: Path, form: str, name: str) -> None:
+    with mock.patch.object(open_file, "BLOCK_BYTES", 3):
+        assert rows(written(tmp_path / name, CSV_FORMS[form])) == ['one, "two"', "three\nfour", ""]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("hello,world\nx,y\n", r"line 1: has no 'text', it has hello \(a text\), world .*; name the column with"),
+        ("id,text\n1,a,b\n", "line 2: has 3 fields, the first line 2"),
+        ('id,text\n1,"open\n2,x\n', "line 3: is not CSV"),
+        ('id,text\n1,"Hello" he said\n', "line 2: is not CSV .*put fields with quotes in quotes"),
+    ],
+)
+def test_csv_faults(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^{tmp_path}/t.csv, {message}"):
+        rows(written(tmp_path / "t.csv", content))
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
 
 
 def parquet(path: Path, **columns: Any) -> Path:
-    import pyarrow as pa
-    import pyarrow.parquet
-
     pa.parquet.write_table(pa.table(columns), path, row_group_size=300)
     return path
 
 
-def test_parquet_rows(tmp_path: Path) -> None:
-    import pyarrow as pa
+def arrow(path: Path, table: Any, new: Any) -> Path:
+    with pa.OSFile(str(path), "wb") as file, new(file, table.schema) as writer:
+        writer.write_table(table)
+    return path
 
+
+def test_tables(tmp_path: Path) -> None:
     texts = [f"row {i} é\n" * (i % 3) for i in range(1000)]
     kinds = {
-        "text": pa.array(texts),
-        "large": pa.array(texts, pa.large_string()),
-        "coded": pa.array(texts).dictionary_encode(),
-        "view": pa.array(texts, pa.string_view()),
-    }
+        "text": pa.array(texts), "large": pa.array(texts, pa.large_string()),
+        "coded": pa.array(texts).dictionary_encode(), "view": pa.array(texts, pa.string_view()),
+        "nested": pa.array([{"meta": {"body": text}} for text in texts]),
+    }  # fmt: skip
     path = parquet(tmp_path / "t.parquet", other=list(range(1000)), **kinds)
-    for column in kinds:
-        batches = list(read_parquet(path, column))
-        assert [text for batch in batches for text in batch] == texts
-        assert max(map(len, batches)) <= 300
+    table = pa.table({name: kinds[name] for name in ("text", "nested")})
+    packed = written(tmp_path / "t.parquet.gz", gzip.compress(path.read_bytes()))
+    for column in (*(name for name in kinds if name != "nested"), "nested.meta.body"):
+        assert rows(path, column) == rows(packed, column) == texts
+    for new in (pa.ipc.new_file, pa.ipc.new_stream):
+        for column in ("text", "nested.meta.body"):
+            assert rows(arrow(tmp_path / "t.arrow", table, new), column) == texts
 
 
-def test_parquet_faults(tmp_path: Path) -> None:
-    import pyarrow as pa
-
+def test_faults_of_tables(tmp_path: Path) -> None:
     path = parquet(
-        tmp_path / "t.parquet", text=["a"] * 400 + [None], n=[1] * 401, raw=[b"\xff"] * 401,
+        tmp_path / "t.parquet", text=["a"] * 400 + [None], n=[1] * 401, d=[{"t": "x"}] * 401,
+        chat=[[{"role": "user"}]] * 401,
         bad=pa.array([b"\xff"] * 401).view(pa.binary()).cast(pa.string(), safe=False),
     )  # fmt: skip
-    with pytest.raises(UserError, match=rf"^{path}, row 401: 'text' is null, not text; fix or delete the row"):
-        list(read_parquet(path, "text"))
-    with pytest.raises(
-        UserError, match=rf"^{path}: has no column 'body', it has text, n, raw, bad; name one with --text-column"
-    ):
-        list(read_parquet(path, "body"))
-    for column, kind in (("n", "int64"), ("raw", "binary")):
-        with pytest.raises(UserError, match=f"column '{column}' holds {kind}, not text"):
-            list(read_parquet(path, column))
-    with pytest.raises(UserError, match=r"row 1: 'bad' is not UTF-8"):
-        list(read_parquet(path, "bad"))
-    whole = path.read_bytes()
-    for content in (
-        whole[: len(whole) // 2],
-        whole[:3],
-        b"",
-        b"PAR1 no PAR1",
-        whole[:4] + bytes(len(whole) - 300) + whole[-296:],
-    ):
-        path.write_bytes(content)
-        with pytest.raises(
-            UserError, match=rf"^{path}: is not a complete parquet file \(.+\); copy or download it again"
-        ):
-            list(read_parquet(path, "text"))
+    for column, message in {
+        "text": ", row 401: 'text' is null, not text; fix or delete the row",
+        "body": r": has no 'body', it has text \(a text\), n \(int64\), d.t \(a text\), chat \(a list of \{role\}\)",
+        "n": ": 'n' is int64, not text",
+        "chat": r": 'chat' is a list of \{role\}, not text; write the turns of each chat as one text",
+        "d": ": 'd' is an object, not text; name the column with --text-column d.t$",
+        "bad": ", rows 1 to 300: 'bad' is not UTF-8",
+    }.items():
+        with pytest.raises(UserError, match=f"^{path}{message}"):
+            rows(path, column)
+    content = path.read_bytes()
+    stream = arrow(tmp_path / "t.arrow", pa.table({"text": ["a"] * 999}), pa.ipc.new_stream).read_bytes()
+    for name, damaged in (
+        ("t.parquet", content[: len(content) // 2]), ("t.parquet", b""), ("t.parquet", b"PAR1 no PAR1"),
+        ("t.parquet", content[:4] + bytes(len(content) - 300) + content[-296:]),
+        ("t.arrow", b"x\n"), ("t.arrow", stream[: len(stream) // 2]), ("t.arrow", b"ARROW1"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=rf"{name}: is damaged or incomplete \(.+\); copy or download it again"):
+            rows(written(tmp_path / name, damaged))
 
 
 def test_a_parquet_file_is_read_in_batches_of_bounded_size(tmp_path: Path) -> None:
     """Many short rows at once, few long ones, also where a file begins with short ones."""
-    import pyarrow as pa
-    import pyarrow.parquet
-
     texts = [f"row {i}\n" for i in range(20_000)] + [f"{i:06}" * 50_000 for i in range(20)]
     path = tmp_path / "t.parquet"
     with pa.parquet.ParquetWriter(path, pa.schema([("text", pa.string())])) as file:
         file.write_table(pa.table({"text": texts[:20_000]}))
         file.write_table(pa.table({"text": texts[20_000:]}))
-    batches = list(read_parquet(path, "text"))
+    (file,) = candidates(path, ("t.parquet",))
+    batches = list(read_rows([file.file], "parquet", "text", None))
     assert [text for batch in batches for text in batch] == texts
     assert max(map(len, batches)) == 8192
     assert max(len(batch.data) for batch in batches) <= 3_300_000
-
-
-def test_a_row_that_is_not_utf8_is_found_among_thousands(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    raw = pa.array([b"a"] * 5000 + [b"\xff"] + [b"a"] * 100).cast(pa.string(), safe=False)
-    pa.parquet.write_table(pa.table({"text": raw}), tmp_path / "t.parquet")
-    with pytest.raises(UserError, match=r"row 5001: 'text' is not UTF-8"):
-        list(read_parquet(tmp_path / "t.parquet", "text"))
-
-
-@pytest.mark.parametrize("reader", [read_lines, read_jsonl, read_parquet])
-def test_missing_file(tmp_path: Path, reader: Any) -> None:
-    with pytest.raises(UserError, match=r"gone: cannot be read \(No such file or directory\)"):
-        list(reader(tmp_path / "gone", "text"))

@@ -6,8 +6,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.test_readers import parquet
 from tests.real import ROOT, WIKITEXT_MIRROR, needs_data, validation_rows
 from wikift.base.errors import UserError
 from wikift.data.corpus import Corpus
@@ -31,9 +33,10 @@ def rows_of(corpus: Corpus, split: str) -> list[str]:
 
 
 def written(folder: Path, **files: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        (folder / name.replace("__", ".")).write_text(text)
+        path = folder / re.sub("(?<=[a-z])__", ".", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
     return folder
 
 
@@ -41,55 +44,142 @@ def written(folder: Path, **files: str) -> Path:
 
 
 def test_a_folder_of_three_text_files(tmp_path: Path) -> None:
-    folder = written(tmp_path / "mine", test__txt="c", train__txt="a\nb\n\n", validation__txt="v\n", notes__md="no")
+    folder = written(tmp_path / "mine", test__txt="c", train__txt="a\nb\n\n", validation__txt="v\n", run__py="no")
     corpus = opened(folder)
     assert list(corpus.splits) == ["train", "validation", "test"]
-    assert [rows_of(corpus, split) for split in corpus.splits] == [["a\n", "b\n", "\n"], ["v\n"], ["c"]]
-    assert [rows_of(corpus, split) for split in corpus.splits] == [["a\n", "b\n", "\n"], ["v\n"], ["c"]], "read again"
+    for _ in range(2):  # read again
+        assert [rows_of(corpus, split) for split in corpus.splits] == [["a\n", "b\n", "\n"], ["v\n"], ["c"]]
     assert (corpus.name, corpus.config, corpus.rows_are_documents, corpus.cut) == ("mine", None, False, None)
     assert corpus.sizes == {"test": 1, "train": 5, "validation": 2}
-
-
-def test_documents(tmp_path: Path) -> None:
-    lines = "".join(json.dumps({"body": f"text {i}\nof two lines"}) + "\n" for i in range(40))
-    corpus = opened(written(tmp_path / "j", train__jsonl=lines, validation__jsonl=lines), text_column="body")
-    assert corpus.rows_are_documents
-    assert rows_of(corpus, "train") == [f"text {i}\nof two lines" for i in range(40)]
-    (tmp_path / "p").mkdir()
-    for split in ("train", "validation"):
-        parquet(tmp_path / "p" / f"{split}.parquet", text=["a\n", "b", ""])
-    corpus = opened(tmp_path / "p")
-    assert corpus.rows_are_documents
-    assert rows_of(corpus, "validation") == ["a\n", "b", ""]
+    assert corpus.notes == ["train: train.txt", "validation: validation.txt", "test: test.txt", "not used: run.py"]
 
 
 def test_several_files_of_a_split_and_lines_that_end_with_them(tmp_path: Path) -> None:
-    folder = tmp_path / "data" / "shards"
-    folder.mkdir(parents=True)
-    for number, text in enumerate(("a\nb", "", "c\n", "d")):
-        (folder / f"train-0000{number}-of-00004.txt").write_text(text)
-    (folder / "validation.txt").write_text("v")
-    assert rows_of(opened(folder), "train") == ["a\n", "b\n", "c\n", "d"]
-    folder.rename(tmp_path / "data" / "data")
-    assert rows_of(opened(tmp_path / "data"), "train") == ["a\n", "b\n", "c\n", "d"]
+    texts = enumerate(("a\nb", "", "c\n", "d"))
+    shards = {f"train-0000{number}-of-00004.txt": text for number, text in texts}
+    assert rows_of(opened(written(tmp_path, **shards, validation__txt="v")), "train") == ["a\n", "b\n", "c\n", "d"]
 
 
+# The files of a folder, what is read of each split, and what is named as not used.
+LAYOUTS: dict[str, tuple[str, str, str]] = {
+    "words of datasets": ("training.txt val.txt testing.txt", "training.txt | val.txt | testing.txt", ""),
+    "other cases": ("TRAIN.txt wiki.dev.txt corpus_test2.txt", "TRAIN.txt | wiki.dev.txt | corpus_test2.txt", ""),
+    "WikiText's release": ("wiki.train.tokens wiki.valid.tokens", "wiki.train.tokens | wiki.valid.tokens", ""),
+    "several of a split": (
+        "train.txt train_1.txt train-10.txt train-3.txt eval.txt",
+        "train-3.txt train-10.txt train.txt train_1.txt | eval.txt", "",
+    ),
+    "any number": ("b.txt a.txt .DS_Store ._a.txt Thumbs.db", "a.txt b.txt", ".DS_Store ._a.txt Thumbs.db"),
+    "no ending": ("part-00000 part-00001 _SUCCESS .part.crc", "part-00000 part-00001", "_SUCCESS .part.crc"),
+    "folders": ("train/a.txt train/b/a_test.txt dev/c .git/x", "train/a.txt train/b/a_test.txt | dev/c", ".git"),
+    "folders of other names": ("x/a.txt y/z/b.txt", "x/a.txt y/z/b.txt", ""),
+    "what lies beside": (
+        "README.md LICENSE train.txt test.txt notes.md run.py paper.pdf",
+        "train.txt | | test.txt", "LICENSE README.md paper.pdf run.py notes.md",
+    ),
+    "data": ("data/train-0-of-1.txt data/test-0-of-1.txt", "data/train-0-of-1.txt | | data/test-0-of-1.txt", ""),
+    "shards from 1": ("a-2-of-2.txt a-1-of-2.txt", "a-1-of-2.txt a-2-of-2.txt", ""),
+    "compressed": ("train.txt.gz valid.txt", "train.txt.gz | valid.txt", ""),
+    "beside folders": ("__MACOSX/._a.txt en/train.txt en/test.txt", "en/train.txt | | en/test.txt", "__MACOSX"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "read", "unused"), LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("packed", [None, "zip", "tar", "gztar"])
+def test_files_of_a_folder_or_an_archive(
+    tmp_path: Path, names: str, read: str, unused: str, packed: str | None
+) -> None:
+    folder = written(tmp_path / "folder", **{name: f"{name}\n" for name in names.split()})
+    corpus = opened(shutil.make_archive(str(tmp_path / "all"), packed, folder) if packed else folder)
+    splits = dict(zip(("train", "validation", "test"), map(str.split, read.split("|")), strict=False))
+    files = Source(str(tmp_path / f"all.{'tar.gz' if packed == 'gztar' else packed}" if packed else folder)).files
+    assert files is not None
+    shown = {split: [each.shown for each in of_split] for split, of_split in files.splits.items()}
+    order = sorted if packed else list
+    assert {split: order(of_split) for split, of_split in shown.items()} == {
+        split: order(of_split) for split, of_split in splits.items() if of_split
+    }
+    assert {each.shown.split("/")[0] for each in files.unused} == set(unused.split())
+    assert sorted(rows_of(corpus, "test") if "test" in splits else []) == [
+        f"{name}\n" for name in splits.get("test", [])
+    ]
+
+
+def test_datasets_named_one_by_one_and_by_pattern(tmp_path: Path) -> None:
+    names = ("a.txt", "b.txt", "train.txt", "dev.txt", "more/c.txt", "other/train/d.txt", "x-00001-of-00002.txt")
+    written(tmp_path, **{name: f"{name}\n" for name in names})
+
+    def read(*words: str) -> dict[str, list[str]]:
+        dataset, *more = (str(tmp_path / word) for word in words)
+        files = Source(dataset, more=tuple(more)).files
+        assert files is not None
+        return {split: [each.shown for each in of_split] for split, of_split in files.splits.items()}
+
+    assert read("b.txt", "a.txt") == {"train": ["b.txt", "a.txt"]}
+    assert read("dev.txt") == {"train": ["dev.txt"]}, "one file is all train"
+    assert read("dev.txt", "b.txt", "more") == {"train": ["b.txt", "more/c.txt"], "validation": ["dev.txt"]}
+    assert read("other", "dev.txt") == {"train": ["other/train/d.txt"], "validation": ["dev.txt"]}
+    assert read("[ab].txt") == {"train": ["a.txt", "b.txt"]}
+    assert read("[abtd]*.txt") == {"train": ["train.txt"], "validation": ["dev.txt"]}
+    assert read("**/[cd].txt") == {"train": ["c.txt", "d.txt"]}
+    assert read("x-00001-of-00002.txt") == {"train": ["x-00001-of-00002.txt"]}
+
+
+def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
+    import datasets
+
+    texts = [f"text {i}" for i in range(50)]
+    saved = datasets.Dataset.from_dict({"text": texts})
+    saved.save_to_disk(tmp_path / "one", num_shards=3)
+    (tmp_path / "one" / "cache-1.arrow").write_text("of a map")
+    corpus = opened(tmp_path / "one", validation_fraction=0.1)
+    assert sorted(rows_of(corpus, "train") + rows_of(corpus, "validation")) == sorted(texts)
+    assert corpus.notes[-1] == "not used: cache-1.arrow, dataset_info.json, state.json"
+    datasets.DatasetDict(train=saved, test=saved).save_to_disk(tmp_path / "two")
+    corpus = opened(tmp_path / "two", validation_fraction=0.5)
+    assert rows_of(corpus, "test") == texts
+    (tmp_path / "one" / "data-00001-of-00003.arrow").unlink()
+    with pytest.raises(UserError, match=r"data-00001-of-00003\.arrow is missing, which its state.json names"):
+        opened(tmp_path / "one")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
     "nothing of that name": ({}, "none.txt", {}, r"--dataset \S*none.txt: no such file or folder; fix the path"),
+    "nothing of that pattern": ({"a.txt": ""}, "*.csv", {}, r"--dataset \S*csv: no file matches; fix it"),
     "nothing fitting": (
-        {"a.md": "", "b.pdf": ""}, "", {},
-        r"has no train, validation or test with .txt, .jsonl, .parquet \(there: a.md, b.pdf\); "
-        "name the files, for example, train.txt",
+        {"README.md": "", "b.pdf": ""}, "", {},
+        r"has no text \(there: README.md, b.pdf\); wikift reads .txt, .*; convert it, or rename it to .txt",
     ),
     "empty folder": ({}, "", {}, r"\(there: nothing\)"),
-    "unknown ending": ({"a.csv": "x"}, "a.csv", {}, "wikift reads .txt, .jsonl, .parquet, not .csv; convert the text"),
-    "no ending": ({"corpus": "x"}, "corpus", {}, "not files without an ending"),
-    "mixed": ({"train.txt": "x", "test.jsonl": "{}"}, "", {}, r"mixes .jsonl and .txt; keep one kind of file"),
+    "unknown ending": ({"a.pdf": "x"}, "a.pdf", {}, r"a.pdf: wikift reads .txt, .*; convert it, or rename it to .txt"),
+    "binary": ({"corpus": "a\0\1b" * 99}, "corpus", {}, "corpus: wikift reads"),
+    "another archive": ({"a.7z": "x"}, "a.7z", {}, "a.7z: wikift reads"),
+    "mixed": (
+        {"train.txt": "x", "test.jsonl": "{}"}, "", {},
+        r"mixes kinds of files \(json in test.jsonl, lines in train.txt\); name those .* --dataset '?/.*/\*.txt",
+    ),
+    "a split not read": ({"train.txt": "x", "test.pdf": ""}, "", {}, "test.pdf: looks like test text, and wikift"),
+    "no train": ({"corpus.txt": "x", "test.txt": "x"}, "", {}, "has test but no train; name it train.*: corpus.txt"),
+    "two splits": ({"train_test.txt": "x"}, "", {}, "train_test.txt: is named train and test; rename it for one split"),
+    "folder against name": ({"eval/train.txt": "x"}, "", {}, "eval/train.txt: is named eval and train"),
+    "a gap": (
+        {"train-00000-of-00003.txt": "x", "train-00002-of-00003.txt": "x"}, "", {},
+        "train-00001-of-00003.txt: missing, of 00003; download it again, or name each file with --dataset",
+    ),
+    "twice": ({"train.txt": "x", "train.txt.gz": "x"}, "", {}, "same text twice, train.txt and train.txt.gz; remove"),
+    "pointer": (
+        {"a.txt": POINTER, "train-0-of-1.parquet": POINTER}, "", {},
+        "parquet: is a Git LFS pointer and not the file itself; fetch it with git lfs pull, or download it",
+    ),
     "config of a file": ({"a.txt": "x"}, "a.txt", {"config": "c"}, "-config c: has no effect, .* is one file"),
     "config of a folder": (
         {"train.txt": "x"}, "", {"config": "c"}, "-config c: has no effect, .* has no configurations"
     ),
     "column of text": ({"a.txt": "x"}, "a.txt", {"text_column": "c"}, "-column c: has no effect, .* has no columns"),
+    "encoding of a table": (
+        {"a.parquet": "PAR1"}, "a.parquet", {"encoding": "cp1252"}, "cp1252: has no effect, .* is not a text file"
+    ),
     "fraction of nothing": (
         {"train.txt": "x", "validation.txt": "x"}, "", {"validation_fraction": 0.1},
         "--validation-fraction 0.1: has no effect, .* has a validation split of its own; omit it",
@@ -108,11 +198,24 @@ PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("files", "name", "others", "message"), PATH_FAULTS.values(), ids=PATH_FAULTS.keys())
 def test_path_faults(tmp_path: Path, files: dict[str, str], name: str, others: dict[str, Any], message: str) -> None:
-    for file, text in files.items():
-        (tmp_path / file).write_text(text)
+    written(tmp_path, **files)
     problems = source_problems(Source(str(tmp_path / name), **others))
     with pytest.raises(UserError, match=message):
         raise UserError(*problems)
+
+
+def test_archives_that_cannot_be_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "text\n" * 99)
+    content = path.read_bytes()
+    path.write_bytes(content[:-30])
+    (problem,) = source_problems(Source(str(path)))
+    assert problem.startswith(f"{path}: is damaged or incomplete (File is not a zip file)")
+    path.write_bytes(content.replace(b"\x14\0\0\0\0\0", b"\x14\0\1\0\0\0"))  # the flag of a password
+    (problem,) = source_problems(Source(str(path)))
+    assert "cannot be unpacked here" in problem
+    assert "unpack it and name the folder" in problem
 
 
 def test_names_that_are_nearly_right() -> None:
@@ -137,6 +240,9 @@ def test_a_folder_in_the_hubs_layout() -> None:
     assert list(corpus.splits) == ["train", "validation", "test"]
     assert (corpus.config, corpus.rows_are_documents) == ("wikitext-2-v1", False)
     assert rows_of(corpus, "validation") == validation_rows()
+    inner = opened(WIKITEXT_MIRROR / "wikitext-2-v1")
+    assert (inner.config, inner.rows_are_documents) == ("wikitext-2-v1", False), "known by its name"
+    assert rows_of(inner, "test") == rows_of(corpus, "test")
     assert corpus.sizes["validation"] == pytest.approx(sum(len(row.encode()) for row in validation_rows()), rel=0.1)
 
 

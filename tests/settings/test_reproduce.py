@@ -11,8 +11,8 @@ from wikift.settings.reproduce import command_of
 
 def test_the_command_is_parsed_to_the_settings_it_was_made_of() -> None:
     settings = TrainSettings(
-        dataset="my text; rm -rf x.txt", from_scratch=True, fsdp_reshard=False, learning_rate=3e-4, max_steps=5,
-        model="gpt2-medium", adam_epsilon=1e-6,
+        dataset=("my text; rm -rf x.txt", "b.txt"), from_scratch=True, fsdp_reshard=False, learning_rate=3e-4,
+        max_steps=5, model="gpt2-medium", adam_epsilon=1e-6,
     )  # fmt: skip
     words = shlex.split(command_of(settings, 1))
     assert words[:2] == ["wikift", "train"]

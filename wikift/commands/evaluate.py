@@ -17,7 +17,8 @@ from wikift.base.console import Progress
 from wikift.base.errors import EXIT_DONE, UserError
 from wikift.base.shape import shape_of
 from wikift.commands.consolidate import model_source
-from wikift.data.sources import Source, source_problems
+from wikift.commands.prepare import source_of
+from wikift.data.sources import source_problems
 from wikift.data.store import TokenStore, check_tokenizer, open_store
 from wikift.evaluation.protocols import PROTOCOLS, Protocol, loaded_scorer, measure, setups
 from wikift.evaluation.report import Result, as_json, table
@@ -146,14 +147,14 @@ def check(settings: EvaluateSettings) -> TokenStore | None:
 def _store(settings: EvaluateSettings) -> TokenStore | None:
     """The store that the settings name. Raises UserError for every problem with it, or with `--dataset`."""
     if settings.dataset is not None:
-        asked = DataSettings(settings.dataset, settings.dataset_config, settings.text_column)
-        problems = check_data(asked) + source_problems(_source(settings))
+        asked = _text_settings(settings)
+        problems = check_data(asked) + source_problems(source_of(asked))
         if settings.data is not None:
-            problems.append(f"--data {settings.data}: has no effect, --dataset {settings.dataset} is set; omit one")
+            problems.append(f"--data {settings.data}: has no effect, --dataset {settings.dataset[0]} is set; omit one")
         if problems:
             raise UserError(*problems)
         return None
-    for name in ("dataset_config", "text_column"):
+    for name in ("dataset_config", "text_column", "encoding"):
         if getattr(settings, name) != getattr(EvaluateSettings(), name):
             raise UserError(f"{flag(name)} {getattr(settings, name)}: has no effect without --dataset; omit it")
     runs = [run for name in settings.models if (run := folders.run_of(name)) is not None]
@@ -172,12 +173,12 @@ def _store(settings: EvaluateSettings) -> TokenStore | None:
     return stores[0]
 
 
-def _source(settings: EvaluateSettings) -> Source:
-    return Source(str(settings.dataset), settings.dataset_config, settings.text_column)
+def _text_settings(settings: EvaluateSettings) -> DataSettings:
+    return DataSettings(settings.dataset, settings.dataset_config, settings.text_column, settings.encoding)
 
 
 def _text(settings: EvaluateSettings, store: TokenStore | None) -> Text:
-    return text_of_store(store) if store is not None else text_of_dataset(_source(settings))
+    return text_of_store(store) if store is not None else text_of_dataset(source_of(_text_settings(settings)))
 
 
 def _check_model(name: str, settings: EvaluateSettings, store: TokenStore | None) -> None:

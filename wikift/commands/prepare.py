@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from wikift.base.command import command_line
 from wikift.base.launcher import launch
+from wikift.base.names import CUT_SEED
 from wikift.settings.checks import check_data, range_problems
 from wikift.settings.fields import DataSettings, PrepareSettings, store_path
 from wikift.settings.options import Parsed, parse_all
@@ -18,6 +19,7 @@ from wikift.settings.run_plan import fallback_dataset
 
 if TYPE_CHECKING:
     from wikift.data.prepare import Request
+    from wikift.data.sources import Source
     from wikift.data.store import TokenStore
 
 DESCRIPTION = """\
@@ -46,8 +48,9 @@ def make(parsed: Parsed[PrepareSettings]) -> Path:
         parsed.refuse(())
         return Path(settings.out)
     if settings.dataset is None:
-        settings = dataclasses.replace(settings, dataset=fallback_dataset(launch().size))
-        say(f"--dataset is not set: using {settings.dataset}")
+        (name,) = dataset = (fallback_dataset(launch().size),)
+        settings = dataclasses.replace(settings, dataset=dataset)
+        say(f"--dataset is not set: using {name}")
     settings = dataclasses.replace(settings, tokenizer=settings.tokenizer or DEFAULT_TOKENIZER)
     out = Path(settings.out) if settings.out is not None else store_path(settings)
     parsed.refuse(range_problems(settings) + data_problems(settings, out))
@@ -61,12 +64,17 @@ def make(parsed: Parsed[PrepareSettings]) -> Path:
 def request_of(settings: DataSettings, seed: int) -> Request:
     """The store that (resolved) settings ask for, its validation cut by `seed`."""
     from wikift.data.prepare import Request
+
+    return Request(source_of(settings, seed), str(settings.tokenizer), settings.append_eos, settings.workers)
+
+
+def source_of(settings: DataSettings, seed: int = CUT_SEED) -> Source:
+    """The text that settings name."""
     from wikift.data.sources import Source
 
-    source = Source(
-        str(settings.dataset), settings.dataset_config, settings.text_column, settings.validation_fraction, seed
-    )
-    return Request(source, str(settings.tokenizer), settings.append_eos, settings.workers)
+    dataset, *more = settings.dataset or ("",)
+    fraction, encoding = settings.validation_fraction, settings.encoding
+    return Source(dataset, settings.dataset_config, settings.text_column, fraction, seed, encoding, tuple(more))
 
 
 def data_problems(settings: DataSettings, out: Path | None = None) -> list[str]:

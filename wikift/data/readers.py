@@ -2,8 +2,8 @@
 
 A row of a text file is a line with its "\\n"; "\\r\\n" is read as "\\n", and nothing else ends a line. A line longer
 than a million characters is several rows, each but the last without "\\n", divided before white space where there is
-some. Rows of the others are documents. Every fault is a UserError with file, line or row, and fix. Texts come as UTF-8 in one buffer and
-not as Python strings (`texts`).
+some. Rows of the others are documents. Every fault is a UserError with file, line or row, and fix. Texts come as UTF-8
+in one buffer and not as Python strings (`texts`).
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _csv_rows(file: TextFile, blocks: Iterable[str], column: str) -> Iterator[st
     names = fields(delimiter)
     if not first:
         return
-    csv.field_size_limit(1 << 30)
+    csv.field_size_limit(1 << 27)
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         text_of(dict.fromkeys(names, ""), column, f"{file}, line 1")

@@ -116,8 +116,7 @@ def _from_files(source: Source, files: UserFiles) -> Corpus:
     def size(of_split: list[Candidate]) -> int | None:
         tables = files.kind in TABLES  # problems are reported at once and not after minutes
         sizes = [
-            check_table(each.file, column) if tables and each.file.in_place else each.file.size
-            for each in of_split
+            check_table(each.file, column) if tables and each.file.in_place else each.file.size for each in of_split
         ]
         return None if None in sizes else sum(filter(None, sizes))
 

@@ -145,8 +145,9 @@ def _roots(name: str) -> list[tuple[Path, bool]]:
     if "**" in name:
         matches = [match for match in matches if match.is_file()]
     if not matches:
-        rule = "no file matches" if glob.has_magic(name) else "no such file or folder"
-        raise UserError(f"--dataset {name}: {rule}; fix the path")
+        rule = "no file matches; fix it" if glob.has_magic(name) else "no such file or folder; fix the path"
+        alone = ", or name a dataset of the Hub, or the demo, alone" if hub.is_name(name) else ""
+        raise UserError(f"--dataset {name}: {rule}{alone}")
     return [(match, False) for match in matches]
 
 

@@ -51,9 +51,8 @@ def splits_of(store: TokenStore) -> list[str]:
 
 def text_of_dataset(source: Source) -> Text:
     """A text without a store: as prepare's, but for a single file, which is one split."""
-    file = Path(source.dataset).is_file()
-    corpus = open_source(source, cut=not file)
-    if file:
+    corpus = open_source(source, cut=not Path(source.dataset).is_file())
+    if list(corpus.splits) == ["train"]:
         corpus = dataclasses.replace(corpus, splits={ALL: corpus.splits["train"]}, sizes={ALL: corpus.sizes["train"]})
     name = f"{corpus.name} {corpus.config}" if corpus.config else corpus.name
     return Text(name, None, corpus, "", _notes(corpus.config))

@@ -5,6 +5,7 @@ Every check reports all the problems that it can find at once.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import importlib.util
 import math
@@ -22,6 +23,7 @@ from wikift.settings.batch_layout import BatchLayout, batch_layout
 from wikift.settings.fields import DataSettings, TrainSettings
 from wikift.settings.options import flag
 from wikift.settings.run_plan import block_problems, model_shape
+from wikift.settings.values import show
 
 
 def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str]:
@@ -100,13 +102,19 @@ def check_data(settings: DataSettings) -> list[str]:
         for field in dataclasses.fields(DataSettings):
             value = getattr(settings, field.name)
             if value != field.default:
-                typed = f"{flag(field.name)} {value}" if value is not False else flag("no_" + field.name)
+                typed = f"{flag(field.name)} {show(value)}" if value is not False else flag("no_" + field.name)
                 problems.append(
                     f"{typed.removesuffix(' True')}: has no effect, --data {data} is tokenized already; "
                     "remove one of the two"
                 )
-    if settings.dataset_config is not None and settings.dataset in (*WIKITEXT, "demo"):
-        problems.append(f"--dataset-config {settings.dataset_config}: --dataset {settings.dataset} has none; remove it")
+    if settings.dataset_config is not None and settings.dataset and settings.dataset[0] in (*WIKITEXT, "demo"):
+        problems.append(
+            f"--dataset-config {settings.dataset_config}: --dataset {settings.dataset[0]} has none; remove it"
+        )
+    try:
+        codecs.lookup(settings.encoding or "utf-8")
+    except LookupError:
+        problems.append(f"--encoding {settings.encoding}: is none that Python knows; try cp1252, gb18030 or utf-16")
     tokenizer = settings.tokenizer or ""
     size = tokenizer.removeprefix("train:")
     if size != tokenizer and (not size.isdecimal() or int(size) < 257):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -24,15 +25,16 @@ _sampling, _output = partial(option, group="sampling"), partial(option, group="o
 class DataSettings:
     """Which text, and how it becomes tokens."""
 
-    dataset: str | None = _data(
+    dataset: tuple[str, ...] | None = _data(
         None,
-        f"{', '.join(WIKITEXT)}, demo, another Hub dataset, or your own .txt, .jsonl or .parquet: a file, or a folder "
-        "with train.*, validation.*, test.* or in the Hub's layout",
+        f"{', '.join(WIKITEXT)}, demo, another Hub dataset, or your own text, JSON, CSV, Parquet or Arrow: a file, a "
+        "folder or a 'PATTERN'; may be repeated",
         "NAME|PATH",
         shown="wikitext-103-v1; wikitext-2-v1 on one process",
     )
     dataset_config: str | None = _data(None, "configuration of a dataset that has several", "NAME")
-    text_column: str = _data("text", "column that holds the text", "NAME")
+    text_column: str = _data("text", "column that holds the text; a.b for the field b of the field a", "NAME")
+    encoding: str | None = _data(None, "encoding of text files", "NAME", shown="UTF-8, or UTF-16 where it is that")
     validation_fraction: float | None = _data(
         None,
         "fraction of the training rows held out, chosen by seed, where the dataset has no validation split",
@@ -48,7 +50,7 @@ class DataSettings:
     append_eos: bool | None = _data(
         None,
         "end each row with the end-of-text token",
-        shown="for .jsonl, .parquet and Hub datasets other than WikiText",
+        shown="for documents: JSON, CSV, Parquet, Arrow and Hub datasets, other than WikiText",
     )
     workers: int | None = _data(None, "threads that tokenize", shown="all cores", role="view")
 
@@ -210,11 +212,12 @@ class EvaluateSettings:
         shown="all that the text allows, in one table; free with --context or --stride",
     )
     data: str | None = _text(None, "a store that wikift prepare made", "DIR", shown="the store a run was trained on")
-    dataset: str | None = _text(
+    dataset: tuple[str, ...] | None = _text(
         None, "instead of a store, a text as wikift prepare takes it; of a single file all is evaluated", "NAME|PATH"
     )
     dataset_config: str | None = _text(None, "configuration of a dataset that has several", "NAME")
     text_column: str = _text("text", "column that holds the text", "NAME")
+    encoding: str | None = _text(None, "encoding of text files", "NAME", shown="UTF-8, or UTF-16 where it is that")
     split: str | None = _text(None, "split of the text", "NAME", shown="all but train, where there are others")
     context: int | None = option(
         None, "tokens per window", "TOKENS", shown="the protocol's, 1024, or the model's where that is less"
@@ -266,9 +269,15 @@ def slug(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(name).name or "data").strip(".") or "data"
 
 
+def dataset_slug(names: Sequence[str]) -> str:
+    """Of one name, of the folder of a pattern, or of the first of several."""
+    path = Path(names[0])
+    return slug(path.name if path.exists() or "*" not in path.name else path.resolve().parent.name)
+
+
 def store_path(settings: DataSettings) -> Path:
     """Where prepare writes the store of these (resolved) settings unless told otherwise."""
     assert settings.dataset is not None
     assert settings.tokenizer is not None
-    parts = (settings.dataset, settings.dataset_config, settings.tokenizer)
+    parts = (dataset_slug(settings.dataset), settings.dataset_config, settings.tokenizer)
     return Path("data") / "-".join(slug(part) for part in parts if part)

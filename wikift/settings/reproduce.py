@@ -21,6 +21,7 @@ def command_of(settings: TrainSettings, ranks: int) -> str:
         if isinstance(value, bool):
             options.append(flag(field.name) if value else flag("no_" + field.name))
         else:
-            options += [flag(field.name), shlex.quote(f"{value:g}" if isinstance(value, float) else str(value))]
+            for each in value if isinstance(value, tuple) else (value,):
+                options += [flag(field.name), shlex.quote(f"{each:g}" if isinstance(each, float) else str(each))]
     program = f"torchrun --nproc_per_node={ranks} -m wikift train" if ranks > 1 else "wikift train"
     return " ".join([program, *options])

@@ -12,7 +12,7 @@ from wikift.base.files import read_lines
 from wikift.base.shape import Shape, parse_overrides, released_name, shape_of, with_overrides
 from wikift.settings import deepspeed, deepspeed_checks
 from wikift.settings.batch_layout import BatchLayout
-from wikift.settings.fields import DataSettings, TrainSettings, slug
+from wikift.settings.fields import DataSettings, TrainSettings, dataset_slug, slug
 from wikift.settings.options import flag, names_by_role
 from wikift.settings.reproduce import command_of
 from wikift.settings.schedule import Due, Schedule, due_of, epoch_steps, length_problems, schedule_of
@@ -146,7 +146,7 @@ def resolve(settings: TrainSettings, ranks: int) -> TrainSettings:
     """Fill what follows from other settings alone: dataset, tokenizer, learning rate, its schedule, length, folder."""
     changes: dict[str, Any] = {}
     if settings.data is None and settings.dataset is None:
-        changes["dataset"] = fallback_dataset(ranks)
+        changes["dataset"] = (fallback_dataset(ranks),)
     if settings.data is None and settings.tokenizer is None:
         changes["tokenizer"] = (
             "gpt2" if released_name(settings.model) and not Path(settings.model).is_dir() else settings.model
@@ -157,9 +157,9 @@ def resolve(settings: TrainSettings, ranks: int) -> TrainSettings:
         changes["num_train_epochs"] = 3.0
     if settings.output_dir is None:
         model = "scratch" if settings.from_scratch else slug(settings.model)
-        source = str(settings.data or changes.get("dataset") or settings.dataset)
+        names = (settings.data,) if settings.data else settings.dataset or changes["dataset"]
         config = f"-{settings.dataset_config}" if settings.dataset_config else ""
-        changes["output_dir"] = f"runs/{model}-{slug(source)}{config}"
+        changes["output_dir"] = f"runs/{model}-{dataset_slug(names)}{config}"
     return dataclasses.replace(settings, **changes)
 
 
