@@ -15,8 +15,8 @@ SETTINGS = {
     """,
     "train": """
         adam_beta1 adam_beta2 adam_epsilon append_eos async_save block_size compile config config_overrides data
-        data_fraction dataset dataset_config decay_steps deepspeed deterministic device dropout dry_run encoding
-        early_stopping_patience engine eval_steps from_scratch fsdp_reshard global_batch_size
+        data_fraction dataset dataset_config decay_steps deepspeed deterministic device dropout dry_run
+        early_stopping_patience encoding engine eval_steps from_scratch fsdp_reshard global_batch_size
         gradient_accumulation_steps gradient_checkpointing learning_rate logging_steps lr_scheduler_type
         max_grad_norm max_steps model num_train_epochs output_dir per_device_eval_batch_size
         per_device_train_batch_size precision quiet reduce_dtype resume sample_prompts sample_steps save_steps

@@ -34,7 +34,7 @@ class DataSettings:
     )
     dataset_config: str | None = _data(None, "configuration of a dataset that has several", "NAME")
     text_column: str = _data("text", "column that holds the text; a.b for the field b of the field a", "NAME")
-    encoding: str | None = _data(None, "encoding of text files", "NAME", shown="UTF-8, or UTF-16 where it is that")
+    encoding: str | None = _data(None, "encoding of text files", "NAME", shown="UTF-8, or UTF-16 where it shows")
     validation_fraction: float | None = _data(
         None,
         "fraction of the training rows held out, chosen by seed, where the dataset has no validation split",
@@ -217,7 +217,7 @@ class EvaluateSettings:
     )
     dataset_config: str | None = _text(None, "configuration of a dataset that has several", "NAME")
     text_column: str = _text("text", "column that holds the text", "NAME")
-    encoding: str | None = _text(None, "encoding of text files", "NAME", shown="UTF-8, or UTF-16 where it is that")
+    encoding: str | None = _text(None, "encoding of text files", "NAME", shown="UTF-8, or UTF-16 where it shows")
     split: str | None = _text(None, "split of the text", "NAME", shown="all but train, where there are others")
     context: int | None = option(
         None, "tokens per window", "TOKENS", shown="the protocol's, 1024, or the model's where that is less"
@@ -270,14 +270,11 @@ def slug(name: str) -> str:
 
 
 def dataset_slug(names: Sequence[str]) -> str:
-    """Of one name, of the folder of a pattern, or of the first of several."""
-    path = Path(names[0])
-    return slug(path.name if path.exists() or "*" not in path.name else path.resolve().parent.name)
+    """Of the first of several, of a pattern's folder."""
+    return slug(next((Path(name).parent.name if "*" in name else name for name in names), ""))
 
 
 def store_path(settings: DataSettings) -> Path:
     """Where prepare writes the store of these (resolved) settings unless told otherwise."""
-    assert settings.dataset is not None
-    assert settings.tokenizer is not None
-    parts = (dataset_slug(settings.dataset), settings.dataset_config, settings.tokenizer)
+    parts = (dataset_slug(settings.dataset or ()), settings.dataset_config, settings.tokenizer)
     return Path("data") / "-".join(slug(part) for part in parts if part)
