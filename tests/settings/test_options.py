@@ -169,11 +169,11 @@ def test_an_answer_on_the_line_displaces_what_hangs_on_the_question_in_the_file(
     )
     assert parsed("--config", file).num_train_epochs == 2
     steps = parsed("--config", file, "--max-steps", "5")
-    assert (steps.max_steps, steps.num_train_epochs, steps.dataset, steps.seed) == (5, None, "demo", 5)
+    assert (steps.max_steps, steps.num_train_epochs, steps.dataset, steps.seed) == (5, None, ("demo",), 5)
     store = parsed("--config", file, "--data", "store")
     assert (store.data, store.dataset, store.tokenizer, store.num_train_epochs) == ("store", None, None, 2)
     other = parsed("--config", file, "--dataset", "my.txt")
-    assert (other.dataset, other.dataset_config, other.tokenizer) == ("my.txt", None, "train:300")
+    assert (other.dataset, other.dataset_config, other.tokenizer) == (("my.txt",), None, "train:300")
 
 
 @pytest.mark.parametrize(
