@@ -181,6 +181,23 @@ def test_which_gpu_is_whose_must_be_known(
         start_world("auto")
 
 
+def test_a_task_of_srun_with_its_own_gpu_takes_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from wikift.base.world import start_world
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    facts = {"is_available": True, "device_count": 1, "get_arch_list": [], "set_device": None}
+    for name, fact in {**facts, "get_device_capability": (9, 0)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *given, fact=fact: fact)
+    task = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_NODELIST": "node7"}
+    for name, value in {**task, "SLURM_GPUS_PER_TASK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert start_world("auto").device == torch.device("cuda", 0)
+
+
 @pytest.mark.parametrize("hidden", [False, True])
 def test_a_driver_that_torch_cannot_use_is_said(hidden: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not trained on the CPU without a word, where the user hid no device."""

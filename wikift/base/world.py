@@ -155,14 +155,15 @@ def _device(requested: str, here: Launch) -> torch.device:
             )
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if here.started and here.local_rank is None and count > 1:
+    index = 0 if here.own_gpu and count == 1 else here.local_rank
+    if here.started and index is None and count > 1:
         raise UserError("LOCAL_RANK: is not set beside RANK, to choose among several GPUs; torchrun and srun set it")
-    if here.local_size > count:
+    if here.local_size > count and not (here.own_gpu and count == 1):
         raise UserError(
             f"--nproc_per_node {here.local_size}: this host has {count} CUDA devices, one for each process at most; "
             "start fewer processes (deepspeed: --num_gpus, slots in the hostfile) or use --device cpu"
         )
-    device = torch.device("cuda", here.local_rank or 0)
+    device = torch.device("cuda", index or 0)
     built_for = [int(arch[3:].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
     major, minor = torch.cuda.get_device_capability(device)
     if built_for and 10 * major + minor < min(built_for):

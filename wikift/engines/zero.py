@@ -43,7 +43,7 @@ class ZeroEngine:
         compute: Compute,
     ) -> None:
         precision = compute.precision
-        deepspeed = import_deepspeed(world.local_rank)
+        deepspeed = import_deepspeed(world.local_rank if world.device.index is None else world.device.index)
         self.world, self.stage = world, int(config["zero_optimization"]["stage"])
         dtype = DTYPES[precision]
         config, rule = _with_own_scale(config) if precision == "fp16" else (config, None)

@@ -48,7 +48,7 @@ def read(path: str | Path) -> tuple[Config, list[str]]:
     import hjson
 
     try:
-        file = Path(path) if Path(path).exists() else own_files().get(str(path), Path(path))
+        file = Path(path) if Path(path).is_file() else own_files().get(str(path), Path(path))
         content = hjson.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
         if not isinstance(content, dict):
             raise ValueError(f"is a {type(content).__name__}, not an object of settings")

@@ -74,7 +74,7 @@ _ALIASES = {key.replace("stage3_", ""): key for key in PASSED} | {  # names that
 }
 # Keys, and whole sections, that change what is learned: refused where they ask for something, by the fix.
 _REFUSED_BY_FIX = {
-    "use --precision": "amp torch_autocast data_types",
+    "remove it and use --precision": "amp torch_autocast data_types",
     'remove it; "gradient_clipping" or --max-grad-norm clips': "optimizer.params.max_grad_norm",
     'write two numbers in brackets, or "auto"': "optimizer.params.betas",
     'the learning rate rises from 0; write 0 or "auto"': "scheduler.params.warmup_min_lr",
