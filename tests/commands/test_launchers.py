@@ -11,13 +11,17 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.ranks import run_ranks
 from tests.tiny import arguments, metrics, tiny_store
+from wikift.base import world
+from wikift.base.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = str(ROOT / "launch" / "train.py")
@@ -147,97 +151,55 @@ def test_the_cores_of_a_host_are_shared_out_under_both_launchers(name: str) -> N
 
 
 def local_places(name: str, value: str) -> tuple[int, int]:
-    import torch
-
-    from wikift.base.world import start_world
-
     del os.environ["LOCAL_WORLD_SIZE"]
     os.environ[name] = value
     torch.set_num_threads(3)
-    return start_world("cpu").local_size, torch.get_num_threads()
+    return world.start_world("cpu").local_size, torch.get_num_threads()
 
 
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}, r"--nproc_per_node 3: this host has 2 CUDA devices.*--num_gpus"),
-        ({}, "LOCAL_RANK: is not set beside RANK"),
-    ],
-)
-def test_which_gpu_is_whose_must_be_known(
-    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.device]:
+    """The device that a rank takes, in an environment and with what torch says of the host's GPUs."""
+
+    def device(environment: dict[str, str], **facts: Any) -> torch.device:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        facts = {"is_available": True, "device_count": 2, "get_arch_list": [], "set_device": None, **facts}
+        for name, fact in {"get_device_capability": (9, 0), "get_device_name": "Tesla V100", **facts}.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, fact=fact: fact)
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        return world.start_world("auto").device
+
+    return device
+
+
+RANK = {"RANK": "1", "WORLD_SIZE": "3"}
+TASK = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_NODELIST": "node7"}
+
+
+def test_a_rank_takes_the_gpu_of_its_number_or_its_own(gpus: Callable[..., torch.device]) -> None:
+    assert gpus({**RANK, "LOCAL_RANK": "1"}) == torch.device("cuda", 1)
+    assert gpus({**TASK, "SLURM_GPUS_PER_TASK": "1"}, device_count=1) == torch.device("cuda", 0)
+    assert gpus(RANK, device_count=1, get_arch_list=["sm_75", "sm_90a", "compute_90"]) == torch.device("cuda", 0)
+
+
+def test_a_gpu_that_cannot_be_used_is_told(
+    gpus: Callable[..., torch.device], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
-
-    from wikift.base.errors import UserError
-    from wikift.base.world import start_world
-
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "3", **environment}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match=message):
-        start_world("auto")
-
-
-def test_a_task_of_srun_with_its_own_gpu_takes_that(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    from wikift.base.world import start_world
-
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    facts = {"is_available": True, "device_count": 1, "get_arch_list": [], "set_device": None}
-    for name, fact in {**facts, "get_device_capability": (9, 0)}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *given, fact=fact: fact)
-    task = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_NODELIST": "node7"}
-    for name, value in {**task, "SLURM_GPUS_PER_TASK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    assert start_world("auto").device == torch.device("cuda", 0)
-
-
-@pytest.mark.parametrize("hidden", [False, True])
-def test_a_driver_that_torch_cannot_use_is_said(hidden: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not trained on the CPU without a word, where the user hid no device."""
-    import torch
-
-    from wikift.base import world
-    from wikift.base.errors import UserError
-
+    local = {**RANK, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}
+    with pytest.raises(UserError, match=r"--nproc_per_node 3: this host has 2 CUDA devices.*--num_gpus"):
+        gpus(local)
+    with pytest.raises(UserError, match="LOCAL_RANK: is not set beside RANK"):
+        gpus(RANK)
+    with pytest.raises(UserError, match=r"no code for Tesla V100, of compute capability 7.0, but from 7.5 on"):
+        gpus({}, get_device_capability=(7, 0), get_arch_list=["sm_75", "sm_90a", "compute_90"])
     (tmp_path / "nvidiactl").touch()
     monkeypatch.setattr(world, "_NVIDIA_DRIVER", tmp_path / "nvidiactl")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if hidden:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        assert world.start_world("auto").device.type == "cpu"
-    else:
-        with pytest.raises(
-            UserError, match=r"--device auto: there is an NVIDIA driver.*older than CUDA 13.0.*--device cpu"
-        ):
-            world.start_world("auto")
-
-
-@pytest.mark.parametrize(("capability", "taken"), [((7, 0), False), ((7, 5), True), ((9, 0), True)])
-def test_a_gpu_that_torch_has_no_code_for(
-    capability: tuple[int, int], taken: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import torch
-
-    from wikift.base.errors import UserError
-    from wikift.base.world import start_world
-
-    facts = {
-        "is_available": True, "device_count": 1, "get_arch_list": ["sm_75", "sm_90a", "compute_90"],
-        "get_device_capability": capability, "get_device_name": "Tesla V100", "set_device": None,
-    }  # fmt: skip
-    for name, fact in facts.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *given, fact=fact: fact)
-    if taken:
-        assert start_world("auto").device == torch.device("cuda", 0)
-    else:
-        with pytest.raises(UserError, match=r"no code for Tesla V100, of compute capability 7.0, but from 7.5 on"):
-            start_world("auto")
+    with pytest.raises(UserError, match=r"--device auto: there is an NVIDIA driver.*than CUDA 13.0.*--device cpu"):
+        gpus({}, is_available=False)
+    assert gpus({"CUDA_VISIBLE_DEVICES": ""}, is_available=False).type == "cpu", "the user hid it"

@@ -292,7 +292,7 @@ def test_a_file_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
 
 WRONG: list[tuple[str, Any, str]] = [
     ("zero_optimization.stage", 0, "remove --deepspeed"),
-    ("zero_optimization.stage", "auto", "must be 1, 2 or 3"),
+    ("zero_optimization.stage", "all", "must be 1, 2 or 3"),
     ("optimizer.type", "Lamb", "wikift's is AdamW; write AdamW, or remove the section"),
     ("optimizer.params.adam_w_mode", False, "remove it"),
     ("optimizer.params.momentum", 0.9, "changes what is learned, and wikift has no such setting; remove it"),
@@ -330,6 +330,8 @@ def test_what_cannot_be_is_one_error_with_the_way_out(tmp_path: Path, key: str, 
     assert expected in problem
     assert key.split(".")[0] in problem
     assert f" in {tmp_path}/ds.json: " in problem
+    if '"auto"' in problem:
+        assert not merged(with_key(key, "auto"), tmp_path).problems
 
 
 @pytest.mark.parametrize(
