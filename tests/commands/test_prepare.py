@@ -529,27 +529,3 @@ def test_a_full_disk(tmp_path: Path) -> None:
             assert "the disk is full" in out.stderr
     finally:
         subprocess.run(["umount", str(small)], check=True)
-
-
-@pytest.mark.parametrize(
-    ("words", "setting"),
-    [
-        (["--dataset", "wikitext-2-v1", "--tokenizer", "train:300"], "--dataset wikitext-2-v1"),
-        (["--dataset", "demo"], "--tokenizer gpt2"),
-    ],
-)
-def test_no_network_says_what_to_do_and_soon(tmp_path: Path, words: list[str], setting: str) -> None:
-    kept = {name: value for name, value in os.environ.items() if "proxy" not in name.lower() and name[:3] != "HF_"}
-    environment = {**kept, "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens
-    began = time.monotonic()
-    out = subprocess.run(
-        [*LAUNCH, *words, "--out", str(tmp_path / "out")], capture_output=True, text=True, timeout=120, env=environment
-    )
-    assert time.monotonic() - began < 20, "the libraries alone try for 25 seconds and more"
-    assert out.returncode == 1
-    assert out.stderr.count("\n") == 1
-    assert out.stderr.startswith(
-        f"wikift: {setting}: is neither in the Hugging Face cache nor to be had from the Hub ("
-    )
-    assert not (tmp_path / "out").exists()
-    assert [path.name for path in tmp_path.iterdir() if path.name != "hf"] == []

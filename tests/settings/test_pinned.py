@@ -10,20 +10,20 @@ from wikift.settings import fields
 
 SETTINGS = {
     "prepare": """
-        append_eos config dataset dataset_config encoding out quiet seed text_column tokenizer validation_fraction
-        verify workers
+        append_eos config dataset dataset_config dataset_revision encoding out quiet seed text_column tokenizer
+        validation_fraction verify workers
     """,
     "train": """
         adam_beta1 adam_beta2 adam_epsilon append_eos async_save block_size compile config config_overrides data
-        data_fraction dataset dataset_config decay_steps deepspeed deterministic device dropout dry_run
-        early_stopping_patience encoding engine eval_steps from_scratch fsdp_reshard global_batch_size
+        data_fraction dataset dataset_config dataset_revision decay_steps deepspeed deterministic device dropout
+        dry_run early_stopping_patience encoding engine eval_steps from_scratch fsdp_reshard global_batch_size
         gradient_accumulation_steps gradient_checkpointing learning_rate logging_steps lr_scheduler_type
         max_grad_norm max_steps model num_train_epochs output_dir per_device_eval_batch_size
-        per_device_train_batch_size precision quiet reduce_dtype resume sample_prompts sample_steps save_steps
+        per_device_train_batch_size precision quiet reduce_dtype resume revision sample_prompts sample_steps save_steps
         save_total_limit seed text_column tokenizer validation_fraction wandb warmup_steps weight_decay workers
     """,
     "consolidate": """
-        best dtype max_shard_size out quiet run step
+        best dtype max_shard_size out private push_to_hub quiet run step
     """,
     "evaluate": """
         context data dataset dataset_config device encoding json models per_device_eval_batch_size precision protocol

@@ -1,83 +1,244 @@
-"""The Hugging Face Hub and its libraries: is a word a name there, can it be reached, and what to say when not."""
+"""The Hugging Face Hub: NAME or NAME@REVISION to a folder of its cache, each file fetched once; what to say if not.
+
+`fetch` alone asks the Hub; everything else reads the folder that it returns. The first process of each host fetches
+(`world.first_on_each_host`), the others read its cache. Where the Hub cannot be asked, a copy in the cache is used.
+"""
 
 from __future__ import annotations
 
 import errno
+import fnmatch
+import functools
 import importlib
 import os
 import re
-import socket
 import sys
-import urllib.parse
-import urllib.request
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-from wikift.base.errors import EnvironmentFault, UserError
-from wikift.base.errors import one_line as one_line
+from wikift.base import console
+from wikift.base.errors import EnvironmentFault, UserError, one_line
+from wikift.base.launcher import launch
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_CONNECT_SECONDS = 5.0
+CONFIG = ("config.json", "generation_config.json")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+TOKENIZER = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.jinja", "vocab.txt", "*.model", "additional_chat_templates/*",
+)  # fmt: skip
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w.][\w./-]*)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_ANSWER_SECONDS = (3.0, 10.0)  # for the Hub's first answer; the second where the cache has no copy
+_SHOWN_BYTES = 10_000_000  # of a file whose download is shown
+_CHUNK_BYTES = 1 << 16
+
+commits: dict[str, str] = {}  # by NAME[@REVISION], a dataset's as datasets/NAME: what this process reads
+_silent: list[Exception] = []  # why the Hub is not asked again
 
 
 def is_name(word: str) -> bool:
-    """Whether `word` could be NAME or OWNER/NAME of the Hub."""
+    """Whether `word` could be NAME, OWNER/NAME or one of them @REVISION on the Hub."""
     return bool(_NAME.fullmatch(word))
 
 
-def offline_if_unreachable() -> bool:
-    """Where the Hub does not answer, use the cache alone, as with `HF_HUB_OFFLINE=1`. Returns whether it is offline.
+def fetch(name: str, setting: str, files: tuple[str, ...], kind: str = "model") -> Path:
+    """The folder with `files` (patterns) of repository `name`; a folder's name is returned as it is.
 
-    Without it the libraries try for 25 to 50 seconds and print a line for every attempt, even where all is cached.
+    All calls of a process read the same commit. Raises UserError or EnvironmentFault, see `failure`.
     """
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return True
-    address = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    host = address.hostname or "huggingface.co"
-    if urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
-        return False  # only the proxy knows
+    if kind == "model" and Path(name).is_dir():
+        return Path(name)
+    repository, _, revision = name.partition("@")
+    key = name if kind == "model" else f"{kind}s/{name}"
+    revision = commits.get(key) or revision or "main"
+    cached_first = _COMMIT.fullmatch(revision) or _silent or launch().local_rank
+    folder = _cached(repository, kind, revision, files) if cached_first else None
+    for attempt, seconds in enumerate(_ANSWER_SECONDS):
+        if folder is not None:
+            break
+        try:
+            folder = _downloaded(repository, kind, revision, files, seconds)
+        except Exception as error:  # of huggingface_hub, its HTTP client and the file system
+            folder = _cached(repository, kind, revision, files)
+            if folder is None and (attempt + 1 == len(_ANSWER_SECONDS) or _silent or not _may_pass(error)):
+                raise failure(error, f"{setting} {name}", "a folder") from None
+            if folder is not None and not _silent and "OfflineModeIsEnabled" not in _kinds(error):
+                _silent.append(error)
+                _tell(f"{name}: {reason_of(error)}; using the copy in the cache, commit {folder.name[:8]}")
+    assert folder is not None
+    commits[key] = folder.name
+    return folder
+
+
+def _downloaded(repository: str, kind: str, revision: str, files: tuple[str, ...], seconds: float) -> Path:
+    if _silent:
+        raise _silent[0]
+    hub = _library()
+    about = hub.HfApi().repo_info(repository, repo_type=kind, revision=revision, timeout=seconds, files_metadata=True)
+    for file in about.siblings:
+        if (file.size or 0) >= _SHOWN_BYTES and any(fnmatch.fnmatchcase(file.rfilename, each) for each in files):
+            shown = type("Shown", (_Download,), {"name": f"{repository}/{file.rfilename}"})
+            hub.hf_hub_download(
+                repository, file.rfilename, repo_type=kind, revision=about.sha, tqdm_class=shown, etag_timeout=seconds
+            )
+    folder = Path(
+        hub.snapshot_download(
+            repository, repo_type=kind, revision=about.sha, allow_patterns=list(files), etag_timeout=seconds
+        )
+    )
+    if revision != about.sha:  # where the cache is asked for this branch or tag, later or by another process
+        reference = folder.parents[1] / "refs" / revision
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(about.sha)
+    return folder
+
+
+def _cached(repository: str, kind: str, revision: str, files: tuple[str, ...]) -> Path | None:
+    """The cache's folder, None where it lacks one of `files` (or, as older libraries filled it, all of them)."""
     try:
-        port = address.port or (80 if address.scheme == "http" else 443)
-        socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
-        return False
-    except OSError:
-        pass
-    os.environ["HF_HUB_OFFLINE"] = "1"  # for what is imported from now on; the rest has read it already
-    for module, name in (("huggingface_hub.constants", "HF_HUB_OFFLINE"), ("datasets.config", "HF_HUB_OFFLINE")):
-        if module in sys.modules:
-            setattr(sys.modules[module], name, True)
-    return True
+        folder = Path(
+            _library().snapshot_download(
+                repository, repo_type=kind, revision=revision, allow_patterns=list(files), local_files_only=True
+            )
+        )
+    except Exception:  # of its own, and for names that are none
+        return None
+    return folder if any(any(folder.glob(pattern)) for pattern in files) else None
 
 
-def quiet_libraries() -> None:
-    """Silence what transformers and datasets, where they are loaded, would print about their own work."""
-    for library in ("transformers", "datasets"):
-        if library in sys.modules:
-            importlib.import_module(f"{library}.utils.logging").set_verbosity_error()
-    if "transformers" in sys.modules:
-        importlib.import_module("transformers.utils.logging").disable_progress_bar()
+@functools.cache
+def _library() -> Any:
+    """huggingface_hub: without words of its own, and resuming a file where the connection broke."""
+    import huggingface_hub
+    from huggingface_hub.utils import _http
+
+    def client() -> Any:
+        made = _http.default_client_factory()
+        made.timeout = 60.0  # for requests that state none; the default is to wait for ever
+        made.event_hooks["response"].append(_resumed_after_reset)
+        return made
+
+    huggingface_hub.set_client_factory(client)
+    huggingface_hub.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():  # about the user's HF_HUB_DISABLE_PROGRESS_BARS=0
+        warnings.simplefilter("ignore")
+        huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]
+    return huggingface_hub
+
+
+def _resumed_after_reset(response: Any) -> None:
+    """huggingface_hub continues a file after a timeout, but not after a reset: let it take that for one."""
+    read, errors = response.iter_bytes, sys.modules[type(response).__module__.partition(".")[0]]
+
+    def iter_bytes(chunk_size: int | None = None) -> Iterator[bytes]:
+        try:
+            yield from read(_CHUNK_BYTES)  # what is left of a larger chunk would be lost
+        except errors.NetworkError as error:
+            _tell(f"the connection to the Hub broke ({one_line(error)}), resuming")
+            raise errors.ReadTimeout(str(error)) from None
+
+    response.iter_bytes = iter_bytes
+
+
+class _Download:
+    """What huggingface_hub takes for a progress bar: one line on a terminal, lines in a pipe, of rank 0 alone."""
+
+    name = ""
+
+    def __init__(self, *_: Any, total: float | None = None, initial: int = 0, **options: Any) -> None:
+        self.total, self.n = int(total or 0), initial
+        self.progress = console.Progress(quiet=not _speaks())
+        self.progress.show(f"downloading {self.name}, {self.total / 1e6:,.1f} MB")
+
+    def __enter__(self) -> _Download:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def update(self, count: float | None = 1) -> None:
+        self.n += int(count or 0)
+        self.progress.fraction(f"downloading {self.name}", self.n / max(self.total, 1))
+
+    def close(self) -> None:
+        self.progress.clear()
+
+    def update_transfer(self, *_: Any) -> None: ...  # of bytes on the line, which Xet counts apart
+
+    def set_postfix_str(self, *_: Any, **options: Any) -> None: ...
+
+
+# --- what to say -------------------------------------------------------------------------------------------------
 
 
 def failure(error: Exception, setting: str, instead: str) -> Exception:
     """What to raise for what a Hub library raised: a wrong name is the user's, all else the environment's."""
+    kinds, (_, _, name) = _kinds(error), setting.partition(" ")
+    reason = reason_of(error)
+    if "OfflineModeIsEnabled" not in kinds:
+        page = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/{name.partition('@')[0]}"
+        if "GatedRepoError" in kinds:
+            return UserError(f"{setting}: is gated; ask for access at {page}, then log in: hf auth login")
+        if "RevisionNotFoundError" in kinds:
+            return UserError(f"{setting}: has no such branch, tag or commit; correct what follows @, or the revision")
+        if kinds & {"RepositoryNotFoundError", "HFValidationError"}:
+            return UserError(f"{setting}: is not there, or private: set HF_TOKEN, correct the name, or name {instead}")
+        if status_of(error) in (401, 403):
+            return UserError(f"{setting}: the Hub refuses the token; renew it with hf auth login, or correct HF_TOKEN")
+    if "is full" in reason:
+        return EnvironmentFault(f"{setting}: {reason}; free space, or set HF_HOME to another disk")
+    fix = "unset it" if "OfflineModeIsEnabled" in kinds else "try again later"
+    return EnvironmentFault(f"{setting}: {reason}, and the Hugging Face cache has no copy; {fix}, or name {instead}")
+
+
+def reason_of(error: Exception) -> str:
+    """Why the Hub was of no use, in a few words."""
+    kinds, status = _kinds(error), status_of(error)
+    if any(isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT) for link in _chain(error)):
+        return "the disk with the Hugging Face cache is full"
+    if "OfflineModeIsEnabled" in kinds:
+        return "HF_HUB_OFFLINE is set"
+    if status:
+        return f"the Hub answers {status}"
+    if kinds & {"TimeoutException", "TimeoutError"}:
+        return "the Hub does not answer"
+    if kinds & {"ConnectError", "ConnectionError"}:
+        return "the Hub cannot be reached"
+    return f"the Hub cannot be read ({one_line(error)})"
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed in a second."""
+    return (status_of(error) or 0) >= 500 or ("TransportError" in _kinds(error) and "ConnectError" not in _kinds(error))
+
+
+def _chain(error: BaseException) -> list[BaseException]:
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__ or link.__context__
-    kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
-    if kinds & {"GatedRepoError"}:
-        return UserError(
-            f"{setting}: the Hub gives it to some users only; log in with `hf auth login`, or name {instead}"
-        )
-    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError", "HFValidationError"} and not kinds & {
-        "OfflineModeIsEnabled"
-    }:
-        return UserError(f"{setting}: the Hub has none of that name; fix the name, or name {instead}")
-    if any(isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT) for link in chain):
-        return EnvironmentFault(f"{setting}: the disk with the Hugging Face cache is full; free space or set HF_HOME")
-    return EnvironmentFault(
-        f"{setting}: is neither in the Hugging Face cache nor to be had from the Hub ({one_line(error)}). "
-        f"Connect to the network and run the command again, or name {instead}. Nothing was written."
-    )
+    return chain
+
+
+def _kinds(error: BaseException) -> set[str]:
+    return {kind.__name__ for link in _chain(error) for kind in type(link).__mro__}
+
+
+def status_of(error: BaseException) -> int | None:
+    codes = (getattr(getattr(link, "response", None), "status_code", None) for link in _chain(error))
+    return next((int(code) for code in codes if code), None)
+
+
+def _speaks() -> bool:
+    return launch().rank == 0 and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "0") in ("", "0")
+
+
+def _tell(text: str) -> None:
+    if _speaks():
+        print(f"wikift: {text}", file=sys.stderr, flush=True)
 
 
 def as_os_error(error: Exception) -> Exception:
@@ -86,10 +247,17 @@ def as_os_error(error: Exception) -> Exception:
     return OSError(int(match[1]), os.strerror(int(match[1]))) if match else error
 
 
-def no_progress_bars() -> None:
-    """Let the Hub's libraries, where they are imported from now on, show none unless the user's environment does."""
-    for library in ("HF_HUB", "HF_DATASETS"):
-        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+def be_quiet() -> None:
+    """No downloads are shown in this process, as where the user's environment says so."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
+def quiet_libraries() -> None:
+    """Silence what transformers and datasets, where they are loaded, would print about their own work."""
+    for library in ("transformers", "datasets"):
+        if library in sys.modules:
+            importlib.import_module(f"{library}.utils.logging").set_verbosity_error()
+            importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
 
 
 def keep_tokenizers_to_one_thread() -> None:

@@ -67,8 +67,8 @@ class Shape:
 
 
 def released_name(model: str) -> str | None:
-    """`openai-community/gpt2-xl` -> `gpt2-xl`; None where it is not one of OpenAI's or the distilled one."""
-    name = model.removeprefix("openai-community/").removeprefix("distilbert/")
+    """`openai-community/gpt2-xl@main` -> `gpt2-xl`; None where it is not one of OpenAI's or the distilled one."""
+    name = model.partition("@")[0].removeprefix("openai-community/").removeprefix("distilbert/")
     return name if name in _RELEASED else None
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from wikift.base.errors import UserError
+from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.launcher import Launch, launch
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+_FIRST_RANK_SECONDS = 24 * 3600.0  # a large text is prepared meanwhile
 _NVIDIA_DRIVER = Path("/dev/nvidiactl")
 
 
@@ -115,6 +118,30 @@ def shared_store(prefix: str, timeout: datetime.timedelta) -> Any:
         raise UserError("MASTER_ADDR: is not set beside RANK; it is the host of rank 0, which torchrun sets")
     store = next(iter(rendezvous(f"tcp://{here.address}", here.rank, here.size, timeout=timeout)))[0]
     return torch.distributed.distributed_c10d.PrefixStore(prefix, store)
+
+
+def first_on_each_host(work: Callable[[], None]) -> None:
+    """Do `work` on the first rank of each host, then on its other ranks, which find what the first left on the disk.
+
+    Needs no process group. Where a first rank fails its launcher ends the others.
+    """
+    here = launch()
+    if here.size == 1:
+        work()
+        return
+    store, first = _hosts(), str(here.rank - (here.local_rank or 0))
+    deadline = time.monotonic() + _FIRST_RANK_SECONDS
+    while here.local_rank and not store.check([first]):
+        if time.monotonic() > deadline:
+            raise EnvironmentFault(f"rank {first} did not finish its preparations in a day; see what it waits for")
+        time.sleep(0.1)
+    work()
+    store.set(first, "")
+
+
+@functools.cache  # the first rank's has the server in it, which ends with it
+def _hosts() -> Any:
+    return shared_store("wikift/hosts", COLLECTIVE_TIMEOUT)
 
 
 def join_group(world: World) -> None:

@@ -13,6 +13,7 @@ from wikift.base.files import parse_size, read_jsonl
 from wikift.base.launcher import launch
 from wikift.checkpoint.reader import best_checkpoint
 from wikift.export.export import export
+from wikift.export.push import push, push_problems
 from wikift.settings.fields import ConsolidateSettings
 from wikift.settings.options import parse_all
 
@@ -57,6 +58,9 @@ def run(settings: ConsolidateSettings, say: Say = _silent) -> Path:
     checkpoint = source if folders.is_checkpoint(source) else _choose(folder, settings, say)
     target = Path(settings.out) if settings.out else folder / "hf"
     export(checkpoint, target, dtype=settings.dtype, shard_bytes=parse_size(settings.max_shard_size), say=say)
+    if settings.push_to_hub is not None:
+        message = f"{folder.absolute().name}, step {folders.step_of(checkpoint):,}"
+        say(f"pushed: {push(target, settings.push_to_hub, private=settings.private, message=message)}")
     return target
 
 
@@ -68,7 +72,8 @@ def model_source(name: str, say: Say) -> str:
     path = Path(name)
     folders.check_model(name)
     if not path.exists():
-        hub.offline_if_unreachable()  # else the libraries try for half a minute, even where all is cached
+        for files in (hub.CONFIG, hub.TOKENIZER, hub.WEIGHTS):
+            hub.fetch(name, "MODEL", files)
         return name
     if folders.is_model(path):
         return name
@@ -98,6 +103,10 @@ def check(settings: ConsolidateSettings) -> None:
         problems += error.problems
     if settings.step is not None and settings.best:
         problems.append(f"--step {settings.step}: has no effect with --best; omit one of the two")
+    if settings.push_to_hub is not None:
+        problems += push_problems(settings.push_to_hub)
+    elif not settings.private:
+        problems.append("--no-private: has no effect without --push-to-hub; omit it")
     if settings.run is None:
         problems.append("RUN_OR_CHECKPOINT: is missing; name a run, runs/NAME, or one checkpoint of it")
     else:

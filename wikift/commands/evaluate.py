@@ -174,7 +174,7 @@ def _store(settings: EvaluateSettings) -> TokenStore | None:
 
 
 def _text_settings(settings: EvaluateSettings) -> DataSettings:
-    return DataSettings(settings.dataset, settings.dataset_config, settings.text_column, settings.encoding)
+    return DataSettings(settings.dataset, settings.dataset_config, None, settings.text_column, settings.encoding)
 
 
 def _text(settings: EvaluateSettings, store: TokenStore | None) -> Text:

@@ -13,7 +13,8 @@ from wikift.base.command import command_line
 from wikift.base.launcher import launch
 from wikift.base.names import CUT_SEED
 from wikift.settings.checks import check_data, range_problems
-from wikift.settings.fields import DataSettings, PrepareSettings, store_path
+from wikift.settings.default_folders import store_path
+from wikift.settings.fields import DataSettings, PrepareSettings
 from wikift.settings.options import Parsed, parse_all
 from wikift.settings.run_plan import fallback_dataset
 
@@ -74,7 +75,10 @@ def source_of(settings: DataSettings, seed: int = CUT_SEED) -> Source:
 
     dataset, *more = settings.dataset or ("",)
     fraction, encoding = settings.validation_fraction, settings.encoding
-    return Source(dataset, settings.dataset_config, settings.text_column, fraction, seed, encoding, tuple(more))
+    return Source(
+        dataset, settings.dataset_config, settings.text_column, fraction, seed, encoding, tuple(more),
+        settings.dataset_revision,
+    )  # fmt: skip
 
 
 def data_problems(settings: DataSettings, out: Path | None = None) -> list[str]:

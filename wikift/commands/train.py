@@ -8,16 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wikift.base import folders, hub
 from wikift.base.command import command_line
 from wikift.base.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 from wikift.base.launcher import launch, unused_settings
-from wikift.base.shape import Shape
 from wikift.settings import deepspeed
 from wikift.settings.batch_layout import BatchLayout, batch_layout
 from wikift.settings.checks import check_train, problems_of
-from wikift.settings.fields import EXCLUSIVE, TrainSettings, store_path
+from wikift.settings.default_folders import store_path
+from wikift.settings.fields import EXCLUSIVE, TrainSettings
 from wikift.settings.options import Parsed, flag, parse_all
-from wikift.settings.run_plan import RunPlan, apply_scratch, model_shape, plan_run, resolve
+from wikift.settings.run_plan import RunPlan, model_shape, plan_run, resolve
 from wikift.settings.schedule import schedule_of
 from wikift.training.resume import planned_start
 
@@ -73,8 +74,8 @@ def train(parsed: Parsed[TrainSettings], problems: Sequence[str] = ()) -> tuple[
 
     for note in notes:
         say(note)
-    store = _store(settings, prints, say)
-    run_plan = _plan(settings, batch_layout(settings, launch().size), store)
+    store, shape_from = _bring(settings, prints, say)
+    run_plan = _plan(settings, batch_layout(settings, launch().size), store, shape_from)
 
     from wikift.training.run import train_run
 
@@ -128,7 +129,7 @@ def dry_run(settings: TrainSettings, layout: BatchLayout) -> str:
     shape = model_shape(settings)
     if settings.data is not None or (path / "store.json").exists():
         store = open_store(path)
-        plan = _plan(settings, layout, store)
+        plan = _plan(settings, layout, store, str(_resumed_model(settings) or settings.model))
         lines += [f"# {name}: {text}" for name, text in plan.summary.items()]
         notes: list[str] = []
         starts = planned_start(plan, store, notes.append)
@@ -157,10 +158,16 @@ def _data_problems(settings: TrainSettings, asked: TrainSettings) -> list[str]:
     return data_problems(dataclasses.replace(settings, tokenizer=asked.tokenizer or "gpt2"))
 
 
-def _plan(settings: TrainSettings, layout: BatchLayout, store: TokenStore) -> RunPlan:
+def _plan(settings: TrainSettings, layout: BatchLayout, store: TokenStore, shape_from: str) -> RunPlan:
     if problems := _split_problems(settings, store):
         raise UserError(*problems)
-    shape = model_shape(settings, store.vocab_size) or _shape_from_hub(settings, store.vocab_size)
+    if not Path(shape_from).is_dir() and model_shape(settings) is None:
+        shape_from = str(hub.fetch(settings.model, "--model", hub.CONFIG))
+    try:
+        shape = model_shape(dataclasses.replace(settings, model=shape_from), store.vocab_size)
+    except UserError as error:  # in the user's terms
+        raise UserError(*(problem.replace(shape_from, settings.model) for problem in error.problems)) from None
+    assert shape is not None
     return plan_run(settings, layout, shape, store.splits["train"].tokens, store.vocab_size)
 
 
@@ -179,30 +186,52 @@ def _split_problems(settings: TrainSettings, store: TokenStore) -> list[str]:
     return problems
 
 
-def _shape_from_hub(settings: TrainSettings, vocab_size: int) -> Shape:
-    from wikift.model.gpt2 import load_config
+def _bring(settings: TrainSettings, prints: bool, say: Say) -> tuple[TokenStore, str]:
+    """The store, prepared first where it is missing, and the folder or name that tells the model's shape.
 
-    asked = load_config(settings.model).to_dict()
-    shape = Shape(**{f.name: asked[f.name] for f in dataclasses.fields(Shape)})
-    return apply_scratch(settings, shape, vocab_size)
-
-
-def _store(settings: TrainSettings, prints: bool, say: Say) -> TokenStore:
-    """The store, prepared first where it is missing: by one process, before any process group exists."""
+    By the first process of each host, before any process group exists; the others find store and model then.
+    """
     from wikift.data.store import check_tokenizer, open_store
 
-    if settings.data is not None:
-        path = Path(settings.data)
-    else:
-        from wikift.base.names import CUT_SEED
-        from wikift.commands.prepare import make_store
+    path = Path(settings.data) if settings.data is not None else store_path(settings)
+    name, shape_from = settings.model, settings.model
+    resumed = _resumed_model(settings)
+    if not prints:
+        hub.be_quiet()
 
-        path = store_path(settings)
-        make_store(settings, CUT_SEED, path, quiet=not prints, say=say)
+    def bring() -> None:
+        nonlocal shape_from
+        if settings.data is None:
+            from wikift.base.names import CUT_SEED
+            from wikift.commands.prepare import make_store
+
+            make_store(settings, CUT_SEED, path, quiet=not prints, say=say)
+        if settings.from_scratch and model_shape(settings) is not None:
+            return
+        if resumed is not None:
+            shape_from = str(resumed)
+        else:
+            shape_from = str(hub.fetch(name, "--model", hub.CONFIG))
+            if not settings.from_scratch:
+                hub.fetch(name, "--model", hub.WEIGHTS)
+
+    if launch().size > 1:
+        from wikift.base.world import first_on_each_host
+
+        first_on_each_host(bring)
+    else:
+        bring()
     store = open_store(path)
-    folder, own = Path(settings.model), settings.data is None and settings.tokenizer == settings.model
-    bare = folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    folder, own = Path(name), settings.data is None and settings.tokenizer == name
+    bare = folder.is_dir() and not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json"))
     # of several ranks one looks; a store made with the model's own tokenizer, as by default, needs no look
-    if not settings.from_scratch and not own and not bare and launch().rank == 0:
-        check_tokenizer(store, settings.model)
-    return store
+    looks = not (settings.from_scratch or own or bare or resumed) and launch().rank == 0
+    if looks:
+        check_tokenizer(store, name)
+    return store, shape_from
+
+
+def _resumed_model(settings: TrainSettings) -> Path | None:
+    """The model/ of the run that is resumed: with it a run needs no Hub."""
+    run = Path(settings.output_dir or "") if settings.resume == "auto" else Path(settings.resume).parent.parent
+    return run / "model" if settings.resume != "never" and folders.list_checkpoints(run) else None

@@ -99,8 +99,8 @@ def ensure_store(request: Request, out: Path, *, say: Say, progress: Progress, s
 def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> None:
     """Write the store into `folder`."""
     began, source = time.perf_counter(), request.source
-    if progress.quiet or not progress.terminal:
-        hub.no_progress_bars()
+    if progress.quiet:
+        hub.be_quiet()
     corpus = open_source(source)
     facts = facts_of(source, checksums=True)
     for note in corpus.notes:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wikift.base import hub
 from wikift.base.command import command_line
 from wikift.base.errors import UserError
 from wikift.base.names import CUT_SEED, WIKITEXT
@@ -20,7 +22,10 @@ from wikift.data.sources import DEFAULT_VALIDATION_FRACTION, Source, open_source
 from wikift.data.store import TokenStore
 from wikift.data.tokenizer import SavedTokenizer, tokenizer_fingerprint
 
-_AS_RECORDED = ("dataset", "dataset_config", "text_column", "append_eos", "validation_fraction", "seed", "encoding")
+_AS_RECORDED = (
+    "dataset", "dataset_config", "dataset_revision", "text_column", "append_eos", "validation_fraction", "seed",
+    "encoding",
+)  # fmt: skip
 
 FileList = dict[str, list[dict[str, Any]]]
 
@@ -31,6 +36,7 @@ class Recipe:
 
     dataset: str
     dataset_config: str | None
+    dataset_revision: str | None  # asked for
     text_column: str | None
     files: str | None  # checksum of the content of the user's files
     tokenizer: str
@@ -48,7 +54,12 @@ def facts_of(source: Source, *, checksums: bool) -> dict[str, Any]:
     if source.dataset == "demo":
         return {"dataset": "demo", "dataset_config": None, "text_column": None}
     if files is None:
-        return {"dataset": source.dataset, "dataset_config": config, "text_column": source.text_column}
+        return {
+            "dataset": source.dataset,
+            "dataset_config": config,
+            "dataset_revision": source.revision,
+            "text_column": source.text_column,
+        }
     return {
         "dataset": source.name,
         "dataset_config": files.config,
@@ -63,6 +74,7 @@ def record_of(
 ) -> dict[str, Any]:
     """The part of `store.json` that says what was done; `facts` are those of `source`, with checksums."""
     files: FileList = facts.get("files", {})
+    commit = hub.commits.get(tokenizer.name)
     paths = [str(Path(name).resolve()) for name in (source.dataset, *source.more)]  # where evaluation finds the text
     return {
         **{key: value for key, value in facts.items() if key != "files"},
@@ -71,7 +83,7 @@ def record_of(
         "rows_are_documents": corpus.rows_are_documents,
         "append_eos": append_eos,
         **(corpus.cut or {"validation_fraction": None, "seed": None}),
-        "tokenizer": {"name": tokenizer.name},
+        "tokenizer": {"name": tokenizer.name, **({"commit": commit} if commit else {})},
         **({"files": files, "dataset_path": paths if source.more else paths[0]} if files else {}),
     }
 
@@ -101,6 +113,7 @@ def recipe_of(store: TokenStore) -> Recipe:
             CUT_SEED if seed is None else int(seed),
             record.get("encoding"),
             tuple(more),
+            commit if re.fullmatch(r"[0-9a-f]{40}", commit := str(record.get("revision"))) else None,
         ),
     )
 
@@ -120,6 +133,7 @@ def recipe_asked(source: Source, tokenizer: str, append_eos: bool | None, store:
         tokenizer = made.tokenizer if same else f"that of {tokenizer}"
     return Recipe(
         dataset=facts["dataset"],
+        dataset_revision=made.dataset_revision if source.revision == made.source.revision else source.revision,
         **{key: facts.get(key) for key in ("dataset_config", "text_column", "encoding")},
         files=_checksum_now(source, facts["files"], store.record) if "files" in facts else None,
         tokenizer=tokenizer,

@@ -5,21 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import platform
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from wikift.base import hub
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.names import CUT_SEED, WIKITEXT
 from wikift.data.corpus import Corpus, Rows, cut_validation
+from wikift.data.dataset_card import choose, configs_of
 from wikift.data.readers import read_rows
 from wikift.data.splits import SPLITS, Candidate
-from wikift.data.tables import TABLES, check_table, rows_at_once
+from wikift.data.tables import TABLES, check_table
 from wikift.data.texts import Texts
-from wikift.data.user_files import UserFiles, config_problem, configs_in, user_files
+from wikift.data.user_files import UserFiles, user_files
 
 DEFAULT_VALIDATION_FRACTION = 0.05
 
@@ -35,6 +34,7 @@ class Source:
     seed: int = CUT_SEED
     encoding: str | None = None
     more: tuple[str, ...] = ()
+    revision: str | None = None  # branch, tag or commit of a dataset of the Hub
 
     @property
     def name(self) -> str:
@@ -90,6 +90,8 @@ def source_problems(source: Source) -> list[str]:
         problems.append(unused_fraction(source, "validation" in splits))
     if kind in ("demo", "lines") and source.text_column != "text":
         problems.append(f"--text-column {source.text_column}: has no effect, {dataset} has no columns; omit it")
+    if source.revision is not None and kind != "Hub":
+        problems.append(f"--dataset-revision {source.revision}: has no effect, {dataset} is not of the Hub; omit it")
     if source.encoding is not None and kind in ("demo", "Hub", *TABLES):
         problems.append(f"--encoding {source.encoding}: has no effect, {dataset} is not a text file; omit it")
     return problems
@@ -135,46 +137,19 @@ def _from_files(source: Source, files: UserFiles) -> Corpus:
 
 
 def _from_hub(source: Source, name: str, config: str | None) -> Corpus:
-    setting, column = f"--dataset {source.dataset}", source.text_column
-    hub.offline_if_unreachable()
-    import datasets
-
-    hub.quiet_libraries()
+    repository = f"{name}@{source.revision}" if source.revision else name
+    folder = hub.fetch(repository, "--dataset", ("README.md",), "dataset")
+    wanted: tuple[str, ...] = ("*",)
+    if configs := configs_of(folder / "README.md"):
+        wanted = tuple(p for patterns in choose(configs, config)[1].values() for p in patterns)
+    folder = hub.fetch(repository, "--dataset", wanted, "dataset")
     try:
-        loaded = datasets.load_dataset(name, config)
-    except Exception as error:
-        if names := configs_in(error):
-            raise UserError(config_problem(config, names)) from None
-        raise hub.failure(error, setting, "a file or folder of your own") from None
-    first = next(iter(loaded.values()))
-    if getattr(first.features.get(column), "dtype", None) not in ("string", "large_string"):
-        has = ", ".join(f"{name} ({getattr(kind, 'dtype', 'nested')})" for name, kind in first.features.items())
-        raise UserError(f"--text-column {column}: {source.dataset} has no such column of text; it has {has}")
-
-    def rows(part: Any) -> Rows:
-        def batches() -> Iterator[Texts]:
-            number, text = 0, part.select_columns([column]).with_format("arrow")
-            for table in text.iter(batch_size=rows_at_once(len(text), text.data.nbytes)):
-                texts = table.column(0)
-                if texts.null_count:
-                    null = texts.is_null().index(True).as_py()
-                    raise UserError(f"{setting}: row {number + null + 1} of {column!r} is null, not text")
-                number += len(texts)
-                yield Texts.of_arrow(texts)
-
-        return batches
-
-    info, config = first.info, first.info.config_name or config
-    sources = [*(info.download_checksums or {}), *(file["filename"] for file in first.cache_files)]
-    commit = re.search(r"[@/]([0-9a-f]{40})/", "\n".join(map(str, sources)))
-    return Corpus(
-        name=name,
-        config=config,
-        revision=commit[1] if commit else str(info.version),
-        rows_are_documents=config not in WIKITEXT,
-        splits={str(split): rows(part) for split, part in loaded.items()},
-        sizes={str(split): getattr((info.splits or {}).get(split), "num_bytes", None) for split in loaded},
-    )
+        files = user_files([str(folder)], config)
+        assert files is not None
+        corpus = _from_files(source, files)
+    except UserError as error:  # in the user's terms
+        raise UserError(*(problem.replace(str(folder), name) for problem in error.problems)) from None
+    return dataclasses.replace(corpus, name=name, revision=folder.name)
 
 
 # --- the demo ----------------------------------------------------------------------------------------------------

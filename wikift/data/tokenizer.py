@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from wikift.base import hub
-from wikift.base.errors import UserError
+from wikift.base.errors import UserError, one_line
 
 EOS = "<|endoftext|>"
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 _PAIR = ("vocab.json", "merges.txt")  # what GPT-2's tokenizer was first published as
 _OTHERS = ("added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates")
-_OF_THE_HUB = [FILE, CONFIG, *_PAIR, *_OTHERS, "additional_chat_templates/*", "config.json"]
 _FLAGS = ("lstrip", "rstrip", "single_word")
 _LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 # What tokenizer_config.json may say of a tokenizer of GPT-2's kind: the last ones if false
@@ -80,10 +79,10 @@ def load_tokenizer(name: str, folder: Path) -> SavedTokenizer:
     if problems := tokenizer_problems(name):
         raise UserError(*problems)
     local = Path(name).resolve() if Path(name).is_dir() else None
-    shown, source = (local.name, local) if local is not None else (name, _snapshot(name))
-    if source is not None and (plain := _gpt2s(source)) is not None:
+    shown, source = (local.name, local) if local is not None else (name, hub.fetch(name, "--tokenizer", hub.TOKENIZER))
+    if (plain := _gpt2s(source)) is not None:
         return _save(folder, shown, *plain)
-    tokenizer = _by_transformers(name, "--tokenizer")
+    tokenizer = _by_transformers(source, f"--tokenizer {name}")
     if tokenizer.eos_token_id is None:
         raise UserError(f"--tokenizer {name}: has no end-of-text (eos) token; GPT-2's is {EOS}, set one and save it")
     try:
@@ -122,11 +121,11 @@ def tokenizer_fingerprint(tokenizer: Any, *, setting: str = "--tokenizer") -> st
         raise UserError(f"{where}: has neither tokenizer.json nor vocab.json and merges.txt; name another folder")
     try:
         plain = (_read(folder), {}) if (folder / FILE).is_file() else _gpt2s(folder)
-        return _fingerprint(plain[0] if plain is not None else _content(_by_transformers(str(folder), setting)))
+        return _fingerprint(plain[0] if plain is not None else _content(_by_transformers(folder, where)))
     except UserError:
         raise
     except Exception as error:  # Rust's own
-        raise UserError(f"{where}: its tokenizer cannot be read ({hub.one_line(error)})") from None
+        raise UserError(f"{where}: its tokenizer cannot be read ({one_line(error)})") from None
 
 
 def _content(tokenizer: Any) -> Content:
@@ -208,30 +207,16 @@ def _saved(folder: Path, name: str, content: Content, eos_token_id: int) -> Save
     )
 
 
-def _by_transformers(name: str, setting: str) -> Any:
+def _by_transformers(folder: Path, where: str) -> Any:
     from transformers import AutoTokenizer
 
-    where = f"{setting} {name}"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, ImportError, JSON errors and Rust's own
-        if Path(name).is_dir():
-            raise UserError(f"{where}: cannot be loaded ({hub.one_line(error)})") from None
-        raise hub.failure(error, where, "a folder with the tokenizer") from None
+        raise UserError(f"{where}: cannot be loaded ({one_line(error)})") from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{where}: is a slow (Python) tokenizer ({type(tokenizer).__name__}); wikift needs a fast one")
     return tokenizer
-
-
-def _snapshot(name: str) -> Path | None:
-    """The folder of the Hub's cache with the files of tokenizer `name`; None where transformers is to say why not."""
-    hub.offline_if_unreachable()
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, allow_patterns=_OF_THE_HUB))
-    except Exception:
-        return None
 
 
 def _gpt2s(folder: Path) -> tuple[Content, Content] | None:

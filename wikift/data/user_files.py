@@ -10,7 +10,6 @@ import difflib
 import glob
 import itertools
 import json
-import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from wikift.base import hub
 from wikift.base.errors import UserError
 from wikift.base.files import sha256_of
 from wikift.base.names import WIKITEXT
+from wikift.data.dataset_card import Patterns, choose, config_problem, configs_of
 from wikift.data.open_file import TextFile
 from wikift.data.splits import KINDS, SPLITS, Candidate, candidates, gaps, is_beside, natural, plain, split_of
 
@@ -83,8 +83,8 @@ def user_files(datasets: Sequence[str], config: str | None) -> UserFiles | None:
     try:
         roots = [root for name in datasets for root in _roots(name)]
         path = roots[0][0]
-        if len(roots) == 1 and path.is_dir() and _lists_configs(path / "README.md"):
-            return _of_readme(path, config, where)
+        if len(roots) == 1 and (configs := configs_of(path / "README.md")):
+            return files_of_card(path, configs, config, where)
         files = [each for root, named in roots for each in _files(root, named, alone=len(roots) == 1)]
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror}); fix its permissions") from None
@@ -107,20 +107,6 @@ def user_files(datasets: Sequence[str], config: str | None) -> UserFiles | None:
     if config not in (None, made.config):
         raise UserError(f"--dataset-config {config}: has no effect, {path} has no configurations; omit it")
     return made
-
-
-def config_problem(config: str | None, names: list[str]) -> str:
-    """The problem of a `--dataset-config` that is missing, or none of `names`."""
-    wrong = (
-        ": required, the dataset has several" if config is None else f" {config}: the dataset has no such configuration"
-    )
-    return f"--dataset-config{wrong}; choose one of {', '.join(names)}"
-
-
-def configs_in(error: Exception) -> list[str]:
-    """The configurations that `datasets` lists in its error about a wrong one; empty for other errors."""
-    listed = re.search(r"(?:vailable(?: configs)?): \[(.*?)\]", str(error))
-    return re.findall(r"'(.*?)'", listed[1]) if listed and type(error) is ValueError else []
 
 
 def _must_be_hub_name(dataset: str, where: str) -> None:
@@ -228,29 +214,21 @@ def _by_split(files: Iterable[Candidate], where: str) -> tuple[Splits, list[Cand
     return {split: splits[split] for split in SPLITS if split in splits}, unused + rest
 
 
-def _of_readme(folder: Path, config: str | None, where: str) -> UserFiles:
-    """The files of a configuration in the README's front matter, found by `datasets` and not read or copied by it."""
-    import datasets
-
-    datasets.utils.logging.set_verbosity_error()
-    try:
-        builder = datasets.load_dataset_builder(str(folder.resolve()), config)
-    except Exception as error:  # of YAML, of its own, and ValueError for most others
-        if names := configs_in(error):
-            raise UserError(config_problem(config, names)) from None
-        message = " ".join(str(error).split())[:300]
-        raise UserError(f"{where}: README.md names files that do not exist ({message}); download it again") from None
-    listed = builder.config.data_files or {}
-    splits = {
-        str(split): [each for file in files for each in candidates(Path(file), (Path(file).name,), named=True)]
-        for split, files in listed.items()
-    }
-    return _checked(splits, builder.config.name, where)
-
-
-def _lists_configs(readme: Path) -> bool:
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    return re.match(r"---\r?\n(.*\n)?configs:", text.partition("\n---")[0], re.DOTALL) is not None
+def files_of_card(folder: Path, configs: dict[str, Patterns], config: str | None, where: str) -> UserFiles:
+    """The files of a configuration that the card of `folder` lists."""
+    config, patterns = choose(configs, config)
+    splits: Splits = {}
+    for split, each in patterns.items():
+        paths = {path for pattern in each for path in folder.glob(pattern) if path.is_file()}
+        if not paths:
+            raise UserError(f"{where}: README.md names files that do not exist ({', '.join(each)}); download it again")
+        splits[split] = [
+            candidate
+            for path in sorted(paths, key=lambda path: natural(str(path)))
+            for candidate in candidates(path, (path.name,), named=True)
+        ]
+    made = _checked(splits, config, where)
+    return replace(made, rows_are_documents=made.rows_are_documents and not set(configs) & set(WIKITEXT))
 
 
 def _checked(splits: Splits, config: str | None, where: str, unused: Sequence[Candidate] = ()) -> UserFiles:

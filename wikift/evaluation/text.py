@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from wikift.base.errors import EnvironmentFault, UserError
-from wikift.base.hub import one_line
+from wikift.base.errors import EnvironmentFault, UserError, one_line
 from wikift.data.corpus import Corpus
 from wikift.data.cuts import pieces, splits_at_spaces
 from wikift.data.encode import plain_tokenizer

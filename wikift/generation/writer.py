@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
+from wikift.base import hub
 from wikift.base.errors import UserError, one_line
-from wikift.base.hub import quiet_libraries
 from wikift.base.world import start_world
 from wikift.generation.decoder import Decoder
 from wikift.generation.sampler import ROUNDING, Sampling, choose, penalise, uniforms
@@ -53,11 +53,11 @@ def load_writer(
     source: str, device: str, precision: str = "fp32", say: Callable[[str], None] = lambda line: None
 ) -> Writer:
     """The model and tokenizer of a directory or Hub name. Raises UserError where they do not match."""
-    quiet_libraries()
+    hub.quiet_libraries()
     hardware = start_world(device).device
     model = load_model(source, hardware, "MODEL", say)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(hub.fetch(source, "MODEL", hub.TOKENIZER))
     except (OSError, ValueError) as error:
         reason = one_line(error, 200)
         raise UserError(f"{source}: its tokenizer cannot be loaded ({reason}); name a folder that has one") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -125,10 +124,9 @@ def _say_nothing(input_ids: Tensor, attention_mask: Tensor | None) -> None: ...
 
 def load_config(name: str, setting: str = "--model") -> GPT2Config:
     """The configuration of a model by name or folder. Raises as `load_model` does."""
-    if not os.path.isdir(name):
-        hub.offline_if_unreachable()
+    folder = hub.fetch(name, setting, hub.CONFIG)
     with explained(name, setting):
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, GPT2Config):
         raise UserError(f"{setting} {name}: is a {config.model_type} model; wikift knows gpt2 models only")
     return config
@@ -137,7 +135,7 @@ def load_config(name: str, setting: str = "--model") -> GPT2Config:
 def load_generation_config(name: str, config: GPT2Config) -> GenerationConfig:
     """The generation configuration that a model by name or folder comes with, or what follows from its own."""
     try:
-        return GenerationConfig.from_pretrained(name)
+        return GenerationConfig.from_pretrained(hub.fetch(name, "--model", hub.CONFIG))
     except OSError:
         return GenerationConfig.from_model_config(config)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils.hub import cached_file
 
 from wikift.base import hub
-from wikift.base.errors import UserError
+from wikift.base.errors import UserError, one_line
 from wikift.base.files import read_range
 from wikift.base.folders import read_json
 from wikift.base.tensorfile import ITEM_BYTES, read_header, torch_dtype
@@ -163,10 +162,12 @@ def _few(names: list[str]) -> str:
 
 
 def _weight_files(name: str, setting: str) -> list[Path]:
+    folder = hub.fetch(name, setting, hub.WEIGHTS)
+
     def fetch(file: str) -> Path | None:
         with explained(name, setting):
             options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
-            path = cached_file(name, file, **options)
+            path = cached_file(str(folder), file, **options)
         return None if path is None else Path(path)
 
     if single := fetch("model.safetensors"):
@@ -192,8 +193,6 @@ def explained(name: str, setting: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        if os.path.isdir(name):
-            raise UserError(
-                f"{setting} {name}: cannot be loaded ({hub.one_line(error)}); name a Hugging Face GPT-2 folder"
-            ) from None
-        raise hub.failure(error, f"{setting} {name}", "a folder") from None
+        raise UserError(
+            f"{setting} {name}: cannot be loaded ({one_line(error)}); name a Hugging Face GPT-2 folder"
+        ) from None

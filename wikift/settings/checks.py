@@ -179,6 +179,9 @@ def _check_model(settings: TrainSettings) -> list[str]:
     overrides, problems = settings.config_overrides, []
     if overrides is not None and not settings.from_scratch:
         problems.append(f"--config-overrides {overrides}: has no effect without --from-scratch; add that or remove it")
+    if settings.revision is not None:  # resolved, where it is one of the Hub
+        has = "names a revision" if "@" in settings.model else "is a folder"
+        problems.append(f"--revision {settings.revision}: has no effect, --model {settings.model} {has}; omit it")
     problems += problems_of(lambda: parse_overrides(overrides or ""))
     problems += problems_of(lambda: shape_of(settings.model))
     if problems:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 
 from wikift.base.names import CUT_SEED, WIKITEXT
 from wikift.base.shape import RELEASED
@@ -33,6 +31,7 @@ class DataSettings:
         shown="wikitext-103-v1; wikitext-2-v1 on one process",
     )
     dataset_config: str | None = _data(None, "configuration of a dataset that has several", "NAME")
+    dataset_revision: str | None = _data(None, "branch, tag or commit of a Hub dataset", "REVISION", shown="main")
     text_column: str = _data("text", "column that holds the text; a.b for the field b of the field a", "NAME")
     encoding: str | None = _data(None, "encoding of text files", "NAME", shown="UTF-8, or UTF-16 where it shows")
     validation_fraction: float | None = _data(
@@ -60,7 +59,7 @@ EXCLUSIVE = {
     "max_steps": ("num_train_epochs",),
     "num_train_epochs": ("max_steps",),
     "data": tuple(field.name for field in fields(DataSettings)),
-    "dataset": ("data", "dataset_config"),
+    "dataset": ("data", "dataset_config", "dataset_revision"),
 }
 
 
@@ -80,6 +79,7 @@ class TrainSettings(DataSettings):
     """The train command: a token store to a fine-tuned model."""
 
     model: str = _model("gpt2", f"{', '.join(RELEASED)}, another GPT-2 on the Hub, or a folder", "NAME|PATH")
+    revision: str | None = _model(None, "branch, tag or commit of a Hub model", "REVISION", shown="main")
     from_scratch: bool = _model(False, "random weights in the model's shape")
     config_overrides: str | None = _model(None, "with --from-scratch: n_layer=2,n_head=4,n_embd=128", "K=V,...")
     dropout: float | None = _model(
@@ -197,6 +197,8 @@ class ConsolidateSettings:
     best: bool = option(False, "the checkpoint with the lowest validation loss")
     dtype: str = option("float32", "number format of the weights written", choices=("float32", "bfloat16", "float16"))
     max_shard_size: str = option("5GB", "largest file of weights", "SIZE")
+    push_to_hub: str | None = option(None, "upload the directory to this repository of the Hugging Face Hub", "NAME")
+    private: bool = option(True, "make the repository a private one, where it does not exist yet")
     quiet: bool = option(False, "print errors only")
 
 
@@ -262,19 +264,3 @@ class GenerateSettings:
     device: str = _speed("auto", "auto: cuda where there is one", choices=DEVICES)
     train: bool = _output(True, "train first where no model is named and runs/ has none")
     quiet: bool = _output(False, "answers only")
-
-
-def slug(name: str) -> str:
-    """The last part of a path or Hub name, fit for a folder's name."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(name).name or "data").strip(".") or "data"
-
-
-def dataset_slug(names: Sequence[str]) -> str:
-    """Of the first of several, of a pattern's folder."""
-    return slug(next((Path(name).parent.name if "*" in name else name for name in names), ""))
-
-
-def store_path(settings: DataSettings) -> Path:
-    """Where prepare writes the store of these (resolved) settings unless told otherwise."""
-    parts = (dataset_slug(settings.dataset or ()), settings.dataset_config, settings.tokenizer)
-    return Path("data") / "-".join(slug(part) for part in parts if part)

@@ -12,7 +12,8 @@ from wikift.base.files import read_lines
 from wikift.base.shape import Shape, parse_overrides, released_name, shape_of, with_overrides
 from wikift.settings import deepspeed, deepspeed_checks
 from wikift.settings.batch_layout import BatchLayout
-from wikift.settings.fields import DataSettings, TrainSettings, dataset_slug, slug
+from wikift.settings.default_folders import dataset_slug, slug
+from wikift.settings.fields import DataSettings, TrainSettings
 from wikift.settings.options import flag, names_by_role
 from wikift.settings.reproduce import command_of
 from wikift.settings.schedule import Due, Schedule, due_of, epoch_steps, length_problems, schedule_of
@@ -145,12 +146,13 @@ def fallback_dataset(ranks: int) -> str:
 def resolve(settings: TrainSettings, ranks: int) -> TrainSettings:
     """Fill what follows from other settings alone: dataset, tokenizer, learning rate, its schedule, length, folder."""
     changes: dict[str, Any] = {}
+    if settings.revision is not None and "@" not in settings.model and not Path(settings.model).is_dir():
+        settings = dataclasses.replace(settings, model=f"{settings.model}@{settings.revision}", revision=None)
     if settings.data is None and settings.dataset is None:
         changes["dataset"] = (fallback_dataset(ranks),)
     if settings.data is None and settings.tokenizer is None:
-        changes["tokenizer"] = (
-            "gpt2" if released_name(settings.model) and not Path(settings.model).is_dir() else settings.model
-        )
+        own = "@" in settings.model or not released_name(settings.model) or Path(settings.model).is_dir()
+        changes["tokenizer"] = settings.model if own else "gpt2"
     if settings.learning_rate is None:
         changes["learning_rate"] = 6e-4 if settings.from_scratch else 5e-5  # nanoGPT's for 124M; run_clm.py's
     if settings.num_train_epochs is None and settings.max_steps is None:

@@ -21,10 +21,11 @@ from transformers import GenerationConfig, GPT2Config
 from transformers.utils import logging as transformers_logging
 
 from wikift import __version__
+from wikift.base import hub
 from wikift.base.command import command_line
 from wikift.base.failure import started_world
 from wikift.base.files import faults_of_writing, replace_json
-from wikift.base.folders import list_checkpoints
+from wikift.base.folders import list_checkpoints, read_json
 from wikift.base.signals import stop_requests
 from wikift.base.world import World, be_deterministic
 from wikift.checkpoint.fragment import FragmentReader, FreshStart
@@ -139,11 +140,13 @@ def _start(plan: RunPlan, config: GPT2Config, start: Checkpoint | None, say: Say
 
 def _prepare_folder(plan: RunPlan, store: TokenStore, config: GPT2Config, start: Checkpoint | None) -> None:
     """Set aside what was written after `start`, then write config.json and model/."""
+    earlier = read_json(plan.output_dir / "config.json").get("commits", {}) if start is not None else {}
     about = {
         "wikift": __version__,
         "command": plan.command,
         "settings": plan.settings,
         "derived": plan.record(),
+        "commits": {**earlier, **hub.commits},
         "store": store.record,
         "store_path": str(store.path.resolve()),
     }

@@ -1,0 +1,57 @@
+"""The configurations that a dataset's README.md lists in its front matter, as the Hub and `datasets` read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from wikift.base.errors import UserError, one_line
+
+Patterns = dict[str, list[str]]  # of files, by split
+
+
+def configs_of(readme: Path) -> dict[str, Patterns]:
+    """The patterns of each configuration's files; empty where there is no card, or it lists none."""
+    import yaml
+
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    try:
+        front = yaml.safe_load(text.removeprefix("---").partition("\n---")[0]) if text.startswith("---") else {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{readme}: its front matter cannot be read ({one_line(error)}); correct it") from None
+    listed = front.get("configs") if isinstance(front, dict) else None
+    configs = [entry for entry in listed or () if isinstance(entry, dict)]
+    configs.sort(key=lambda entry: not (entry.get("default") or entry.get("config_name") == "default"))
+    return {str(entry.get("config_name", "default")): p for entry in configs if (p := _patterns(entry))}
+
+
+def _patterns(entry: dict[str, Any]) -> Patterns:
+    """`data_files` is a pattern, a list of them, splits with patterns, or a list of {split, path}."""
+    files, folder = entry.get("data_files"), str(entry.get("data_dir") or "")
+    parts = files if isinstance(files, list) else [files] if files else []
+    patterns: Patterns = {}
+    for part in parts:
+        of_part = part if isinstance(part, dict) else {"split": "train", "path": part}
+        splits = {str(of_part["split"]): of_part.get("path")} if "split" in of_part else of_part
+        for split, paths in splits.items():
+            named = paths if isinstance(paths, list) else [paths]
+            patterns.setdefault(split, []).extend(f"{folder}/{path}".strip("/") for path in named if path)
+    return patterns
+
+
+def choose(configs: dict[str, Patterns], config: str | None) -> tuple[str, Patterns]:
+    """The configuration `config`, or the only or default one. Raises UserError listing all where it is not clear."""
+    names = list(configs)
+    if config is None and (len(names) == 1 or names[0] == "default"):
+        config = names[0]
+    if config is None or config not in configs:
+        raise UserError(config_problem(config, names))
+    return config, configs[config]
+
+
+def config_problem(config: str | None, names: list[str]) -> str:
+    """The problem of a `--dataset-config` that is missing, or none of `names`."""
+    wrong = (
+        ": required, the dataset has several" if config is None else f" {config}: the dataset has no such configuration"
+    )
+    return f"--dataset-config{wrong}; choose one of {', '.join(names)}"
