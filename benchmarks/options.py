@@ -162,8 +162,8 @@ def plain_loss(job: Job, kind: str) -> float:
     model.eval()
     with torch.no_grad():
         return score_split(
-            lambda inputs, targets: losses(inputs, targets).double().sum(), store, "validation",
-            context=BLOCK, batch=8, world=World(),
+            lambda inputs, targets: losses(inputs, targets).double().sum(), store.tokens("validation"),
+            store.splits["validation"], context=BLOCK, batch=8, world=World(),
         ).loss  # fmt: skip
 
 

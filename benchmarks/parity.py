@@ -110,8 +110,8 @@ def trainer_curve(folder: Path, seed: int, dropout: float, steps: int) -> Curve:
             losses = NextTokenLoss(model)
             with torch.no_grad():
                 score = score_split(
-                    lambda inputs, targets: losses(inputs, targets).double().sum(), store, "validation",
-                    context=BLOCK, batch=8, world=World(),
+                    lambda inputs, targets: losses(inputs, targets).double().sum(), store.tokens("validation"),
+                    store.splits["validation"], context=BLOCK, batch=8, world=World(),
                 )  # fmt: skip
             model.train()
             curve[state.global_step] = score.loss

@@ -404,7 +404,7 @@ def test_training_comes_first_where_no_model_is_named_and_none_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    wrong = [*training(tmp_path), "--learning-rate", "-1", "--dropout", "2"]
+    wrong = training(tmp_path, learning_rate=-1, dropout=2)
     for words, expected in (
         (["--no-train"], ["no trained model yet", "wikift train\n", "wikift generate runs/gpt2-wikitext-2-v1"]),
         (["--prompt", "The", "--", *wrong], ["--learning-rate -1", "--dropout 2"]),

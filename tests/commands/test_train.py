@@ -236,6 +236,28 @@ def test_validation_counts_every_token_once(store: Path, tmp_path: Path) -> None
     assert one["eval_word_perplexity"] == pytest.approx(math.exp(one["eval_loss"] * 61 / 30))
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_max_eval_samples_is_the_beginning_of_the_validation_text(tmp_path: Path, ranks: int) -> None:
+    for name, tokens, blocks in (("all", 61, 3), ("short", 3 * 8 + 1, None)):
+        store = tiny_store(tmp_path / f"{name}-store", validation=tokens)
+        assert run_ranks(train, ranks, arguments(store, tmp_path / name, max_eval_samples=blocks)) == [0] * ranks
+    assert curve(tmp_path / "all") == curve(tmp_path / "short")
+    store = tmp_path / "all-store"
+    (problems,) = run_ranks(problems_of_training, 1, arguments(store, tmp_path / "x", max_eval_samples=8))
+    assert problems == ("--max-eval-samples 8: has no effect, validation has 8 blocks; remove it",)
+    (problems,) = run_ranks(problems_of_training, 1, arguments(store, tmp_path / "all", max_steps=16))
+    assert problems[0].startswith("--max-eval-samples None: this run was started with 3")
+
+
+def test_a_global_batch_larger_than_the_data_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = tiny_store(tmp_path / "store", train=3 * 8 + 1)
+    assert train(arguments(store, tmp_path / "run", quiet=False, max_steps=1, eval_steps=None)) == 0
+    assert (
+        "3 blocks of 8 tokens, each read up to 3 times in one step: lower --global-batch-size"
+        in capsys.readouterr().out
+    )
+
+
 def test_own_text_is_prepared_by_one_rank_while_the_others_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

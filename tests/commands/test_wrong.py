@@ -198,7 +198,7 @@ optimizer.type "Lamb" in no-zero.json: not supported | \
 --data binless -> --data binless: validation.bin is missing
 --data damaged -> --data damaged: train.bin is damaged: id 65535
 --data short --block-size 8 -> --block-size 8: the train split has 8 tokens, too few for one block
---data no-validation --eval-steps 4 -> --eval-steps 4: cannot act, no-validation has no validation text
+--data no-validation --eval-steps 4 -> --eval-steps 4: has no effect, no-validation has no validation text
 --dataset demo -> --dataset demo: has no effect, --data store is tokenized already
 --tokenizer gpt2 --workers 2 -> --tokenizer gpt2: has no effect | --workers 2: has no effect
 --learning-rate -1 --max-steps 0 --model gpt3 --data none --engine ddp --resume nowhere --output-dir a-file \

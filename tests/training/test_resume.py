@@ -234,8 +234,8 @@ def test_what_would_break_the_run_is_refused_and_the_rest_is_said(
     capsys.readouterr()
     assert run_ranks(train, 1, arguments(store, run, max_steps=8, weight_decay=0.5, quiet=False)) == [0]
     said = capsys.readouterr().out
-    assert "weight_decay 0.0 -> 0.5" in said
-    assert "max_steps 4 -> 8" in said
+    assert "--weight-decay 0.0 -> 0.5" in said
+    assert "--max-steps 4 -> 8" in said
     assert [values["step"] for values in metrics(run)] == list(range(1, 9))
 
 
@@ -249,6 +249,14 @@ def test_a_finished_run_says_so_and_resume_never_keeps_the_old_one(
     capsys.readouterr()
     assert run_ranks(train, 1, line) == [0]
     assert "is finished" in capsys.readouterr().out
+    for changed in ({"learning_rate": 1e-3}, {"max_steps": 8}, {"eval_steps": 2, "early_stopping_patience": 3}):
+        (problems,) = run_ranks(failing_train, 1, arguments(store, tmp_path / "run", **changed))
+        assert len(problems) == len(changed)
+        assert all("--output-dir, or --resume never" in problem for problem in problems)
+    assert curve(tmp_path / "run") == first, "nothing was trained"
+    # the same length in other words, another batch layout and what only shows the run are no other schedule
+    same = {"max_steps": None, "num_train_epochs": 12 * 8 / 51, "per_device_train_batch_size": 4, "logging_steps": 3}
+    assert run_ranks(train, 1, arguments(store, tmp_path / "run", **same)) == [0]
     assert run_ranks(train, 1, [*line, "--resume", "never"]) == [0]
     assert curve(tmp_path / "run") == first
     assert curve(tmp_path / "run" / "before-1") == first
@@ -260,20 +268,22 @@ def test_a_dry_run_says_where_the_run_would_start_and_refuses_what_it_would(
     store, run = tiny_store(tmp_path / "store"), tmp_path / "run"
     line = arguments(store, run, max_steps=8, save_steps=4)
 
-    def start(*words: str) -> list[str]:
+    def start(**words: Any) -> list[str]:
         capsys.readouterr()
-        assert train([*line, *words, "--dry-run"]) == 0
+        assert train(arguments(store, run, **{"max_steps": 8, "save_steps": 4, "dry_run": True, **words})) == 0
         return [text for text in capsys.readouterr().out.splitlines() if "starts" in text or "changed" in text]
 
     assert start() == ["# starts: at step 1"]
     assert run_ranks(train, 1, line) == [0]
     before = sorted(run.rglob("*"))
     assert start() == ["# starts: finished, step 8; a longer --max-steps or --num-train-epochs resumes it"]
-    (started, changed) = start("--max-steps", "12", "--weight-decay", "0.5")
+    (started, changed) = start(max_steps=12, weight_decay=0.5)
     assert started == f"# starts: after step 8 of {step_folder(run, 8)}, if that is valid"
-    assert "weight_decay 0.0 -> 0.5" in changed
-    assert start("--resume", "never") == ["# starts: at step 1; what is in the output folder is moved aside"]
-    assert start("--resume", str(step_folder(run, 4)))[0].startswith("# starts: after step 4 of ")
+    assert "--weight-decay 0.0 -> 0.5" in changed
+    assert start(resume="never") == ["# starts: at step 1; what is in the output folder is moved aside"]
+    assert start(resume=step_folder(run, 4))[0].startswith("# starts: after step 4 of ")
+    (problem,) = failing_train([*line, "--weight-decay", "0.5", "--dry-run"])
+    assert problem.startswith(f"--weight-decay 0.5: trains nothing, {run} is finished with 0.0; use the old value")
     (problem,) = failing_train([*line, "--seed", "7", "--dry-run"])
     assert problem.startswith("--seed 7: this run was started with 42")
     (problem,) = failing_train([*line, "--resume", str(run), "--dry-run"])

@@ -80,9 +80,11 @@ def model_source(name: str, say: Say) -> str:
     target = path / "hf"
     if not folders.is_model(target):
         return str(run(ConsolidateSettings(run=name), say))
-    steps, step = folders.checkpoint_steps(path), folders.read_json(target / folders.EXPORT_RECORD).get("step")
+    steps, record = folders.checkpoint_steps(path), folders.read_json(target / folders.EXPORT_RECORD)
+    step, dtype = record.get("step"), record.get("dtype", "float32")
     if steps and isinstance(step, int) and step < steps[-1]:
         command = f"{command_line('consolidate')} {shlex.quote(name)}"
+        command += f" --dtype {dtype}" if dtype != "float32" else ""
         say(f"{target} is of step {step}, the run has come to {steps[-1]}: {command}")
     return str(target)
 

@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wikift.base import folders
 from wikift.base.command import command_line
 from wikift.base.launcher import launch
 from wikift.base.names import CUT_SEED
+from wikift.base.shape import released_name
 from wikift.settings.checks import check_data, range_problems
 from wikift.settings.default_folders import store_path
 from wikift.settings.fields import DataSettings, PrepareSettings
@@ -108,8 +110,22 @@ def _report(out: Path, settings: PrepareSettings) -> int:
     if not settings.quiet:
         print("\n".join(_table(store)))
         print(f"{out}: {'every checksum is right' if settings.verify else 'ready'}. Next:")
-        print(f"  {command_line('train')} --data {shlex.quote(str(out))}")
+        print(f"  {command_line('train')} {_what_train_needs(store, settings.tokenizer)}")
     return 0
+
+
+def _what_train_needs(store: TokenStore, tokenizer: str | None) -> str:
+    """The options with which train takes a store made with `tokenizer`."""
+    name = tokenizer or str(store.record.get("tokenizer", {}).get("name", DEFAULT_TOKENIZER))
+    options = ["--data", str(store.path)]
+    if released_name(name) or folders.is_model(Path(name)):
+        options += ["--model", name] if name != DEFAULT_TOKENIZER else []
+    else:
+        options.append("--from-scratch")
+    tokens = store.splits["train"].tokens if "train" in store.splits else 0
+    if 2 < tokens <= 1024:  # too few for a block of GPT-2's context
+        options += ["--block-size", str(1 << ((tokens - 1).bit_length() - 1))]
+    return shlex.join(options)
 
 
 def _table(store: TokenStore) -> list[str]:

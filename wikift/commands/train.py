@@ -168,7 +168,12 @@ def _plan(settings: TrainSettings, layout: BatchLayout, store: TokenStore, shape
     except UserError as error:  # in the user's terms
         raise UserError(*(problem.replace(shape_from, settings.model) for problem in error.problems)) from None
     assert shape is not None
-    return plan_run(settings, layout, shape, store.splits["train"].tokens, store.vocab_size)
+    plan = plan_run(settings, layout, shape, store.splits["train"].tokens, store.vocab_size)
+    blocks = -(-(store.splits["validation"].tokens - 1) // plan.block_size) if store.has_validation else 0
+    if plan.eval_blocks >= blocks > 0:
+        asked = f"--max-eval-samples {plan.eval_blocks}"
+        raise UserError(f"{asked}: has no effect, validation has {blocks} blocks; remove it")
+    return plan
 
 
 def _split_problems(settings: TrainSettings, store: TokenStore) -> list[str]:
@@ -176,12 +181,12 @@ def _split_problems(settings: TrainSettings, store: TokenStore) -> list[str]:
     if "train" not in store.splits:
         splits = ", ".join(store.splits)
         problems.append(f"--data {store.path}: has no train split, only {splits}; prepare a dataset that has one")
-    for name in ("eval_steps", "early_stopping_patience"):
+    for name in ("eval_steps", "early_stopping_patience", "max_eval_samples"):
         value = getattr(settings, name)
         if value is not None and not store.has_validation:
             problems.append(
-                f"{flag(name)} {value}: cannot act, {store.path} has no validation text; prepare with "
-                "--validation-fraction, or leave it out"
+                f"{flag(name)} {value}: has no effect, {store.path} has no validation text; prepare with "
+                "--validation-fraction, or remove it"
             )
     return problems
 

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from wikift.base.errors import UserError
-from wikift.data.store import TokenStore
+from wikift.data.store import Split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,27 +104,23 @@ def difference(one: Score, other: Score, normaliser: str) -> tuple[float, float]
 
 def score_split(
     nll: Callable[[Tensor, Tensor], Tensor],
-    store: TokenStore,
-    split: str,
+    ids: np.ndarray,
+    split: Split,
     *,
     context: int,
     batch: int,
     world: World,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Score:
-    """Score `split` in disjoint windows with all ranks together; every rank returns the same Score.
+    """Score `ids`, all of a store's `split` or its beginning, in disjoint windows; every rank returns the same Score.
 
     `nll(inputs, targets)` takes int64 CPU tensors (batch, context) and returns the float64 sum over the scored targets.
-    It may be collective: every rank calls it equally often. `progress(done, of)` counts windows. Raises UserError where
-    the split has nothing to score.
+    It may be collective: every rank calls it equally often. `progress(done, of)` counts windows.
     """
-    ids, counts = store.tokens(split), store.splits[split]
-    if len(ids) < 2:
-        raise UserError(too_short(split, str(store.path)))
     number = -(-(len(ids) - 1) // context)
     made = windows(stored(ids), context + 1, context)
     sums = document_sums(nll, made, batch=batch, world=world, width=context, progress=lambda n: progress(n, number))
-    return Score(*sums, *(np.array([count], np.float64) for count in (len(ids), counts.words, counts.bytes)))
+    return Score(*sums, *(np.array([count], np.float64) for count in (split.tokens, split.words, split.bytes)))
 
 
 def too_short(split: str, text: str) -> str:

@@ -82,9 +82,7 @@ class TrainSettings(DataSettings):
     revision: str | None = _model(None, "branch, tag or commit of a Hub model", "REVISION", shown="main")
     from_scratch: bool = _model(False, "random weights in the model's shape")
     config_overrides: str | None = _model(None, "with --from-scratch: n_layer=2,n_head=4,n_embd=128", "K=V,...")
-    dropout: float | None = _model(
-        None, "dropout rate of embeddings, attention and residuals", "0..1", shown="the model's, 0.1"
-    )
+    dropout: float | None = _model(None, "of embeddings, attention and residuals", "0..1", shown="the model's, 0.1")
 
     data: str | None = _data(None, "a store that the prepare command made", "DIR")
     data_fraction: float = _data(1.0, "train on a seeded random sample of the blocks", "0..1")
@@ -103,16 +101,12 @@ class TrainSettings(DataSettings):
         "BLOCKS",
         shown="up to 8, follows from the global batch",
     )
-    gradient_accumulation_steps: int | None = _batch(
-        None, "micro-batches per optimizer step", shown="follows from the global batch"
-    )
+    gradient_accumulation_steps: int | None = _batch(None, "micro-batches per step", shown="by the global batch")
 
     num_train_epochs: float | None = _length(None, "passes over the data", "EPOCHS", shown="3")
     max_steps: int | None = _length(None, "optimizer steps, in place of epochs", "STEPS")
 
-    learning_rate: float | None = _optimizer(
-        None, "the highest, after the warm-up", "LR", shown="5e-05; 6e-04 from scratch"
-    )
+    learning_rate: float | None = _optimizer(None, "its highest value", "LR", shown="5e-05; 6e-04 from scratch")
     lr_scheduler_type: str = _optimizer(
         "linear",
         "schedule of the learning rate after the warm-up: linear or cosine to 0, constant, or warmup_stable_decay: "
@@ -126,9 +120,7 @@ class TrainSettings(DataSettings):
     decay_steps: float | None = _optimizer(
         None, "steps of warmup_stable_decay's fall to 0; below 1: a fraction of the run", "STEPS", shown="0.2"
     )
-    weight_decay: float = _optimizer(
-        0.0, "AdamW's, of matrices and embeddings; biases and LayerNorm have none", "DECAY"
-    )
+    weight_decay: float = _optimizer(0.0, "AdamW's, of matrices and embeddings; others have none", "DECAY")
     adam_beta1: float = _optimizer(0.9, "AdamW's decay of the mean gradient", "0..1")
     adam_beta2: float = _optimizer(0.999, "AdamW's decay of the mean squared gradient", "0..1")
     adam_epsilon: float = _optimizer(1e-8, "AdamW's, against division by 0", "EPSILON")
@@ -176,9 +168,10 @@ class TrainSettings(DataSettings):
     async_save: bool = _run(True, "write checkpoints while training continues")
     save_total_limit: int = _run(2, "newest checkpoints kept, beside the best")
     per_device_eval_batch_size: int = _run(8, "blocks per forward pass in validation", "BLOCKS")
-    sample_prompts: str | None = _run(
-        None, "let the model continue each line of a file now and then: samples.jsonl", "FILE"
+    max_eval_samples: int | None = _run(
+        None, "validate on the first blocks of the validation split only", "BLOCKS", shown="all", role="experiment"
     )
+    sample_prompts: str | None = _run(None, "continue each line of a file now and then: samples.jsonl", "FILE")
     sample_steps: int | None = _run(None, "steps between samples", "STEPS", shown="as validations")
     resume: str = _run("auto", "resume from the newest checkpoint, never, or from PATH", "auto|never|PATH")
     wandb: bool = _run(False, "also log to Weights & Biases")

@@ -76,6 +76,7 @@ class RunPlan:
     save_total_limit: int
     async_save: bool
     eval_batch: int  # blocks of one forward, per process
+    eval_blocks: int  # of a validation; 0: all
     prompts: tuple[str, ...]  # of samples
     wandb: bool
     quiet: bool
@@ -98,10 +99,12 @@ class RunPlan:
     @property
     def summary(self) -> dict[str, str]:
         """The derived numbers, for people."""
+        times = -(-self.layout.global_batch // self.blocks)  # above 1: the global batch is larger than the data
+        repeated = f", each read up to {times:,} times in one step: lower --global-batch-size, or add text"
         return {
             "parameters": f"{self.model.shape.parameters:,}",
             "tokens per step": f"{self.tokens_per_step:,}",
-            "train blocks": f"{self.blocks:,} blocks of {self.block_size:,} tokens",
+            "train blocks": f"{self.blocks:,} blocks of {self.block_size:,} tokens{repeated if times > 1 else ''}",
             "steps": f"{self.steps:,} steps, {self.epochs:.2f} epochs",
             "warm-up steps": f"{self.schedule.warmup:,}",
             **({"decay steps": f"{self.schedule.decay:,}"} if self.schedule.decay else {}),
@@ -130,12 +133,11 @@ class RunPlan:
         )  # fmt: skip
 
 
-def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`learning_rate 0.1 -> 0.2`, ...: what a resumed run does otherwise; what only shows a run is not worth a word."""
+def changed_settings(old: dict[str, Any], new: dict[str, Any], role: str) -> dict[str, tuple[Any, Any]]:
+    """The settings of `role` that differ, by flag: (the old value, the new one)."""
     defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
-    told = names_by_role(TrainSettings, "schedule") + names_by_role(TrainSettings, "placement")
-    before = {name: old.get(name, defaults[name]) for name in told}
-    return [f"{name} {before[name]} -> {new[name]}" for name in told if before[name] != new[name]]
+    pairs = {name: (old.get(name, defaults[name]), new[name]) for name in names_by_role(TrainSettings, role)}
+    return {flag(name): (before, now) for name, (before, now) in pairs.items() if before != now}
 
 
 def fallback_dataset(ranks: int) -> str:
@@ -212,6 +214,7 @@ def plan_run(settings: TrainSettings, layout: BatchLayout, shape: Shape, tokens:
         save_total_limit=settings.save_total_limit,
         async_save=settings.async_save,
         eval_batch=settings.per_device_eval_batch_size,
+        eval_blocks=settings.max_eval_samples or 0,
         prompts=tuple(read_lines(Path(settings.sample_prompts), "--sample-prompts") if settings.sample_prompts else ()),
         wandb=settings.wandb,
         quiet=settings.quiet,

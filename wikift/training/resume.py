@@ -39,7 +39,7 @@ def checkpoint_to_resume(plan: RunPlan, world: World) -> Checkpoint | None:
 def planned_start(plan: RunPlan, store: TokenStore, say: Say) -> str:
     """Where the run would start, in words, by what can be seen without reading the checkpoint's content.
 
-    Raises UserError where the run would, and says what changed, as `check_same_experiment` does.
+    Raises UserError where the run would, and says what changed, as `check_resumable` does.
     """
     saved = list_checkpoints(plan.output_dir)
     if plan.resume == "never" or (plan.resume == "auto" and not saved):
@@ -52,8 +52,7 @@ def planned_start(plan: RunPlan, store: TokenStore, say: Say) -> str:
         except UserError:
             if path == candidates[-1]:
                 raise
-    check_same_experiment(plan, store, start, say)
-    if finished := why_finished(plan, start):
+    if finished := check_resumable(plan, store, start, say):
         return f"finished, step {start.step:,}; {finished}"
     return f"after step {start.step:,} of {start.path}, if that is valid"
 
@@ -63,9 +62,13 @@ def experiment(plan: RunPlan, store: TokenStore) -> dict[str, Any]:
     return {"data": store.fingerprint, **plan.experiment}
 
 
-def check_same_experiment(plan: RunPlan, store: TokenStore, start: Checkpoint, say: Say) -> None:
-    """Say what changed since `start` was written. Raises UserError where the run would become another experiment."""
-    before, problems = start.manifest["experiment"], []
+def check_resumable(plan: RunPlan, store: TokenStore, start: Checkpoint, say: Say) -> str:
+    """Say what changed since `start` was written; returns what would continue the run where it is finished.
+
+    Raises UserError where it would become another experiment, or where it is finished and would train nothing of a
+    changed schedule.
+    """
+    before, old, problems = start.manifest["experiment"], start.manifest["settings"], []
     for name, value in experiment(plan, store).items():
         if before.get(name) == value:
             continue
@@ -73,14 +76,24 @@ def check_same_experiment(plan: RunPlan, store: TokenStore, start: Checkpoint, s
             problems.append(f"--data {store.path}: is other data than this run was started on")
         else:
             problems.append(f"{name} {value}: this run was started with {before.get(name)}")
+    schedule, finished = changed_settings(old, plan.settings, "schedule"), _why_finished(plan, start)
+    if start.step == plan.steps:  # the same length in other words
+        schedule = {name: pair for name, pair in schedule.items() if name not in ("--max-steps", "--num-train-epochs")}
+    if finished and not problems:
+        problems = [
+            f"{name}{f' {new}' if new is not None else ''}: trains nothing, {plan.output_dir} is finished with {before}"
+            for name, (before, new) in schedule.items()
+        ]
     if problems:
         way_out = "; use the old value, another --output-dir, or --resume never (the old run is moved aside)"
         raise UserError(*(problem + way_out for problem in problems))
-    if changed := changed_settings(start.manifest["settings"], plan.settings):
-        say("changed since the checkpoint: " + ", ".join(changed))
+    changed = schedule | changed_settings(old, plan.settings, "placement")
+    if changed and not finished:
+        say("changed since the checkpoint: " + ", ".join(f"{n} {was} -> {now}" for n, (was, now) in changed.items()))
+    return finished
 
 
-def why_finished(plan: RunPlan, start: Checkpoint) -> str:
+def _why_finished(plan: RunPlan, start: Checkpoint) -> str:
     """What would continue the run where it has come to its end with `start`; else nothing."""
     if start.step >= plan.steps:
         return "a longer --max-steps or --num-train-epochs resumes it"

@@ -60,11 +60,9 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
         precision = resolve_precision(plan.engine.precision, world.device)
         check_hosts(folder, store, world)
         start = resume.checkpoint_to_resume(plan, world)
-        if start is not None:
-            resume.check_same_experiment(plan, store, start, say)
-            if finished := resume.why_finished(plan, start):
-                say(f"{folder} is finished, step {start.step:,}; {finished}")
-                return 0
+        if start is not None and (finished := resume.check_resumable(plan, store, start, say)):
+            say(f"{folder} is finished, step {start.step:,}; {finished}")
+            return 0
         if world.device.type == "cpu":
             keep_freed_memory()
         config, reader = _start(plan, _config(plan, store, start), start, say)

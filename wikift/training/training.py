@@ -80,9 +80,11 @@ class Training:
         """None where there is no validation text, or where a stop interrupted it."""
         if not self.store.has_validation:
             return None
+        ids, most = self.store.tokens("validation"), self.plan.eval_blocks
         try:
             return score_split(
-                self.engine.nll, self.store, "validation", context=self.plan.block_size, batch=self.plan.eval_batch,
+                self.engine.nll, ids[: most * self.plan.block_size + 1] if most else ids,
+                self.store.splits["validation"], context=self.plan.block_size, batch=self.plan.eval_batch,
                 world=self.world, progress=self._progress,
             )  # fmt: skip
         except _Interrupted:
