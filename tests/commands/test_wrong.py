@@ -144,7 +144,7 @@ TRAIN = r"""
 --deepspeed batch.json -> --gradient-accumulation-steps 3: must divide the 8 blocks
 --deepspeed no-zero.json --max-grad-norm 1 --learning-rate 0 \
 -> zero_optimization.stage null in no-zero.json: must be 1, 2 or 3 | \
-optimizer.type "Lamb" in no-zero.json: not supported | \
+optimizer.type "Lamb" in no-zero.json: must be one of Adam, AdamW | \
 --max-grad-norm 1: contradicts gradient_clipping 0.5 in no-zero.json | \
 --learning-rate 0: must be above 0
 --adam-beta1 1 --adam-beta2 -0.5 -> --adam-beta1 1: must be at least 0 | --adam-beta2 -0.5: must be at least 0

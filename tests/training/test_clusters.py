@@ -183,16 +183,16 @@ def test_a_host_dies_and_the_run_goes_on(
 
 
 def test_a_host_without_the_store_ends_all(hosts: list[Host], tmp_path: Path) -> None:
-    """It says what it lacks; the others, which wait for it, end soon after instead of in half an hour."""
+    """By a bare srun: it says what it lacks; the others, which wait for it, end soon instead of in half an hour."""
     store = tiny_store(tmp_path / "store")
     line = [sys.executable, TRAIN, *arguments(store, tmp_path / "run")]
     lacking = ["sh", "-c", f'mount -t tmpfs none "{store}" && exec "$@"', "sh"]  # a mount of this host alone
-    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    place |= {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29400"}
-    processes = [
-        host.start([*(lacking if n else []), *line], tmp_path / f"host-{n}.log", RANK=str(n), **place)
-        for n, host in enumerate(hosts)
-    ]
+    place = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+    place |= {"SLURM_STEP_NODELIST": "10.77.0.[1-2]", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    processes = []
+    for n, host in enumerate(hosts):
+        own = {**place, "SLURM_PROCID": str(n), "SLURM_NODEID": str(n)}
+        processes.append(host.start([*(lacking if n else []), *line], tmp_path / f"host-{n}.log", **own))
     assert [process.wait(60) for process in processes] == [1, 2], shown(tmp_path)
     assert (tmp_path / "host-1.log").read_text().startswith(f"wikift: one problem\n  --data {store}: ")
     assert "wikift: rank 0 stops, rank 1 failed" in (tmp_path / "host-0.log").read_text()

@@ -64,7 +64,9 @@ _KINDS: dict[str, tuple[Any, Mapping[str, Any]]] = {
     **{key: (kind, {"choices": _CHOICES.get(key.split(".")[-1]), "prose": True}) for key, kind in PASSED.items()},
     **{key: (_HINTS[name], TrainSettings.__dataclass_fields__[name].metadata) for key, name in SETTINGS.items()},
     **dict.fromkeys(("fp16.enabled", "bf16.enabled"), (bool, {})),
-    **dict.fromkeys((_ZERO + "stage", "optimizer.type", "optimizer.params.torch_adam", "scheduler.type"), (None, {})),
+    "optimizer.type": (str, {"choices": ("Adam", "AdamW"), "prose": True}),  # DeepSpeed runs both as AdamW
+    "scheduler.type": (str, {"choices": tuple(SCHEDULERS), "prose": True}),
+    **dict.fromkeys((_ZERO + "stage", "optimizer.params.torch_adam"), (None, {})),
 }
 _SECTIONS = {key.rsplit(".", depth)[0] for key in _KINDS for depth in range(1, key.count(".") + 1)}
 _ALIASES = {key.replace("stage3_", ""): key for key in PASSED} | {  # names that DeepSpeed takes for the same
@@ -100,9 +102,8 @@ def checked(content: Mapping[str, Any], path: str) -> tuple[Config, list[str]]:
     A key with null, or with a problem, is not among the keys.
     """
     config: Config = {}
-    problems = [f"{key} in {path}: {rule}" for key, rule in _type_problems(content)]
-    unknown = {problem.partition(".")[0] for problem in problems}  # of another type nothing else is known
-    for key, value in _flat({name: part for name, part in content.items() if name not in unknown}):
+    problems = []
+    for key, value in _flat(content):
         try:
             if key in config:
                 raise ValueError("is there twice, under two of its names; remove one")
@@ -133,19 +134,6 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _type_problems(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(key and value, rule) of an optimizer and a scheduler that are not ours."""
-    kinds = {name: part.get("type") for name, part in content.items() if isinstance(part, dict) and part}
-    kind = kinds.get("optimizer", "auto")
-    if str(kind).lower() not in ("adam", "adamw", "auto"):  # DeepSpeed runs both as AdamW
-        yield f"optimizer.type {show(kind)}", "not supported, wikift's is AdamW; write AdamW, or remove the section"
-    kind = kinds.get("scheduler", "auto")
-    if kind not in (*SCHEDULERS, "auto"):
-        ours = "cosine" if kind == "WarmupCosineLR" else "linear, cosine or constant"
-        fix = f"wikift knows {' and '.join(SCHEDULERS)}; remove it and use --lr-scheduler-type {ours}"
-        yield f"scheduler.type {show(kind)}", f"not supported, {fix}"
-
-
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of everything but null."""
     for name, value in table.items():
@@ -172,13 +160,16 @@ def _converted(key: str, value: Any) -> Any:
         return value
     if kind is bool:
         value = _SWITCH.get(str(value).lower(), value)
+    if key == "optimizer.type":
+        value = {"adam": "Adam", "adamw": "AdamW"}.get(str(value).lower(), value)
     least = int(key in _ABOVE_ZERO)
     try:
         converted = convert(value, kind, meta, "line")
         if key in PASSED and kind in (int, float) and converted < least:
             raise ValueError(f"must be {least} or more")
     except ValueError as error:
-        raise ValueError(f'{error}, or "auto"') from None
+        own = " with --lr-scheduler-type" if key == "scheduler.type" else ""
+        raise ValueError(f'{error}, or "auto"{own}') from None
     return converted
 
 
