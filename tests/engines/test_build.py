@@ -11,35 +11,57 @@ import torch
 
 from tests.ranks import run_ranks
 from wikift.base import compiler
+from wikift.base.errors import UserError
 from wikift.base.shape import Shape
 from wikift.engines import build
-from wikift.engines.build import Choice, Work, choose_engine
+from wikift.engines.build import Choice, Work, choose
 from wikift.engines.optim import AdamSettings
 
 WORK = Work(
-    engine=Choice("auto", ""), compile="auto", shape=Shape(), block_size=1024, micro_batch=1, accumulation=1, steps=10,
-    precision="fp32", gradient_checkpointing=False, fsdp_reshard=True, reduce_dtype="fp32",
-    adam=AdamSettings(0.0, 0.9, 0.999, 1e-8, 1.0), zero_config={},
+    engine=Choice("auto", ""), compile="auto", shape=Shape(), block_size=1024, micro_batch=32, accumulation=2,
+    may_shrink=True, steps=10, precision="fp32", gradient_checkpointing=False, fsdp_reshard=True, reduce_dtype="fp32",
+    adam=AdamSettings(0.0, 0.9, 0.999, 1e-8, 1.0), zero_config={}, save_aside=True,
 )  # fmt: skip
 
 
-def chosen(shape: Shape, engine: str) -> Choice:
+def chosen(gigabytes: list[float], before: Any, changes: dict[str, Any]) -> tuple[str, int, str]:
+    """Engine, micro-batch and reason on a rank that has so much memory, or the problem."""
     from wikift.base.world import start_world
 
-    return choose_engine(replace(WORK, shape=shape, engine=Choice(engine, "asked for")), start_world("cpu"))
+    world = start_world("cpu")
+    build.available_bytes = lambda world: int(gigabytes[world.rank] * 1e9)
+    try:
+        (name, reason), size = choose(replace(WORK, **changes), world, before)
+    except UserError as error:
+        return "", 0, error.problems[0]
+    return name, size, reason
 
 
-def test_auto_by_processes_and_memory() -> None:
-    small = Shape(n_layer=2, n_head=2, n_embd=32, vocab_size=97)
-    assert run_ranks(chosen, 1, small, "auto") == [Choice("single", "one process")]
-    for choice in run_ranks(chosen, 2, small, "auto"):
-        assert choice.name == "ddp"
-        assert choice.reason.startswith("2 processes, about")
-    huge = Shape(n_layer=480, n_head=25, n_embd=16000)  # 1.5 trillion weights fit nowhere
-    for choice in run_ranks(chosen, 2, huge, "auto"):
-        assert choice.name == "fsdp"
-        assert "more than is available" in choice.reason
-    assert [choice.name for choice in run_ranks(chosen, 2, huge, "ddp")] == ["ddp"] * 2, "asked for is asked for"
+@pytest.mark.parametrize(
+    ("gigabytes", "before", "changes", "engine", "size", "why"),
+    [
+        ([60.0], None, {}, "single", 2, "one process, about"),
+        ([60.0], None, {"block_size": 16}, "single", 64, "one process"),  # not more than 64 blocks, nor 2,048 tokens
+        ([6.5], None, {}, "single", 1, "one process"),
+        ([4.0], None, {}, "", 0, "4.00 GB is available; take --gradient-checkpointing or"),
+        ([2.0], None, {"may_shrink": False, "micro_batch": 1}, "single", 1, "it may run out of memory"),
+        ([60.0, 60.0], None, {}, "ddp", 2, "2 processes"),
+        ([60.0, 6.5], None, {}, "ddp", 1, "2 processes"),  # the smaller one decides, on both
+        ([60.0, 5.0], None, {}, "fsdp", 1, "2 processes, about"),
+        ([60.0, 5.0], None, {"engine": Choice("ddp", "asked for")}, "", 0, " or --engine fsdp or 1 process"),
+        ([2.0, 2.0], None, {"may_shrink": False}, "fsdp", 32, "it may run out of memory"),
+        ([60.0, 60.0], ("fsdp", 1), {}, "fsdp", 1, "2 processes"),  # as before
+        ([60.0, 60.0], ("zero2", 1), {}, "ddp", 2, "2 processes"),  # asked for then, not now
+        ([60.0, 60.0], None, {"fsdp_reshard": False}, "", 0, "has no effect, --engine auto takes ddp"),
+    ],
+)  # fmt: skip
+def test_engine_and_micro_batch_by_memory(
+    gigabytes: list[float], before: Any, changes: dict[str, Any], engine: str, size: int, why: str
+) -> None:
+    work = {"micro_batch": 64, "accumulation": 1, **changes} if "block_size" in changes else changes
+    for found in run_ranks(chosen, len(gigabytes), gigabytes, before, work):
+        assert found[:2] == (engine, size), found
+        assert why in found[2]
 
 
 @pytest.mark.parametrize(

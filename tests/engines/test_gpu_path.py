@@ -6,11 +6,13 @@ pytest tests/engines/test_gpu_path.py
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from tests.engines.test_build import WORK
 from tests.fake_device import NAME, Held, without_numbers
 from tests.ranks import run_ranks
 from tests.tiny_engines import ADAM, tiny_config
@@ -161,6 +163,9 @@ CASES = [
 def test_the_estimate_is_what_is_held(case: Case) -> None:
     """The estimate that --engine auto decides by."""
     (held,) = run_ranks(held_by_steps, 1, case)
-    words = {"micro_batch": case.micro_batch, "precision": case.precision, "checkpointing": case.checkpointing}
-    estimate = training_bytes(case.shape, block_size=1024, on_cpu=False, **words)
+    work = replace(
+        WORK, shape=case.shape, micro_batch=case.micro_batch, precision=case.precision,
+        gradient_checkpointing=case.checkpointing,
+    )  # fmt: skip
+    estimate = training_bytes(work, "single", 1, False)
     assert held == pytest.approx(estimate, rel=0.1)

@@ -17,6 +17,7 @@ import torch
 from tests.ranks import run_ranks
 from tests.real import ROOT
 from tests.tiny_engines import make_engine
+from wikift.engines.memory import host_bytes
 
 RANKS = 4
 # gpt2-medium, less two thirds of its vocabulary, so that no single tensor is more than a twentieth of the model
@@ -132,3 +133,24 @@ def test_a_whole_model_on_each_rank_would_fail_it(model: Path, kind: str) -> Non
     for peak, _, _ in run_ranks(train_one_step, RANKS, kind, str(model), True, timeout_seconds=300):
         print(kind, peak / 1e9)
         assert peak > most(kind)
+
+
+def test_available_is_what_the_host_and_each_control_group_leaves(tmp_path: Path) -> None:
+    def write(name: str, content: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+
+    assert host_bytes(tmp_path) == 1 << 60  # nobody tells
+    write("proc/meminfo", "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    assert host_bytes(tmp_path) == 8000 * 1024
+    write("proc/self/cgroup", "4:cpu,cpuacct:/\n0::/job/rank\n")
+    for group, limit, used in (("job", "6000000", 3000000), ("job/rank", "max", 2000000)):
+        write(f"sys/fs/cgroup/{group}/memory.max", limit)
+        write(f"sys/fs/cgroup/{group}/memory.current", f"{used}\n")
+        write(f"sys/fs/cgroup/{group}/memory.stat", "anon 7\nactive_file 10000\ninactive_file 500000\n")
+    assert host_bytes(tmp_path) == 6000000 - 3000000 + 510000  # of the group above; a cache is given back
+    write("proc/self/cgroup", "9:memory:/docker/1a2b\n0::/\n")  # the path outside of a container
+    write("sys/fs/cgroup/memory/memory.limit_in_bytes", "4000000")
+    write("sys/fs/cgroup/memory/memory.usage_in_bytes", "1000000")
+    write("sys/fs/cgroup/memory/memory.stat", "total_active_file 1\ntotal_inactive_file 2\nactive_file 99\n")
+    assert host_bytes(tmp_path) == 3000003

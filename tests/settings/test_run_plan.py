@@ -353,7 +353,7 @@ def test_a_dry_run_shows_the_numbers(
     derived = capsys.readouterr().out.split("# derived\n")[1]
     count = Shape(2, 2, 32, 16, VOCABULARY).parameters
     assert derived.splitlines() == [
-        "# batch: 8 blocks per step = 1 process x 8 blocks x 1 accumulation steps",
+        "# batch: 8 blocks per step, 1 process, up to 8 blocks at once, fewer where memory is short",
         f"# parameters: {count:,}",
         "# tokens per step: 64",
         "# train blocks: 51 blocks of 8 tokens",
@@ -363,7 +363,7 @@ def test_a_dry_run_shows_the_numbers(
     ]
     assert main(["--max-steps", "100", "--warmup-steps", "0.07", "--dry-run"]) == 0
     derived = capsys.readouterr().out.split("# derived\n")[1]
-    assert "# batch: 32 blocks per step = 1 process x 8 blocks x 4 accumulation steps" in derived
+    assert "# batch: 32 blocks per step, 1 process, up to 32 blocks at once, fewer where memory is short" in derived
     assert "# parameters: 124,439,808 " in derived
     assert "# tokens per step: 32,768" in derived
     assert "# warm-up steps: 7" in derived

@@ -180,4 +180,6 @@ def test_patience_counts_what_follows_the_best(losses: list[float], limit: int) 
 @given(steps=st.integers(1, 60), eval_steps=st.integers(1, 20), save_steps=st.integers(1, 20))
 def test_validations_are_counted_as_the_loop_makes_them(steps: int, eval_steps: int, save_steps: int) -> None:
     due = Due(1, eval_steps, save_steps, steps, 0)
-    assert due.validations == sum(map(due.evaluate, range(1, steps + 1)))
+    assert [due.validations(n) for n in range(steps + 1)] == [
+        sum(map(due.evaluate, range(n + 1, steps + 1))) for n in range(steps + 1)
+    ]

@@ -172,6 +172,49 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: int
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def stopped_midway(kind: str, command_line: list[str]) -> int:
+    """Train, and ask the last rank to stop in the second of the four micro-batches of step 7."""
+    from wikift.engines.fsdp import FSDPEngine
+    from wikift.engines.single import SingleEngine
+    from wikift.engines.zero import ZeroEngine
+
+    engine = FSDPEngine if kind.startswith("fsdp") else ZeroEngine if kind.startswith("zero") else SingleEngine
+    plain = engine.forward_backward
+    calls = -2 if kind == "ddp" else 0  # DDP settles its buckets in two
+    last_rank = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
+
+    def forward_backward(self: Any, blocks: torch.Tensor, *, last: bool) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 6 * 4 + 2 and last_rank:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(self, blocks, last=last)
+
+    engine.forward_backward = forward_backward  # type: ignore[method-assign, assignment]
+    return train(command_line)
+
+
+@pytest.mark.parametrize("kind", ["single", "ddp", "fsdp", "fsdp whole", "zero2"])
+def test_a_stop_between_micro_batches_discards_the_step(
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store, ranks = tiny_store(tmp_path / "store"), 1 if kind == "single" else 2
+    words: dict[str, Any] = {"max_steps": 9, "save_steps": 9, "eval_steps": 3, "gradient_accumulation_steps": 4,
+                             "no_fsdp_reshard": kind == "fsdp whole", "quiet": False}  # fmt: skip
+    words |= {"deepspeed": kind} if kind.startswith("zero") else {"engine": kind.split()[0]}
+    run = tmp_path / "run"
+    assert run_ranks(stopped_midway, ranks, kind, arguments(store, run, **words)) == [75] * ranks
+    printed = capfd.readouterr().out
+    assert "step 7 is discarded: 2 of its 4 micro-batches were computed" in printed
+    assert "stopped by SIGINT and saved" in printed
+    (saved,) = list_checkpoints(run)
+    assert open_checkpoint(saved).step == 6
+    assert open_checkpoint(saved).manifest["eval_loss"] == metrics(run)[5]["eval_loss"]
+    assert run_ranks(train, ranks, arguments(store, run, **words)) == [0] * ranks
+    assert run_ranks(train, ranks, arguments(store, tmp_path / "whole", **words)) == [0] * ranks
+    assert_same_run(run, tmp_path / "whole")
+
+
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "no manifest", "torn manifest", "half a folder"])
 def test_a_damaged_newest_checkpoint_is_passed_over(
     tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import wikift.watch.terminal
 from tests.watch.test_metrics import a_log
-from wikift.watch.terminal import duration, line, panel
+from wikift.watch.terminal import duration, line, panel, phase
 
 FULL: dict[str, Any] = {
     "step": 1_234_567, "loss": 3.21, "grad_norm": 0.987, "learning_rate": 4.8e-5, "tokens": 10**10,
@@ -99,7 +101,7 @@ def test_a_terminal_gets_one_live_panel_or_nothing(columns: int, tmp_path: Path,
             log.tick(step=1)
             log.record(FULL)
         assert ("\x1b[" in written[0], bool(written[0])) == (not quiet, not quiet)
-    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written[0]).replace("\r", "").splitlines()
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written[0]).replace("\r", "\n").splitlines()
     assert max(map(len, lines)) <= columns
     assert "a remark [with brackets]" in lines  # as it is, and above the panel
     assert not [text for text in lines if text.startswith("step ")]  # no plain lines beside it
@@ -113,3 +115,23 @@ def test_a_pipe_gets_plain_lines_only(tmp_path: Path, capsys: pytest.CaptureFixt
         log.record({"step": 1, "loss": 1.0})
         log.tick(now="saving")
     assert capsys.readouterr() == ("a remark\nstep 1/9  loss 1.0000  ppl 2.72\n", "")
+
+
+def test_what_takes_long_is_named_with_its_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a pipe, by a thread of its own: the step may be one operation of a minute."""
+    monkeypatch.setattr(wikift.watch.terminal, "_LONG", 0.3)
+    monkeypatch.setattr(wikift.watch.terminal, "_EVERY", 1.0)
+    with phase("loading gpt2", print):
+        time.sleep(0.4)
+    with phase("building the engine", print):
+        pass
+    with a_log(tmp_path, quiet=False) as log:
+        for number in (1, 2):
+            log.tick(now=f"first step: micro-batch {number}/2")
+            time.sleep(1.2)
+        log.record({"step": 1, "loss": 1.0})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["loading gpt2 ...", "loading gpt2 took 0 s", "building the engine ..."]
+    assert lines[3:-1] == ["  first step: micro-batch 1/2, 1 s", "  first step: micro-batch 2/2, 2 s"]

@@ -1,10 +1,12 @@
-"""SIGTERM, SIGINT and SIGUSR1 ask for a clean stop: finish the step, save, leave. A second request stops at once."""
+"""SIGTERM, SIGINT and SIGUSR1 ask for a clean stop: save the complete steps, leave. A second request ends at once."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,24 +20,49 @@ _SAME_REQUEST_SECONDS = 1.0
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], int]]:
-    """Yields a function that returns the number of the first signal received, 0 while there is none."""
-    first, when = 0, 0.0
+    """Yields a function that returns the number of the first signal received, 0 while there is none.
 
-    def receive(number: int, frame: object) -> None:
-        nonlocal first, when
-        if not first:
-            first, when = number, time.monotonic()
-        elif time.monotonic() - when > _SAME_REQUEST_SECONDS:
-            os.write(2, b"\nwikift: stopped at once; the newest complete checkpoint is kept\n")
-            os._exit(128 + number)
+    A thread answers: Python's own handlers wait for the end of a backward pass, which may take a minute.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield lambda: 0
+        return
+    first = 0
 
-    in_main = threading.current_thread() is threading.main_thread()  # which alone may set handlers
-    before = {number: signal.signal(number, receive) for number in STOPPING if in_main}
+    def receive(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        first = first or number
+
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = {number: signal.signal(number, receive) for number in STOPPING}
+    woken = signal.set_wakeup_fd(writer.fileno())
+    threading.Thread(target=_answer, args=(reader,), name="wikift-stop", daemon=True).start()
     try:
         yield lambda: first
     finally:
+        signal.set_wakeup_fd(woken)
         for number, handler in before.items():
             signal.signal(number, handler)
+        writer.close()  # ends the thread
+
+
+def _answer(signals: socket.socket) -> None:
+    """Say on rank 0 that the first signal is heard; leave by the second."""
+    when = 0.0
+    while number := int.from_bytes(signals.recv(1), "big"):
+        if number not in STOPPING:
+            continue
+        if not when:
+            when = time.monotonic()
+            if os.environ.get("RANK", "0") == "0":
+                name = signal.Signals(number).name
+                text = f"wikift: {name}: stopping after this micro-batch, complete steps are saved; again: at once"
+                print(text, file=sys.stderr, flush=True)  # sys.stderr: a live panel prints it above itself
+        elif time.monotonic() - when > _SAME_REQUEST_SECONDS:
+            os.write(2, b"\nwikift: stopped at once; the newest complete checkpoint is kept\n")
+            os._exit(128 + number)
+    signals.close()
 
 
 @contextlib.contextmanager

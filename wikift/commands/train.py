@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wikift import __version__
 from wikift.base import folders, hub
 from wikift.base.command import command_line
 from wikift.base.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
@@ -72,12 +73,16 @@ def train(parsed: Parsed[TrainSettings], problems: Sequence[str] = ()) -> tuple[
         if prints:
             print(text, flush=True)
 
+    say(f"wikift {__version__}: {settings.model}, into {settings.output_dir}")
     for note in notes:
         say(note)
     store, shape_from = _bring(settings, prints, say)
     run_plan = _plan(settings, batch_layout(settings, launch().size), store, shape_from)
 
-    from wikift.training.run import train_run
+    from wikift.watch.terminal import phase
+
+    with phase("loading torch", say):
+        from wikift.training.run import train_run
 
     return run_plan.output_dir, train_run(run_plan, store, say)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
@@ -13,92 +12,100 @@ from transformers import GPT2Config
 from wikift.base.compiler import check_compiler, missing_for_compiling
 from wikift.base.errors import UserError
 from wikift.base.files import show_bytes
-from wikift.base.shape import Shape
+from wikift.base.shape import RELEASED, shape_of
 from wikift.base.world import World
 from wikift.checkpoint.fragment import FragmentReader
-from wikift.engines import memory
-from wikift.engines.base import Compute, Engine
+from wikift.engines.base import Choice, Compute, Engine, Work
 from wikift.engines.ddp import DDPEngine
-from wikift.engines.optim import AdamSettings
+from wikift.engines.memory import available_bytes, training_bytes
 from wikift.engines.single import SingleEngine
 from wikift.model.gpt2 import make_model
 
 ASKED_FOR = "asked for"
 _FULL = 0.9  # part of the memory that an estimate may fill
+_CPU_TOKENS = 2048  # of a micro-batch: with more a CPU is no faster (docs/explanation/performance.md)
 # nanoGPT's README has 135 ms a step compiled and 250 eager: a minute of compiling is back after some 500 of those
 _STEPS_TO_COMPILE = 1000
 
 
-class Choice(NamedTuple):
-    """What was taken (an engine: single, ddp, fsdp, zero1, zero2, zero3; compiled or eager), and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Work:
-    """What an engine has to compute, and what was asked of it. `compile` is auto, yes or no."""
-
-    engine: Choice  # auto, or one of Choice's
-    compile: str
-    shape: Shape
-    block_size: int  # tokens
-    micro_batch: int  # blocks
-    accumulation: int
-    steps: int
-    precision: str  # bf16, fp16 or fp32
-    gradient_checkpointing: bool
-    fsdp_reshard: bool
-    reduce_dtype: str
-    adam: AdamSettings
-    zero_config: dict[str, Any]  # complete, for deepspeed.initialize; empty for other engines
-
-
 @dataclass(frozen=True)
 class Built:
-    """An engine that is ready for the next step, and why it is this one."""
+    """An engine that is ready for the next step."""
 
     engine: Engine
-    choice: Choice
     compiled: Choice  # compiled, or eager
 
 
 def build_engine(work: Work, config: GPT2Config, reader: FragmentReader, world: World) -> Built:
-    """The engine for `work` with the weights and optimizer state that `reader` has; collective."""
+    """The engine chosen for `work` with the weights and optimizer state that `reader` has; collective."""
     if work.compile == "yes":
         check_compiler(world.device.type)
-    choice = choose_engine(work, world)
-    if not work.fsdp_reshard and choice.name != "fsdp":
-        raise UserError(
-            f"--no-fsdp-reshard: has no effect, --engine auto takes {choice.name} here ({choice.reason}); "
-            "omit it, or use --engine fsdp"
-        )
     compiled = choose_compile(work, world.device)
     if compiled.name == "compiled" and compiled.reason != ASKED_FOR:
         torch._dynamo.config.suppress_errors = True  # a default must not end a run: it continues eagerly
-    engine = _construct(choice.name, work, config, world, compile=compiled.name == "compiled")
+    engine = _construct(work.engine.name, work, config, world, compile=compiled.name == "compiled")
     engine.restore(reader)
-    return Built(engine, choice, compiled)
+    return Built(engine, compiled)
 
 
-def choose_engine(work: Work, world: World) -> Choice:
-    """The engine, the same on every rank; collective."""
-    if work.engine.name != "auto":
-        return work.engine
-    if world.size == 1:
-        return Choice("single", "one process")
-    need = memory.training_bytes(
-        work.shape, block_size=work.block_size, micro_batch=work.micro_batch, precision=work.precision,
-        checkpointing=work.gradient_checkpointing, on_cpu=world.device.type == "cpu",
-    )  # fmt: skip
-    have = memory.available_bytes(world)
-    if work.accumulation > 1:
-        need += 4 * work.shape.parameters  # what is accumulated, beside DDP's buckets
-    full = world.highest(int(have is not None and need > _FULL * have))
-    if full:
-        return Choice("fsdp", f"DDP would need about {show_bytes(need)} per process, more than is available")
-    return Choice("ddp", f"{world.size} processes, about {show_bytes(need)} per process fits")
+def choose(work: Work, world: World, before: tuple[str, int] | None = None) -> tuple[Choice, int]:
+    """The engine and the micro-batch: of what fits into memory DDP before FSDP, the largest first; collective.
+
+    `before` is what a resumed run was computed with: taken again where it fits, for with it the same masks are drawn.
+    Raises UserError where nothing fits.
+    """
+    asked, on_cpu = work.engine.name, world.device.type == "cpu"
+    have = -world.highest(-available_bytes(world))
+    share = work.micro_batch * work.accumulation
+    sizes = [n for n in range(work.micro_batch, 0, -1) if share % n == 0]
+    if on_cpu:
+        sizes = [n for n in sizes if n * work.block_size <= _CPU_TOKENS] or [1]
+    if not work.may_shrink:
+        sizes = [work.micro_batch]
+    engines = [asked] if asked != "auto" else ["single"] if world.size == 1 else ["ddp", "fsdp"]
+    options = [(engine, size) for engine in engines for size in sizes]
+    for name, size in [option for option in options if option == before] + options:
+        candidate = replace(work, micro_batch=size, accumulation=share // size)
+        need = training_bytes(candidate, name, world.size, on_cpu)
+        if need <= _FULL * have:
+            break
+    else:
+        if work.may_shrink:
+            raise _nothing_fits(candidate, name, world, have)
+    why = work.engine.reason if asked != "auto" else "one process" if name == "single" else f"{world.size} processes"
+    why += f", about {show_bytes(need)} of {show_bytes(have)} each"
+    why += ": it may run out of memory" if need > _FULL * have else ""
+    why += ", DDP needs more" if name == "fsdp" and asked == "auto" else ""
+    if not work.fsdp_reshard and name != "fsdp":
+        raise UserError(
+            f"--no-fsdp-reshard: has no effect, --engine auto takes {name} here ({why}); omit it, or use --engine fsdp"
+        )
+    return Choice(name, why), size
+
+
+def _nothing_fits(work: Work, engine: str, world: World, have: int) -> UserError:
+    """What to do where not even `work` fits on `engine`: what would, by the same estimate."""
+    on_cpu, ranks = world.device.type == "cpu", world.size
+    fewer = [n for n in range(ranks - 1, 0, -1) if on_cpu and ranks == world.local_size and ranks % n == 0]
+    shapes = {name: shape_of(name) or work.shape for name in reversed(RELEASED)}
+    kinds: list[list[tuple[str, Work, str, int]]] = [
+        [("--gradient-checkpointing", replace(work, gradient_checkpointing=True), engine, ranks)],
+        [("--no-async-save", replace(work, save_aside=False), engine, ranks)],
+        [("--engine fsdp", work, "fsdp", ranks)] if ranks > 1 else [],
+        [(f"{n} process{'es' * (n > 1)}", work, "ddp" if n > 1 else "single", n) for n in fewer],
+        [(f"--block-size {n}", replace(work, block_size=n), engine, ranks) for n in (512, 256) if n < work.block_size],
+        [(f"--model {name}", replace(work, shape=shape), engine, ranks) for name, shape in shapes.items()],
+    ]
+    ways = [
+        next((way for way, w, name, n in kind if training_bytes(w, name, n, on_cpu) * n <= _FULL * have * ranks), "")
+        for kind in kinds
+    ]
+    way_out = " or ".join(filter(None, ways)) or "a smaller --model or more memory"
+    need = training_bytes(work, engine, ranks, on_cpu)
+    return UserError(
+        f"--per-device-train-batch-size {work.micro_batch}, the least: needs about {show_bytes(need)} per process with "
+        f"engine {engine}, and {show_bytes(have)} is available; take {way_out}, or set it to try all the same"
+    )
 
 
 def choose_compile(work: Work, device: torch.device) -> Choice:

@@ -96,12 +96,16 @@ class FSDPEngine:
         result = in_eval(
             self.model, self.losses, *(None if tensor is None else tensor.to(device) for tensor in arguments)
         )
-        for module in self.losses.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # without a backward nothing else frees the weights, nor gathers new ones
+        self._reshard()  # without a backward nothing else frees the weights, nor gathers new ones
         return result
 
+    def _reshard(self) -> None:
+        for module in self.losses.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def fragments(self) -> Iterator[Fragment]:
+        self._reshard()  # after a step that was stopped midway
         for name, parameter in self.model.named_parameters():
             if name not in self.local:
                 continue

@@ -10,7 +10,7 @@ from wikift.settings.fields import TrainSettings
 from wikift.settings.options import flag
 
 DEFAULT_GLOBAL_BATCH = 32  # run_clm.py's 8 per device on the 4 devices of the usual torchrun command
-MICRO_BATCH_CEILING = 8
+MICRO_BATCH_CEILING = 64
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,20 @@ class BatchLayout:
     ranks: int
     micro_batch: int
     accumulation: int
+    may_shrink: bool = False  # the micro-batch is the largest, and becomes what memory has room for
 
     @property
     def global_batch(self) -> int:
         return self.ranks * self.micro_batch * self.accumulation
 
+    def with_micro_batch(self, size: int) -> BatchLayout:
+        return BatchLayout(self.ranks, size, self.micro_batch * self.accumulation // size)
+
     @property
     def words(self) -> str:
+        if self.may_shrink:
+            blocks = f"{self.micro_batch} blocks at once, fewer where memory is short"
+            return f"{self.global_batch} blocks per step, {_processes(self.ranks)}, up to {blocks}"
         return (
             f"{self.global_batch} blocks per step = {_processes(self.ranks)} x {self.micro_batch} blocks x "
             f"{self.accumulation} accumulation steps"
@@ -62,10 +69,13 @@ def batch_layout(settings: TrainSettings, ranks: int) -> BatchLayout:
                 f"{flag(name)} {value}: must divide the {share} blocks per step of each process ({asked}; "
                 f"{_processes(ranks)}); take {_nearest_divisors(share, value)}, or another --global-batch-size"
             )
-    if micro is None and accumulation is None:
+    free = micro is None and accumulation is None
+    if free:
         micro = max(m for m in range(1, min(share, MICRO_BATCH_CEILING) + 1) if share % m == 0)
     micro = micro or share // (accumulation or 1)
-    return BatchLayout(ranks, micro, share // micro)
+    # FSDP2 would add up several micro-batches in the format of the reduction
+    summed = settings.fsdp_reshard or settings.reduce_dtype == "fp32"
+    return BatchLayout(ranks, micro, share // micro, may_shrink=free and summed)
 
 
 def _processes(ranks: int) -> str:

@@ -60,12 +60,14 @@ class Due:
     def save(self, step: int) -> bool:
         return step % self.save_steps == 0 or step == self.steps
 
-    @property
-    def validations(self) -> int:
-        """How many validations the run has."""
-        both = self.steps // math.lcm(self.eval_steps, self.save_steps)
-        due = self.steps // self.eval_steps + self.steps // self.save_steps - both
-        return due + (self.steps % self.eval_steps != 0 and self.steps % self.save_steps != 0)
+    def validations(self, after: int = 0) -> int:
+        """How many validations the run has after the step `after`."""
+
+        def until(step: int) -> int:
+            both = step // math.lcm(self.eval_steps, self.save_steps)
+            return step // self.eval_steps + step // self.save_steps - both
+
+        return until(self.steps - 1) + 1 - until(after) if after < self.steps else 0
 
 
 def schedule_of(settings: TrainSettings, steps: int) -> Schedule:
@@ -113,7 +115,7 @@ def length_problems(settings: TrainSettings, steps: int) -> list[str]:
             f"--decay-steps {schedule.decay}: and --warmup-steps {schedule.warmup} exceed the run's {steps} "
             "steps; use fewer, or a fraction below 1"
         )
-    patience, count = settings.early_stopping_patience, due_of(settings, steps).validations
+    patience, count = settings.early_stopping_patience, due_of(settings, steps).validations()
     # the first validation is always the best one; after the last the run ends anyway
     if patience is not None and patience > count - 2:
         fewer = f"take {count - 2} or less, or " if count > 2 else ""

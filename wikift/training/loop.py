@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from wikift.base.errors import EnvironmentFault
 from wikift.base.world import seed
@@ -18,26 +19,33 @@ from wikift.training.training import Training
 def run_steps(training: Training, owed: dict[str, Any] | None) -> int:
     """Train to the last step, or until patience is spent; returns the signal that stopped it, else 0.
 
-    Everything random comes from (seed, step, rank). A stop finishes the step and saves without validating. `owed` is
-    the line of the step before this start, where a stop interrupted its validation. Raises EnvironmentFault where the
-    loss or the gradient is no longer finite.
+    Everything random comes from (seed, step, rank). A stop comes after a micro-batch, discards a step that is not
+    complete and saves without validating. `owed` is the line of the step before this start, where a stop interrupted
+    its validation. Raises EnvironmentFault where the loss or the gradient is no longer finite.
     """
     plan, engine, world = training.plan, training.engine, training.world
     due, meter, log, patience = plan.due, training.meter, training.log, training.patience
-    may_overflow = training.precision.name == "fp16"  # elsewhere a gradient that overflows ends the run
     if owed is not None:
         patience, stop = _validate_late(training, owed)
         if stop or patience.spent:
             return stop
-    skipped = torch.tensor(float(before := training.skipped), device=world.device)
-    batches = training.batches()
+    skipped = torch.tensor(float(training.skipped), device=world.device)
+    may_skip = math.inf if training.precision.name == "fp16" else training.skipped  # where a gradient may overflow
+    mean = norm = torch.tensor(math.nan)
+    batches, saved, score = training.batches(), training.done, None
     for step in range(training.done + 1, due.steps + 1):
         torch.manual_seed(seed(plan.seed, "dropout", step, world.rank))
         with meter.waiting():
             blocks = next(batches)
-        lr = plan.schedule.lr_at(step)
-        losses = [engine.forward_backward(b, last=i == len(blocks) - 1) for i, b in enumerate(blocks)]
-        norm = engine.step(lr)
+        losses, stop = _accumulate(training, step, blocks)
+        if stop:
+            if skipped.item() > may_skip:
+                raise EnvironmentFault(diverged(training, step - 1, float(mean), float(norm)))
+            if saved < step - 1:
+                training.save(step - 1, score.loss if score is not None else None, patience)
+            log.say(f"step {step:,} is discarded: {len(losses)} of its {len(blocks)} micro-batches were computed")
+            return stop
+        norm = engine.step(plan.schedule.lr_at(step))
         skipped += ~torch.isfinite(norm)
         meter.step(plan.tokens_per_step)
         log.tick(step=step)
@@ -47,17 +55,13 @@ def run_steps(training: Training, owed: dict[str, Any] | None) -> int:
         stop, total = training.agree([float(mean)] if due.log(step) else [])
         if due.log(step) or stop:
             loss = (total or training.agree([float(mean)])[1])[0] / world.size
-            if not math.isfinite(loss) or (skipped.item() > before and not may_overflow):
-                raise EnvironmentFault(diverged(step, loss, float(norm), lr))
-            record |= {
-                "loss": loss,
-                "grad_norm": float(norm),
-                "learning_rate": lr,
-                "tokens": step * plan.tokens_per_step,
-            }
-            record |= {"skipped_steps": int(skipped)} if may_overflow else {}
-            record |= meter.reading(due.steps - step, world.size) | training.saved()
-        with meter.paused():
+            if not math.isfinite(loss) or skipped.item() > may_skip:
+                raise EnvironmentFault(diverged(training, step, loss, float(norm)))
+            record |= {"loss": loss, "grad_norm": float(norm), "learning_rate": plan.schedule.lr_at(step),
+                       "tokens": step * plan.tokens_per_step}  # fmt: skip
+            record |= {"skipped_steps": int(skipped)} if math.isinf(may_skip) else {}
+            record |= meter.reading(due.steps - step, due.validations(step - 1), world.size) | training.saved()
+        with meter.paused(due.evaluate(step)):
             score = training.validate() if due.evaluate(step) and not stop else None
             if score is not None:
                 record |= _scored(score)
@@ -70,9 +74,22 @@ def run_steps(training: Training, owed: dict[str, Any] | None) -> int:
                 log.record(record)
             if due.save(step) or stop or patience.spent or (score is not None and patience.is_best):
                 training.save(step, score.loss if score is not None else None, patience)
+                saved = step
         if stop or patience.spent:
             return stop
     return 0
+
+
+def _accumulate(training: Training, step: int, blocks: list[Tensor]) -> tuple[list[Tensor], int]:
+    """The losses of a step's micro-batches, their gradients added up, and the signal that stopped it midway, else 0."""
+    name = "first step" if step == training.done + 1 else f"step {step:,}"
+    losses: list[Tensor] = []
+    for number, block in enumerate(blocks, 1):
+        training.log.tick(now=f"{name}: micro-batch {number}/{len(blocks)}")
+        if losses and (stop := training.stopped_midway()):
+            return losses, stop
+        losses.append(training.engine.forward_backward(block, last=number == len(blocks)))
+    return losses, 0
 
 
 def _scored(score: Score) -> dict[str, Any]:
@@ -97,7 +114,8 @@ def _validate_late(training: Training, owed: dict[str, Any]) -> tuple[Patience, 
     return patience, 0
 
 
-def diverged(step: int, loss: float, norm: float, lr: float) -> str:
+def diverged(training: Training, step: int, loss: float, norm: float) -> str:
+    lr = training.plan.schedule.lr_at(step)
     return (
         f"the loss is {loss} and the gradient's norm {norm} at step {step}, learning rate {lr:g}: training has "
         "diverged. Restart with a lower --learning-rate or more --warmup-steps; the checkpoints are as they were"

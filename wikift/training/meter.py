@@ -27,7 +27,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 class Meter:
-    """Measures the steps between two readings. `clock` gives seconds."""
+    """Measures the steps between two readings. `clock` gives seconds, `eval_tokens` is a validation's length."""
 
     def __init__(
         self,
@@ -35,8 +35,11 @@ class Meter:
         flops_per_token: float,
         peak: float | None,
         clock: Callable[[], float] = time.perf_counter,
+        eval_tokens: int = 0,
     ) -> None:
         self.device, self.flops_per_token, self.peak, self.clock = device, flops_per_token, peak, clock
+        self.eval_tokens = eval_tokens
+        self.pauses, self.paused_seconds = 0, 0.0  # in the whole run: validations, samples, saves
         self.tokens = self.steps = 0
         self.away = 0.0  # seconds spent on other things since the last reading
         self.waited = 0.0  # seconds spent waiting for batches
@@ -48,11 +51,16 @@ class Meter:
         self.steps += 1
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside is not training."""
+    def paused(self, due: bool) -> Iterator[None]:
+        """What happens inside is not training; `due`: a validation, of which more will come."""
         start = self.clock()
         yield
-        self.away += self.clock() - start
+        seconds = self.clock() - start
+        self.away, self.paused_seconds, self.pauses = (
+            self.away + seconds,
+            self.paused_seconds + seconds,
+            self.pauses + 1,
+        )
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -61,7 +69,7 @@ class Meter:
         yield
         self.waited += self.clock() - start
 
-    def reading(self, steps_left: int, ranks: int) -> dict[str, float]:
+    def reading(self, steps_left: int, pauses_left: int, ranks: int) -> dict[str, float]:
         """tokens_per_second, mfu (where the peak is known), memory_gb, data_wait, seconds_left; restarts the clock.
 
         memory_gb is this process's, data_wait the share of the time that it waited for batches.
@@ -69,11 +77,14 @@ class Meter:
         now = self.clock()
         seconds = max(1e-9, now - self.since - self.away)
         tokens_per_second = self.tokens / seconds
+        # before the first validation: a forward is a third of a step's work
+        expected = self.eval_tokens / (3 * max(1.0, tokens_per_second))
+        pause = self.paused_seconds / self.pauses if self.pauses else expected
         reading = {
             "tokens_per_second": tokens_per_second,
             "memory_gb": memory_gb(self.device),
             "data_wait": self.waited / seconds,
-            "seconds_left": seconds / max(1, self.steps) * steps_left,
+            "seconds_left": seconds / max(1, self.steps) * steps_left + pause * pauses_left,
         }
         if self.peak is not None:
             reading["mfu"] = tokens_per_second * self.flops_per_token / (self.peak * ranks)

@@ -36,6 +36,12 @@ def checkpoint_to_resume(plan: RunPlan, world: World) -> Checkpoint | None:
     return reader.open_checkpoint(Path(plan.resume), verify=True)
 
 
+def earlier_choice(start: Checkpoint | None, world: World) -> tuple[str, int] | None:
+    """The engine and the micro-batch that `start` was computed with, on as many ranks; None for a new run."""
+    ranks, *choice = start.manifest.get("layout", (0,)) if start is not None else (0,)
+    return (str(choice[0]), int(choice[1])) if ranks == world.size else None
+
+
 def planned_start(plan: RunPlan, store: TokenStore, say: Say) -> str:
     """Where the run would start, in words, by what can be seen without reading the checkpoint's content.
 

@@ -32,7 +32,8 @@ from wikift.checkpoint.fragment import FragmentReader, FreshStart
 from wikift.checkpoint.reader import Checkpoint, best_checkpoint
 from wikift.checkpoint.writer import Saver
 from wikift.data.store import TokenStore
-from wikift.engines.build import Built, Choice, Work, build_engine
+from wikift.engines.base import Choice, Work
+from wikift.engines.build import Built, build_engine, choose
 from wikift.engines.memory import explained, keep_freed_memory
 from wikift.engines.optim import AdamSettings
 from wikift.model.gpt2 import Precision, load_config, load_generation_config, model_config, resolve_precision, shapes_of
@@ -45,6 +46,7 @@ from wikift.training.meter import Meter, peak_flops
 from wikift.training.resume import Say
 from wikift.training.training import Training
 from wikift.watch.metrics import Log, open_log
+from wikift.watch.terminal import phase
 
 
 def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
@@ -63,12 +65,16 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
         if start is not None and (finished := resume.check_resumable(plan, store, start, say)):
             say(f"{folder} is finished, step {start.step:,}; {finished}")
             return 0
+        chosen, micro_batch = choose(_work(plan, precision), world, resume.earlier_choice(start, world))
+        engine = dataclasses.replace(plan.engine, engine=chosen.name, reason=chosen.reason)
+        plan = dataclasses.replace(plan, layout=plan.layout.with_micro_batch(micro_batch), engine=engine)
         if world.device.type == "cpu":
             keep_freed_memory()
-        config, reader = _start(plan, _config(plan, store, start), start, say)
-        shapes = shapes_of(config)
-        with explained(world.device):
+        with phase(f"loading {'the checkpoint' if start else plan.model.name}", say):
+            config, reader = _start(plan, _config(plan, store, start), start, say)
+        with explained(world.device), phase("building the engine", say):
             built = build_engine(_work(plan, precision), config, reader, world)
+        shapes = shapes_of(config)
         if world.rank == 0:
             _prepare_folder(plan, store, config, start)
         for text in _announcement(plan, world, built, precision, start):
@@ -77,7 +83,8 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
         with _open_log(plan, world, after_step=(start.step if start else 0) - (owed is not None)) as log:
             saver = Saver(folder, world, keep=plan.save_total_limit, aside=plan.async_save)
             peak = peak_flops(world.device, precision.name)
-            meter = Meter(world.device, plan.model.shape.flops_per_token(plan.block_size), peak)
+            tokens = store.splits["validation"].tokens if store.has_validation else 0
+            meter = Meter(world.device, plan.model.shape.flops_per_token(plan.block_size), peak, eval_tokens=tokens)
             training = Training(
                 plan, store, world, precision, config, shapes, built.engine, log, saver, meter, stop_signal, start
             )
@@ -85,7 +92,11 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
                 stopped = run_steps(training, owed)
             saver.finish()
             if stopped:
-                log.say(f"stopped by {signal.Signals(stopped).name} and saved; the same command resumes from here")
+                name, saved = signal.Signals(stopped).name, list_checkpoints(folder)
+                end = (
+                    "and saved; the same command resumes from here" if saved else "in the first step; nothing is saved"
+                )
+                log.say(f"stopped by {name} {end}")
     if not stopped:
         best, newest = best_checkpoint(folder), list_checkpoints(folder)[-1]
         choice = "" if best in (None, newest) else " --best"
@@ -116,6 +127,7 @@ def _work(plan: RunPlan, precision: Precision) -> Work:
         block_size=plan.block_size,
         micro_batch=plan.layout.micro_batch,
         accumulation=plan.layout.accumulation,
+        may_shrink=plan.layout.may_shrink,
         steps=plan.steps,
         precision=precision.name,
         gradient_checkpointing=asked.gradient_checkpointing,
@@ -123,6 +135,7 @@ def _work(plan: RunPlan, precision: Precision) -> Work:
         reduce_dtype=asked.reduce_dtype,
         adam=AdamSettings(**dataclasses.asdict(plan.adam)),
         zero_config=plan.zero_config(precision.name),
+        save_aside=plan.async_save,
     )
 
 
@@ -182,7 +195,7 @@ def _announcement(
     summary = plan.summary
     scratch = " from scratch" if plan.model.from_scratch else ""
     yield f"{plan.model.name}{scratch}: {summary['parameters']} parameters; {summary['train blocks']}"
-    yield f"engine {built.choice.name} ({built.choice.reason}), {built.compiled.name} ({built.compiled.reason})"
+    yield f"engine {plan.engine.engine} ({plan.engine.reason}), {built.compiled.name} ({built.compiled.reason})"
     yield f"{precision.name} on {world.device.type} ({precision.reason})"
     if precision.warning:
         yield f"warning: {precision.warning}"

@@ -94,7 +94,7 @@ class Training:
             self.log.tick(now=None)
 
     def _progress(self, done: int, of: int) -> None:
-        self.log.tick(now=f"validating {done:,}/{of:,}")
+        self.log.tick(now=f"validating: {done:,}/{of:,}")
         if self.agree(())[0]:
             raise _Interrupted  # torchrun waits 30 s after a signal, a validation on a CPU may take minutes
 
@@ -118,6 +118,7 @@ class Training:
             "eval_loss": eval_loss,
             **patience.facts(),
             "settings": self.plan.settings,
+            "layout": [self.world.size, self.plan.engine.engine, self.plan.layout.micro_batch],
             "experiment": resume.experiment(self.plan, self.store),
             "model_config": json.loads(self.config.to_json_string(use_diff=False)),
         }
@@ -149,3 +150,7 @@ class Training:
     def stopped(self) -> int:
         """The signal that asks for a stop, 0 while there is none."""
         return self.agree(())[0]
+
+    def stopped_midway(self) -> int:
+        """`stopped` between two micro-batches, for which ranks with GPUs do not wait: their steps take seconds."""
+        return self.stopped() if self.world.size == 1 or self.world.device.type == "cpu" else 0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.columns import Columns
@@ -16,42 +18,80 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+_LONG, _EVERY = 2.0, 30.0  # seconds until something is worth a word, and between two lines about it in a pipe
+
 
 class Terminal:
-    """A view of a run of `steps` steps; `live` is None where the output is no terminal."""
+    """A view of a run of `steps` steps: a live panel on `console`, or lines where that is no terminal."""
 
-    def __init__(self, steps: int, live: Live | None) -> None:
-        self.steps, self.live = steps, live
+    def __init__(self, steps: int, console: Console) -> None:
+        self.steps, self.console = steps, console
         self.shown: dict[str, Any] = {}
+        self.since = time.monotonic()  # what is shown as `now` began
+        self.next_line = self.since + _LONG
+        self.live = Live(console=console, get_renderable=self.panel) if console.is_terminal else None
 
     def say(self, text: str) -> None:
         if self.live is not None:
-            self.live.console.print(Text(text))
+            self.console.print(Text(text))
         else:
             print(text, flush=True)
 
     def tick(self, values: dict[str, Any]) -> None:
-        """Refresh the panel."""
-        if self.live is not None:
-            self.shown |= values
-            # not to the right edge: what a terminal echoes for Ctrl-C would wrap there and spoil the frame
-            self.live.update(panel(self.shown, self.steps, min(self.live.console.width - 3, 120)))
+        """Take what is shown; `now` is what the run does, and after a colon how far it is."""
+        before, after = (str(shown.get("now")).partition(":")[0] for shown in (self.shown, self.shown | values))
+        if before != after:
+            self.since = time.monotonic()
+        self.shown = self.shown | values
 
     def record(self, values: dict[str, Any]) -> None:
         self.tick(values)
         if self.live is None:
             print(line(values, self.steps), flush=True)
+            self.next_line = time.monotonic() + _EVERY
+
+    def now(self) -> str | None:
+        """What the run does, and for how many seconds where that is long."""
+        now, seconds = self.shown.get("now"), time.monotonic() - self.since
+        return f"{now}, {seconds:.0f} s" if now and seconds >= _LONG else now
+
+    def panel(self) -> Panel:
+        # not to the right edge: what a terminal echoes for Ctrl-C would wrap there and spoil the frame
+        return panel({**self.shown, "now": self.now()}, self.steps, min(self.console.width - 3, 120))
+
+    def beat(self, ended: threading.Event) -> None:
+        """Print what takes long, until `ended`."""
+        while not ended.wait(0.5):
+            now = self.now()
+            if now != self.shown.get("now") and time.monotonic() >= self.next_line:
+                print(f"  {now}", flush=True)
+                self.next_line = time.monotonic() + _EVERY
 
 
 @contextlib.contextmanager
 def open_terminal(steps: int) -> Iterator[Terminal]:
     """The view on standard output."""
-    console = Console(file=sys.stdout)
-    if not console.is_terminal:
-        yield Terminal(steps, None)
+    terminal = Terminal(steps, Console(file=sys.stdout))
+    if terminal.live is not None:
+        with terminal.live:
+            yield terminal
         return
-    with Live(console=console, refresh_per_second=4, transient=False) as live:
-        yield Terminal(steps, live)
+    ended = threading.Event()
+    threading.Thread(target=terminal.beat, args=(ended,), name="wikift-beat", daemon=True).start()
+    try:
+        yield terminal
+    finally:
+        ended.set()
+
+
+@contextlib.contextmanager
+def phase(name: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Say what begins, and at its end how long it took where that was long."""
+    say(f"{name} ...")
+    start = time.monotonic()
+    yield
+    if (seconds := time.monotonic() - start) >= _LONG:
+        say(f"{name} took {seconds:.0f} s")
 
 
 def line(values: dict[str, Any], steps: int) -> str:

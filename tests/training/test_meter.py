@@ -1,0 +1,30 @@
+"""Time left, by a clock of the test's. Run: pytest tests/training/test_meter.py"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wikift.training.meter import Meter
+
+
+def test_the_time_left_counts_validations_and_saves() -> None:
+    now = 0.0
+    meter = Meter(torch.device("cpu"), 1.0, None, lambda: now, eval_tokens=600)
+
+    def steps(count: int, seconds: float) -> None:
+        nonlocal now
+        for _ in range(count):
+            now += seconds
+            meter.step(100)
+
+    steps(2, 5.0)  # 20 tokens a second: a validation of 600, forward only, may take 10 s
+    assert meter.reading(10, 3, 1)["seconds_left"] == pytest.approx(10 * 5 + 3 * 10)
+    with meter.paused(True):
+        now += 16.0
+    with meter.paused(False):  # nothing was due
+        pass
+    steps(4, 5.0)
+    reading = meter.reading(6, 2, 1)
+    assert reading["seconds_left"] == pytest.approx(6 * 5 + 2 * 16)
+    assert reading["tokens_per_second"] == pytest.approx(20)
