@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from wikift.base.launcher import launch
+
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # One Ctrl-C can arrive several times: from the terminal, from the launcher, from a scheduler's step.
@@ -55,7 +57,7 @@ def _answer(signals: socket.socket) -> None:
             continue
         if not when:
             when = time.monotonic()
-            if os.environ.get("RANK", "0") == "0":
+            if launch().rank == 0:
                 name = signal.Signals(number).name
                 text = f"wikift: {name}: stopping after this micro-batch, complete steps are saved; again: at once"
                 print(text, file=sys.stderr, flush=True)  # sys.stderr: a live panel prints it above itself

@@ -92,7 +92,7 @@ def _nothing_fits(work: Work, engine: str, world: World, have: int) -> UserError
         [("--gradient-checkpointing", replace(work, gradient_checkpointing=True), engine, ranks)],
         [("--no-async-save", replace(work, save_aside=False), engine, ranks)],
         [("--engine fsdp", work, "fsdp", ranks)] if ranks > 1 else [],
-        [(f"{n} process{'es' * (n > 1)}", work, "ddp" if n > 1 else "single", n) for n in fewer],
+        [(f"--nproc_per_node={n}", work, "ddp" if n > 1 else "single", n) for n in fewer],
         [(f"--block-size {n}", replace(work, block_size=n), engine, ranks) for n in (512, 256) if n < work.block_size],
         [(f"--model {name}", replace(work, shape=shape), engine, ranks) for name, shape in shapes.items()],
     ]

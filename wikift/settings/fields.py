@@ -99,7 +99,7 @@ class TrainSettings(DataSettings):
         None,
         "micro-batch: blocks per forward pass and process",
         "BLOCKS",
-        shown="up to 8, follows from the global batch",
+        shown="the largest up to 64 that fits into memory; 2,048 tokens on a CPU",
     )
     gradient_accumulation_steps: int | None = _batch(None, "micro-batches per step", shown="by the global batch")
 

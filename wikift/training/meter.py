@@ -7,6 +7,7 @@ import re
 import resource
 import time
 from collections.abc import Callable, Iterator
+from statistics import fmean
 
 import torch
 
@@ -39,7 +40,7 @@ class Meter:
     ) -> None:
         self.device, self.flops_per_token, self.peak, self.clock = device, flops_per_token, peak, clock
         self.eval_tokens = eval_tokens
-        self.pauses, self.paused_seconds = 0, 0.0  # in the whole run: validations, samples, saves
+        self.pauses: list[float] = []  # seconds of each validation so far, its samples and its save included
         self.tokens = self.steps = 0
         self.away = 0.0  # seconds spent on other things since the last reading
         self.waited = 0.0  # seconds spent waiting for batches
@@ -55,12 +56,9 @@ class Meter:
         """What happens inside is not training; `due`: a validation, of which more will come."""
         start = self.clock()
         yield
-        seconds = self.clock() - start
-        self.away, self.paused_seconds, self.pauses = (
-            self.away + seconds,
-            self.paused_seconds + seconds,
-            self.pauses + 1,
-        )
+        self.away += self.clock() - start
+        if due:
+            self.pauses.append(self.clock() - start)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -78,8 +76,7 @@ class Meter:
         seconds = max(1e-9, now - self.since - self.away)
         tokens_per_second = self.tokens / seconds
         # before the first validation: a forward is a third of a step's work
-        expected = self.eval_tokens / (3 * max(1.0, tokens_per_second))
-        pause = self.paused_seconds / self.pauses if self.pauses else expected
+        pause = fmean(self.pauses or [self.eval_tokens / (3 * max(1.0, tokens_per_second))])
         reading = {
             "tokens_per_second": tokens_per_second,
             "memory_gb": memory_gb(self.device),

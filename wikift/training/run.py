@@ -9,7 +9,6 @@ OUTPUT_DIR/before-1/ ...    what an earlier run left here, kept when another one
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shlex
 import shutil
@@ -45,7 +44,7 @@ from wikift.training.loop import run_steps
 from wikift.training.meter import Meter, peak_flops
 from wikift.training.resume import Say
 from wikift.training.training import Training
-from wikift.watch.metrics import Log, open_log
+from wikift.watch.metrics import open_log
 from wikift.watch.terminal import phase
 
 
@@ -80,7 +79,10 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
         for text in _announcement(plan, world, built, precision, start):
             say(text)
         owed = resume.owed_line(plan, start) if store.has_validation else None
-        with _open_log(plan, world, after_step=(start.step if start else 0) - (owed is not None)) as log:
+        with open_log(
+            folder, after_step=(start.step if start else 0) - (owed is not None), steps=plan.steps, quiet=plan.quiet,
+            wandb=plan.wandb, settings=plan.settings, rank=world.rank,
+        ) as log:  # fmt: skip
             saver = Saver(folder, world, keep=plan.save_total_limit, aside=plan.async_save)
             peak = peak_flops(world.device, precision.name)
             tokens = store.splits["validation"].tokens if store.has_validation else 0
@@ -174,19 +176,6 @@ def _prepare_folder(plan: RunPlan, store: TokenStore, config: GPT2Config, start:
         generation.save_pretrained(folder)
         for file in (store.path / "tokenizer").iterdir():
             shutil.copyfile(file, folder / file.name)
-
-
-@contextlib.contextmanager
-def _open_log(plan: RunPlan, world: World, *, after_step: int) -> Iterator[Log]:
-    """The run's log on rank 0, a silent one on the others."""
-    if world.rank != 0:
-        yield Log()
-        return
-    with open_log(
-        plan.output_dir, after_step=after_step, steps=plan.steps, quiet=plan.quiet, wandb=plan.wandb,
-        settings=plan.settings,
-    ) as log:  # fmt: skip
-        yield log
 
 
 def _announcement(

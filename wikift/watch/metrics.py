@@ -67,12 +67,15 @@ class Log:
 
 @contextlib.contextmanager
 def open_log(
-    run: Path, *, after_step: int, steps: int, quiet: bool, wandb: bool, settings: dict[str, Any]
+    run: Path, *, after_step: int, steps: int, quiet: bool, wandb: bool, settings: dict[str, Any], rank: int = 0
 ) -> Iterator[Log]:
-    """Rank 0's log of a run that resumes after `after_step`.
+    """Rank 0's log of a run that resumes after `after_step`; a silent one on other ranks.
 
     Raises EnvironmentFault where metrics.jsonl cannot be written (its lines stay as they are) or wandb cannot start.
     """
+    if rank != 0:
+        yield Log()
+        return
     path = run / METRICS
     with contextlib.ExitStack() as stack:
         with _writing(path):
