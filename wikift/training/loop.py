@@ -57,10 +57,7 @@ def run_steps(training: Training, owed: dict[str, Any] | None) -> int:
             loss = (total or training.agree([float(mean)])[1])[0] / world.size
             if not math.isfinite(loss) or skipped.item() > may_skip:
                 raise EnvironmentFault(diverged(training, step, loss, float(norm)))
-            record |= {"loss": loss, "grad_norm": float(norm), "learning_rate": plan.schedule.lr_at(step),
-                       "tokens": step * plan.tokens_per_step}  # fmt: skip
-            record |= {"skipped_steps": int(skipped)} if math.isinf(may_skip) else {}
-            record |= meter.reading(due.steps - step, due.validations(step - 1), world.size) | training.saved()
+            record |= {"loss": loss, "grad_norm": float(norm)} | _measured(training, step, skipped)
         with meter.paused(due.evaluate(step)):
             score = training.validate() if due.evaluate(step) and not stop else None
             if score is not None:
@@ -90,6 +87,14 @@ def _accumulate(training: Training, step: int, blocks: list[Tensor]) -> tuple[li
             return losses, stop
         losses.append(training.engine.forward_backward(block, last=number == len(blocks)))
     return losses, 0
+
+
+def _measured(training: Training, step: int, skipped: Tensor) -> dict[str, Any]:
+    plan, due = training.plan, training.plan.due
+    overflows = {"skipped_steps": int(skipped)} if training.precision.name == "fp16" else {}
+    reading = training.meter.reading(due.steps - step, due.validations(step - 1), training.world.size)
+    fixed = {"learning_rate": plan.schedule.lr_at(step), "tokens": step * plan.tokens_per_step}
+    return fixed | overflows | reading | training.saved()
 
 
 def _scored(score: Score) -> dict[str, Any]:
