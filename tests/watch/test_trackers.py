@@ -39,7 +39,8 @@ def python(code: str, words: list[str], folder: Path, *options: str, **env: str)
 def test_wandb_has_what_metrics_has_and_a_new_run_is_new_there(tmp_path: Path) -> None:
     """A run, resumed, and another in its folder (--resume never); wandb's own files are read back, one a start."""
     run, old = tmp_path / "run", tmp_path / "run" / "before-1"
-    words = arguments(tiny_store(tmp_path / "store"), run, wandb=True, quiet=False, lr_scheduler_type="constant")
+    settings = {"wandb": True, "quiet": False, "lr_scheduler_type": "constant", "max_steps": None}
+    words = arguments(tiny_store(tmp_path / "store"), run, **settings)
     done = python(_TRAIN_THRICE, words, tmp_path, **CANARIES)
     assert done.returncode == 0, done.stderr
     starts, identities = wandb_files(run), [(folder / "wandb-id.txt").read_text() for folder in (old, old, run)]

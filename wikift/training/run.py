@@ -86,6 +86,7 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
             saver = Saver(folder, world, keep=plan.save_total_limit, aside=plan.async_save)
             peak = peak_flops(world.device, precision.name)
             tokens = store.splits["validation"].tokens if store.has_validation else 0
+            tokens = min(tokens, plan.eval_blocks * plan.block_size or tokens)
             meter = Meter(world.device, plan.model.shape.flops_per_token(plan.block_size), peak, eval_tokens=tokens)
             training = Training(
                 plan, store, world, precision, config, shapes, built.engine, log, saver, meter, stop_signal, start
