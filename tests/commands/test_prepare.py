@@ -134,6 +134,9 @@ def test_documents_end_with_end_of_text(tmp_path: Path) -> None:
     assert without.record["append_eos"] is False
     assert text_of(without, "train") == text_of(with_eos, "train").replace("<|endoftext|>", "")
     assert without.splits["train"].tokens == with_eos.splits["train"].tokens - 19
+    source.write_text(source.read_text().replace('"}', '<|endoftext|>"}').replace("number 3<", "<") + '{"body": ""}\n')
+    own = stored(tmp_path / "own", *words)
+    assert own.tokens("train").tolist().count(own.eos_token_id) == 20, "none twice, and one after the blank row"
     (tmp_path / "lines.txt").write_text("a b\nc d\n")
     lines = stored(tmp_path / "c", "--dataset", tmp_path / "lines.txt", "--tokenizer", "train:300", "--append-eos")
     assert text_of(lines, "train") + text_of(lines, "validation") in (
@@ -173,7 +176,7 @@ def test_one_word_alone_has_no_validation(tmp_path: Path, capsys: pytest.Capture
     assert run("--dataset", tmp_path / "one.txt", "--tokenizer", "train:400", "--out", tmp_path / "out") == (0, [])
     said = capsys.readouterr().err.splitlines()
     assert said == [
-        "one.txt has one row, so no validation split is cut from it",
+        "one.txt has one word, so no validation split is cut from it",
         "training a byte-level BPE of 400 tokens on the train split",
         "the text is too small for a vocabulary of 400; it has 260",
     ]

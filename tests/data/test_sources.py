@@ -318,8 +318,22 @@ def test_lines_are_cut_in_stretches_and_documents_one_by_one(tmp_path: Path) -> 
     assert len(set(documents) & set(other)) < 100, "another seed, another sample"
 
 
-@pytest.mark.parametrize(("text", "rows"), [("word", "one row"), ("word\n", "one row"), ("", "no rows")])
-def test_one_row_is_not_cut_and_it_is_said(tmp_path: Path, text: str, rows: str) -> None:
+@pytest.mark.parametrize("fraction", [0.05, 0.5, 0.99])
+def test_one_row_is_cut_by_length_before_white_space(tmp_path: Path, fraction: float) -> None:
+    text = "".join(f" word{i}" for i in range(1000)) + "\n"
+    corpus = opened(written(tmp_path, one__txt=text) / "one.txt", validation_fraction=fraction)
+    (train,), (validation,) = (rows_of(corpus, split) for split in ("train", "validation"))
+    assert train + validation == text
+    assert len(validation) / len(text) == pytest.approx(fraction, abs=0.01)
+    assert validation.startswith(" word")
+    assert corpus.notes == [
+        f"one.txt is one row: the last {len(validation):,} of its characters are the validation split"
+    ]
+    assert rows_of(opened(written(tmp_path, two__txt="a " + "b" * 99) / "two.txt"), "train") == ["a"]
+
+
+@pytest.mark.parametrize(("text", "rows"), [("word", "one word"), ("word\n", "one word"), ("", "no text")])
+def test_one_word_is_not_cut_and_it_is_said(tmp_path: Path, text: str, rows: str) -> None:
     corpus = opened(written(tmp_path, one__txt=text) / "one.txt")
     assert list(corpus.splits) == ["train"]
     assert corpus.notes == [f"one.txt has {rows}, so no validation split is cut from it"]

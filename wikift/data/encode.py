@@ -35,10 +35,15 @@ class Chunk:
     ends: npt.NDArray[np.bool_]
 
     def encoded(self, ids: npt.NDArray[Any], ends: npt.NDArray[np.int64], eos: int | None, dtype: str) -> Encoded:
-        """Of the ids of all texts end to end, text i's up to `ends[i]`: with `eos` after each row, and the counts."""
+        """Of the ids of all texts end to end, text i's up to `ends[i]`: with `eos` after each row, and the counts.
+
+        A row that ends in `eos` of its own gets no second one.
+        """
         ids = ids.astype(DTYPES[dtype], copy=False)  # first: what follows is the faster for it
         if eos is not None:
-            ids = np.insert(ids, ends[self.ends], eos)
+            own = np.diff(ends, prepend=0) > 0
+            own[own] = ids[ends[own] - 1] == eos
+            ids = np.insert(ids, ends[self.ends & ~own], eos)
         rows = int(self.ends.sum())
         return Encoded(ids, rows, count_words(self.texts) + rows, len(self.texts.data))
 

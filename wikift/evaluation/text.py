@@ -93,7 +93,7 @@ def encoded(texts: Iterable[Part], tokenizer_file: Path, eos_token_id: int | Non
         unread[:] = [of_characters[len(text) :]]
         encoding = tokenizer.encode(text, add_special_tokens=False)
         ids, documents = encoding.ids, [of_characters[min(begin, len(text) - 1)] for begin, _ in encoding.offsets]
-        if ends and eos_token_id is not None:
+        if ends and eos_token_id not in (None, *ids[-1:]):
             ids, documents = [*ids, eos_token_id], [*documents, document]
         yield Piece(np.array(ids, np.int64), np.array(documents, np.int64), ends)
 
