@@ -6,7 +6,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -18,7 +17,6 @@ from tokenizers import Tokenizer
 
 from tests.data.hostile import HANDPICKED, TEXTS
 from tests.data.test_encode import batches, ids_of, some_rows
-from tests.ranks import run_ranks
 from tests.real import ROOT, needs_data, validation_rows
 from wikift.data import encode, fast_encode, tokenizer
 from wikift.data.encode import Chunk, chunks, encode_all
@@ -91,50 +89,19 @@ def test_the_characters_beyond_ascii_are_all_seen() -> None:
         assert [chr(code) for code in found] == [character for character in text if character > "\x7f"]
 
 
-def memory_of_digits(file: str, cache_bytes: int) -> float:
-    """Most bytes held beyond those of the start, while two threads read numbers that never come again."""
-    import random
-
-    source, most = random.Random(1), 0
-
-    def numbers() -> Iterator[Texts]:
-        for _ in range(80):
-            yield Texts.of(f"{source.randrange(10**9)}\n" for _ in range(100_000))
-
-    start = fast_encode._resident_bytes()
-    with mock.patch.object(fast_encode, "CACHE_BYTES", cache_bytes):
-        fast = fast_encode.fast_chunk_encoder(Path(file), None, "uint16")
-        rows = chunks(numbers(), cut=True)
-        for _ in encode_all(rows, fast, 2):
-            most = max(most, fast_encode._resident_bytes() - start)
-    return most
-
-
-@needs_gigatoken
-def test_memory_does_not_grow_with_new_words(small: tokenizer.SavedTokenizer) -> None:
-    """80 MB of numbers: 280 MB with the libraries and two tokenizers, 440 where each fresh start raised the bound."""
-    (most,) = run_ranks(memory_of_digits, 1, str(small.file), 20_000_000)
-    assert most < 400e6
-
-
 _ENCODERS: dict[str, encode.EncodeChunk] = {}
 
 
 @needs_gigatoken
 def test_a_restarted_tokenizer_returns_the_same_ids(small: tokenizer.SavedTokenizer) -> None:
-    chunk = Chunk(Texts.of(["a cat then there\n"] * 50), np.ones(50, np.bool_))
     with (
-        mock.patch.multiple(fast_encode, _LEAST_BYTES_BETWEEN=0, CACHE_BYTES=-(1 << 60)),
-        mock.patch.object(fast_encode, "_load") as load,
+        mock.patch.object(fast_encode, "RESTART_BYTES", 2000),
+        mock.patch.object(fast_encode, "_load", wraps=fast_encode._load) as load,
+        mock.patch.object(encode, "CHUNK_CHARACTERS", 900),
     ):
-        load.side_effect = lambda file: original(file)
-        fast = fast_encode.fast_chunk_encoder(small.file, None, "uint16")
-        found = [fast(chunk).ids.tolist() for _ in range(3)]
-    assert load.call_count == 5, "at the start, after the hostile strings and after each chunk"
-    assert found[0] == found[1] == found[2]
-
-
-original = fast_encode._load
+        both(small, some_rows(), 2, None)
+    size = sum(len(row.encode()) for row in some_rows())
+    assert 1 + size / 4000 < load.call_count <= 1 + size / 2000
 
 
 @needs_gigatoken
@@ -238,8 +205,6 @@ WHITE = [c for c in map(chr, range(0x110000)) if c.isspace()]
         ).map("".join),
         max_size=8,
     ),
-    block=st.integers(1, 9),
 )
-def test_words_are_those_of_split(texts: list[str], block: int) -> None:
-    with mock.patch("wikift.data.texts._BLOCK_BYTES", block):
-        assert count_words(Texts.of(texts)) == sum(len(text.split()) for text in texts)
+def test_words_are_those_of_split(texts: list[str]) -> None:
+    assert count_words(Texts.of(texts)) == sum(len(text.split()) for text in texts)

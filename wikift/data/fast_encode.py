@@ -1,18 +1,16 @@
 """Chunks -> ids by gigatoken, which is a hundred times as fast as `tokenizers`, checked against `tokenizers`.
 
-gigatoken is young, so it is checked in every preparation: on hostile strings at the
-start, on every character that occurs, in a few surroundings (libraries know other versions of Unicode), and on 4 KB of
-rows out of each chunk of some 2 MB, drawn by the chunk's content. At the first difference
-`Disagreement` is raised, and the caller starts again with `encode.chunk_encoder`. Threads share one gigatoken and what
-it has learned.
+gigatoken is young, so it is checked in every preparation: on hostile strings at the start, on every character beyond
+ASCII that occurs, in a few surroundings (libraries know other versions of Unicode), and on 4 KB of rows out of each
+chunk of some 2 MB, chosen by the chunk's content. At the first difference `Disagreement` is raised, and the caller
+starts again with `encode.chunk_encoder`. Threads share one gigatoken and what it has learned.
 """
 
 from __future__ import annotations
 
-import gc
 import importlib.util
-import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,8 @@ from wikift.data.store import Encoded
 from wikift.data.texts import Texts
 
 SAMPLE_BYTES = 4096  # of a chunk of one to three million, compared with `tokenizers`
-CACHE_BYTES = 300_000_000  # gigatoken's caches grow with every new word and are never emptied: beyond this, restart
-_LEAST_BYTES_BETWEEN = 4_000_000
+RESTART_BYTES = 256_000_000  # gigatoken remembers every new word, up to 10 bytes for each byte of text: it is reloaded
 _SURROUNDINGS = ("{}", " {}", "a{}", "{}a", "1{}", "{}1", "{}'s", "{} ", "{}.", "{0}{0}")
-_HIGH = np.uint64(0x8080808080808080)
 
 # fmt: off
 _HOSTILE = [
@@ -55,12 +51,11 @@ def why_not(gpt2s_kind: bool) -> str | None:
 
 def fast_chunk_encoder(tokenizer_file: Path, eos_token_id: int | None, dtype: str) -> EncodeChunk:
     """As `encode.chunk_encoder`, with gigatoken. Raises Disagreement, at once or from the encoding."""
-    reference = plain_tokenizer(tokenizer_file)
-    fast = _load(tokenizer_file)
-    since, resident, lock = 0, _resident_bytes(), threading.Lock()
+    reference, fast = plain_tokenizer(tokenizer_file), _load(tokenizer_file)
     known = np.zeros(0x110000, np.bool_)  # characters that were compared
+    since, lock = 0, threading.Lock()
 
-    def compare(texts: Texts, numbers: list[int], ids: npt.NDArray[Any], ends: npt.NDArray[np.int64]) -> None:
+    def compare(texts: Texts, numbers: Sequence[int], ids: npt.NDArray[Any], ends: npt.NDArray[np.int64]) -> None:
         """Those of the texts that have these numbers."""
         wanted = [texts.data[texts.offsets[i] : texts.offsets[i + 1]].tobytes().decode() for i in numbers]
         encoded = reference.encode_batch_fast(wanted, add_special_tokens=False)
@@ -68,35 +63,27 @@ def fast_chunk_encoder(tokenizer_file: Path, eos_token_id: int | None, dtype: st
             if ids[ends[i - 1] if i else 0 : ends[i]].tolist() != right.ids:
                 raise Disagreement(f"gigatoken and tokenizers return different ids for {text[:80]!r}")
 
-    def compare_characters(here: Any, texts: Texts) -> None:
-        codes = _beyond_ascii(texts.data)
-        if len(fresh := np.unique(codes[~known[codes]])):
-            wanted = Texts.of(form.format(chr(code)) for code in fresh for form in _SURROUNDINGS)
-            compare(wanted, list(range(len(wanted))), *_encode(here, wanted))
-            known[fresh] = True
-
     def encode(chunk: Chunk) -> Encoded:
         nonlocal fast, since
         with lock:
+            since += len(chunk.texts.data)
+            if since > RESTART_BYTES:
+                fast, since = _load(tokenizer_file), 0
             here = fast
         ids, ends = _encode(here, chunk.texts)
-        compare_characters(here, chunk.texts)
-        if chosen := _sample(chunk.texts):
-            compare(chunk.texts, chosen, ids, ends)
-        else:  # long texts: a whole one would take longer than all the rest
-            start = Texts.of((chunk.texts.data[:SAMPLE_BYTES].tobytes().decode(errors="ignore"),))
-            compare(start, [0], *_encode(here, start))
-        del here
-        with lock:
-            since += len(chunk.texts.data)
-            # against the memory of the start: another thread may still hold the old one when the new one is there
-            if since >= _LEAST_BYTES_BETWEEN and _resident_bytes() - resident > CACHE_BYTES:
-                fast = None
-                gc.collect()
-                fast, since = _load(tokenizer_file), 0
+        numbers = _sample(chunk.texts)
+        compare(chunk.texts, numbers, ids, ends)
+        codes = _beyond_ascii(chunk.texts.data)
+        fresh = np.unique(codes[~known[codes]])
+        others = [form.format(chr(code)) for code in fresh for form in _SURROUNDINGS]
+        if not numbers:  # long texts: a whole one would take longer than all the rest
+            others.append(chunk.texts.data[:SAMPLE_BYTES].tobytes().decode(errors="ignore"))
+        if others:
+            compare(Texts.of(others), range(len(others)), *_encode(here, Texts.of(others)))
+        known[fresh] = True
         return chunk.encoded(ids, ends, eos_token_id, dtype)
 
-    encode(Chunk(Texts.of(_HOSTILE), np.ones(len(_HOSTILE), np.bool_)))
+    compare(Texts.of(_HOSTILE), range(len(_HOSTILE)), *_encode(fast, Texts.of(_HOSTILE)))
     return encode
 
 
@@ -123,33 +110,14 @@ def _encode(fast: Any, texts: Texts) -> tuple[npt.NDArray[Any], npt.NDArray[np.i
 
 
 def _beyond_ascii(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
-    """The characters of UTF-8 `data` that are not ASCII, in order. Eight bytes at a time: most text has few."""
-    aligned = len(data) // 8 * 8
-    eights = data[:aligned].view(np.uint64)
-    some = np.concatenate((eights[(eights & _HIGH) != 0].view(np.uint8), data[aligned:]))
-    text = some[some >= 0x80].tobytes().decode()  # a character's bytes are all of them beyond
+    """The characters of UTF-8 `data` that are not ASCII, in order."""
+    text = data[data >= 0x80].tobytes().decode()  # all bytes of such a character are
     return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
 def _sample(texts: Texts) -> list[int]:
-    """Short texts to compare: some somewhere, of about 4 KB together, and one that is not ASCII."""
-    if len(texts.data) <= SAMPLE_BYTES:
-        return list(range(len(texts)))
-    seed = int.from_bytes(texts.data[-8:].tobytes(), "little") + len(texts.data)
-    start = int(np.random.default_rng(seed).integers(len(texts)))
+    """Texts to compare, somewhere, of about 4 KB together; none where they are long."""
+    start = int.from_bytes(texts.data[-8:].tobytes(), "little") % len(texts)
     end = int(np.searchsorted(texts.offsets, texts.offsets[start] + SAMPLE_BYTES))
-    chosen = set(range(start, max(start + 1, min(end, len(texts)))))
-    beyond = np.flatnonzero(texts.data[texts.offsets[start] :] >= 0x80)
-    if len(beyond):
-        chosen.add(int(np.searchsorted(texts.offsets, texts.offsets[start] + beyond[0], "right")) - 1)
     lengths = texts.lengths
-    return sorted(number for number in chosen if lengths[number] <= 4 * SAMPLE_BYTES)
-
-
-def _resident_bytes() -> int:
-    """Of this process now; 0 where the system does not say, so that nothing is restarted there."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
+    return [i for i in range(start, min(end + 1, len(texts))) if lengths[i] <= 4 * SAMPLE_BYTES]

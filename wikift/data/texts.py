@@ -13,13 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_BLOCK_BYTES = 1 << 18  # so that what is counted stays in a core's cache
-
-# White space beyond ASCII, for str.split(): U+0085 and U+00A0, whose UTF-8 starts with 0xC2, and U+1680, U+2000 to
-# U+200A, U+2028, U+2029, U+202F, U+205F and U+3000, of three bytes.
-_THREE_BYTES = np.zeros(0x30000, np.bool_)  # by the three bytes, from 0xE10000 on
-for _character in (0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000):
-    _THREE_BYTES[int.from_bytes(chr(_character).encode(), "big") - 0xE10000] = True
+# White space beyond ASCII, for str.split(), by the bytes of its UTF-8: two, whatever comes next, or three.
+_WIDE_SPACES = np.zeros((0xE4, 256, 256), np.bool_)
+for _character in (0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000):
+    _WIDE_SPACES[tuple(chr(_character).encode())] = True
 
 
 @dataclass(frozen=True)
@@ -79,6 +76,7 @@ class Texts:
 
     @property
     def ends_with_newline(self) -> bool:
+        """Whether the last text does."""
         return len(self.data) > 0 and self.data[-1] == ord("\n")
 
     def kept(self, which: npt.NDArray[np.bool_]) -> Texts:
@@ -90,37 +88,14 @@ class Texts:
 
 
 def count_words(texts: Texts) -> int:
-    """The sum of `len(text.split())`: positions without white space, and a text's start or white space before it."""
-    data, count, before = texts.data, 0, True
-    space = np.empty(len(data), np.bool_)
-    for start in range(0, len(data), _BLOCK_BYTES):
-        block = data[start : start + _BLOCK_BYTES]
-        mask = np.less(block - np.uint8(9), 5, out=space[start : start + len(block)])
-        mask |= block - np.uint8(28) < 5
-    _mark_beyond_ascii(data, space)
-    for start in range(0, len(data), _BLOCK_BYTES):
-        mask = space[start : start + _BLOCK_BYTES]
-        count += int(before and not mask[0]) + int(np.count_nonzero(mask[:-1] > mask[1:]))
-        before = bool(mask[-1])
-    starts = texts.offsets[:-1][texts.lengths > 0]
-    starts = starts[starts > 0]
-    return count + int(np.count_nonzero(~space[starts] & ~space[starts - 1]))  # one text's last word, another's first
-
-
-def _mark_beyond_ascii(data: npt.NDArray[np.uint8], space: npt.NDArray[np.bool_]) -> None:
-    """Set `space` at every byte of the characters of white space that are not ASCII."""
-    for start in range(0, len(data), _BLOCK_BYTES):
-        block = data[start : start + _BLOCK_BYTES]
-        first = np.flatnonzero(block & np.uint8(0xDC) == 0xC0) + start  # 0xC0 to 0xC3 and 0xE0 to 0xE3, in two passes
-        lead = data[first]
-        first = first[(lead == 0xC2) | (lead > 0xE0)]
-        if not len(first):
-            continue
-        lead, second = data[first], data[first + 1]  # UTF-8 is whole: one or two bytes more are there
-        two = first[(lead == 0xC2) & ((second == 0x85) | (second == 0xA0))]
-        space[two] = space[two + 1] = True
-        long = lead != 0xC2
-        three = first[long]
-        code = (lead[long] - np.uint8(0xE1)).astype(np.int32) << 16 | second[long].astype(np.int32) << 8
-        three = three[_THREE_BYTES[code | data[three + 2]]]
-        space[three] = space[three + 1] = space[three + 2] = True
+    """The sum of `len(text.split())`: positions without white space after white space or at a text's start."""
+    data = texts.data
+    space = (data - np.uint8(9) < 5) | (data - np.uint8(28) < 5)
+    lead = np.flatnonzero(data & np.uint8(0xDC) == 0xC0)  # 0xC0 to 0xC3 and 0xE0 to 0xE3, where wide white space starts
+    wide = lead[_WIDE_SPACES[data[lead], data[lead + 1], data[np.minimum(lead + 2, len(data) - 1)]]]
+    space[wide] = space[wide + 1] = True
+    space[wide[data[wide] > 0xC3] + 2] = True
+    before = np.empty_like(space)
+    before[1:] = space[:-1]
+    before[texts.offsets[:-1][texts.lengths > 0]] = True
+    return int(np.count_nonzero(before > space))
