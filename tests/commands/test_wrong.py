@@ -188,14 +188,14 @@ optimizer.type "Lamb" in no-zero.json: must be one of Adam, AdamW | \
 --config unknown.toml -> learning_rat in unknown.toml: unknown option (did you mean learning_rate?)
 --config types.toml -> max_steps 1.5 in types.toml | wandb 1 in types.toml | model 7 in types.toml
 --data none -> --data none: no such folder
---data a-file -> --data a-file: is a file, not a token store
---data no-store -> --data no-store: has no store.json
---data foreign -> --data foreign: store.json is not wikift's (format 'mosaic-1')
---data newer -> --data newer: has format wikift-store-99
---data broken-store -> --data broken-store: store.json is not JSON
---data garbled-store -> --data garbled-store: store.json has no valid tokenizer
---data truncated -> --data truncated: train.bin is truncated: 100 bytes, store.json says 818
---data binless -> --data binless: validation.bin is missing
+--data a-file -> --data a-file: is no token store
+--data no-store -> --data no-store: is no token store
+--data foreign -> --data foreign: store.json has format mosaic-1, this
+--data newer -> --data newer: store.json has format wikift-store-99
+--data broken-store -> --data broken-store: store.json is damaged (JSON
+--data garbled-store -> --data garbled-store: store.json is damaged (KeyError: 'tokenizer')
+--data truncated -> --data truncated: train.bin is damaged: 100 bytes, store.json says 818
+--data binless -> --data binless: validation.bin is damaged: it is missing
 --data damaged -> --data damaged: train.bin is damaged: id 65535
 --data short --block-size 8 -> --block-size 8: the train split has 8 tokens, too few for one block
 --data no-validation --eval-steps 4 -> --eval-steps 4: has no effect, no-validation has no validation text
@@ -327,7 +327,7 @@ def test_a_wrong_line_is_refused(refused: Any, name: str, line: str, expected: l
 
 
 def test_prepare_verifies_every_byte(refused: Any) -> None:
-    refused("prepare", "--verify --out truncated", "--out truncated: train.bin is truncated")
+    refused("prepare", "--verify --out truncated", "--out truncated: train.bin is damaged")
     refused("prepare", "--verify --out none", "--out none: no such folder")
 
 

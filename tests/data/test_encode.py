@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Iterable, Iterator
@@ -25,26 +26,17 @@ from wikift.data.encode import Chunk, chunks, encode_all
 from wikift.data.store import Encoded
 from wikift.data.texts import Texts
 
+tokenizer_of = functools.cache(Tokenizer.from_file)
+encoder_of = functools.cache(encode.chunk_encoder)
+
 
 def whole(saved: tokenizer.SavedTokenizer, text: str) -> list[int]:
-    ids: list[int] = loaded(saved).encode(text, add_special_tokens=False).ids
+    ids: list[int] = tokenizer_of(str(saved.file)).encode(text, add_special_tokens=False).ids
     return ids
 
 
-_LOADED: dict[Path, Tokenizer] = {}
-_ENCODERS: dict[tuple[Path, int | None], encode.EncodeChunk] = {}
-
-
-def loaded(saved: tokenizer.SavedTokenizer) -> Tokenizer:
-    if saved.file not in _LOADED:
-        _LOADED[saved.file] = Tokenizer.from_file(str(saved.file))
-    return _LOADED[saved.file]
-
-
 def encoded(saved: tokenizer.SavedTokenizer, rows: Iterable[str], eos: int | None = None) -> list[Encoded]:
-    one = _ENCODERS.get((saved.file, eos)) or encode.chunk_encoder(saved.file, eos, "uint16")
-    _ENCODERS[saved.file, eos] = one
-    return [one(chunk) for chunk in chunks(batches(rows), cut=True)]
+    return [encoder_of(saved.file, eos, "uint16")(chunk) for chunk in chunks(batches(rows), cut=True)]
 
 
 def batches(rows: Iterable[str], size: int = 3) -> Iterator[Texts]:
@@ -58,8 +50,16 @@ def ids_of(parts: Iterable[Encoded]) -> list[int]:
     return [int(i) for part in parts for i in part.ids]
 
 
-def check_cuts(saved: tokenizer.SavedTokenizer, text: str, long: int, arrive: list[int]) -> None:
-    """`text` as one row in pieces, and as a unit in texts that end at `arrive`, has the ids and counts of the whole."""
+@pytest.mark.parametrize("kind", ["small", pytest.param("gpt2", marks=needs_data)])
+@settings(max_examples=400, deadline=None)
+@given(text=TEXTS, long=st.integers(1, 30), arrive=st.lists(st.integers(0, 200), max_size=3))
+@example(text="a<|endoftext|>b c<|endoftext|>" * 4, long=3, arrive=[])
+@example(text="I'll don't 'll x's " * 5, long=2, arrive=[4])
+def test_cut_rows_have_the_ids_and_counts_of_whole_rows(
+    request: pytest.FixtureRequest, kind: str, text: str, long: int, arrive: list[int]
+) -> None:
+    """As one row in pieces, and as a unit in texts that end at `arrive`."""
+    saved = request.getfixturevalue(kind)
     ends = [0, *sorted(end % (len(text) + 1) for end in arrive), len(text)]
     arriving = [text[a:b] for a, b in itertools.pairwise(ends)]
     with (
@@ -73,23 +73,6 @@ def check_cuts(saved: tokenizer.SavedTokenizer, text: str, long: int, arrive: li
     assert sum(part.rows for part in parts) == 1
     assert sum(part.words for part in parts) == len(text.split()) + 1
     assert sum(part.bytes for part in parts) == len(text.encode())
-
-
-@settings(max_examples=400, deadline=None)
-@given(text=TEXTS, long=st.integers(1, 30), arrive=st.lists(st.integers(0, 200), max_size=3))
-@example(text="a<|endoftext|>b c<|endoftext|>" * 4, long=3, arrive=[])
-@example(text="I'll don't 'll x's " * 5, long=2, arrive=[4])
-def test_cut_rows_have_the_ids_of_whole_rows(
-    small: tokenizer.SavedTokenizer, text: str, long: int, arrive: list[int]
-) -> None:
-    check_cuts(small, text, long, arrive)
-
-
-@needs_data
-@settings(max_examples=400, deadline=None)
-@given(text=TEXTS, long=st.integers(1, 30), arrive=st.lists(st.integers(0, 200), max_size=3))
-def test_cut_rows_have_gpt2s_ids(gpt2: tokenizer.SavedTokenizer, text: str, long: int, arrive: list[int]) -> None:
-    check_cuts(gpt2, text, long, arrive)
 
 
 def test_long_units_are_cut_where_words_end_and_nowhere_else() -> None:
@@ -151,13 +134,6 @@ def test_real_rows_and_hostile_ones_have_hugging_faces_ids(gpt2: tokenizer.Saved
     assert sum(part.rows for part in real) == 3_760
 
 
-@settings(max_examples=200, deadline=None)
-@given(text=st.text() | TEXTS)
-def test_any_text_survives_a_round_trip(small: tokenizer.SavedTokenizer, text: str) -> None:
-    ids = ids_of(encoded(small, [text]))
-    assert loaded(small).decode(ids, skip_special_tokens=False) == text
-
-
 def some_rows(count: int = 400) -> list[str]:
     return [f"row {i} " + HANDPICKED[i % len(HANDPICKED)] * (i % 5) + "\n" for i in range(count)]
 
@@ -189,8 +165,3 @@ def test_chunks_in_flight_are_bounded_and_an_error_ends_the_threads(small: token
     with pytest.raises(UserError, match="line 201"):
         list(found)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
-
-
-def test_ids_are_raw_little_endian(small: tokenizer.SavedTokenizer) -> None:
-    (part,) = encoded(small, ["the"])
-    assert part.ids.dtype == np.dtype("<u2")

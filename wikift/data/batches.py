@@ -8,10 +8,9 @@ permutation. A step that crosses an epoch's end continues in the next, so no blo
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
@@ -90,33 +89,19 @@ def ahead(stream: Iterator[list[Tensor]], device: torch.device, *, steps: int = 
     On CUDA they are in pinned memory and copied without waiting. What `stream` raises is raised here, in its turn.
     The thread ends when this iterator is closed or dropped.
     """
-    ready: queue.Queue[list[Tensor] | BaseException | None] = queue.Queue(steps)
-    stopped = threading.Event()
 
-    def prepare() -> None:
-        try:
-            for blocks in stream:
-                if device.type == "cuda":
-                    blocks = [block.pin_memory() for block in blocks]
-                ready.put(blocks)
-                if stopped.is_set():
-                    return
-            ready.put(None)
-        except BaseException as error:
-            ready.put(error)
+    def prepare() -> list[Tensor] | None:
+        blocks = next(stream, None)
+        return [block.pin_memory() for block in blocks] if blocks and device.type == "cuda" else blocks
 
-    thread = threading.Thread(target=prepare, name="batches", daemon=True)
-    thread.start()
+    pool = ThreadPoolExecutor(1, "batches")
     try:
-        while (batch := ready.get()) is not None:
-            if isinstance(batch, BaseException):
-                raise batch
-            yield [block.to(device, non_blocking=True) for block in batch]
+        ready = deque(pool.submit(prepare) for _ in range(steps))
+        while (blocks := ready.popleft().result()) is not None:
+            ready.append(pool.submit(prepare))
+            yield [block.to(device, non_blocking=True) for block in blocks]
     finally:
-        stopped.set()
-        while thread.is_alive():
-            with contextlib.suppress(queue.Empty):  # it may wait for a free slot
-                ready.get(timeout=0.01)
+        pool.shutdown(cancel_futures=True)
 
 
 def block_windows(tokens: np.ndarray, block_size: int) -> np.ndarray:

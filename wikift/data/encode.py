@@ -94,13 +94,11 @@ def chunk_encoder(tokenizer_file: Path, eos_token_id: int | None, dtype: str) ->
     tokenizer = plain_tokenizer(tokenizer_file)
 
     def encode(chunk: Chunk) -> Encoded:
-        texts, lists = iter(chunk.texts), []
+        texts, ids = iter(chunk.texts), []
         for count in np.bincount(chunk.texts.offsets[:-1] // _CALL_BYTES):
             encodings = tokenizer.encode_batch_fast(list(itertools.islice(texts, count)), add_special_tokens=False)
-            lists += [encoding.ids for encoding in encodings]
-        ends = np.cumsum([len(ids) for ids in lists], dtype=np.int64)
-        ids = np.fromiter(itertools.chain.from_iterable(lists), np.uint32, ends[-1])
-        return chunk.encoded(ids, ends, eos_token_id, dtype)
+            ids += [np.array(encoding.ids, np.uint32) for encoding in encodings]
+        return chunk.encoded(np.concatenate(ids), np.cumsum([len(i) for i in ids]), eos_token_id, dtype)
 
     return encode
 

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from wikift import __version__
 from wikift.base.command import command_line
 from wikift.base.errors import UserError
-from wikift.base.files import sha256_of, sync_folder
+from wikift.base.files import replace_json, sha256_of, sync_folder
 
 FORMAT = "wikift-store-1"
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -115,8 +115,8 @@ def write_store(
     written = {name: _write_split(path / f"{name}.bin", parts, dtype) for name, parts in splits.items()}
     for name, split in written.items():
         assert split.largest_id < vocab_size, f"{name}: id {split.largest_id} in a vocabulary of {vocab_size}"
-    extra = dict(record or {})
     tokenizer = {"fingerprint": tokenizer_fingerprint, "vocab_size": vocab_size, "eos_token_id": eos_token_id}
+    extra = record or {}  # complete only now
     content = {
         "format": FORMAT,
         "wikift": __version__,
@@ -126,11 +126,7 @@ def write_store(
         "byte_order": "little",
         "splits": {name: asdict(split) for name, split in written.items()},
     }
-    with open(path / "store.json", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    replace_json(path / "store.json", content)
     sync_folder(path)
     return open_store(path)
 
@@ -159,106 +155,62 @@ def open_store(path: str | Path, *, verify: bool = False, setting: str = "--data
     Ids are checked against the vocabulary by the largest id recorded and at sampled positions (both ends and
     256 positions between); `verify=True` reads every byte and compares its SHA-256.
     """
-    path = Path(path)
-    where = f"{setting} {path}"
-    record = _read_record(path, where)
+    path, where = Path(path), f"{setting} {path}"
+    again = "remove the folder and prepare it again"
     try:
+        record = json.loads((path / "store.json").read_text(encoding="utf-8"))
+        if record.get("format") != FORMAT:
+            raise UserError(
+                f"{where}: store.json has format {record.get('format')}, this version ({__version__}) reads {FORMAT}; "
+                f"prepare it again, or use the version that made it ({record.get('wikift', 'unknown')})"
+            )
         store = _from_record(path, record)
+        damages = {split.file: _damage(store, name, verify) for name, split in store.splits.items()}
+    except (FileNotFoundError, NotADirectoryError):
+        what = "is no token store, it has no store.json" if path.exists() else "no such folder"
+        made = f"name one that {command_line('prepare')} made, or make it with --out {path} --dataset ..."
+        raise UserError(f"{where}: {what}; {made}") from None
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.filename}: {error.strerror}); fix its permissions") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{where}: store.json has no valid {_name(error)}; remove the folder and prepare it again"
-        ) from None
-    if store.dtype not in DTYPES or record.get("byte_order") != "little":
-        raise UserError(
-            f"{where}: store.json says dtype {store.dtype!r}, byte order {record.get('byte_order')!r}; "
-            f"wikift reads little-endian {' or '.join(DTYPES)}; prepare it again"
-        )
-    problems = [p for name in store.splits for p in _split_problems(store, name, where, verify)]
-    if problems:
+        raise UserError(f"{where}: store.json is damaged ({type(error).__name__}: {error}); {again}") from None
+    if problems := [f"{where}: {file} is damaged: {damage}; {again}" for file, damage in damages.items() if damage]:
         raise UserError(*problems)
     return store
 
 
-def _read_record(path: Path, where: str) -> dict[str, Any]:
-    if not path.exists():
-        raise UserError(f"{where}: no such folder; make it with {command_line('prepare')} --out {path} --dataset ...")
-    if not path.is_dir():
-        raise UserError(f"{where}: is a file, not a token store; name the folder that {command_line('prepare')} made")
-    try:
-        content = json.loads((path / "store.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{where}: has no store.json, so it is not a token store; name a folder that {command_line('prepare')} made"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{where}: store.json cannot be read ({error.strerror}); fix its permissions") from None
-    except ValueError:
-        raise UserError(f"{where}: store.json is not JSON (damaged); remove the folder and prepare it again") from None
-    kind = content.get("format") if isinstance(content, dict) else None
-    if kind == FORMAT:
-        return dict(content)
-    if isinstance(kind, str) and kind.startswith("wikift-store-"):
-        raise UserError(
-            f"{where}: has format {kind}, this version ({__version__}) reads {FORMAT}; prepare it again, or use the "
-            f"version that made it ({content.get('wikift', 'unknown')})"
-        )
-    raise UserError(
-        f"{where}: store.json is not wikift's (format {kind!r}); name a folder that {command_line('prepare')} made"
-    )
-
-
 def _from_record(path: Path, record: dict[str, Any]) -> TokenStore:
-    tokenizer = record["tokenizer"]
-    splits = {str(name): Split(**entry) for name, entry in record["splits"].items()}
-    for split in splits.values():
-        for count in (split.rows, split.tokens, split.words, split.bytes, split.largest_id):
-            if not isinstance(count, int):
-                raise TypeError("splits")
-        if Path(split.file).name != split.file:  # a store never points outside of its folder
-            raise ValueError("file")
-    return TokenStore(
-        path=path,
-        dtype=str(record["dtype"]),
-        vocab_size=int(tokenizer["vocab_size"]),
-        eos_token_id=int(tokenizer["eos_token_id"]),
-        tokenizer_fingerprint=str(tokenizer["fingerprint"]),
-        splits=splits,
-        record=record,
-    )
+    """Raises KeyError, TypeError, ValueError or AttributeError for what no `write_store` wrote."""
+    tokenizer, dtype = record["tokenizer"], record["dtype"]
+    if dtype not in DTYPES or record["byte_order"] != "little":
+        raise ValueError(f"dtype {dtype}, byte order {record['byte_order']}")
+    splits = {name: Split(**entry) for name, entry in record["splits"].items()}
+    for name, split in splits.items():
+        counts = (split.rows, split.tokens, split.words, split.bytes, split.largest_id)
+        if not all(isinstance(count, int) for count in counts):
+            raise ValueError(f"counts of {name}")
+        if Path(split.file).name != split.file:
+            raise ValueError(f"file of {name} outside of the folder")
+    vocab_size, eos = int(tokenizer["vocab_size"]), int(tokenizer["eos_token_id"])
+    return TokenStore(path, dtype, vocab_size, eos, str(tokenizer["fingerprint"]), splits, record)
 
 
-def _name(error: Exception) -> str:
-    return str(error.args[0]) if isinstance(error, KeyError) else "a value of tokenizer or splits"
-
-
-def _split_problems(store: TokenStore, name: str, where: str, verify: bool) -> list[str]:
+def _damage(store: TokenStore, name: str, verify: bool) -> str | None:
+    """What is wrong with the file of a split."""
     split = store.splits[name]
-    again = "remove the folder and prepare it again"
-    path = store.path / split.file
-    try:
-        size = path.stat().st_size
-        wanted = split.tokens * DTYPES[store.dtype].itemsize
-        if size != wanted:
-            kind = "truncated" if size < wanted else "too long"
-            return [f"{where}: {split.file} is {kind}: {size:,} bytes, store.json says {wanted:,}; {again}"]
-        if split.largest_id >= store.vocab_size:
-            beyond = f"outside the vocabulary of {store.vocab_size}"
-            return [f"{where}: id {split.largest_id} in {split.file} is {beyond}; {again}"]
-        if verify and sha256_of(path) != split.sha256:
-            return [f"{where}: {split.file} is damaged: its SHA-256 is not the one in store.json; {again}"]
-        ids = store.tokens(name)
-        positions = np.linspace(0, max(0, len(ids) - 1), _SAMPLED_POSITIONS, dtype=np.int64)
-        sampled = np.concatenate((ids[:_EDGE_TOKENS], ids[-_EDGE_TOKENS:], ids[positions] if len(ids) else ids))
-        if len(sampled) and int(sampled.max()) > split.largest_id:
-            return [
-                f"{where}: {split.file} is damaged: id {sampled.max()} is larger than any that was written "
-                f"({split.largest_id}; the vocabulary has {store.vocab_size}); {again}"
-            ]
-    except FileNotFoundError:
-        return [f"{where}: {split.file} is missing; {again}"]
-    except OSError as error:
-        return [f"{where}: {split.file} cannot be read ({error.strerror}); fix its permissions or the disk"]
-    return []
+    path, wanted = store.path / split.file, split.tokens * DTYPES[store.dtype].itemsize
+    if not path.is_file():
+        return "it is missing"
+    if (size := path.stat().st_size) != wanted:
+        return f"{size:,} bytes, store.json says {wanted:,}"
+    if verify and sha256_of(path) != split.sha256:
+        return "its SHA-256 is not the one in store.json"
+    ids = store.tokens(name)
+    sampled = np.concatenate((ids[:_EDGE_TOKENS], ids[-_EDGE_TOKENS:], ids[:: 1 + len(ids) // _SAMPLED_POSITIONS]))
+    largest = max(split.largest_id, int(sampled.max(initial=0)))
+    if largest >= store.vocab_size or largest > max(0, split.largest_id):
+        return f"id {largest}; the largest written was {split.largest_id}, the vocabulary has {store.vocab_size}"
+    return None
 
 
 def check_tokenizer(store: TokenStore, model: str | Path, *, setting: str = "--model") -> None:
