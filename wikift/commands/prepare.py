@@ -50,13 +50,12 @@ def make(parsed: Parsed[PrepareSettings]) -> Path:
     if settings.verify and settings.dataset is None and settings.out is not None:
         parsed.refuse(())
         return Path(settings.out)
-    if settings.dataset is None:
-        (name,) = dataset = (fallback_dataset(launch().size),)
-        settings = dataclasses.replace(settings, dataset=dataset)
-        say(f"--dataset is not set: using {name}")
-    settings = dataclasses.replace(settings, tokenizer=settings.tokenizer or DEFAULT_TOKENIZER)
+    dataset = settings.dataset or (fallback_dataset(launch().size),)
+    settings = dataclasses.replace(settings, dataset=dataset, tokenizer=settings.tokenizer or DEFAULT_TOKENIZER)
     out = Path(settings.out) if settings.out is not None else store_path(settings)
     parsed.refuse(range_problems(settings) + data_problems(settings, out))
+    if parsed.settings.dataset is None:
+        say(f"--dataset is not set: using {dataset[0]}")
     exists = (out / "store.json").exists()
     make_store(settings, settings.seed, out, quiet=settings.quiet, say=say, setting="--out")
     if exists:

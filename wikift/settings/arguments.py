@@ -50,7 +50,7 @@ def read_arguments(
             if equals or (has_value and rest[-1].lower() in ("true", "false")):
                 value = value or rest.pop()
                 problems.append(
-                    Wrong(f"{name} {value}: takes no value; {flag(setting)} or {flag('no_' + setting)}", setting)
+                    Wrong(f"{name} {value}: takes no value; write {flag(setting)} or {flag('no_' + setting)}", setting)
                 )
             typed.setdefault(setting, []).append(name == flag(setting))
             continue

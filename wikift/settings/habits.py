@@ -40,10 +40,11 @@ def unknown(typed: str, value: str, flags: Sequence[str], where: str = "") -> Wr
     if meant.startswith("--"):
         setting = options_in(meant)[0]
         option, _, note = meant.partition("; ")
-        option = option.replace("VALUE", shlex.quote(value)) if value else option.removesuffix(" VALUE")
+        with_value = value and value.lower() not in ("true", "false")
+        option = option.replace("VALUE", shlex.quote(value)) if with_value else option.removesuffix(" VALUE")
         text = f"is {option} here" + (f"; {note}" if note else "")
     elif meant:
-        text = f"unknown option; {meant}"
+        text = meant
     elif near := difflib.get_close_matches(flag(name), flags, n=1, cutoff=0.8):
         setting, text = near[0], f"unknown option (did you mean {near[0]}?)"
     else:
