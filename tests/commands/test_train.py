@@ -22,6 +22,7 @@ from tests.tiny import arguments, curve, metrics, tiny_store
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.folders import list_checkpoints
 from wikift.checkpoint.reader import open_checkpoint
+from wikift.commands.consolidate import main as consolidate
 from wikift.commands.train import main
 from wikift.training import run
 
@@ -247,6 +248,23 @@ def test_max_eval_samples_is_the_beginning_of_the_validation_text(tmp_path: Path
     assert problems == ("--max-eval-samples 8: has no effect, validation has 8 blocks; remove it",)
     (problems,) = run_ranks(problems_of_training, 1, arguments(store, tmp_path / "all", max_steps=16))
     assert problems[0].startswith("--max-eval-samples None: this run was started with 3")
+
+
+def test_save_only_model_is_a_third_as_large_and_is_not_resumed(tmp_path: Path) -> None:
+    store = tiny_store(tmp_path / "store")
+    sizes = []
+    for name, alone in (("full", False), ("alone", True)):
+        line = arguments(store, tmp_path / name, max_steps=8, save_only_model=alone)
+        assert run_ranks(train, 2, line) == [0, 0]
+        (file, _) = sorted((list_checkpoints(tmp_path / name)[-1]).glob("*.safetensors"))
+        sizes.append(file.stat().st_size)
+        if alone:
+            assert consolidate([str(tmp_path / name)]) == 0
+            assert run_ranks(train, 2, line) == [0, 0], "finished all the same"
+    assert sizes[1] < 0.4 * sizes[0]
+    assert curve(tmp_path / "alone") == curve(tmp_path / "full")
+    ((problem,),) = run_ranks(problems_of_training, 1, arguments(store, tmp_path / "alone", max_steps=12))
+    assert "has weights alone (--save-only-model), so no run resumes from it; --resume never" in problem
 
 
 def test_a_global_batch_larger_than_the_data_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

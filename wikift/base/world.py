@@ -141,6 +141,9 @@ def first_on_each_host(work: Callable[[], None]) -> None:
 
 @functools.cache  # the first rank's has the server in it, which ends with it
 def _hosts() -> Any:
+    if dist.is_initialized():  # the caller's group
+        own = torch.distributed.distributed_c10d
+        return own.PrefixStore("wikift/hosts", own._get_default_store())
     return shared_store("wikift/hosts", COLLECTIVE_TIMEOUT)
 
 

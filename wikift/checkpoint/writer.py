@@ -185,7 +185,9 @@ def _publish(partial: Path, final: Path, manifest: dict[str, Any], ranks: int) -
         facts = partial / f"rank-{rank:05d}.json"
         files |= json.loads(facts.read_text())
         facts.unlink()
-    _assert_complete([stored for name in files for stored in stored_ranges(partial / name)], manifest["parameters"])
+    states = STATES[:1] if manifest.get("weights_alone") else STATES
+    stored = [part for name in files for part in stored_ranges(partial / name)]
+    _assert_complete(stored, manifest["parameters"], states)
     replace_json(partial / "manifest.json", {**manifest, "files": files})
     if final.exists():
         shutil.rmtree(final)
@@ -193,7 +195,7 @@ def _publish(partial: Path, final: Path, manifest: dict[str, Any], ranks: int) -
     sync_folder(final.parent)
 
 
-def _assert_complete(ranges: list[StoredRange], parameters: dict[str, list[int]]) -> None:
+def _assert_complete(ranges: list[StoredRange], parameters: dict[str, list[int]], states: tuple[str, ...]) -> None:
     covered: dict[tuple[str, str], int] = {}
     for name, state, start, stop, *_ in sorted(ranges):
         if name != OPTIMIZER:
@@ -201,4 +203,4 @@ def _assert_complete(ranges: list[StoredRange], parameters: dict[str, list[int]]
             covered[name, state] = stop
     for name, shape in parameters.items():
         count = math.prod(shape)
-        assert all(covered.get((name, state)) == count for state in STATES), f"{name} is incomplete"
+        assert all(covered.get((name, state)) == count for state in states), f"{name} is incomplete"

@@ -167,6 +167,9 @@ class TrainSettings(DataSettings):
     logging_steps: int = _run(10, "steps between lines of metrics.jsonl", "STEPS")
     async_save: bool = _run(True, "write checkpoints while training continues")
     save_total_limit: int = _run(2, "newest checkpoints kept, beside the best")
+    save_only_model: bool = _run(
+        False, "checkpoints of the weights alone: a third as large, and no run resumes from them"
+    )
     per_device_eval_batch_size: int = _run(8, "blocks per forward pass in validation", "BLOCKS")
     max_eval_samples: int | None = _run(
         None, "validate on the first blocks of the validation split only", "BLOCKS", shown="all", role="experiment"

@@ -75,6 +75,7 @@ class RunPlan:
     patience: int
     save_total_limit: int
     async_save: bool
+    save_only_model: bool
     eval_batch: int  # blocks of one forward, per process
     eval_blocks: int  # of a validation; 0: all
     prompts: tuple[str, ...]  # of samples
@@ -213,6 +214,7 @@ def plan_run(settings: TrainSettings, layout: BatchLayout, shape: Shape, tokens:
         patience=settings.early_stopping_patience or 0,
         save_total_limit=settings.save_total_limit,
         async_save=settings.async_save,
+        save_only_model=settings.save_only_model,
         eval_batch=settings.per_device_eval_batch_size,
         eval_blocks=settings.max_eval_samples or 0,
         prompts=tuple(read_lines(Path(settings.sample_prompts), "--sample-prompts") if settings.sample_prompts else ()),

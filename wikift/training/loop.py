@@ -41,8 +41,8 @@ def run_steps(training: Training, owed: dict[str, Any] | None) -> int:
         if stop:
             if skipped.item() > may_skip:
                 raise EnvironmentFault(diverged(training, step - 1, float(mean), float(norm)))
-            if saved < step - 1:
-                training.save(step - 1, score.loss if score is not None else None, patience)
+            if saved < step - 1 or (plan.save_only_model and step > training.done + 1):
+                training.save(step - 1, score.loss if score is not None else None, patience, stop=True)
             log.say(f"step {step:,} is discarded: {len(losses)} of its {len(blocks)} micro-batches were computed")
             return stop
         norm = engine.step(plan.schedule.lr_at(step))
@@ -70,7 +70,7 @@ def run_steps(training: Training, owed: dict[str, Any] | None) -> int:
             if due.log(step):
                 log.record(record)
             if due.save(step) or stop or patience.spent or (score is not None and patience.is_best):
-                training.save(step, score.loss if score is not None else None, patience)
+                training.save(step, score.loss if score is not None else None, patience, stop=bool(stop))
                 saved = step
         if stop or patience.spent:
             return stop

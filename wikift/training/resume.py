@@ -90,6 +90,11 @@ def check_resumable(plan: RunPlan, store: TokenStore, start: Checkpoint, say: Sa
             f"{name}{f' {new}' if new is not None else ''}: trains nothing, {plan.output_dir} is finished with {before}"
             for name, (before, new) in schedule.items()
         ]
+    if start.manifest.get("weights_alone") and not finished:
+        raise UserError(
+            f"--resume {plan.resume}: {start.path} has weights alone (--save-only-model), so no run resumes from it; "
+            "--resume never trains from the start, and --model with the consolidated run continues from its weights"
+        )
     if problems:
         way_out = "; use the old value, another --output-dir, or --resume never (the old run is moved aside)"
         raise UserError(*(problem + way_out for problem in problems))

@@ -110,8 +110,12 @@ class Training:
         self.log.samples(step, self.plan.prompts, texts)
         self.log.tick(now=None)
 
-    def save(self, step: int, eval_loss: float | None, patience: Patience) -> None:
-        """Begin to write the checkpoint of `step`; `eval_loss` is None where it was not validated."""
+    def save(self, step: int, eval_loss: float | None, patience: Patience, *, stop: bool = False) -> None:
+        """Begin to write the checkpoint of `step`; `eval_loss` is None where it was not validated.
+
+        `stop`: the run ends here and the same command resumes it, so the optimizer's state is saved in any case.
+        """
+        weights_alone = self.plan.save_only_model and not stop
         self.log.tick(now="saving")
         about = {
             "tokens": step * self.plan.tokens_per_step,
@@ -120,10 +124,12 @@ class Training:
             "settings": self.plan.settings,
             "layout": [self.world.size, self.plan.engine.engine, self.plan.layout.micro_batch],
             "experiment": resume.experiment(self.plan, self.store),
+            "weights_alone": weights_alone,
             "model_config": json.loads(self.config.to_json_string(use_diff=False)),
         }
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
-        self.saver.save(self.engine.fragments(), step, about, shapes)
+        fragments = (f for f in self.engine.fragments() if f.state == "weight" or not weights_alone)
+        self.saver.save(fragments, step, about, shapes)
         self.log.tick(now=None)
         if patience.spent:
             self.log.say(
