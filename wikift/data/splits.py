@@ -14,8 +14,8 @@ SPLITS = ("train", "validation", "test")
 
 KINDS = {
     **dict.fromkeys((".txt", ".text", ".md", ".markdown", ".tokens", ".raw"), "lines"),
-    **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"), ".csv": "csv", ".tsv": "csv",
-    ".parquet": "parquet", ".arrow": "arrow",
+    **dict.fromkeys((".json", ".jsonl", ".jsonlines", ".ndjson"), "json"), ".csv": "csv", ".tsv": "csv",
+    ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
 }  # fmt: skip
 _PACKED = re.compile(r"\.(gz|bz2|xz|lzma|zst|zstd|lz4|zip|tar|tgz|tbz2|txz)$", re.IGNORECASE)
 _ENDING = re.compile(r"\.(?=[0-9]*[a-z])[a-z0-9]{1,8}$", re.IGNORECASE)
@@ -125,6 +125,7 @@ def gaps(files: Iterable[Candidate]) -> list[str]:
     for file in files:
         if match := _SHARD.fullmatch(file.shown):
             before, number, count, after = match.groups()
+            after = re.sub("-[0-9a-f]{8,}", "", after)  # of `push_to_hub`: a hash of the content
             numbers.setdefault((before, count, after), set()).add(int(number))
     problems = []
     for (before, count, after), present in numbers.items():

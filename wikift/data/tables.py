@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -36,7 +37,8 @@ def text_of(row: Any, column: str, where: str) -> str:
         fields = {name: kind for name, kind in fields.items() if name.startswith(f"{column}.")} or fields
     texts = [name for name, kind in fields.items() if kind == "a text"]
     if texts and column not in fields:
-        raise UserError(f"{problem}; name the column with --text-column {texts[0] if len(texts) == 1 else 'NAME'}")
+        name = texts[0] if len(texts) == 1 and re.fullmatch(r"[\w.-]{1,40}", texts[0]) else "NAME"
+        raise UserError(f"{problem}; name the column with --text-column {name}")
     if any("{" in kind for kind in fields.values()):
         way = "write the turns of each chat as one text, for example by a chat template, into a field of its own"
         raise UserError(f"{problem}; {way}, and name that with --text-column")
@@ -68,7 +70,7 @@ def _kind(value: Any) -> str:
 
 
 def _listed(fields: dict[str, str]) -> str:
-    shown = [f"{name} ({kind})" for name, kind in list(fields.items())[:_LISTED]]
+    shown = [f"{name[:40]} ({kind})" for name, kind in list(fields.items())[:_LISTED]]
     return ", ".join(shown) + (", ..." if len(fields) > _LISTED else "") or "nothing"
 
 
@@ -111,7 +113,7 @@ def _opened(file: TextFile, source: Any) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet
 
-    if file.head.startswith(b"PAR1") or ".arrow" not in file.parts[-1]:
+    if file.head.startswith(b"PAR1") or ".parquet" in file.parts[-1]:
         with pa.parquet.ParquetFile(source, pre_buffer=False, buffer_size=BLOCK_BYTES) as table:
             yield table
         return

@@ -245,13 +245,14 @@ def _checked(splits: Splits, config: str | None, where: str, unused: Sequence[Ca
         problems.append(
             f"{where}: mixes kinds of files ({mixed}); name those of one kind, for example --dataset {some}"
         )
-    twice: dict[str, Candidate] = {}
-    for each in files:
-        other = twice.setdefault(plain(str(each.file)), each)
-        if other is not each:
+    first: dict[tuple[str, str, bytes], Candidate] = {}
+    for split, each in ((split, each) for split, of_split in splits.items() for each in of_split if each.file.head):
+        other = first.setdefault((split, plain(each.parts[-1]), each.file.head), each)
+        sizes = {other.file.size, each.file.size}
+        if other is not each and (len(sizes) == 1 or None in sizes):
             problems.append(f"{where}: has the same text twice, {other.shown} and {each.shown}; remove or name one")
     if problems:
         raise UserError(*problems)
-    known = [name for name in WIKITEXT if name in files[0].file.path.resolve().parts[-5:]]
+    known = [name for name in WIKITEXT if name in files[0].file.path.absolute().parts[-5:]]
     (kind,) = kinds
     return UserFiles(kind, config or next(iter(known), None), splits, kind != "lines" and not known, unused)

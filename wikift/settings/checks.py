@@ -5,7 +5,6 @@ Every check reports all the problems that it can find at once.
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 import importlib.util
 import math
@@ -112,8 +111,8 @@ def check_data(settings: DataSettings) -> list[str]:
             f"--dataset-config {settings.dataset_config}: --dataset {settings.dataset[0]} has none; remove it"
         )
     try:
-        codecs.lookup(settings.encoding or "utf-8")
-    except LookupError:
+        b"".decode(settings.encoding or "utf-8")
+    except (LookupError, UnicodeError):
         problems.append(f"--encoding {settings.encoding}: is none that Python knows; try cp1252, gb18030 or utf-16")
     tokenizer = settings.tokenizer or ""
     size = tokenizer.removeprefix("train:")
