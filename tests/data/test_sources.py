@@ -245,7 +245,9 @@ def test_a_folder_in_the_hubs_layout() -> None:
 
 def test_configurations_of_readme_and_subfolders(tmp_path: Path) -> None:
     for config in ("en", "de"):
-        written(tmp_path / config, train__jsonl=f'{{"text": "{config}"}}\n', validation__jsonl='{"text": "v"}\n')
+        written(
+            tmp_path / config, train__jsonl=f'{{"text": "{config}"}}\n', validation__jsonl=f'{{"text": "v{config}"}}\n'
+        )
     assert rows_of(opened(tmp_path, config="de"), "train") == ["de"]
     assert opened(tmp_path, config="de").rows_are_documents
     written(tmp_path / "one" / "fr", train__jsonl='{"text": "fr"}\n')
@@ -256,7 +258,7 @@ def test_configurations_of_readme_and_subfolders(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(readme + "  - split: validation\n    path: [en/val*, de/val*]\n---\nwords")
     corpus = opened(tmp_path)
     assert corpus.config == "only"
-    assert [rows_of(corpus, split) for split in corpus.splits] == [["en"], ["v", "v"]]
+    assert [rows_of(corpus, split) for split in corpus.splits] == [["en"], ["ven", "vde"]]
 
 
 # --- the demo ----------------------------------------------------------------------------------------------------
