@@ -258,7 +258,7 @@ def test_configurations_of_readme_and_subfolders(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(readme + "  - split: validation\n    path: [en/val*, de/val*]\n---\nwords")
     corpus = opened(tmp_path)
     assert corpus.config == "only"
-    assert [rows_of(corpus, split) for split in corpus.splits] == [["en"], ["ven", "vde"]]
+    assert [rows_of(corpus, split) for split in corpus.splits] == [["en"], ["vde", "ven"]]
 
 
 # --- the demo ----------------------------------------------------------------------------------------------------
