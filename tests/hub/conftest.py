@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +14,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from tests.hub_server import Files, HubServer
 from tests.trained import SENTENCES
+from wikift.base import hub
 from wikift.base.names import WIKITEXT
 from wikift.data.tokenizer import train
 
@@ -59,3 +61,18 @@ def server(gpt2_files: Files, wikitext_files: Files) -> Iterator[HubServer]:
 def home(tmp_path: Path) -> Path:
     """HF_HOME."""
     return tmp_path / "home"
+
+
+def ask(url: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process take `url` for the Hub, with a cache in `home`, no token and nothing remembered."""
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    hub.commits.clear()
+    hub._silent.clear()

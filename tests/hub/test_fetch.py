@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from tests.hub.conftest import GPT2, WIKI
+from tests.hub.conftest import GPT2, WIKI, ask
 from tests.hub_server import STRANGER, TOKEN, Fault, Files, HubServer
 from wikift.base import hub
 from wikift.base.errors import EnvironmentFault, UserError
@@ -19,26 +19,10 @@ from wikift.data.tokenizer import load_tokenizer
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "hub-errors.md"
 
 
-def ask(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let huggingface_hub in this process take `url` for the Hub."""
-    for name, value in vars(huggingface_hub.constants).items():
-        if isinstance(value, str) and name in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"):
-            monkeypatch.setattr(huggingface_hub.constants, name, re.sub(r"^http[s]?://[^/]*", url, value))
-    monkeypatch.setenv("HF_ENDPOINT", url)
-
-
 @pytest.fixture(autouse=True)
 def this_process(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process asks the server, with an empty cache, no token and nothing remembered."""
-    ask(server.url, monkeypatch)
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
+    ask(server.url, home, monkeypatch)
     monkeypatch.setattr(hub, "_ANSWER_SECONDS", (0.5, 0.5))
-    hub.commits.clear()
-    hub._silent.clear()
 
 
 def model(name: str = "gpt2") -> Path:
@@ -111,6 +95,7 @@ def test_a_member_reads_what_is_private_and_gated(
 @pytest.mark.parametrize("fault", [Fault("/api/", status=500), Fault("/api/", delay=1.5), None])
 def test_where_the_hub_is_gone_the_cache_is_used(
     server: HubServer,
+    home: Path,
     tmp_path: Path,
     fault: Fault | None,
     capsys: pytest.CaptureFixture[str],
@@ -122,14 +107,14 @@ def test_where_the_hub_is_gone_the_cache_is_used(
     hub.commits.clear()
     capsys.readouterr()
     if fault is None:  # nobody listens
-        ask(unused_address, monkeypatch)
+        ask(unused_address, home, monkeypatch)
     else:
         server.faults.append(fault)
     asked = len(server.requests)
     model(), dataset(), tokenizer("gpt2", tmp_path / "2")
     printed = capsys.readouterr().err.splitlines()
     assert len(printed) == 1, "once"
-    assert re.match(r"wikift: gpt2: the Hub .*; using the copy in the cache, commit [0-9a-f]{8}$", printed[0])
+    assert re.match(r"wikift: --model gpt2: the Hub .*; using the copy in the cache, commit [0-9a-f]{8}$", printed[0])
     assert len(server.requests) - asked <= 1, "not asked again"
     message = problem_of("model", "distilgpt2", tmp_path)
     assert "the Hugging Face cache has no copy" in message

@@ -6,19 +6,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fnmatch
-import functools
 import importlib
 import os
 import re
 import sys
-import warnings
-from collections.abc import Iterator
+import time
 from pathlib import Path
-from typing import Any
 
-from wikift.base import console
+from wikift.base import hub_client as client
 from wikift.base.errors import EnvironmentFault, UserError, one_line
 from wikift.base.launcher import launch
 
@@ -32,7 +30,6 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w.][\w./-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ANSWER_SECONDS = (3.0, 10.0)  # for the Hub's first answer; the second where the cache has no copy
 _SHOWN_BYTES = 10_000_000  # of a file whose download is shown
-_CHUNK_BYTES = 1 << 16
 
 commits: dict[str, str] = {}  # by NAME[@REVISION], a dataset's as datasets/NAME: what this process reads
 _silent: list[Exception] = []  # why the Hub is not asked again
@@ -52,34 +49,45 @@ def fetch(name: str, setting: str, files: tuple[str, ...], kind: str = "model") 
         return Path(name)
     repository, _, revision = name.partition("@")
     key = name if kind == "model" else f"{kind}s/{name}"
-    revision = commits.get(key) or revision or "main"
-    cached_first = _COMMIT.fullmatch(revision) or _silent or launch().local_rank
-    folder = _cached(repository, kind, revision, files) if cached_first else None
-    for attempt, seconds in enumerate(_ANSWER_SECONDS):
-        if folder is not None:
-            break
-        try:
-            folder = _downloaded(repository, kind, revision, files, seconds)
-        except Exception as error:  # of huggingface_hub, its HTTP client and the file system
-            folder = _cached(repository, kind, revision, files)
-            if folder is None and (attempt + 1 == len(_ANSWER_SECONDS) or _silent or not _may_pass(error)):
-                raise failure(error, f"{setting} {name}", "a folder") from None
-            if folder is not None and not _silent and "OfflineModeIsEnabled" not in _kinds(error):
-                _silent.append(error)
-                _tell(f"{name}: {reason_of(error)}; using the copy in the cache, commit {folder.name[:8]}")
-    assert folder is not None
+    wanted = (repository, kind, commits.get(key) or revision or "main", files)
+    cached_first = _COMMIT.fullmatch(wanted[2]) or _silent or launch().local_rank
+    folder = (cached_first and _cached(*wanted)) or _asked(wanted, f"{setting} {name}")
     commits[key] = folder.name
     return folder
+
+
+def offline() -> bool:
+    """Whether the Hub is not asked: by the user's wish, or as it did not answer."""
+    return bool(_silent) or bool(client.library().constants.HF_HUB_OFFLINE)
+
+
+def _asked(wanted: tuple[str, str, str, tuple[str, ...]], where: str) -> Path:
+    for last, seconds in enumerate(_ANSWER_SECONDS):
+        try:
+            return _downloaded(*wanted, seconds)
+        except Exception as error:  # of huggingface_hub, its HTTP client and the file system
+            kinds = _kinds(error)
+            lost = (status_of(error) or 0) >= 500 or "TransportError" in kinds
+            if (folder := _cached(*wanted)) is not None:
+                if not _silent and "OfflineModeIsEnabled" not in kinds:
+                    client.tell(f"{where}: {reason_of(error)}; using the copy in the cache, commit {folder.name[:8]}")
+                if lost:
+                    _silent[:] = [error]
+                return folder
+            if last or _silent or not lost or "ConnectError" in kinds:
+                raise failure(error, where, "a folder") from None
+            time.sleep(1)
+    raise AssertionError
 
 
 def _downloaded(repository: str, kind: str, revision: str, files: tuple[str, ...], seconds: float) -> Path:
     if _silent:
         raise _silent[0]
-    hub = _library()
+    hub = client.library()
     about = hub.HfApi().repo_info(repository, repo_type=kind, revision=revision, timeout=seconds, files_metadata=True)
     for file in about.siblings:
         if (file.size or 0) >= _SHOWN_BYTES and any(fnmatch.fnmatchcase(file.rfilename, each) for each in files):
-            shown = type("Shown", (_Download,), {"name": f"{repository}/{file.rfilename}"})
+            shown = type("Shown", (client.Shown,), {"name": f"{repository}/{file.rfilename}"})
             hub.hf_hub_download(
                 repository, file.rfilename, repo_type=kind, revision=about.sha, tqdm_class=shown, etag_timeout=seconds
             )
@@ -90,8 +98,9 @@ def _downloaded(repository: str, kind: str, revision: str, files: tuple[str, ...
     )
     if revision != about.sha:  # where the cache is asked for this branch or tag, later or by another process
         reference = folder.parents[1] / "refs" / revision
-        reference.parent.mkdir(parents=True, exist_ok=True)
-        reference.write_text(about.sha)
+        with contextlib.suppress(OSError):  # a cache that cannot be written
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            reference.write_text(about.sha)
     return folder
 
 
@@ -99,75 +108,13 @@ def _cached(repository: str, kind: str, revision: str, files: tuple[str, ...]) -
     """The cache's folder, None where it lacks one of `files` (or, as older libraries filled it, all of them)."""
     try:
         folder = Path(
-            _library().snapshot_download(
+            client.library().snapshot_download(
                 repository, repo_type=kind, revision=revision, allow_patterns=list(files), local_files_only=True
             )
         )
     except Exception:  # of its own, and for names that are none
         return None
     return folder if any(any(folder.glob(pattern)) for pattern in files) else None
-
-
-@functools.cache
-def _library() -> Any:
-    """huggingface_hub: without words of its own, and resuming a file where the connection broke."""
-    import huggingface_hub
-    from huggingface_hub.utils import _http
-
-    def client() -> Any:
-        made = _http.default_client_factory()
-        made.timeout = 60.0  # for requests that state none; the default is to wait for ever
-        made.event_hooks["response"].append(_resumed_after_reset)
-        return made
-
-    huggingface_hub.set_client_factory(client)
-    huggingface_hub.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    with warnings.catch_warnings():  # about the user's HF_HUB_DISABLE_PROGRESS_BARS=0
-        warnings.simplefilter("ignore")
-        huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]
-    return huggingface_hub
-
-
-def _resumed_after_reset(response: Any) -> None:
-    """huggingface_hub continues a file after a timeout, but not after a reset: let it take that for one."""
-    read, errors = response.iter_bytes, sys.modules[type(response).__module__.partition(".")[0]]
-
-    def iter_bytes(chunk_size: int | None = None) -> Iterator[bytes]:
-        try:
-            yield from read(_CHUNK_BYTES)  # what is left of a larger chunk would be lost
-        except errors.NetworkError as error:
-            _tell(f"the connection to the Hub broke ({one_line(error)}), resuming")
-            raise errors.ReadTimeout(str(error)) from None
-
-    response.iter_bytes = iter_bytes
-
-
-class _Download:
-    """What huggingface_hub takes for a progress bar: one line on a terminal, lines in a pipe, of rank 0 alone."""
-
-    name = ""
-
-    def __init__(self, *_: Any, total: float | None = None, initial: int = 0, **options: Any) -> None:
-        self.total, self.n = int(total or 0), initial
-        self.progress = console.Progress(quiet=not _speaks())
-        self.progress.show(f"downloading {self.name}, {self.total / 1e6:,.1f} MB")
-
-    def __enter__(self) -> _Download:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def update(self, count: float | None = 1) -> None:
-        self.n += int(count or 0)
-        self.progress.fraction(f"downloading {self.name}", self.n / max(self.total, 1))
-
-    def close(self) -> None:
-        self.progress.clear()
-
-    def update_transfer(self, *_: Any) -> None: ...  # of bytes on the line, which Xet counts apart
-
-    def set_postfix_str(self, *_: Any, **options: Any) -> None: ...
 
 
 # --- what to say -------------------------------------------------------------------------------------------------
@@ -178,7 +125,8 @@ def failure(error: Exception, setting: str, instead: str) -> Exception:
     kinds, (_, _, name) = _kinds(error), setting.partition(" ")
     reason = reason_of(error)
     if "OfflineModeIsEnabled" not in kinds:
-        page = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/{name.partition('@')[0]}"
+        kind = "datasets/" if setting.startswith("--dataset") else ""
+        page = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/{kind}{name.partition('@')[0]}"
         if "GatedRepoError" in kinds:
             return UserError(f"{setting}: is gated; ask for access at {page}, then log in: hf auth login")
         if "RevisionNotFoundError" in kinds:
@@ -209,11 +157,6 @@ def reason_of(error: Exception) -> str:
     return f"the Hub cannot be read ({one_line(error)})"
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed in a second."""
-    return (status_of(error) or 0) >= 500 or ("TransportError" in _kinds(error) and "ConnectError" not in _kinds(error))
-
-
 def _chain(error: BaseException) -> list[BaseException]:
     chain: list[BaseException] = []
     link: BaseException | None = error
@@ -232,32 +175,17 @@ def status_of(error: BaseException) -> int | None:
     return next((int(code) for code in codes if code), None)
 
 
-def _speaks() -> bool:
-    return launch().rank == 0 and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "0") in ("", "0")
-
-
-def _tell(text: str) -> None:
-    if _speaks():
-        print(f"wikift: {text}", file=sys.stderr, flush=True)
-
-
 def as_os_error(error: Exception) -> Exception:
     """Rust libraries put the number of a system's error into a text; give it back its class."""
     match = re.search(r"os error (\d+)", str(error))
     return OSError(int(match[1]), os.strerror(int(match[1]))) if match else error
 
 
-def be_quiet() -> None:
-    """No downloads are shown in this process, as where the user's environment says so."""
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-
-
 def quiet_libraries() -> None:
-    """Silence what transformers and datasets, where they are loaded, would print about their own work."""
-    for library in ("transformers", "datasets"):
-        if library in sys.modules:
-            importlib.import_module(f"{library}.utils.logging").set_verbosity_error()
-            importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
+    """Silence what transformers, where it is loaded, would print about its own work."""
+    if "transformers" in sys.modules:
+        importlib.import_module("transformers.utils.logging").set_verbosity_error()
+        importlib.import_module("transformers.utils.logging").disable_progress_bar()
 
 
 def keep_tokenizers_to_one_thread() -> None:

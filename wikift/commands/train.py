@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wikift import __version__
-from wikift.base import folders, hub
+from wikift.base import folders, hub, hub_client
 from wikift.base.command import command_line
 from wikift.base.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 from wikift.base.launcher import launch, unused_settings
@@ -207,7 +207,7 @@ def _bring(settings: TrainSettings, prints: bool, say: Say) -> tuple[TokenStore,
     name, shape_from = settings.model, settings.model
     resumed = _resumed_model(settings)
     if not prints:
-        hub.be_quiet()
+        hub_client.be_quiet()
 
     def bring() -> None:
         nonlocal shape_from

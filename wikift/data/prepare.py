@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wikift.base import hub
+from wikift.base import hub_client
 from wikift.base.console import Progress
 from wikift.base.errors import UserError
 from wikift.data import encode, fast_encode, tokenizer
@@ -100,7 +100,7 @@ def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> No
     """Write the store into `folder`."""
     began, source = time.perf_counter(), request.source
     if progress.quiet:
-        hub.be_quiet()
+        hub_client.be_quiet()
     corpus = open_source(source)
     facts = facts_of(source, checksums=True)
     for note in corpus.notes:

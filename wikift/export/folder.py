@@ -24,11 +24,13 @@ def check_target(target: Path, identity: dict[str, Any], *, own: bool) -> None:
     record = folders.read_json(target / folders.EXPORT_RECORD)
     if record.get("format") != FORMAT or not isinstance(record.get("run"), dict):
         raise UserError(
-            f"--out {target}: holds something that wikift did not export; name another folder or move it away"
+            f"--out {target}: contains files that wikift did not export; name another folder, or move them away"
         )
     if record["run"] != identity and not own:
         name = record["run"].get("name")
-        raise UserError(f"--out {target}: holds the model of another run ({name}); name another folder or move it away")
+        raise UserError(
+            f"--out {target}: contains the model of another run ({name}); name another folder, or move it away"
+        )
 
 
 @contextlib.contextmanager
@@ -36,7 +38,7 @@ def published(target: Path) -> Iterator[Path]:
     """A folder to write into; it becomes `target` when all went well, and is removed otherwise."""
 
     def refuse() -> None:
-        raise EnvironmentFault(f"{target}: another process is making it at this moment; run the command again after it")
+        raise EnvironmentFault(f"{target}: another process is writing it; run the command again when that has ended")
 
     try:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -48,6 +50,6 @@ def published(target: Path) -> Iterator[Path]:
             yield partial
     except OSError as error:
         raise EnvironmentFault(
-            f"{target} was not made: {error.strerror or error}; make room or name another --out. An earlier export in "
-            "it is as it was"
+            f"{target} was not made: {error.strerror or error}; free space, or name another --out. An earlier "
+            "export there is unchanged"
         ) from None
