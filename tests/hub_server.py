@@ -286,10 +286,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _lfs_batch(self, parts: list[str]) -> None:
         self._must_be_member()
-        objects = [
-            {"oid": o["oid"], "size": o["size"], "actions": {"upload": {"href": f"{self.hub.url}/uploads/{o['oid']}"}}}
-            for o in json.loads(self.body)["objects"]
-        ]
+        objects = json.loads(self.body)["objects"]
+        for each in objects:
+            each["actions"] = {"upload": {"href": f"{self.hub.url}/uploads/{each['oid']}", "header": {}}}
         raise _json({"transfer": "basic", "objects": objects})
 
     def _upload(self, repository: Repository, verb: str, branch: str) -> None:
