@@ -14,6 +14,7 @@ from wikift.base.errors import EnvironmentFault, UserError
 from wikift.commands.consolidate import main
 
 NAME = "member/mine"
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own upload
 
 
 @pytest.fixture
