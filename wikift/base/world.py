@@ -114,6 +114,8 @@ def start_world(device: str = "auto") -> World:
 def shared_store(prefix: str, timeout: datetime.timedelta) -> Any:
     """What the ranks tell each other under `prefix`, by a connection of its own; waits until all can be reached."""
     here = launch()
+    if dist.is_initialized() and not here.address:  # whoever started the process group knows
+        return torch.distributed.distributed_c10d.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
     if not here.address:
         raise UserError("MASTER_ADDR: is not set beside RANK; it is the host of rank 0, which torchrun sets")
     store = next(iter(rendezvous(f"tcp://{here.address}", here.rank, here.size, timeout=timeout)))[0]
@@ -123,7 +125,7 @@ def shared_store(prefix: str, timeout: datetime.timedelta) -> Any:
 def first_on_each_host(work: Callable[[], None]) -> None:
     """Do `work` on the first rank of each host, then on its other ranks, which find what the first left on the disk.
 
-    Needs no process group. Where a first rank fails its launcher ends the others.
+    Needs no process group. Where a first rank fails, the others of its host raise UserError.
     """
     here = launch()
     if here.size == 1:
@@ -135,8 +137,14 @@ def first_on_each_host(work: Callable[[], None]) -> None:
         if time.monotonic() > deadline:
             raise EnvironmentFault(f"rank {first} did not finish its preparations in a day; see what it waits for")
         time.sleep(0.1)
-    work()
-    store.set(first, "")
+    if here.local_rank and store.get(first) != b"done":
+        raise UserError(f"rank {first} failed; see its message")
+    try:
+        work()
+    except BaseException:
+        store.set(first, "failed")
+        raise
+    store.set(first, "done")
 
 
 @functools.cache  # the first rank's has the server in it, which ends with it
