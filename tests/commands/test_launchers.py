@@ -33,7 +33,8 @@ NOISE = r"\[W.*(?:The hostname of the client socket cannot be retrieved|Unable t
 PHASE = r".* (\.\.\.|took \d+ s)$"  # of what lasts, on a busy machine
 # what a run of four steps says on a terminal, from the first line to the last
 WORDS = (
-    "wikift ", "gpt2 from scratch: ", "engine ", "fp32 on cpu (", "8 blocks per step = 2 processes x ", "step 1/4  loss ",
+    "wikift ",
+    "gpt2 from scratch: ", "engine ", "fp32 on cpu (", "8 blocks per step = 2 processes x ", "step 1/4  loss ",
     "step 2/4  loss ", "step 3/4  loss ", "step 4/4  loss ", "done: ", "  {} ", "  {} ",
 )  # fmt: skip
 
