@@ -18,7 +18,7 @@ from wikift.engines.build import Choice, Work, choose
 from wikift.engines.optim import AdamSettings
 
 WORK = Work(
-    engine=Choice("auto", ""), compile="auto", shape=Shape(), block_size=1024, micro_batch=32, accumulation=2,
+    engine=Choice("auto", ""), compile="auto", shape=Shape(), block_size=512, micro_batch=32, accumulation=2,
     may_shrink=True, steps=10, precision="fp32", gradient_checkpointing=False, fsdp_reshard=True, reduce_dtype="fp32",
     adam=AdamSettings(0.0, 0.9, 0.999, 1e-8, 1.0), zero_config={}, save_aside=True,
 )  # fmt: skip
@@ -42,13 +42,13 @@ def chosen(gigabytes: list[float], before: Any, changes: dict[str, Any]) -> tupl
     [
         ([60.0], None, {}, "single", 2, "one process, about"),
         ([60.0], None, {"block_size": 16}, "single", 64, "one process"),  # not more than 64 blocks, nor 2,048 tokens
-        ([6.5], None, {}, "single", 1, "one process"),
-        ([4.0], None, {}, "", 0, "4.00 GB is available; take --model distilgpt2, or set it"),
+        ([5.3], None, {}, "single", 1, "one process"),
+        ([4.0], None, {}, "", 0, "4.00 GB is available; take --no-async-save or"),
         ([2.0], None, {"may_shrink": False, "micro_batch": 1}, "single", 1, "it may run out of memory"),
         ([60.0, 60.0], None, {}, "ddp", 2, "2 processes"),
-        ([60.0, 6.5], None, {}, "ddp", 1, "2 processes"),  # the smaller one decides, on both
-        ([60.0, 5.0], None, {}, "fsdp", 1, "2 processes, about"),
-        ([60.0, 5.0], None, {"engine": Choice("ddp", "asked for")}, "", 0, " or --engine fsdp or --nproc_per_node=1"),
+        ([60.0, 5.0], None, {}, "ddp", 1, "2 processes"),  # the smaller one decides, on both
+        ([60.0, 4.0], None, {}, "fsdp", 1, "2 processes, about"),
+        ([60.0, 4.0], None, {"engine": Choice("ddp", "asked for")}, "", 0, " or --engine fsdp or --nproc_per_node=1"),
         ([2.0, 2.0], None, {"may_shrink": False}, "fsdp", 32, "it may run out of memory"),
         ([60.0, 60.0], ("fsdp", 1), {}, "fsdp", 1, "2 processes"),  # as before
         ([60.0, 60.0], ("zero2", 1), {}, "ddp", 2, "2 processes"),  # asked for then, not now

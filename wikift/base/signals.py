@@ -59,7 +59,7 @@ def _answer(signals: socket.socket) -> None:
             when = time.monotonic()
             if launch().rank == 0:
                 name = signal.Signals(number).name
-                text = f"wikift: {name}: stopping after this micro-batch, complete steps are saved; again: at once"
+                text = f"wikift: {name}: stops after this micro-batch and saves; again: stops at once"
                 print(text, file=sys.stderr, flush=True)  # sys.stderr: a live panel prints it above itself
         elif time.monotonic() - when > _SAME_REQUEST_SECONDS:
             os.write(2, b"\nwikift: stopped at once; the newest complete checkpoint is kept\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,21 +23,14 @@ from wikift.model.gpt2 import make_model
 
 ASKED_FOR = "asked for"
 _FULL = 0.9  # part of the memory that an estimate may fill
-_CPU_TOKENS = 2048  # of a micro-batch: with more a CPU is no faster (docs/explanation/performance.md)
+# of a CPU's micro-batch: with more it is no faster (docs/explanation/experiments.md), and a stop waits for its end
+_CPU_TOKENS, _CPU_FLOPS = 2048, 1e12
 # nanoGPT's README has 135 ms a step compiled and 250 eager: a minute of compiling is back after some 500 of those
 _STEPS_TO_COMPILE = 1000
 
 
-@dataclass(frozen=True)
-class Built:
-    """An engine that is ready for the next step."""
-
-    engine: Engine
-    compiled: Choice  # compiled, or eager
-
-
-def build_engine(work: Work, config: GPT2Config, reader: FragmentReader, world: World) -> Built:
-    """The engine chosen for `work` with the weights and optimizer state that `reader` has; collective."""
+def build_engine(work: Work, config: GPT2Config, reader: FragmentReader, world: World) -> tuple[Engine, Choice]:
+    """The engine chosen for `work` with the state that `reader` has; and compiled or eager, and why. Collective."""
     if work.compile == "yes":
         check_compiler(world.device.type)
     compiled = choose_compile(work, world.device)
@@ -45,7 +38,7 @@ def build_engine(work: Work, config: GPT2Config, reader: FragmentReader, world: 
         torch._dynamo.config.suppress_errors = True  # a default must not end a run: it continues eagerly
     engine = _construct(work.engine.name, work, config, world, compile=compiled.name == "compiled")
     engine.restore(reader)
-    return Built(engine, compiled)
+    return engine, compiled
 
 
 def choose(work: Work, world: World, before: tuple[str, int] | None = None) -> tuple[Choice, int]:
@@ -59,7 +52,8 @@ def choose(work: Work, world: World, before: tuple[str, int] | None = None) -> t
     share = work.micro_batch * work.accumulation
     sizes = [n for n in range(work.micro_batch, 0, -1) if share % n == 0]
     if on_cpu:
-        sizes = [n for n in sizes if n * work.block_size <= _CPU_TOKENS] or [1]
+        most = min(_CPU_TOKENS, _CPU_FLOPS / work.shape.flops_per_token(work.block_size))
+        sizes = [n for n in sizes if n * work.block_size <= most] or [1]
     if not work.may_shrink:
         sizes = [work.micro_batch]
     engines = [asked] if asked != "auto" else ["single"] if world.size == 1 else ["ddp", "fsdp"]

@@ -99,7 +99,7 @@ class TrainSettings(DataSettings):
         None,
         "micro-batch: blocks per forward pass and process",
         "BLOCKS",
-        shown="the largest up to 64 that fits into memory; 2,048 tokens on a CPU",
+        shown="the largest up to 64 that fits into memory; on a CPU up to 2,048 tokens",
     )
     gradient_accumulation_steps: int | None = _batch(None, "micro-batches per step", shown="by the global batch")
 

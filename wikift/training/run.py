@@ -32,7 +32,7 @@ from wikift.checkpoint.reader import Checkpoint, best_checkpoint
 from wikift.checkpoint.writer import Saver
 from wikift.data.store import TokenStore
 from wikift.engines.base import Choice, Work
-from wikift.engines.build import Built, build_engine, choose
+from wikift.engines.build import build_engine, choose
 from wikift.engines.memory import explained, keep_freed_memory
 from wikift.engines.optim import AdamSettings
 from wikift.model.gpt2 import Precision, load_config, load_generation_config, model_config, resolve_precision, shapes_of
@@ -65,18 +65,19 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
             say(f"{folder} is finished, step {start.step:,}; {finished}")
             return 0
         chosen, micro_batch = choose(_work(plan, precision), world, resume.earlier_choice(start, world))
-        engine = dataclasses.replace(plan.engine, engine=chosen.name, reason=chosen.reason)
-        plan = dataclasses.replace(plan, layout=plan.layout.with_micro_batch(micro_batch), engine=engine)
+        layout = plan.layout.with_micro_batch(micro_batch)
+        taken = dataclasses.replace(plan.engine, engine=chosen.name, reason=chosen.reason)
+        plan = dataclasses.replace(plan, layout=layout, engine=taken)
         if world.device.type == "cpu":
             keep_freed_memory()
-        with phase(f"loading {'the checkpoint' if start else plan.model.name}", say):
+        with phase(f"loading the {'checkpoint' if start else 'model'}", say):
             config, reader = _start(plan, _config(plan, store, start), start, say)
         with explained(world.device), phase("building the engine", say):
-            built = build_engine(_work(plan, precision), config, reader, world)
+            engine, compiled = build_engine(_work(plan, precision), config, reader, world)
         shapes = shapes_of(config)
         if world.rank == 0:
             _prepare_folder(plan, store, config, start)
-        for text in _announcement(plan, world, built, precision, start):
+        for text in _announcement(plan, world, compiled, precision, start):
             say(text)
         owed = resume.owed_line(plan, start) if store.has_validation else None
         with open_log(
@@ -89,7 +90,7 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
             tokens = min(tokens, plan.eval_blocks * plan.block_size or tokens)
             meter = Meter(world.device, plan.model.shape.flops_per_token(plan.block_size), peak, eval_tokens=tokens)
             training = Training(
-                plan, store, world, precision, config, shapes, built.engine, log, saver, meter, stop_signal, start
+                plan, store, world, precision, config, shapes, engine, log, saver, meter, stop_signal, start
             )
             with explained(world.device):
                 stopped = run_steps(training, owed)
@@ -180,12 +181,12 @@ def _prepare_folder(plan: RunPlan, store: TokenStore, config: GPT2Config, start:
 
 
 def _announcement(
-    plan: RunPlan, world: World, built: Built, precision: Precision, start: Checkpoint | None
+    plan: RunPlan, world: World, compiled: Choice, precision: Precision, start: Checkpoint | None
 ) -> Iterator[str]:
     summary = plan.summary
     scratch = " from scratch" if plan.model.from_scratch else ""
     yield f"{plan.model.name}{scratch}: {summary['parameters']} parameters; {summary['train blocks']}"
-    yield f"engine {plan.engine.engine} ({plan.engine.reason}), {built.compiled.name} ({built.compiled.reason})"
+    yield f"engine {plan.engine.engine} ({plan.engine.reason}), {compiled.name} ({compiled.reason})"
     yield f"{precision.name} on {world.device.type} ({precision.reason})"
     if precision.warning:
         yield f"warning: {precision.warning}"
