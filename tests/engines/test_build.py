@@ -31,10 +31,10 @@ def chosen(gigabytes: list[float], before: Any, changes: dict[str, Any]) -> tupl
     world = start_world("cpu")
     build.available_bytes = lambda world: int(gigabytes[world.rank] * 1e9)
     try:
-        (name, reason), size = choose(replace(WORK, **changes), world, before)
+        work = choose(replace(WORK, **changes), world, before)
     except UserError as error:
         return "", 0, error.problems[0]
-    return name, size, reason
+    return work.engine.name, work.micro_batch, work.engine.reason
 
 
 @pytest.mark.parametrize(
@@ -42,13 +42,13 @@ def chosen(gigabytes: list[float], before: Any, changes: dict[str, Any]) -> tupl
     [
         ([60.0], None, {}, "single", 2, "one process, about"),
         ([60.0], None, {"block_size": 16}, "single", 64, "one process"),  # not more than 64 blocks, nor 2,048 tokens
-        ([5.3], None, {}, "single", 1, "one process"),
-        ([4.0], None, {}, "", 0, "4.00 GB is available; take --no-async-save or"),
+        ([4.0], None, {}, "single", 2, "one process, about 3.58 GB of 3.60 GB each, no buffers for checkpoints"),
+        ([3.0], None, {}, "", 0, "2.70 GB is available; take --gradient-checkpointing or"),
         ([2.0], None, {"may_shrink": False, "micro_batch": 1}, "single", 1, "it may run out of memory"),
         ([60.0, 60.0], None, {}, "ddp", 2, "2 processes"),
-        ([60.0, 5.0], None, {}, "ddp", 1, "2 processes"),  # the smaller one decides, on both
-        ([60.0, 4.0], None, {}, "fsdp", 1, "2 processes, about"),
-        ([60.0, 4.0], None, {"engine": Choice("ddp", "asked for")}, "", 0, " or --engine fsdp or --nproc_per_node=1"),
+        ([60.0, 4.0], None, {}, "ddp", 1, "2 processes"),  # the smaller one decides, on both
+        ([60.0, 3.6], None, {}, "fsdp", 2, "each, DDP needs more, no buffers for checkpoints"),
+        ([60.0, 3.6], None, {"engine": Choice("ddp", "asked for")}, "", 0, " or --engine fsdp or --nproc_per_node=1"),
         ([2.0, 2.0], None, {"may_shrink": False}, "fsdp", 32, "it may run out of memory"),
         ([60.0, 60.0], ("fsdp", 1), {}, "fsdp", 1, "2 processes"),  # as before
         ([60.0, 60.0], ("zero2", 1), {}, "ddp", 2, "2 processes"),  # asked for then, not now

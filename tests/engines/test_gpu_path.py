@@ -17,7 +17,7 @@ from tests.fake_device import NAME, Held, without_numbers
 from tests.ranks import run_ranks
 from tests.tiny_engines import ADAM, tiny_config
 from wikift.base.shape import Shape
-from wikift.engines.base import Compute
+from wikift.engines.base import Choice, Compute
 from wikift.engines.memory import training_bytes
 from wikift.engines.single import SingleEngine
 from wikift.generation.decoder import Decoder
@@ -164,8 +164,8 @@ def test_the_estimate_is_what_is_held(case: Case) -> None:
     """The estimate that --engine auto decides by."""
     (held,) = run_ranks(held_by_steps, 1, case)
     work = replace(
-        WORK, shape=case.shape, micro_batch=case.micro_batch, precision=case.precision,
-        gradient_checkpointing=case.checkpointing,
+        WORK, engine=Choice("single", ""), block_size=1024, shape=case.shape, micro_batch=case.micro_batch,
+        precision=case.precision, gradient_checkpointing=case.checkpointing,
     )  # fmt: skip
-    estimate = training_bytes(work, "single", 1, False)
+    estimate = training_bytes(work, 1, False)
     assert held == pytest.approx(estimate, rel=0.1)

@@ -81,7 +81,7 @@ def train(parsed: Parsed[TrainSettings], problems: Sequence[str] = ()) -> tuple[
 
     from wikift.watch.terminal import phase
 
-    with phase("loading torch", say):
+    with phase("loading transformers" if launch().size > 1 else "loading torch", say):
         from wikift.training.run import train_run
 
     return run_plan.output_dir, train_run(run_plan, store, say)
@@ -226,7 +226,10 @@ def _bring(settings: TrainSettings, prints: bool, say: Say) -> tuple[TokenStore,
                 hub.fetch(name, "--model", hub.WEIGHTS)
 
     if launch().size > 1:
-        from wikift.base.world import first_on_each_host
+        from wikift.watch.terminal import phase
+
+        with phase("loading torch", say):
+            from wikift.base.world import first_on_each_host
 
         first_on_each_host(bring)
     else:

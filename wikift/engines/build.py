@@ -41,15 +41,15 @@ def build_engine(work: Work, config: GPT2Config, reader: FragmentReader, world: 
     return engine, compiled
 
 
-def choose(work: Work, world: World, before: tuple[str, int] | None = None) -> tuple[Choice, int]:
-    """The engine and the micro-batch: of what fits into memory DDP before FSDP, the largest first; collective.
+def choose(work: Work, world: World, before: tuple[str, int] | None = None) -> Work:
+    """`work` with an engine, a micro-batch, and whether checkpoints are written aside, that fit; collective.
 
-    `before` is what a resumed run was computed with: taken again where it fits, for with it the same masks are drawn.
-    Raises UserError where nothing fits.
+    DDP comes before FSDP, then the largest micro-batch; buffers for checkpoints, of a CPU's memory, are the first to
+    go. `before` is the engine and the micro-batch of a resumed run: taken again where they fit, for with them the same
+    masks are drawn. Raises UserError where nothing fits.
     """
-    asked, on_cpu = work.engine.name, world.device.type == "cpu"
-    have = -world.highest(-available_bytes(world))
-    share = work.micro_batch * work.accumulation
+    asked, on_cpu, share = work.engine.name, world.device.type == "cpu", work.micro_batch * work.accumulation
+    room = int(-world.highest(-available_bytes(world)) * _FULL)
     sizes = [n for n in range(work.micro_batch, 0, -1) if share % n == 0]
     if on_cpu:
         most = min(_CPU_TOKENS, _CPU_FLOPS / work.shape.flops_per_token(work.block_size))
@@ -58,47 +58,45 @@ def choose(work: Work, world: World, before: tuple[str, int] | None = None) -> t
         sizes = [work.micro_batch]
     engines = [asked] if asked != "auto" else ["single"] if world.size == 1 else ["ddp", "fsdp"]
     options = [(engine, size) for engine in engines for size in sizes]
-    for name, size in [option for option in options if option == before] + options:
-        candidate = replace(work, micro_batch=size, accumulation=share // size)
-        need = training_bytes(candidate, name, world.size, on_cpu)
-        if need <= _FULL * have:
-            break
-    else:
-        if work.may_shrink:
-            raise _nothing_fits(candidate, name, world, have)
+    ways = [
+        replace(work, engine=Choice(name, ""), micro_batch=n, accumulation=share // n, save_aside=aside)
+        for name, n in [option for option in options if option == before] + options
+        for aside in ([True, False] if work.save_aside and on_cpu else [work.save_aside])
+    ]
+    way = next((way for way in ways if training_bytes(way, world.size, on_cpu) <= room), ways[-1])
+    need, name = training_bytes(way, world.size, on_cpu), way.engine.name
+    if need > room and work.may_shrink:
+        raise _nothing_fits(way, world, room)
     why = work.engine.reason if asked != "auto" else "one process" if name == "single" else f"{world.size} processes"
-    why += f", about {show_bytes(need)} of {show_bytes(have)} each"
-    why += ": it may run out of memory" if need > _FULL * have else ""
+    why += f", about {show_bytes(need)} of {show_bytes(room)} each"
+    why += ": it may run out of memory" if need > room else ""
     why += ", DDP needs more" if name == "fsdp" and asked == "auto" else ""
+    why += ", no buffers for checkpoints" if way.save_aside != work.save_aside else ""
     if not work.fsdp_reshard and name != "fsdp":
         raise UserError(
             f"--no-fsdp-reshard: has no effect, --engine auto takes {name} here ({why}); omit it, or use --engine fsdp"
         )
-    return Choice(name, why), size
+    return replace(way, engine=Choice(name, why))
 
 
-def _nothing_fits(work: Work, engine: str, world: World, have: int) -> UserError:
-    """What to do where not even `work` fits on `engine`: what would, by the same estimate."""
-    on_cpu, ranks = world.device.type == "cpu", world.size
+def _nothing_fits(work: Work, world: World, room: int) -> UserError:
+    """What to do where not even `work` fits: what would, by the same estimate."""
+    on_cpu, ranks, lengths = world.device.type == "cpu", world.size, (512, 256, 128)
     fewer = [n for n in range(ranks - 1, 0, -1) if on_cpu and ranks == world.local_size and ranks % n == 0]
     shapes = {name: shape_of(name) or work.shape for name in reversed(RELEASED)}
-    kinds: list[list[tuple[str, Work, str, int]]] = [
-        [("--gradient-checkpointing", replace(work, gradient_checkpointing=True), engine, ranks)],
-        [("--no-async-save", replace(work, save_aside=False), engine, ranks)],
-        [("--engine fsdp", work, "fsdp", ranks)] if ranks > 1 else [],
-        [(f"--nproc_per_node={n}", work, "ddp" if n > 1 else "single", n) for n in fewer],
-        [(f"--block-size {n}", replace(work, block_size=n), engine, ranks) for n in (512, 256) if n < work.block_size],
-        [(f"--model {name}", replace(work, shape=shape), engine, ranks) for name, shape in shapes.items()],
+    kinds: list[list[tuple[str, Work, int]]] = [
+        [("--gradient-checkpointing", replace(work, gradient_checkpointing=True), ranks)],
+        [("--engine fsdp", replace(work, engine=Choice("fsdp", "")), ranks)] if ranks > 1 else [],
+        [(f"--nproc_per_node={n}", replace(work, engine=Choice("ddp" if n > 1 else "single", "")), n) for n in fewer],
+        [(f"--block-size {n}", replace(work, block_size=n), ranks) for n in lengths if n < work.block_size],
+        [(f"--model {name}", replace(work, shape=shape), ranks) for name, shape in shapes.items()],
     ]
-    ways = [
-        next((way for way, w, name, n in kind if training_bytes(w, name, n, on_cpu) * n <= _FULL * have * ranks), "")
-        for kind in kinds
-    ]
+    ways = [next((way for way, w, n in kind if training_bytes(w, n, on_cpu) * n <= room * ranks), "") for kind in kinds]
     way_out = " or ".join(filter(None, ways)) or "a smaller --model or more memory"
-    need = training_bytes(work, engine, ranks, on_cpu)
     return UserError(
-        f"--per-device-train-batch-size {work.micro_batch}, the least: needs about {show_bytes(need)} per process with "
-        f"engine {engine}, and {show_bytes(have)} is available; take {way_out}, or set it to try all the same"
+        f"--per-device-train-batch-size {work.micro_batch}, the least: needs about "
+        f"{show_bytes(training_bytes(work, ranks, on_cpu))} per process with engine {work.engine.name}, and "
+        f"{show_bytes(room)} is available; take {way_out}, or set it to try all the same"
     )
 
 

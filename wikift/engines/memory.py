@@ -30,8 +30,9 @@ _GROUP_FILES = {
 }
 
 
-def training_bytes(work: Work, engine: str, ranks: int, on_cpu: bool) -> int:
+def training_bytes(work: Work, ranks: int, on_cpu: bool) -> int:
     """Bytes that training takes on each of `ranks` processes."""
+    engine = work.engine.name
     shape, wide, checkpointing = work.shape, work.precision == "fp32", work.gradient_checkpointing
     tokens = work.block_size * work.micro_batch
     block = (66 if wide else 39) * shape.n_embd + (2 * shape.n_head * work.block_size if on_cpu else 0)

@@ -64,10 +64,10 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
         if start is not None and (finished := resume.check_resumable(plan, store, start, say)):
             say(f"{folder} is finished, step {start.step:,}; {finished}")
             return 0
-        chosen, micro_batch = choose(_work(plan, precision), world, resume.earlier_choice(start, world))
-        layout = plan.layout.with_micro_batch(micro_batch)
-        taken = dataclasses.replace(plan.engine, engine=chosen.name, reason=chosen.reason)
-        plan = dataclasses.replace(plan, layout=layout, engine=taken)
+        chosen = choose(_work(plan, precision), world, resume.earlier_choice(start, world))
+        layout = plan.layout.with_micro_batch(chosen.micro_batch)
+        taken = dataclasses.replace(plan.engine, engine=chosen.engine.name, reason=chosen.engine.reason)
+        plan = dataclasses.replace(plan, layout=layout, engine=taken, async_save=chosen.save_aside)
         if world.device.type == "cpu":
             keep_freed_memory()
         with phase(f"loading the {'checkpoint' if start else 'model'}", say):
