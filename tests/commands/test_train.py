@@ -19,6 +19,7 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.tiny import arguments, curve, metrics, tiny_store
+from tests.training.test_early_stopping import stopped_at
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.folders import list_checkpoints
 from wikift.checkpoint.reader import open_checkpoint
@@ -265,6 +266,13 @@ def test_save_only_model_is_a_third_as_large_and_is_not_resumed(tmp_path: Path) 
     assert curve(tmp_path / "alone") == curve(tmp_path / "full")
     ((problem,),) = run_ranks(problems_of_training, 1, arguments(store, tmp_path / "alone", max_steps=12))
     assert "has weights alone (--save-only-model), so no run resumes from it; --resume never" in problem
+    line = arguments(store, tmp_path / "stopped", max_steps=8, save_only_model=True)
+    assert run_ranks(stopped_at, 1, 5, line) == [75], "the same command resumes, so its checkpoint is complete"
+    assert run_ranks(train, 1, line) == [0]
+    assert run_ranks(train, 1, arguments(store, tmp_path / "single", max_steps=8)) == [0]
+    assert [values[:5] for values in curve(tmp_path / "stopped")] == [
+        values[:5] for values in curve(tmp_path / "single")
+    ]
 
 
 def test_a_global_batch_larger_than_the_data_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

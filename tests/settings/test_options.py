@@ -216,6 +216,21 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert len(problems("--config", str(tmp_path), "--seed", "x")) == 2
 
 
+def test_a_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path / "a.toml", 'output_dir = "~/run"\ndataset = ["~/a.txt", "b.txt"]')
+    line = parsed("--config=~/a.toml", "--model", "~/model", "--tokenizer=~/t", "--resume=~/r/checkpoints/x")
+    assert (line.output_dir, line.dataset) == (f"{tmp_path}/run", (f"{tmp_path}/a.txt", "b.txt"))
+    assert (line.model, line.tokenizer) == (f"{tmp_path}/model", f"{tmp_path}/t")
+    assert line.resume == f"{tmp_path}/r/checkpoints/x"
+    assert parse(EvaluateSettings, ["~/a", "b"], prog="").models == (f"{tmp_path}/a", "b")
+    assert parse(GenerateSettings, ["--prompt", "~/a", "--prompts-file", "~/a"], prog="").prompt == "~/a"
+    for settings in (PrepareSettings, TrainSettings, ConsolidateSettings, EvaluateSettings, GenerateSettings):
+        paths = {"config", "data", "deepspeed", "model", "out", "output_dir", "prompts_file", "run", "sample_prompts"}
+        named = {field.name for field in dataclasses.fields(settings) if field.metadata["path"]}
+        assert paths & {field.name for field in dataclasses.fields(settings)} <= named
+
+
 # --- positional settings -----------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ _HELP = """TEXT             continue this text
 /set NAME VALUE  change a setting; without a value, back to its default
 /show            the settings and their values
 /help            this list
-/quit, Ctrl-D    quit
+exit, Ctrl-D     quit; /quit too
 Ctrl-C           stop the text"""
 
 
