@@ -57,8 +57,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "good.txt": "The tower is 324 metres tall .\n" * 50,
         "rows.jsonl": '{"body": "a row"}\n{"body": "another"}\n',
         "broken.jsonl": '{"text": "a row"}\n{"text": \n',
-        "table.csv": "text\na row\n",
-        "no-splits/notes.md": "# notes",
         "prompts-empty.txt": " \n\n",
         "prompts-latin.txt": b"good\ncaf\xe9\n",
         "runs/small/config.json": '{"wikift": "0"}',
@@ -214,8 +212,6 @@ TEXT = r"""
 --dataset latin.txt -> latin.txt
 --dataset rows.jsonl -> text
 --dataset broken.jsonl -> broken.jsonl
---dataset table.csv -> --dataset table.csv: wikift reads .txt, .jsonl, .parquet, not .csv
---dataset no-splits -> --dataset no-splits: has no train, validation or test
 --dataset good.txt --text-column body -> --text-column body: has no effect, good.txt
 --dataset good.txt --dataset-config x -> --dataset-config x: has no effect, good.txt is one file
 --dataset demo --dataset-config x -> --dataset-config x: --dataset demo has none
@@ -244,7 +240,7 @@ run --step 4 --best -> --step 4: has no effect with --best
 run/checkpoints/step-00000004 --best --out new -> --best: has no effect
 run --max-shard-size 5apples -> --max-shard-size 5apples: must be a number and KB
 run --out a-file -> --out a-file: is a file; name a folder
-run --out no-store -> --out no-store: holds something that wikift did not export
+run --out no-store -> --out no-store: contains files that wikift did not export
 run other -> other: is not an option
 none --step 4 --best --max-shard-size x -> none: no such | --step 4: has no effect | --max-shard-size x: must
 """
