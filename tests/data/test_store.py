@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.real import ROOT
 from wikift.base.errors import UserError
@@ -60,19 +58,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("vocab_size", "dtype", "width"), [(65_536, "uint16", 2), (65_537, "uint32", 4)])
 def test_the_vocabulary_decides_the_width(tmp_path: Path, vocab_size: int, dtype: str, width: int) -> None:
     store = made(tmp_path, vocab_size=vocab_size, largest=vocab_size - 1)
-    assert store.dtype == dtype
-    assert (tmp_path / "train.bin").stat().st_size == 20_001 * width
+    assert (store.dtype, (tmp_path / "train.bin").stat().st_size) == (dtype, 20_001 * width)
     assert int(store.tokens("train")[-1]) == vocab_size - 1
-
-
-@settings(max_examples=25, deadline=None)
-@given(parts=st.lists(st.lists(st.integers(0, 299), max_size=40), max_size=6))
-def test_parts_join_to_one_file(tmp_path_factory: pytest.TempPathFactory, parts: list[list[int]]) -> None:
-    folder = tmp_path_factory.mktemp("store")
-    encoded = [Encoded(np.array(part, np.uint16), 1, 1, 1) for part in parts]
-    store = write_store(folder, {"s": encoded}, vocab_size=300, eos_token_id=0, tokenizer_fingerprint="")
-    assert store.tokens("s").tolist() == [i for part in parts for i in part]
-    assert store.splits["s"].rows == len(parts)
 
 
 def test_the_fingerprint_is_of_the_ids_alone(tmp_path: Path) -> None:
@@ -168,10 +155,9 @@ def test_missing(tmp_path: Path) -> None:
         open_store(tmp_path / "none")
 
 
-@pytest.mark.parametrize("position", range(4097, 20_000, 1613))
-def test_verify_reads_every_byte(tmp_path: Path, position: int) -> None:
+def test_verify_reads_every_byte(tmp_path: Path) -> None:
     made(tmp_path)
-    overwrite(position, position ^ 1)(tmp_path)
+    overwrite(4097, 5)(tmp_path)
     open_store(tmp_path)  # sampling can't see it
     with pytest.raises(UserError, match=r"train.bin is damaged: its SHA-256 is not the one in store.json"):
         open_store(tmp_path, verify=True)

@@ -50,29 +50,25 @@ class Chunk:
 
 def chunks(batches: Iterable[Texts], *, cut: bool) -> Iterator[Chunk]:
     """Pack rows into chunks of a million bytes or more; `cut`: long rows in pieces."""
-    packed: list[Chunk] = []
-    size = 0
-    for part in _parts(batches, cut):
-        packed.append(part)
-        size += len(part.texts.data) + 16 * len(part.texts)  # a row has a cost even if it is blank
+    packed, ends, size = list[Texts](), list[npt.NDArray[np.bool_]](), 0
+    for texts, of_texts in _parts(batches, cut):
+        packed.append(texts)
+        ends.append(of_texts)
+        size += len(texts.data) + 16 * len(texts)  # a row has a cost even if it is blank
         if size >= CHUNK_CHARACTERS:
-            yield _joined(packed)
-            packed, size = [], 0
-    if packed:
-        yield _joined(packed)
+            yield Chunk(Texts.joined(packed), np.concatenate(ends))
+            packed, ends, size = [], [], 0
+    if size:
+        yield Chunk(Texts.joined(packed), np.concatenate(ends))
 
 
-def _parts(batches: Iterable[Texts], cut: bool) -> Iterator[Chunk]:
+def _parts(batches: Iterable[Texts], cut: bool) -> Iterator[tuple[Texts, npt.NDArray[np.bool_]]]:
     for texts in batches:
-        if cut and len(texts) and texts.lengths.max() > LONG_CHARACTERS:
+        if cut and texts.lengths.max(initial=0) > LONG_CHARACTERS:
             for text, ends in pieces((text, True) for text in texts):
-                yield Chunk(Texts.of((text,)), np.array([ends]))
-        elif len(texts):
-            yield Chunk(texts, np.ones(len(texts), np.bool_))
-
-
-def _joined(parts: list[Chunk]) -> Chunk:
-    return Chunk(Texts.joined([part.texts for part in parts]), np.concatenate([part.ends for part in parts]))
+                yield Texts.of((text,)), np.array([ends])
+        else:
+            yield texts, np.ones(len(texts), np.bool_)
 
 
 EncodeChunk = Callable[[Chunk], Encoded]

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -137,11 +136,10 @@ def _write_split(path: Path, parts: Iterable[Encoded], dtype: str) -> Split:
     largest = -1
     with open(path, "wb") as file:
         for part in parts:
-            raw = np.ascontiguousarray(part.ids, DTYPES[dtype]).data.cast("B") if len(part.ids) else b""
-            if len(part.ids):
-                largest = max(largest, int(part.ids.max()))
+            raw = part.ids.astype(DTYPES[dtype]).tobytes()
             digest.update(raw)
             file.write(raw)
+            largest = max(largest, int(part.ids.max())) if len(part.ids) else largest
             rows, tokens = rows + part.rows, tokens + len(part.ids)
             word_count, size = word_count + part.words, size + part.bytes
         file.flush()
@@ -215,13 +213,10 @@ def _damage(store: TokenStore, name: str, verify: bool) -> str | None:
 
 def check_tokenizer(store: TokenStore, model: str | Path, *, setting: str = "--model") -> None:
     """Raise UserError where the tokenizer of `model`, a folder or a name, would not have made this store's ids."""
-    from wikift.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+    from wikift.base import hub
+    from wikift.data.tokenizer import tokenizer_fingerprint
 
-    if Path(model).is_dir():
-        fingerprint = tokenizer_fingerprint(model, setting=setting)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            fingerprint = load_tokenizer(str(model), Path(folder)).fingerprint
+    fingerprint = tokenizer_fingerprint(hub.fetch(str(model), setting, hub.TOKENIZER), setting=setting)
     if fingerprint != store.tokenizer_fingerprint:
         name = store.record["tokenizer"].get("name", "another one")
         raise UserError(
