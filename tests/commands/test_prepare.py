@@ -243,7 +243,7 @@ def test_out_that_is_something_else(tmp_path: Path) -> None:
     (tmp_path / "foreign" / "store.json").write_text('{"format": "mine"}')
     code, (problem,) = run("--dataset", "demo", "--tokenizer", "train:300", "--out", tmp_path / "foreign")
     assert code == 2
-    assert "store.json is not wikift's" in problem
+    assert "store.json has format mine, this version" in problem
     below = tmp_path / "file" / "far" / "below"
     code, problems = run("--dataset", "demo", "--tokenizer", "train:300", "--out", below)
     assert (code, problems) == (2, [f"--out {below}: {tmp_path}/file is a file, not a folder; name another folder"])
