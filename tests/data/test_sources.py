@@ -141,6 +141,7 @@ def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
         opened(tmp_path / "one")
 
 
+CARD = "---\nconfigs:\n- config_name: x\n  data_files: x/train-*\n---\n"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
     "nothing of that name": ({}, "none.txt", {}, r"--dataset \S*none.txt: no such file or folder; fix the path"),
@@ -186,8 +187,12 @@ PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
         {"test.txt": "x"}, "", {"validation_fraction": 0.1}, "has no effect, .* has no train split to cut"
     ),
     "broken README": ({"README.md": "---\nconfigs: [\n---\n"}, "", {}, r"front matter cannot be read \(while parsing"),
+    "README and a missing shard": (
+        {"README.md": CARD, "x/train-0-of-2.txt": "a"}, "", {}, "train-1-of-2.txt: missing, of 2; download it again",
+    ),
+    "README of a file not read": ({"README.md": CARD, "x/train-a.pdf": "a"}, "", {}, "train-a.pdf: wikift reads .txt"),
     "README of files that are gone": (
-        {"README.md": "---\nconfigs:\n- config_name: x\n  data_files: x/train-*\n---\n"}, "", {},
+        {"README.md": CARD}, "", {},
         r"README.md names files that do not exist \(x/train-\*\); download it again",
     ),
 }  # fmt: skip

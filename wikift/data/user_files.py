@@ -227,14 +227,17 @@ def files_of_card(folder: Path, configs: dict[str, Patterns], config: str | None
             for path in sorted(paths, key=lambda path: natural(str(path)))
             for candidate in candidates(path, (path.name,), named=True)
         ]
+    if problems := gaps(itertools.chain(*splits.values())):
+        raise UserError(*problems)
     made = _checked(splits, config, where)
     return replace(made, rows_are_documents=made.rows_are_documents and not set(configs) & set(WIKITEXT))
 
 
 def _checked(splits: Splits, config: str | None, where: str, unused: Sequence[Candidate] = ()) -> UserFiles:
     """The files as one kind. Raises UserError for mixed kinds, Git LFS pointers, and a text that is there twice."""
-    files, problems = list(itertools.chain(*splits.values())), list[str]()
-    kinds = {each.kind: each for each in reversed(files)}
+    files = list(itertools.chain(*splits.values()))
+    problems = [f"{each.file}: {UNREAD}" for each in files if not each.kind]
+    kinds = {each.kind: each for each in reversed(files) if each.kind}
     if pointer := kinds.pop("pointer", None):
         problems.append(
             f"{pointer.file}: is a Git LFS pointer and not the file itself; fetch it with git lfs pull, or download it"
