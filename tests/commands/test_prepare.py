@@ -225,10 +225,10 @@ def test_every_problem_at_once(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("")
     words = ["--dataset", "gone.txt", "--tokenizer", "./gone", "--out", tmp_path / "out", "--workers", "0"]
-    code, problems = run(*words, "--seed", "-1", "--validation-fraction", "1")
+    code, problems = run(*words, "--seed", "-1", "--validation-fraction", "1", "--encoding", "hex")
     assert code == 2
     assert {problem.split(":")[0] for problem in problems} == {
-        "--validation-fraction 1", "--workers 0", "--dataset gone.txt", "--tokenizer ./gone",
+        "--validation-fraction 1", "--workers 0", "--encoding hex", "--dataset gone.txt", "--tokenizer ./gone",
         f"--out {tmp_path / 'out'}", "--seed -1",
     }  # fmt: skip
     assert everything(tmp_path) == ["out", "out/thesis.tex"]

@@ -152,6 +152,7 @@ PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
     ),
     "empty folder": ({}, "", {}, r"\(there: nothing\)"),
     "unknown ending": ({"a.pdf": "x"}, "a.pdf", {}, r"a.pdf: wikift reads .txt, .*; convert it, or rename it to .txt"),
+    "a token store": ({"store.json": "{}", "train.bin": ""}, "", {}, "is a token store, not text; train .* --data /"),
     "binary": ({"corpus": "a\0\1b" * 99}, "corpus", {}, "corpus: wikift reads"),
     "another archive": ({"a.7z": "x"}, "a.7z", {}, "a.7z: wikift reads"),
     "mixed": (

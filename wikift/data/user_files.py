@@ -126,9 +126,13 @@ def _roots(name: str) -> list[tuple[Path, bool]]:
     if path.exists():
         if not path.is_file() and not path.is_dir():
             raise UserError(f"--dataset {name}: is neither a file nor a folder; save the text in a file")
+        if (path / "store.json").is_file():
+            raise UserError(
+                f"--dataset {name}: is a token store, not text; train and evaluate take it as --data {name}"
+            )
         return [(path, True)]
     matches = [Path(match) for match in sorted(glob.glob(name, recursive=True), key=natural)]
-    if "**" in name:
+    if "**" in name or Path(name).suffix:  # in a pattern like *.txt a folder is none of them
         matches = [match for match in matches if match.is_file()]
     if not matches:
         rule = "no file matches; fix it" if glob.has_magic(name) else "no such file or folder; fix the path"
