@@ -6,11 +6,14 @@ pytest tests/base/test_launcher.py
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
+from tests.ranks import run_ranks
 from wikift.base.errors import UserError
 from wikift.base.launcher import Launch, launch, unused_settings
+from wikift.base.world import first_on_each_host
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29501"}
 STEP = {"SLURM_JOB_ID": "4243", "SLURM_STEP_ID": "1", "SLURM_STEP_NODELIST": "gpu[03-04,07],big"}
@@ -91,3 +94,23 @@ def test_what_accelerate_was_asked_for_is_told(clean: pytest.MonkeyPatch) -> Non
         clean.setenv("ACCELERATE_" + name, value)
     told = ["ACCELERATE_MIXED_PRECISION bf16 (here --precision)", "ACCELERATE_USE_FSDP true (here --engine fsdp)"]
     assert unused_settings() == told
+
+
+def prepared(folder: Path, fails: bool) -> str:
+    def work() -> None:
+        if fails:
+            raise ValueError("no disk")
+        seen = " ".join(os.listdir(folder))
+        (folder / f"by-{launch().rank}").write_text(seen)
+
+    try:
+        first_on_each_host(work)
+    except (ValueError, UserError) as error:
+        return str(error)
+    return "done"
+
+
+def test_the_first_rank_of_a_host_prepares_and_tells_of_its_failure(tmp_path: Path) -> None:
+    assert run_ranks(prepared, 2, tmp_path, False) == ["done", "done"]
+    assert (tmp_path / "by-1").read_text() == "by-0"
+    assert run_ranks(prepared, 2, tmp_path, True) == ["no disk", "rank 0 failed; see its message"]
