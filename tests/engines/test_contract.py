@@ -9,6 +9,9 @@ nothing: two of the faults put in below end with a lower one.
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,8 +28,17 @@ from tests.tiny_engines import ADAM, BLOCK, ENGINES, make_engine, random_start, 
 from wikift.engines.optim import LossScale, ScaleRule
 
 STEPS, GLOBAL_BATCH = 6, 4
-SPLITS = [(2, 1, 2), (2, 2, 1), (4, 1, 1)]  # ranks, micro-batch, accumulation
 TOLERANCE = 1e-5
+FAULTS = (
+    "flag after forward",
+    "never sync",
+    "same data",
+    "not divided",
+    "no clipping",
+    "decay everywhere",
+    "rate stands still",
+)
+DROPOUT = {"fault": "same data", "dropout": 0.3, "micro": 2, "accumulation": 1}
 
 
 @dataclass
@@ -200,61 +212,88 @@ def reference() -> Measured:
     return measured
 
 
-@pytest.mark.parametrize(("micro", "accumulation"), [(4, 1), (1, 4), (2, 2)])
-def test_accumulation_alone_is_the_same_run(reference: Measured, micro: int, accumulation: int) -> None:
+# What is measured of every engine on two ranks, all of it in one launch: the arguments of `measure`
+ON_TWO: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "larger micro-batch": {"micro": 2, "accumulation": 1},
+    "never clipped": {"clip": 0.0},
+    "rarely clipped": {"clip": 100.0},
+    **{fault: {"fault": fault} for fault in FAULTS},
+    "dropout": DROPOUT,
+    "dropout again": DROPOUT,
+    "bf16": {"precision": "bf16"},
+    "fp16": {"precision": "fp16"},
+}
+
+
+def measure_each(kind: str, cases: dict[str, dict[str, Any]]) -> dict[str, Measured | str]:
+    """Each of `cases` on this rank, or the error that all ranks raise."""
+    results: dict[str, Measured | str] = {}
+    for name, words in cases.items():
+        try:
+            results[name] = measure(kind, **{"micro": 1, "accumulation": 2, **words})
+        except AssertionError:
+            results[name] = traceback.format_exc()
+    return results
+
+
+def measure_all(kind: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {**measure_each(kind, cases), "validation": nll_side_effects(kind)}
+
+
+@functools.cache
+def on_two_ranks(kind: str) -> list[dict[str, Any]]:
+    cases = {name: words for name, words in ON_TWO.items() if kind == "ddp" or name != "flag after forward"}
+    if kind == "fsdp":
+        cases |= {"reshard off": {"reshard": False}, "checkpointing": {"checkpointing": True}}
+    return run_ranks(measure_all, 2, kind, cases, timeout_seconds=300)
+
+
+def of_case(kind: str, name: str) -> list[Any]:
+    return [results[name] for results in on_two_ranks(kind)]
+
+
+@functools.cache
+def single(**words: Any) -> Measured:
+    (measured,) = run_ranks(measure_each, 1, "single", {"": {"micro": 4, "accumulation": 1, **words}})
+    return measured[""]  # type: ignore[no-any-return]
+
+
+def test_accumulation_alone_is_the_same_run(reference: Measured) -> None:
     assert all(norm > 0.5 for norm in reference.norms), "clipping must be active, or a fault in it would not show"
-    assert_same(run_ranks(measure, 1, "single", micro, accumulation), reference)
-
-
-@pytest.mark.parametrize(("ranks", "micro", "accumulation"), SPLITS)
-@pytest.mark.parametrize("kind", ENGINES[1:])
-def test_any_engine_and_split_is_the_same_run(
-    reference: Measured, kind: str, ranks: int, micro: int, accumulation: int
-) -> None:
-    assert_same(run_ranks(measure, ranks, kind, micro, accumulation), reference)
-
-
-@pytest.mark.parametrize("kind", ["fsdp", "zero1", "zero3"])
-def test_a_sharding_engine_on_one_rank(reference: Measured, kind: str) -> None:
-    assert_same(run_ranks(measure, 1, kind, 2, 2), reference)
-
-
-@pytest.mark.parametrize("options", [{"reshard": False}, {"checkpointing": True}])
-def test_fsdp_options_change_nothing(reference: Measured, options: dict[str, Any]) -> None:
-    assert_same(run_ranks(keywords, 2, "fsdp", options), reference)
-
-
-def keywords(kind: str, options: dict[str, Any]) -> Measured:
-    return measure(kind, 1, 2, **options)
+    for micro, accumulation in ((1, 4), (2, 2)):
+        assert_same([single(micro=micro, accumulation=accumulation)], reference)
 
 
 @pytest.mark.parametrize("kind", ENGINES[1:])
-@pytest.mark.parametrize("clip", [0.0, 100.0])
-def test_without_active_clipping_too(kind: str, clip: float) -> None:
-    (alone,) = run_ranks(measure, 1, "single", GLOBAL_BATCH, 1, "", clip)
-    assert_same(run_ranks(measure, 2, kind, 1, 2, "", clip), alone)
+def test_any_engine_and_split_is_the_same_run(reference: Measured, kind: str) -> None:
+    for name in ("as it is", "larger micro-batch", *(("reshard off", "checkpointing") if kind == "fsdp" else ())):
+        assert_same(of_case(kind, name), reference)
+    for name, clip in (("never clipped", 0.0), ("rarely clipped", 100.0)):
+        assert_same(of_case(kind, name), single(clip=clip))
+    assert_same(run_ranks(measure, 4, kind, 1, 1), reference)
+    if kind not in ("ddp", "zero2"):
+        assert_same(run_ranks(measure, 1, kind, 2, 2), reference)
 
 
-FAULTS = [
-    *(("flag after forward", kind, "losses") for kind in ("ddp",)),  # the others do not decide in the forward
-    *(("never sync", kind, "losses|DTensor") for kind in ENGINES[1:]),
-    *(("same data", kind, "losses") for kind in ENGINES[1:]),
-    *(("not divided", kind, "gradient norms") for kind in ENGINES[1:]),
-    *(("no clipping", kind, "losses") for kind in ENGINES[1:]),
-    *(("decay everywhere", kind, "losses") for kind in ENGINES[1:]),
-    *(("rate stands still", kind, "losses") for kind in ENGINES[1:]),
-]
+# only DDP decides in the forward
+PAIRS = [(kind, fault) for kind in ENGINES[1:] for fault in FAULTS if kind == "ddp" or fault != "flag after forward"]
 
 
-@pytest.mark.parametrize(("fault", "kind", "caught_by"), FAULTS)
-def test_a_fault_put_in_is_caught(reference: Measured, fault: str, kind: str, caught_by: str) -> None:
-    """STYLE.md's faults and two more, accumulation 2 on two ranks; the table is in docs/explanation/correctness.md."""
-    with pytest.raises(AssertionError, match=caught_by):
-        assert_same(run_ranks(measure, 2, kind, 1, 2, fault), reference)
+@pytest.mark.parametrize(("kind", "fault"), PAIRS)
+def test_a_fault_put_in_is_caught(reference: Measured, kind: str, fault: str) -> None:
+    """Faults of communication and two more, on two ranks; docs/explanation/correctness.md has a table."""
+    measured = of_case(kind, fault)
+    if isinstance(measured[0], str):
+        assert (kind, fault) == ("fsdp", "never sync")
+        assert all("DTensor" in error for error in measured)
+        return
+    with pytest.raises(AssertionError, match="gradient norms" if fault == "not divided" else "losses"):
+        assert_same(measured, reference)
 
 
 def test_drift_alone_is_caught(reference: Measured) -> None:
-    measured = run_ranks(measure, 2, "ddp", 2, 1)
+    measured = copy.deepcopy(of_case("ddp", "as it is"))
     measured[1].weights["transformer.ln_f.bias"] = np.nextafter(measured[1].weights["transformer.ln_f.bias"], 1)
     with pytest.raises(AssertionError, match="drifted"):
         assert_same(measured, reference)
@@ -263,7 +302,7 @@ def test_drift_alone_is_caught(reference: Measured) -> None:
 @pytest.mark.parametrize("kind", ENGINES[1:])
 def test_dropout_repeats_bit_for_bit_and_differs_between_ranks(kind: str) -> None:
     """Every rank reads the same blocks here, so that only its masks can make its losses its own."""
-    once, again = (run_ranks(measure, 2, kind, 2, 1, "same data", 0.5, 0.3) for _ in range(2))
+    once, again = of_case(kind, "dropout"), of_case(kind, "dropout again")
     assert once[0].losses == again[0].losses
     assert once[0].norms == again[0].norms
     assert all(np.array_equal(w, again[0].weights[n]) for n, w in once[0].weights.items())
@@ -277,19 +316,22 @@ def test_bf16_under_every_engine_is_as_near_to_fp32_as_hugging_faces_own(referen
     thing in another order lies as far from fp32 as that, give or take a factor of two for the luck of the draw and for
     what sharded engines round beside the products: embeddings and LayerNorm gains are gathered in bf16.
     """
-    splits = ((4, 1), (2, 2), (1, 4))
-    stock = [run_ranks(measure, 1, "single", *split, "stock loss", *BF16[1:])[0] for split in splits]
-    bounds = [2 * max(column) for column in zip(*(distances(measured, reference) for measured in stock), strict=True)]
-    runs = [("single", measured) for split in splits for measured in run_ranks(measure, 1, "single", *split, *BF16)]
-    runs += [(kind, measured) for kind in ENGINES[1:] for measured in run_ranks(measure, 2, kind, 1, 2, *BF16)]
+    splits = [{"micro": micro, "accumulation": 4 // micro, "precision": "bf16"} for micro in (4, 2, 1)]
+    cases = {
+        f"{name} {number}": {**split, "fault": name}
+        for number, split in enumerate(splits)
+        for name in ("stock loss", "")
+    }
+    (alone,) = run_ranks(measure_each, 1, "single", cases)
+    stock = [distances(measured, reference) for name, measured in alone.items() if name.startswith("stock")]
+    bounds = [2 * max(column) for column in zip(*stock, strict=True)]
+    runs = [("single", measured) for name, measured in alone.items() if name.startswith(" ")]
+    runs += [(kind, measured) for kind in ENGINES[1:] for measured in of_case(kind, "bf16")]
     for kind, measured in runs:
-        found = distances(measured, reference)
-        print(kind, [f"{distance / bound:.2f}" for distance, bound in zip(found, bounds, strict=True)])
-        for what, distance, bound in zip(("loss", "norm", "weights"), found, bounds, strict=True):
+        for what, distance, bound in zip(
+            ("loss", "norm", "weights"), distances(measured, reference), bounds, strict=True
+        ):
             assert distance <= bound, (kind, what)
-
-
-BF16 = ("", 0.5, 0.0, "bf16")
 
 
 def distances(measured: Measured, reference: Measured) -> tuple[float, float, float]:
@@ -300,16 +342,13 @@ def distances(measured: Measured, reference: Measured) -> tuple[float, float, fl
 
 
 def test_fp16_skips_the_same_steps_under_every_engine() -> None:
-    (alone,) = run_ranks(measure, 1, "single", 1, 4, *FP16)
+    alone = single(micro=1, accumulation=4, precision="fp16")
     skipped = [not np.isfinite(norm) for norm in alone.norms]
     assert skipped[0], "the scale is meant to overflow at first"
     assert not all(skipped)
     for kind in ENGINES[1:]:
-        for measured in run_ranks(measure, 2, kind, 1, 2, *FP16):
+        for measured in of_case(kind, "fp16"):
             assert [not np.isfinite(norm) for norm in measured.norms] == skipped, kind
-
-
-FP16 = ("", 0.5, 0.0, "fp16")
 
 
 def nll_side_effects(kind: str) -> dict[str, bool]:
@@ -338,7 +377,7 @@ def nll_side_effects(kind: str) -> dict[str, bool]:
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_validation_leaves_no_trace(kind: str) -> None:
-    for effects in run_ranks(nll_side_effects, 1 if kind == "single" else 2, kind):
+    for effects in run_ranks(nll_side_effects, 1, kind) if kind == "single" else of_case(kind, "validation"):
         assert all(effects.values()), effects
 
 
