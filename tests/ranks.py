@@ -38,6 +38,11 @@ def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, timeout
                 print((Path(folder) / f"meeting.{rank}").read_text(errors="replace"), end="")
 
 
+def each(function: Callable[..., Any], cases: list[tuple[Any, ...]]) -> list[Any]:
+    """What `function` returns for each of `cases`: several measurements in one launch, `run_ranks(each, ...)`."""
+    return [function(*case) for case in cases]
+
+
 Child = tuple[Any, Connection]
 
 

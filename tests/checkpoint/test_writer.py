@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks import run_ranks
+from tests.ranks import each, run_ranks
 from tests.real import ROOT
 from tests.tiny import arguments, metrics, tiny_store
 from tests.tiny_engines import ENGINES, make_engine, random_start, tiny_config
@@ -210,16 +210,15 @@ def write_checkpoint(run: str, width: int) -> None:
     Saver(Path(run), World(), keep=1, aside=False).save(engine.fragments(), 1, {}, shapes)
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "zero1", "zero2", "zero3"])
-def test_restoring_reads_only_what_a_rank_keeps(tmp_path: Path, kind: str) -> None:
+def test_restoring_reads_only_what_a_rank_keeps(tmp_path: Path) -> None:
     """Three ranks, which divide no tensor evenly; 8 MB of state."""
-    assert kind in ENGINES
     run_ranks(write_checkpoint, 1, str(tmp_path), 256)
     (path,) = list_checkpoints(tmp_path)
-    counted = run_ranks(restore_and_count, 3, kind, str(path), 256)
-    for read, owned in counted:
-        assert owned <= read < owned + 200_000, "its own bytes, and some words of gloo's and DeepSpeed's"
-    assert sum(owned for _, owned in counted) > 10e6
+    cases = [(kind, str(path), 256) for kind in ENGINES[2:]]
+    for counted in zip(*run_ranks(each, 3, restore_and_count, cases), strict=True):
+        for read, owned in counted:
+            assert owned <= read < owned + 200_000, "its own bytes, and some words of gloo's and DeepSpeed's"
+        assert sum(owned for _, owned in counted) > 10e6
 
 
 def train_in_bf16(kind: str, run: str) -> None:
@@ -256,17 +255,14 @@ def same_after_restore(kind: str, path: str) -> bool:
     )
 
 
-CHANGES = [("zero2", "fsdp"), ("fsdp", "ddp"), ("ddp", "zero3"), ("zero3", "zero1"), ("zero1", "zero2")]
-
-
-@pytest.mark.parametrize(("before", "after"), CHANGES)
-def test_bf16_keeps_fp32_masters_and_moments_through_a_change_of_engine(
-    tmp_path: Path, before: str, after: str
-) -> None:
-    run_ranks(train_in_bf16, 2, before, str(tmp_path))
-    (path,) = list_checkpoints(tmp_path)
-    opened = open_checkpoint(path, verify=True)
-    for state in STATES:
-        values = opened.read("transformer.wte.weight", state, 0, 97 * 32)
-        assert not torch.equal(values, values.bfloat16().float()), f"{state} has more than bf16's bits"
-    assert all(run_ranks(same_after_restore, 3, after, str(path)))
+def test_bf16_keeps_fp32_masters_and_moments_through_a_change_of_engine(tmp_path: Path) -> None:
+    run_ranks(each, 2, train_in_bf16, [(kind, str(tmp_path / kind)) for kind in ENGINES[1:]])
+    paths = {kind: list_checkpoints(tmp_path / kind)[0] for kind in ENGINES[1:]}
+    for path in paths.values():
+        opened = open_checkpoint(path, verify=True)
+        for state in STATES:
+            values = opened.read("transformer.wte.weight", state, 0, 97 * 32)
+            assert not torch.equal(values, values.bfloat16().float()), f"{state} has more than bf16's bits"
+    changes = [("zero2", "fsdp"), ("fsdp", "ddp"), ("ddp", "zero3"), ("zero3", "zero1"), ("zero1", "zero2")]
+    cases = [(after, str(paths[before])) for before, after in changes]
+    assert run_ranks(each, 3, same_after_restore, cases) == [[True] * len(changes)] * 3

@@ -14,7 +14,7 @@ import torch
 
 from tests.engines.test_build import WORK
 from tests.fake_device import NAME, Held, without_numbers
-from tests.ranks import run_ranks
+from tests.ranks import each, run_ranks
 from tests.tiny_engines import ADAM, tiny_config
 from wikift.base.shape import Shape
 from wikift.engines.base import Choice, Compute
@@ -45,11 +45,10 @@ def trained(precision: str, checkpointing: bool) -> set[str]:
         return {tensor.device.type for tensor in [*found, *model.parameters()]}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_waits_for_no_number(precision: str, checkpointing: bool) -> None:
+def test_training_waits_for_no_number() -> None:
     """Not for a model with a pad_token_id either, for which transformers looks at each batch's ids."""
-    assert run_ranks(trained, 1, precision, checkpointing) == [{NAME}]
+    cases = [(precision, checkpointing) for precision in ("fp32", "bf16", "fp16") for checkpointing in (False, True)]
+    assert run_ranks(each, 1, trained, cases) == [[{NAME}] * 6]
 
 
 def waits_of_deepspeed(stage: int) -> int:
@@ -75,10 +74,9 @@ def waits_of_deepspeed(stage: int) -> int:
     return len(waits)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeed_waits_for_no_device(stage: int) -> None:
+def test_deepspeed_waits_for_no_device() -> None:
     """Its meter of throughput did, twice a micro-batch; the norm of a step is still waited for (engines/zero.py)."""
-    assert run_ranks(waits_of_deepspeed, 1, stage) == [0]
+    assert run_ranks(each, 1, waits_of_deepspeed, [(1,), (2,), (3,)]) == [[0, 0, 0]]
 
 
 def written(dtype: torch.dtype) -> set[str]:
@@ -94,9 +92,8 @@ def written(dtype: torch.dtype) -> set[str]:
         return {logits.device.type for logits in found}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_waits_for_no_number(dtype: torch.dtype) -> None:
-    assert run_ranks(written, 1, dtype) == [{NAME}]
+def test_a_token_waits_for_no_number() -> None:
+    assert run_ranks(each, 1, written, [(torch.float32,), (torch.bfloat16,)]) == [[{NAME}] * 2]
 
 
 def held_by_head(positions: int, graded: bool) -> float:
@@ -113,12 +110,12 @@ def held_by_head(positions: int, graded: bool) -> float:
         return held.most - given_back
 
 
-@pytest.mark.parametrize("graded", [True, False], ids=["training", "validation"])
-def test_the_head_holds_the_logits_of_some_positions_only(graded: bool) -> None:
-    few, many = (run_ranks(held_by_head, 1, positions, graded)[0] for positions in (4096, 32768))
+def test_the_head_holds_the_logits_of_some_positions_only() -> None:
     logits = 4096 * VOCABULARY
-    assert few < 1.1 * (2 + 4 + 4) * logits  # in bf16, and two tensors in fp32 while one is made from the other
-    assert many - few < 4 * 32768 * 768 * 4  # `hidden` and its gradient, in two types; whole logits would be 14 GB
+    for graded in (True, False):
+        ((few, many),) = run_ranks(each, 1, held_by_head, [(4096, graded), (32768, graded)])
+        assert few < 1.1 * (2 + 4 + 4) * logits  # in bf16, and two tensors in fp32 while one is made from the other
+        assert many - few < 4 * 32768 * 768 * 4  # `hidden` and its gradient, in two types; whole logits would be 14 GB
 
 
 class Case(NamedTuple):
@@ -147,25 +144,22 @@ def held_by_steps(case: Case) -> int:
 
 
 CASES = [
-    Case(Shape(), 4, "bf16"),
-    Case(Shape(), 32, "bf16"),
-    Case(Shape(), 32, "bf16", checkpointing=True),
-    Case(Shape(), 8, "fp16"),
-    Case(Shape(), 32, "fp32"),
-    Case(Shape(), 32, "fp32", checkpointing=True),
+    Case(Shape(n_layer=6), 4, "bf16"),
+    Case(Shape(n_layer=6), 32, "bf16"),
+    Case(Shape(n_layer=6), 32, "bf16", checkpointing=True),
+    Case(Shape(n_layer=6), 8, "fp16"),
+    Case(Shape(n_layer=6), 32, "fp32"),
+    Case(Shape(n_layer=6), 32, "fp32", checkpointing=True),
     Case(Shape(n_layer=24, n_head=25, n_embd=1600), 2, "bf16"),  # half of gpt2-xl
 ]
 
 
-@pytest.mark.parametrize(
-    "case", CASES, ids=lambda case: f"{case.shape.n_embd}-{case.micro_batch}-{case.precision}-{case.checkpointing}"
-)
-def test_the_estimate_is_what_is_held(case: Case) -> None:
+def test_the_estimate_is_what_is_held() -> None:
     """The estimate that --engine auto decides by."""
-    (held,) = run_ranks(held_by_steps, 1, case)
-    work = replace(
-        WORK, engine=Choice("single", ""), block_size=1024, shape=case.shape, micro_batch=case.micro_batch,
-        precision=case.precision, gradient_checkpointing=case.checkpointing,
-    )  # fmt: skip
-    estimate = training_bytes(work, 1, False)
-    assert held == pytest.approx(estimate, rel=0.1)
+    (measured,) = run_ranks(each, 1, held_by_steps, [(case,) for case in CASES], timeout_seconds=240)
+    for case, held in zip(CASES, measured, strict=True):
+        work = replace(
+            WORK, engine=Choice("single", ""), block_size=1024, shape=case.shape, micro_batch=case.micro_batch,
+            precision=case.precision, gradient_checkpointing=case.checkpointing,
+        )  # fmt: skip
+        assert held == pytest.approx(training_bytes(work, 1, False), rel=0.1), case

@@ -55,7 +55,7 @@ def two_steps(case: str, precision: str, reduce_dtype: str) -> Measured:
     config = tiny_config(**SHAPE)
     kind, options = case.split()[0], {"reshard": case != "fsdp whole"}
     if kind.startswith("zero"):
-        options = {"ds_config": dsconfig.read(ROOT / "ds_configs" / f"{kind}.json") | SMALL_MODEL}
+        options = {"ds_config": dsconfig.read(kind)[0] | SMALL_MODEL}
     engine: Any = make_engine(
         kind, world, config, accumulation=ACCUMULATION, precision=precision, reduce_dtype=reduce_dtype, **options
     )

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import _CONTEXT, run_ranks
+from tests.ranks import _CONTEXT, each, run_ranks
 from tests.tiny import arguments, curve, metrics, tiny_store
 from wikift.base.errors import UserError
 from wikift.base.folders import list_checkpoints, step_folder
@@ -32,6 +32,19 @@ def train(command_line: list[str]) -> int:
     from wikift.commands.train import main
 
     return main(command_line)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_store(tmp_path_factory.mktemp("resume") / "store")
+
+
+@pytest.fixture(scope="module")
+def on_two(store: Path) -> Path:
+    """A run of two ranks with all its checkpoints: steps 4, 8 and 12."""
+    run = store.parent / "on-two"
+    assert run_ranks(train, 2, arguments(store, run, save_total_limit=9)) == [0, 0]
+    return run
 
 
 def failing_train(command_line: list[str]) -> list[str]:
@@ -67,9 +80,8 @@ def forget_after(run: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize(("ranks", "every"), [(1, 1), (2, 1), (3, 4)])
-def test_resume_from_every_step_is_bit_for_bit(tmp_path: Path, ranks: int, every: int) -> None:
+def test_resume_from_every_step_is_bit_for_bit(store: Path, tmp_path: Path, ranks: int, every: int) -> None:
     """12 steps over two epochs (51 blocks, 6 or 12 a step), dropout on. Three ranks: DDP's bucket order matters."""
-    store = tiny_store(tmp_path / "store")
     batch = 8 if ranks < 3 else 6
     words = {"global_batch_size": batch, "save_steps": 1, "save_total_limit": 12, "gradient_accumulation_steps": 2}
     whole = tmp_path / "whole"
@@ -77,17 +89,17 @@ def test_resume_from_every_step_is_bit_for_bit(tmp_path: Path, ranks: int, every
         words["per_device_train_batch_size"] = 2
     assert run_ranks(train, ranks, arguments(store, whole, **words)) == [0] * ranks
     assert len(list_checkpoints(whole)) == 12
-    for step in range(1, 12, every):
-        run = tmp_path / f"from{step}"
+    runs = [tmp_path / f"from{step}" for step in range(1, 12, every)]
+    for step, run in zip(range(1, 12, every), runs, strict=True):
         shutil.copytree(whole, run)
         forget_after(run, step)
-        assert run_ranks(train, ranks, arguments(store, run, **words)) == [0] * ranks
+    lines = [(arguments(store, run, **words),) for run in runs]
+    assert run_ranks(each, ranks, train, lines) == [[0] * len(runs)] * ranks
+    for run in runs:
         assert_same_run(run, whole)
-        shutil.rmtree(run)
 
 
-def test_resume_on_other_ranks_goes_on_within_rounding(tmp_path: Path) -> None:
-    store = tiny_store(tmp_path / "store")
+def test_resume_on_other_ranks_goes_on_within_rounding(store: Path, tmp_path: Path) -> None:
     words: dict[str, Any] = {"dropout": 0, "learning_rate": 1e-3, "save_total_limit": 12}
     assert run_ranks(train, 1, arguments(store, tmp_path / "alone", **words)) == [0]
     for first, second in ((1, 2), (2, 4), (4, 1)):
@@ -100,9 +112,8 @@ def test_resume_on_other_ranks_goes_on_within_rounding(tmp_path: Path) -> None:
             assert got[2] == pytest.approx(expected[2], rel=1e-5)
 
 
-def test_sigkill_at_random_moments(tmp_path: Path) -> None:
+def test_sigkill_at_random_moments(store: Path, tmp_path: Path) -> None:
     """Every rank is killed, again and again, until the run gets through; then it is the run that was never killed."""
-    store = tiny_store(tmp_path / "store")
     words = {"save_steps": 2, "max_steps": 40, "save_total_limit": 2}
     assert run_ranks(train, 2, arguments(store, tmp_path / "whole", **words)) == [0, 0]
     number = int.from_bytes(os.urandom(4), "little")
@@ -141,7 +152,7 @@ def _meet_and_train(rank: int, meeting: str, command_line: list[str]) -> None:
     os._exit(train(command_line))
 
 
-def stopped_by(number: int, command_line: list[str]) -> tuple[int, float]:
+def stopped_by(number: int, command_line: list[str]) -> int:
     """Train in this process and send it a signal after the third step is logged."""
     import threading
 
@@ -153,23 +164,21 @@ def stopped_by(number: int, command_line: list[str]) -> tuple[int, float]:
         os.kill(os.getpid(), number)
 
     threading.Thread(target=watch, daemon=True).start()
-    start = time.monotonic()
-    return train(command_line), time.monotonic() - start
+    return train(command_line)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: int) -> None:
-    store = tiny_store(tmp_path / "store")
+def test_a_signal_saves_and_the_same_command_goes_on(store: Path, tmp_path: Path) -> None:
     words = {"max_steps": 300, "save_steps": 300, "eval_steps": 300}
-    line = arguments(store, tmp_path / "run", **words)
-    ((code, _),) = run_ranks(stopped_by, 1, number, line)
-    assert code == 75
-    (saved,) = list_checkpoints(tmp_path / "run")
-    step = open_checkpoint(saved).step
-    assert 3 <= step < 300
-    assert run_ranks(train, 1, line) == [0]
-    assert run_ranks(train, 1, arguments(store, tmp_path / "whole", **words)) == [0]
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    lines = [arguments(store, tmp_path / str(number), **words) for number in numbers]
+    for number, line in zip(numbers, lines, strict=True):
+        assert run_ranks(stopped_by, 1, number, line) == [75]
+        (saved,) = list_checkpoints(tmp_path / str(number))
+        assert 3 <= open_checkpoint(saved).step < 300
+    cases = [(line,) for line in [*lines, arguments(store, tmp_path / "whole", **words)]]
+    assert run_ranks(each, 1, train, cases) == [[0] * 4]
+    for number in numbers:
+        assert_same_run(tmp_path / str(number), tmp_path / "whole")
 
 
 def stopped_midway(kind: str, command_line: list[str]) -> int:
@@ -217,12 +226,10 @@ def test_a_stop_between_micro_batches_discards_the_step(
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "no manifest", "torn manifest", "half a folder"])
 def test_a_damaged_newest_checkpoint_is_passed_over(
-    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+    store: Path, on_two: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store = tiny_store(tmp_path / "store")
-    assert run_ranks(train, 2, arguments(store, tmp_path / "whole", save_total_limit=9)) == [0, 0]
     run = tmp_path / "run"
-    shutil.copytree(tmp_path / "whole", run)
+    shutil.copytree(on_two, run)
     forget_after(run, 8)
     newest = step_folder(run, 8)
     file = newest / "rank-00001.safetensors"
@@ -245,11 +252,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     assert run_ranks(train, 2, arguments(store, run)) == [0, 0]
     if damage in ("truncated", "one bit", "torn manifest"):
         assert "skipping a damaged checkpoint" in capsys.readouterr().out
-    assert_same_run(run, tmp_path / "whole")
+    assert_same_run(run, on_two)
 
 
-def test_no_sound_checkpoint_is_an_error_with_a_way_out(tmp_path: Path) -> None:
-    store = tiny_store(tmp_path / "store")
+def test_no_sound_checkpoint_is_an_error_with_a_way_out(store: Path, tmp_path: Path) -> None:
     line = arguments(store, tmp_path / "run", max_steps=4)
     assert run_ranks(train, 1, line) == [0]
     file = step_folder(tmp_path / "run", 4) / "rank-00000.safetensors"
@@ -261,10 +267,9 @@ def test_no_sound_checkpoint_is_an_error_with_a_way_out(tmp_path: Path) -> None:
 
 
 def test_what_would_break_the_run_is_refused_and_the_rest_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store, other = tiny_store(tmp_path / "store"), tiny_store(tmp_path / "other", seed=1)
-    run = tmp_path / "run"
+    other, run = tiny_store(tmp_path / "other", seed=1), tmp_path / "run"
     assert run_ranks(train, 1, arguments(store, run, max_steps=4)) == [0]
     before = sorted(run.rglob("*"))
     wrong = {"seed": 7, "global_batch_size": 4, "block_size": 4, "data_fraction": 0.5, "dropout": 0.0}
@@ -283,9 +288,8 @@ def test_what_would_break_the_run_is_refused_and_the_rest_is_said(
 
 
 def test_a_finished_run_says_so_and_resume_never_keeps_the_old_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store = tiny_store(tmp_path / "store")
     line = arguments(store, tmp_path / "run", quiet=False)
     assert run_ranks(train, 1, line) == [0]
     first = curve(tmp_path / "run")
@@ -306,9 +310,9 @@ def test_a_finished_run_says_so_and_resume_never_keeps_the_old_one(
 
 
 def test_a_dry_run_says_where_the_run_would_start_and_refuses_what_it_would(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store, run = tiny_store(tmp_path / "store"), tmp_path / "run"
+    run = tmp_path / "run"
     line = arguments(store, run, max_steps=8, save_steps=4)
 
     def start(**words: Any) -> list[str]:
@@ -339,15 +343,13 @@ def test_a_dry_run_says_where_the_run_would_start_and_refuses_what_it_would(
     assert sorted(run.rglob("*")) == before
 
 
-def test_resume_from_a_named_checkpoint_sets_the_later_ones_aside(tmp_path: Path) -> None:
-    store = tiny_store(tmp_path / "store")
+def test_resume_from_a_named_checkpoint_sets_the_later_ones_aside(store: Path, on_two: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    line = arguments(store, run, save_total_limit=9)
-    assert run_ranks(train, 1, line) == [0]
-    shutil.copytree(run, tmp_path / "whole")
+    shutil.copytree(on_two, run)
     (run / "wandb-id.txt").write_text("has the later steps")
-    assert run_ranks(train, 1, [*line, "--resume", str(step_folder(run, 4))]) == [0]
-    assert_same_run(run, tmp_path / "whole")
+    line = arguments(store, run, save_total_limit=9, resume=step_folder(run, 4))
+    assert run_ranks(train, 2, line) == [0, 0]
+    assert_same_run(run, on_two)
     aside = run / "before-1"
     assert [p.name for p in list_checkpoints(aside)] == ["step-00000008", "step-00000012"]
     assert json.loads((aside / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 12
