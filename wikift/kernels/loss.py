@@ -206,19 +206,18 @@ def _to_gradient_fused(logits: Tensor, targets: Tensor, factor: float) -> tuple[
 
 def _chunked(hidden: Tensor, weight: Tensor, targets: Tensor, factor: float = 0.0) -> Graded:
     """Losses by position, and `factor` times their sum's gradients by hidden and weight unless it is 0; in fp32."""
-    of_weight = torch.empty(weight.shape, dtype=torch.float32) if factor else None
-    losses, of_hidden = [], []
-    for first, (rows, wanted) in enumerate(zip(hidden.split(_ROWS), targets.split(_ROWS), strict=True)):
-        loss, of_rows = _rows_loss(rows, weight, wanted, factor, of_weight, add=first > 0)
-        losses.append(loss)
-        of_hidden.append(of_rows)
-    return torch.cat(losses), torch.cat([p for p in of_hidden if p is not None]) if factor else None, of_weight
+    of_weight = torch.zeros(weight.shape, dtype=torch.float32) if factor else None
+    parts = zip(hidden.split(_ROWS), targets.split(_ROWS), strict=True)
+    losses, of_hidden = zip(
+        *(_rows_loss(rows, weight, wanted, factor, of_weight) for rows, wanted in parts), strict=True
+    )
+    return torch.cat(losses), torch.cat(of_hidden) if factor else None, of_weight
 
 
 def _rows_loss(
-    rows: Tensor, weight: Tensor, targets: Tensor, factor: float, of_weight: Tensor | None, *, add: bool
+    rows: Tensor, weight: Tensor, targets: Tensor, factor: float, of_weight: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses (rows,), their sum's gradient by `rows`; that by the weight is written to `of_weight`, or added to it."""
+    """Losses (rows,), their sum's gradient by `rows`; that by the weight is added to `of_weight`."""
     low = rows.to(weight.dtype)  # (rows, width)
     scored = targets != NOT_SCORED
     wanted = targets.clamp(min=0)
@@ -238,8 +237,8 @@ def _rows_loss(
     scaled = (low.float() * gain).to(weight.dtype)  # (rows, width)
     of_rows = torch.zeros(rows.shape, dtype=torch.float32)
     for power, chunk, into in zip(powers, weight.split(_CHUNK), of_weight.split(_CHUNK), strict=True):
-        _multiply(of_rows, power, chunk, add=True)  # (rows, chunk) @ (chunk, width)
-        _multiply(into, power.t(), scaled, add=add)  # (chunk, rows) @ (rows, width)
+        _add_product(of_rows, power, chunk)  # (rows, chunk) @ (chunk, width)
+        _add_product(into, power.t(), scaled)  # (chunk, rows) @ (rows, width)
     of_rows *= gain
     minus = torch.where(scored, -factor, 0.0)[:, None]  # (rows, 1)
     of_rows += own.float() * minus
@@ -247,14 +246,12 @@ def _rows_loss(
     return loss, of_rows
 
 
-def _multiply(into: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
-    """`left` @ `right`, rounded to their type, written or added to `into` in fp32."""
+def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left` @ `right`, rounded to their type, to `into` in fp32."""
     if left.dtype == into.dtype:
-        into.addmm_(left, right, beta=int(add))  # no memory in between; at 0 what was there is not read
-    elif add:
-        into.add_(left @ right)
+        into.addmm_(left, right)  # no memory in between
     else:
-        into.copy_(left @ right)
+        into.add_(left @ right)
 
 
 def _exponentials(rows: Tensor, weight: Tensor, reference: Tensor, *, keep: bool) -> tuple[Tensor, list[Tensor]]:
