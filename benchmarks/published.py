@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from wikift.base import folders
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.base.shape import RELEASED, released_name, shape_of
+from wikift.base.model_files import shape_of
+from wikift.base.shape import RELEASED, released_name
 from wikift.commands import main as command
 from wikift.commands.evaluate import main as evaluate
 

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -121,82 +120,61 @@ def test_a_fingerprint_is_the_same_for_every_spelling(tmp_path: Path) -> None:
 def test_a_fingerprint_changes_with_what_decides_ids(tmp_path: Path) -> None:
     saved = tokenizer.train(TEXTS, 300, tmp_path)
     original = json.loads(saved.file.read_text())
-    seen = {saved.fingerprint}
 
     def changed(**parts: object) -> str:
-        content = json.loads(json.dumps(original))
-        for name, value in parts.items():
-            content["model" if name in ("merges", "vocab") else name] = (
-                {**content["model"], name: value} if name in ("merges", "vocab") else value
-            )
-        saved.file.write_text(json.dumps(content))
-        return tokenizer_fingerprint(tmp_path)
+        model = original["model"] | {key: value for key, value in parts.items() if key in ("merges", "vocab")}
+        content = original | {key: value for key, value in parts.items() if key not in model} | {"model": model}
+        return tokenizer_fingerprint(Tokenizer.from_str(json.dumps(content)))
 
-    vocabulary, merges = original["model"]["vocab"], original["model"]["merges"]
+    vocabulary, merges, (end,) = original["model"]["vocab"], original["model"]["merges"], original["added_tokens"]
     first, second = list(vocabulary)[50:52]
-    for parts in (
+    changes: list[dict[str, object]] = [
         {"merges": merges[:-1]},
         {"merges": [*merges[:-2], merges[-1], merges[-2]]},
         {"vocab": {**vocabulary, first: vocabulary[second], second: vocabulary[first]}},
         {"normalizer": {"type": "NFC"}},
         {"pre_tokenizer": {**original["pre_tokenizer"], "add_prefix_space": True}},
         {"added_tokens": []},
-        {"added_tokens": [{**original["added_tokens"][0], "lstrip": True}]},
-        {"added_tokens": [*original["added_tokens"], {**original["added_tokens"][0], "id": 300, "content": "[PAD]"}]},
-    ):
-        fingerprint = changed(**parts)
-        assert fingerprint not in seen, parts
-        seen.add(fingerprint)
+        {"added_tokens": [{**end, "lstrip": True}]},
+        {"added_tokens": [end, {**end, "id": 300, "content": "[PAD]"}]},
+    ]
+    fingerprints = {saved.fingerprint, *(changed(**parts) for parts in changes)}
+    assert len(fingerprints) == 1 + len(changes)
     assert changed() == saved.fingerprint
 
 
-def test_folders_and_names_that_are_no_tokenizer(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "vocab.json").write_text("{}")
+BROKEN = {  # files -> message
+    "empty": ({}, r"has no tokenizer, .* \(there: nothing\); copy .*python -c '.*from_pretrained\(\"gpt2\"\)"),
+    "half": ({"vocab.json": "{}"}, r"has no tokenizer, .* \(there: vocab.json\)"),
+    "bad": ({"tokenizer.json": '{"version": "1.0", "model"'}, r"cannot be loaded \(.+\); copy it again$"),
+    "pointer": ({"tokenizer.json": "version https://git-lfs.github.com/spec/v1"}, "tokenizer.json is a Git LFS"),
+    "sentencepiece": ({"spiece.model": "x", CONFIG: '{"tokenizer_class": "T5Tokenizer"}'}, "pip install sentencepiece"),
+    "python": ({"vocab.json": '{"a</w>": 0, "<unk>": 1}', "merges.txt": "#version: 0.2\n",
+                CONFIG: '{"tokenizer_class": "CTRLTokenizer"}'}, r"is a slow \(Python\) tokenizer \(CTRLTokenizer\)"),
+    "no end": ({"vocab.txt": "[UNK]\n[SEP]\n[CLS]\n[PAD]\n[MASK]\na", CONFIG: '{"tokenizer_class": "BertTokenizer"}'},
+               r"has no end-of-text .*python -c '.*t.eos_token = \"\[SEP\]\"; t.save_pretrained\(.*-copy"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_folder_that_is_no_tokenizer(kind: str, tmp_path: Path) -> None:
+    files, message = BROKEN[kind]
+    (folder := tmp_path / kind).mkdir()
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    with pytest.raises(UserError, match=f"^--tokenizer {folder}: .*{message}"):
+        tokenizer.load_tokenizer(str(folder), tmp_path / "copy")
+    with pytest.raises(UserError, match=f"^MODEL {folder}: .*{message}"):
+        tokenizer_fingerprint(folder, setting="MODEL")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_names_that_are_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for name, message in {
-        "empty": r"empty: has neither tokenizer.json nor vocab.json and merges.txt \(there: nothing\); name a",
-        "half": r"half: has neither tokenizer.json nor vocab.json and merges.txt \(there: vocab.json\)",
-        "file": "file: is a file; name its folder",
-        "none": "none: no such folder; name one, a tokenizer on the Hub such as gpt2, or train:SIZE",
-    }.items():
-        (problem,) = tokenizer_problems(str(tmp_path / name))
-        with pytest.raises(UserError, match=f"^--tokenizer .*{message}"):
-            raise UserError(problem)
-    assert (
-        tokenizer_problems("gpt2")
-        == tokenizer_problems("openai-community/gpt2")
-        == tokenizer_problems("train:300")
-        == []
-    )
-    assert tokenizer_problems("train:300x") == [], "checked with the other settings"
-
-
-def test_a_folder_that_cannot_be_loaded(tmp_path: Path) -> None:
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "tokenizer.json").write_text('{"version": "1.0", "model"')
-    with pytest.raises(UserError, match=r"^--tokenizer .*bad: cannot be loaded \(.+\)"):
-        tokenizer.load_tokenizer(str(tmp_path / "bad"), tmp_path / "copy")
-    with pytest.raises(UserError, match=r"^--model .*bad: its tokenizer cannot be read \(.+\)"):
-        tokenizer_fingerprint(tmp_path / "bad", setting="--model")
-
-
-def test_a_tokenizer_written_in_python_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "vocab.json").write_text('{"a</w>": 0, "b</w>": 1, "<unk>": 2}')
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CTRLTokenizer"}')
-    with pytest.raises(UserError, match=r"is a slow \(Python\) tokenizer \(CTRLTokenizer\); wikift needs a fast one"):
-        tokenizer.load_tokenizer(str(tmp_path), tmp_path / "copy")
-
-
-def test_a_tokenizer_without_end_of_text_is_refused(tmp_path: Path) -> None:
-    saved = tokenizer.train(TEXTS, 300, tmp_path / "t")
-    config = json.loads((saved.folder / "tokenizer_config.json").read_text())
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config["model_max_length"]}
-    (saved.folder / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"t: has no end-of-text \(eos\) token; GPT-2's is <\|endoftext\|>"):
-        tokenizer.load_tokenizer(str(saved.folder), tmp_path / "copy")
+    assert "is a file; name its folder" in tokenizer_problems(str(tmp_path / "file"))[0]
+    assert "no such folder; name one, a tokenizer on the Hub" in tokenizer_problems(str(tmp_path / "none"))[0]
+    for name in ("gpt2", "openai-community/gpt2", "train:300", "train:300x"):  # SIZE is checked with the settings
+        assert tokenizer_problems(name) == []
 
 
 def test_a_name_out_of_reach_is_the_environments_fault(tmp_path: Path) -> None:
@@ -258,14 +236,6 @@ def bpe(**values: Any) -> Callable[[Path], None]:
     return edit(FILE, lambda content: content["model"].update(values))
 
 
-def pair_of_files(folder: Path) -> None:
-    model = json.loads((folder / FILE).read_text())["model"]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
-    merges = "".join(f"{a} {b}\n" for a, b in model["merges"])
-    (folder / "merges.txt").write_text("#version: 0.2\n" + merges)
-    (folder / FILE).unlink()
-
-
 def older_spelling(folder: Path) -> None:
     """As in the repository gpt2 of the Hub: merges in one string, the class told by the model's type."""
     edit(FILE, lambda content: content["model"].update(merges=[" ".join(pair) for pair in content["model"]["merges"]]))(
@@ -287,15 +257,47 @@ def other_end(folder: Path) -> None:
         (folder / file).write_text((folder / file).read_text().replace(EOS, "<end>"))
 
 
-PLAIN = {
+def added(**values: Any) -> Callable[[Path], None]:
+    return edit(FILE, lambda content: content["added_tokens"][0].update(values))
+
+
+def one_more(content: dict[str, Any]) -> None:
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 320, "content": "<pad>"})
+
+
+def file(name: str, content: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(content)
+
+
+AS_AUTO_TOKENIZER: dict[str, Callable[[Path], object]] = {
     "as it was trained": lambda folder: None,
-    "vocab.json and merges.txt": pair_of_files,
     "the Hub's gpt2": older_spelling,
     "saved by transformers": resaved,
+    "a model's": file("config.json", '{"model_type": "gpt2"}'),
     "another end of text": other_end,
     "another decoder": top(decoder={"type": "Fuse"}),
     "settings without effect": config(pad_token=None, errors="replace", model_max_length=77),
+    "a token more": edit(FILE, one_more),
+    "a pad token": config(pad_token="<pad>"),
+    "another beginning": config(bos_token="a"),
+    "an end that strips": config(eos_token={"content": EOS, "lstrip": True}),
+    "an added end that strips": added(rstrip=True),
+    "a space before": config(add_prefix_space=True),
+    "a beginning put before": config(add_bos_token=True),
+    "another class": config(tokenizer_class="PreTrainedTokenizerFast"),
+    "a setting unheard of": config(chat_template="{{ messages }}"),
+    "special_tokens_map.json": file("special_tokens_map.json", "{}"),
+    "another model": file("config.json", '{"model_type": "opt"}'),
+    "a normalizer": top(normalizer={"type": "Lowercase"}),
+    "other words": top(pre_tokenizer={"type": "Whitespace"}),
+    "dropout": bpe(dropout=0.0),
 }
+
+
+@pytest.mark.parametrize("kind", AS_AUTO_TOKENIZER)
+def test_a_copy_is_what_auto_tokenizer_loads(kind: str, folder: Path, tmp_path: Path) -> None:
+    AS_AUTO_TOKENIZER[kind](folder)
+    same_as_by_transformers(folder, tmp_path)
 
 
 def same_as_by_transformers(source: Path, tmp_path: Path) -> None:
@@ -303,25 +305,19 @@ def same_as_by_transformers(source: Path, tmp_path: Path) -> None:
 
     stock = AutoTokenizer.from_pretrained(source)
     stock.save_pretrained(tmp_path / "stock")
-    with mock.patch.object(tokenizer, "_by_transformers", side_effect=AssertionError("is not needed")):
-        saved = tokenizer.load_tokenizer(str(source), tmp_path / "copy")
-    assert saved.fingerprint == tokenizer.tokenizer_fingerprint(tmp_path / "stock")
-    assert saved.fingerprint == tokenizer.tokenizer_fingerprint(tmp_path / "copy")
+    saved = tokenizer.load_tokenizer(str(source), tmp_path / "copy")
+    for same in (stock, source, tmp_path / "stock", tmp_path / "copy"):
+        assert tokenizer_fingerprint(same) == saved.fingerprint
     assert (saved.eos_token_id, saved.vocab_size) == (stock.eos_token_id, len(stock))
     copy = AutoTokenizer.from_pretrained(tmp_path / "copy")
-    assert type(copy) is type(stock)
-    for name in ("special_tokens_map", "model_max_length", "padding_side", "truncation_side", "add_prefix_space"):
+    for name in ("special_tokens_map", "model_max_length", "padding_side", "truncation_side"):
         assert getattr(copy, name) == getattr(stock, name), name
+    plain = Tokenizer.from_file(str(saved.file))
     for text in [PROBE, *TEXTS[:5], ""]:
-        ids = stock(text)["input_ids"]
-        assert copy(text)["input_ids"] == ids
+        ids = stock(text, add_special_tokens=False)["input_ids"]
+        assert copy(text, add_special_tokens=False)["input_ids"] == ids
+        assert plain.encode(text, add_special_tokens=False).ids == ids
         assert copy.decode(ids) == stock.decode(ids)
-
-
-@pytest.mark.parametrize("kind", PLAIN)
-def test_a_plain_copy_is_that_of_transformers(kind: str, folder: Path, tmp_path: Path) -> None:
-    PLAIN[kind](folder)
-    same_as_by_transformers(folder, tmp_path)
 
 
 @needs_data
@@ -329,52 +325,17 @@ def test_gpt2s_own_files(tmp_path: Path) -> None:
     same_as_by_transformers(GPT2_TOKENIZER, tmp_path)
     saved = tokenizer.load_tokenizer(str(GPT2_TOKENIZER), tmp_path / "again")
     assert (saved.vocab_size, saved.eos_token_id, saved.name) == (50257, 50256, "gpt2-tokenizer")
-    for name in ("vocab.json", "merges.txt"):  # and nothing else
-        (tmp_path / "bare").mkdir(exist_ok=True)
+    (tmp_path / "bare").mkdir()
+    for name in ("vocab.json", "merges.txt"):  # and nothing else, which AutoTokenizer knows no class for
         shutil.copy(GPT2_TOKENIZER / name, tmp_path / "bare")
     assert tokenizer.load_tokenizer(str(tmp_path / "bare"), tmp_path / "c").fingerprint == saved.fingerprint
-    assert tokenizer_fingerprint(tmp_path / "bare") == saved.fingerprint
+    assert tokenizer_fingerprint(tokenizer.by_transformers(str(tmp_path / "bare"))) == saved.fingerprint
 
 
-def add_token(content: dict[str, Any]) -> None:
-    content["added_tokens"].append({**content["added_tokens"][0], "id": 320, "content": "<pad>"})
-
-
-LEFT = {
-    "a token more": edit(FILE, add_token),
-    "a pad token": config(pad_token="<pad>"),
-    "another beginning": config(bos_token="a"),
-    "an end that strips": config(eos_token={"content": EOS, "lstrip": True}),
-    "an added end that strips": edit(FILE, lambda content: content["added_tokens"][0].update(rstrip=True)),
-    "a space before": config(add_prefix_space=True),
-    "a beginning put before": config(add_bos_token=True),
-    "another class": config(tokenizer_class="PreTrainedTokenizerFast"),
-    "no class": edit(CONFIG, lambda content: content.pop("tokenizer_class")),  # type: ignore[arg-type, return-value]
-    "a setting unheard of": config(chat_template="{{ messages }}"),
-    "special_tokens_map.json": lambda folder: (folder / "special_tokens_map.json").write_text("{}"),
-    "another model": lambda folder: (folder / "config.json").write_text('{"model_type": "opt"}'),
-    "a normalizer": top(normalizer={"type": "NFC"}),
-    "other words": top(pre_tokenizer={"type": "Whitespace"}),
-    "something after": top(
-        post_processor={"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {"a": {}}}
-    ),
-    "dropout": bpe(dropout=0.1),
-    "another kind": bpe(type="WordLevel"),
-    "merges of nothing": bpe(merges=[["zz", "zz"]]),
-    "not JSON": lambda folder: (folder / FILE).write_text("{"),
-    "a list": lambda folder: (folder / FILE).write_text("[]"),
-}
-
-
-@pytest.mark.parametrize("kind", LEFT)
-def test_whatever_else_could_act_is_left_to_transformers(kind: str, folder: Path, tmp_path: Path) -> None:
-    LEFT[kind](folder)
-    with (
-        mock.patch.object(tokenizer, "_by_transformers", side_effect=UserError("by transformers")),
-        pytest.raises(UserError, match="by transformers"),
-    ):
+def test_ids_that_the_saved_file_would_not_return_are_refused(folder: Path, tmp_path: Path) -> None:
+    config(split_special_tokens=True)(folder)
+    with pytest.raises(UserError, match=r"split text in another way than tokenizer\.json; remove that setting"):
         tokenizer.load_tokenizer(str(folder), tmp_path / "copy")
-    assert not (tmp_path / "copy").exists()
 
 
 def test_preparing_imports_no_more_than_it_needs(folder: Path, tmp_path: Path) -> None:
@@ -415,6 +376,9 @@ def llama() -> Tokenizer:
 
 
 SPECIAL = ["<unk>", "</s>", "<s>"]
+OTHERWISE: dict[Any, dict[str, Any]] = {
+    unigram: {"unk_id": None}, word_piece: {"unk_token": "</s>"}, llama: {"fuse_unk": False}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", [unigram, word_piece, llama])
@@ -426,15 +390,13 @@ def test_tokenizers_of_other_kinds(kind: Callable[[], Tokenizer], tmp_path: Path
     (tmp_path / "in").mkdir()
     for split in ("train", "validation"):
         (tmp_path / "in" / f"{split}.txt").write_text("".join(TEXTS))
-    words = ["--dataset", tmp_path / "in", "--tokenizer", tmp_path / "made", "--out", tmp_path / "out", "--quiet"]
-    assert prepare.main([str(word) for word in words]) == 0
+    command = ["--dataset", tmp_path / "in", "--tokenizer", tmp_path / "made", "--out", tmp_path / "out", "--quiet"]
+    assert prepare.main([str(word) for word in command]) == 0
     store = open_store(tmp_path / "out", verify=True)
     assert (store.eos_token_id, store.vocab_size) == (1, len(made))
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
     ids = [i for text in TEXTS for i in theirs(text, add_special_tokens=False)["input_ids"]]
     assert store.tokens("train").tolist() == ids
     assert tokenizer_fingerprint(tmp_path / "made") == tokenizer_fingerprint(theirs) == store.tokenizer_fingerprint
-    content = json.loads((tmp_path / "made" / FILE).read_text())
-    content["model"] |= {unigram: {"unk_id": None}, word_piece: {"unk_token": "</s>"}, llama: {"fuse_unk": False}}[kind]
-    (tmp_path / "made" / FILE).write_text(json.dumps(content))
+    edit(FILE, lambda content: content["model"].update(OTHERWISE[kind]))(tmp_path / "made")
     assert tokenizer_fingerprint(tmp_path / "made") != store.tokenizer_fingerprint

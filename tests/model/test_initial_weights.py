@@ -1,4 +1,4 @@
-"""No answer from weights that were not loaded: one loader for generate, evaluate and train.
+"""No answer from weights that were not loaded: one reader for train, its --dry-run, evaluate and generate.
 
 pytest tests/model/test_initial_weights.py
 """
@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,13 +25,15 @@ from tests.tiny import arguments
 from tests.tiny_engines import tiny_config
 from tests.trained import SENTENCES, text_store
 from wikift.base.errors import UserError
+from wikift.base.shape import EMBEDDING, HEAD
 from wikift.commands import evaluate, generate, train
 from wikift.data.store import TokenStore
 from wikift.model.gpt2 import load_config, load_model
-from wikift.model.initial_weights import EMBEDDING, HEAD, trained_weights
+from wikift.model.initial_weights import trained_weights
 
 FC = "transformer.h.1.mlp.c_fc.weight"
 Weights = dict[str, Tensor]
+Change = Callable[[Weights], Weights]
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +51,19 @@ def sound(store: TokenStore) -> Path:
     return folder
 
 
+@pytest.fixture
+def folder(sound: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(sound, tmp_path / "model"))
+
+
 def weights_of(folder: Path) -> Weights:
     return dict(load_file(folder / "model.safetensors"))
 
 
-def changed(sound: Path, folder: Path, change: Callable[[Weights], Weights]) -> Path:
-    """A copy of the model whose file holds other tensors."""
-    shutil.copytree(sound, folder)
-    tensors = {name: tensor.clone().contiguous() for name, tensor in change(weights_of(sound)).items()}
+def rewrite(folder: Path, change: Change) -> Path:
+    """Change the tensors in the model's file."""
+    tensors = {name: tensor.clone().contiguous() for name, tensor in change(weights_of(folder)).items()}
     save_file(tensors, folder / "model.safetensors")
     return folder
 
@@ -68,7 +79,27 @@ def read_both_ways(folder: Path, say: Callable[[str], None] = lambda line: None)
     return {name: p.detach() for name, p in model.named_parameters()}, ranges
 
 
-def wrapped(prefix: str) -> Callable[[Weights], Weights]:
+def by_every_command(folder: Path, store: TokenStore) -> list[str]:
+    """What train --dry-run, train, evaluate and generate say of a model that they refuse."""
+    (text := store.path.parent / "text.txt").write_text("".join(SENTENCES))
+    run = folder.parent / "run"
+    training = arguments(store.path, run, from_scratch=None, config_overrides=None, model=folder, max_steps=1)
+    said = []
+    for main, line in (
+        (train.main, [*training, "--dry-run"]),
+        (train.main, training),
+        (evaluate.main, [str(folder), "--dataset", str(text), "--device", "cpu"]),
+        (generate.main, [str(folder), "--prompt", "The", "--device", "cpu"]),
+    ):
+        with pytest.raises(UserError) as caught:
+            main(line)
+        (problem,) = caught.value.problems
+        said.append(re.sub(rf"^(--model|MODEL) {re.escape(str(folder))}: ", "", problem))
+    assert not run.exists()
+    return said
+
+
+def prefixed(prefix: str) -> Change:
     return lambda weights: {prefix + name: tensor for name, tensor in weights.items()}
 
 
@@ -79,55 +110,56 @@ def without_prefix(weights: Weights) -> Weights:
     return bare | masks
 
 
-READ_ALIKE: list[tuple[Callable[[Weights], Weights], str]] = [
+READ_ALIKE: list[tuple[Change, str]] = [
     (lambda weights: weights, ""),
-    (wrapped("_orig_mod."), "removed _orig_mod. from"),  # saved from a compiled model
-    (wrapped("module."), "removed module. from"),  # from one in DDP
-    (wrapped("module._orig_mod.model."), "removed _orig_mod., model., module. from"),
+    (prefixed("_orig_mod."), "removed _orig_mod. from"),  # saved from a compiled model
+    (prefixed("module._orig_mod.net."), "removed _orig_mod., module.net. from"),  # in DDP, in a class of one's own
+    (lambda weights: {n.replace(".h.", ".h._fsdp_wrapped_module."): t for n, t in weights.items()}, "removed _fsdp"),
+    (lambda weights: {n.replace(".mlp", "._orig_mod.mlp"): t for n, t in weights.items()}, "removed _orig_mod. from"),
     (without_prefix, ""),
     (lambda weights: weights | {HEAD: weights[EMBEDDING]}, ""),
     (lambda weights: {HEAD if name == EMBEDDING else name: tensor for name, tensor in weights.items()}, ""),
 ]
 
 
-@pytest.mark.parametrize(("change", "said"), READ_ALIKE)
-def test_a_model_is_read_by_whatever_names_its_file_has(
-    sound: Path, tmp_path: Path, change: Callable[[Weights], Weights], said: str
-) -> None:
+@pytest.mark.parametrize(("change", "note"), READ_ALIKE)
+def test_a_model_is_read_by_whatever_names_its_file_has(sound: Path, folder: Path, change: Change, note: str) -> None:
     lines: list[str] = []
-    loaded, ranges = read_both_ways(changed(sound, tmp_path / "model", change), lines.append)
+    loaded, ranges = read_both_ways(rewrite(folder, change), lines.append)
     original = weights_of(sound)
     assert set(loaded) == set(original)
     for name, tensor in original.items():
         assert torch.equal(loaded[name], tensor), name
         assert torch.equal(ranges[name], tensor), name
-    assert len(lines) == bool(said)
-    assert said in "".join(lines)
+    assert len(lines) == bool(note)
+    assert note in "".join(lines)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_read_as_transformers_reads_it(sound: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    folder = changed(sound, tmp_path / "model", lambda weights: {n: t.to(dtype) for n, t in weights.items()})
-    theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
-    for weights in read_both_ways(folder):
-        for name, parameter in theirs.named_parameters():
-            assert torch.equal(weights[name], parameter), name
+def halved(dtype: torch.dtype) -> Change:
+    return lambda weights: {name: tensor.to(dtype) for name, tensor in weights.items()}
 
 
-def test_another_head_than_the_embedding_is_read_as_transformers_reads_it(sound: Path, tmp_path: Path) -> None:
-    """transformers 5 unties it, whatever config.json says; so does every command, and it is said."""
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (halved(torch.bfloat16), ""),
+        (halved(torch.float16), ""),
+        (lambda weights: weights | {HEAD: weights[EMBEDDING] * 2}, "not tied"),  # whatever config.json says
+        (lambda weights: weights | {FC: torch.full_like(weights[FC], 3e38)}, ""),  # whose sum overflows
+    ],
+)
+def test_weights_are_those_that_transformers_reads(folder: Path, change: Change, note: str) -> None:
     lines: list[str] = []
-    folder = changed(sound, tmp_path / "model", lambda weights: weights | {HEAD: weights[EMBEDDING] * 2})
-    loaded, ranges = read_both_ways(folder, lines.append)
-    theirs = dict(GPT2LMHeadModel.from_pretrained(folder).named_parameters())
-    assert set(loaded) == set(theirs)
-    for name, parameter in theirs.items():
-        assert torch.equal(loaded[name], parameter), name
-        assert torch.equal(ranges[name], parameter), name
-    assert "not tied" in lines[0]
+    rewrite(folder, change)
+    theirs = dict(GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).named_parameters())
+    for weights in read_both_ways(folder, lines.append):
+        assert set(weights) == set(theirs)
+        assert all(torch.equal(weights[name], parameter) for name, parameter in theirs.items())
+    assert len(lines) == bool(note)
+    assert note in "".join(lines)
 
 
-def with_value(value: float) -> Callable[[Weights], Weights]:
+def with_value(value: float) -> Change:
     def change(weights: Weights) -> Weights:
         weights[FC][0, 0] = value
         return weights
@@ -135,12 +167,13 @@ def with_value(value: float) -> Callable[[Weights], Weights]:
     return change
 
 
-REFUSED: list[tuple[Callable[[Weights], Weights], str]] = [
-    (lambda w: {n: t for n, t in w.items() if n != FC}, rf"model.safetensors lacks {FC}$"),
-    (lambda w: {n: t for n, t in w.items() if ".h." not in n}, r"lacks transformer.h.0.ln_1.weight, .* and 21 more$"),
-    (lambda w: w | {"score.weight": torch.zeros(2, 32)}, "holds what a GPT-2 has not: score.weight$"),
-    (lambda w: w | {"module." + FC: w[FC]}, rf"holds what a GPT-2 has not: {FC}$"),  # twice
-    (lambda w: w | {FC: w[FC].t()}, rf"does not fit config.json: {FC} is F32 \[128, 32\] .* \[32, 128\]$"),
+REFUSED: list[tuple[Change, str]] = [
+    (lambda w: {n: t for n, t in w.items() if n != FC}, rf"lacks {FC}; copy or download it again$"),
+    (lambda w: {n: t for n, t in w.items() if ".h." not in n}, r"lacks transformer.h.0.ln_1.weight, .* and 21 more"),
+    (lambda w: w | {"score.weight": torch.zeros(2, 32)}, "has not: score.weight; to remove that: python -c '"),
+    (lambda w: prefixed("module.")(w) | {"score.weight": torch.zeros(2, 32)}, "has not: score.weight$"),
+    (lambda w: w | {"module." + FC: w[FC]}, rf"holds what a GPT-2 has not: (module\.)?{FC}"),  # twice
+    (lambda w: w | {FC: w[FC].t()}, rf"does not fit config.json: {FC} is F32 \[128, 32\] .* \[32, 128\]"),
     (lambda w: w | {FC: w[FC].double()}, rf"does not fit config.json: {FC} is F64 \[32, 128\] and not F32"),
     (with_value(math.nan), f"{FC} holds NaN or infinity"),
     (with_value(-math.inf), f"{FC} holds NaN or infinity"),
@@ -148,90 +181,131 @@ REFUSED: list[tuple[Callable[[Weights], Weights], str]] = [
 
 
 @pytest.mark.parametrize(("change", "problem"), REFUSED)
-def test_weights_that_are_not_the_models_are_refused(
-    sound: Path, tmp_path: Path, change: Callable[[Weights], Weights], problem: str
-) -> None:
-    folder = changed(sound, tmp_path / "model", change)
+def test_weights_that_are_not_the_models_are_refused(folder: Path, change: Change, problem: str) -> None:
+    rewrite(folder, change)
     with pytest.raises(UserError, match=rf"^NAME {folder}: .*{problem}"):
         load_model(str(folder), setting="NAME")
     with pytest.raises(UserError, match=rf"^NAME {folder}: .*{problem}"):  # as train reads it
         trained_weights(str(folder), load_config(str(folder)), "NAME", lambda line: None).read(FC, 0, 32 * 128)
 
 
-def test_large_finite_weights_are_read(sound: Path, tmp_path: Path) -> None:
-    """Their sum overflows."""
-    folder = changed(sound, tmp_path / "model", lambda weights: weights | {FC: torch.full_like(weights[FC], 3e38)})
-    assert torch.equal(read_both_ways(folder)[0][FC], torch.full((32, 128), 3e38))
+def in_several_files(folder: Path) -> list[Path]:
+    GPT2LMHeadModel.from_pretrained(folder).save_pretrained(folder, max_shard_size="30KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    return sorted(folder.glob("model-0*"))
 
 
-def test_an_untied_head_must_be_in_the_file(sound: Path, tmp_path: Path) -> None:
-    folder = changed(sound, tmp_path / "model", lambda weights: weights)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-    with pytest.raises(UserError, match=rf"model.safetensors lacks {HEAD}$"):
-        load_model(str(folder))
+def test_weights_in_several_files(sound: Path, folder: Path) -> None:
+    assert len(in_several_files(folder)) > 2
+    for weights in read_both_ways(folder):
+        assert all(torch.equal(weights[name], tensor) for name, tensor in weights_of(sound).items())
+
+
+def damaged(change: Callable[[bytes], bytes], name: str = "model.safetensors") -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def renamed(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "model.safetensors").rename(folder / name)
+
+
+def configured(**values: object) -> Callable[[Path], object]:
+    def act(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    return act
+
+
+def foreign(name: str) -> Callable[[Path], object]:
+    """A folder with one file, which is no Hugging Face model."""
+
+    def act(folder: Path) -> None:
+        shutil.rmtree(folder)
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text('{"base_model_name_or_path": "distilgpt2"}')
+
+    return act
 
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 548105171\n".encode()
-DAMAGED: list[tuple[Callable[[bytes], bytes], str]] = [
-    (lambda content: content[: len(content) // 2], r"cannot be read \(.* bytes of .*\); copy or download it again"),
-    (lambda content: content[:100], "cannot be read"),
-    (lambda content: b"", "cannot be read"),
-    (lambda content: (2).to_bytes(8, "little") + b"[]", "cannot be read .*not the header of a safetensors file"),
-    (lambda content: content.replace(b'"shape":[32,128]', b'"shape":[32,127]'), r"cannot be read .*F32 \[32, 127\]"),
-    (lambda content: POINTER, "model.safetensors is a Git LFS pointer, not the weights; run: git lfs pull"),
+IN_FOUR = "transformers<5"
+WAYS_OUT: list[tuple[Callable[[Path], object], str]] = [
+    (damaged(lambda b: b[: len(b) // 2]), r"model.safetensors cannot be read .*\d+ bytes of \d+\); copy or download"),
+    (damaged(lambda b: b""), "model.safetensors cannot be read"),
+    (damaged(lambda b: bytes([2, *[0] * 7]) + b"[]"), "not the header of a safetensors file"),
+    (damaged(lambda b: b.replace(b'"shape":[32,128]', b'"shape":[32,127]')), r"cannot be read .*F32 \[32, 127\]"),
+    (damaged(lambda b: POINTER), "model.safetensors is a Git LFS pointer, not the file; run: git -C .* lfs pull"),
+    (damaged(lambda b: POINTER, "config.json"), "config.json is a Git LFS pointer"),
+    (damaged(lambda b: b"{", "config.json"), "config.json cannot be read"),
+    (lambda f: in_several_files(f)[1].unlink(), r"missing: model-00002-of-\d+.safetensors; .*hf download"),
+    (lambda f: (in_several_files(f), (f / "model.safetensors.index.json").unlink()), "without model.safetensors.index"),
+    (renamed("my.safetensors"), "run: mv .*/my.safetensors .*/model.safetensors"),
+    (renamed("tf_model.h5"), f"{IN_FOUR}.*python -c '.*from_tf=True"),
+    (renamed("flax_model.msgpack"), f"{IN_FOUR}.*python -c '.*from_flax=True"),
+    (renamed("gpt2.Q4.gguf"), "python -c '.*gguf_file=.gpt2.Q4.gguf"),
+    (foreign("adapter_config.json"), "a PEFT adapter.*python -c '.*merge_and_unload.*from_pretrained..distilgpt2"),
+    (foreign("global_step1/zero_pp_rank_0_mp_rank_00_optim_states.pt"), "zero_to_fp32.py"),
+    (foreign(".metadata"), "dcp_to_torch"),
+    (foreign("README.md"), r"has no config.json \(there: README.md\)"),
+    (configured(model_type="llama"), "model_type 'llama'; wikift knows gpt2 models only"),
+    (configured(add_cross_attention=True), "add_cross_attention"),
+    (configured(tie_word_embeddings=False), f"lacks {HEAD}"),
+    (configured(n_head=5), "n_head=5: must divide n_embd=32"),
 ]
 
 
-@pytest.mark.parametrize(("damage", "problem"), DAMAGED)
-def test_a_damaged_file_is_the_users_to_replace(
-    sound: Path, tmp_path: Path, damage: Callable[[bytes], bytes], problem: str
+@pytest.mark.parametrize(("damage", "problem"), WAYS_OUT)
+def test_every_command_says_the_way_out(
+    folder: Path, store: TokenStore, damage: Callable[[Path], object], problem: str
 ) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(sound, folder)
-    (folder / "model.safetensors").write_bytes(damage((sound / "model.safetensors").read_bytes()))
-    with pytest.raises(UserError, match=problem):
-        load_model(str(folder))
+    damage(folder)
+    said = by_every_command(folder, store)
+    assert len(set(said)) == 1, said
+    assert re.search(problem, said[0]), said[0]
 
 
-def test_weights_in_several_files(sound: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(sound, folder)
+def python_in(problem: str) -> list[str]:
+    words = shlex.split(problem[problem.index("python -c") :].partition("; then name")[0])
+    return [sys.executable, *words[1:3]]
+
+
+def nanogpt(weights: Weights, folder: Path) -> None:
+    """As nanoGPT saves it: linear layers (out, in), compiled, no tokenizer."""
+    shutil.rmtree(folder)
+    folder.mkdir()
+    linear = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
+    saved = {"_orig_mod." + n: t.t().contiguous() if n.endswith(linear) else t for n, t in weights.items()}
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": weights["transformer.wpe.weight"].shape[0]}
+    torch.save({"model": saved, "model_args": sizes, "iter_num": 100}, folder / "ckpt.pt")
+
+
+def pickled(weights: Weights, folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    GPT2LMHeadModel.from_pretrained(sound).save_pretrained(folder, max_shard_size="30KB")
-    files = sorted(folder.glob("model-0*"))
-    assert len(files) > 2
-    for weights in read_both_ways(folder):
-        assert all(torch.equal(weights[name], tensor) for name, tensor in weights_of(sound).items())
-    files[1].unlink()
-    with pytest.raises(UserError, match=f"names files that are missing: {files[1].name}; copy or download them again"):
-        load_model(str(folder))
+    torch.save(weights | {HEAD: weights[EMBEDDING]}, folder / "pytorch_model.bin")
 
 
-@pytest.mark.parametrize("files", [(), ("pytorch_model.bin",), ("tf_model.h5",)])
-def test_pickled_weights_are_never_read(sound: Path, tmp_path: Path, files: tuple[str, ...]) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(sound, folder)
-    (folder / "model.safetensors").unlink()
-    for file in files:
-        torch.save(weights_of(sound), folder / file)
-    with pytest.raises(UserError, match=r"has no model.safetensors \(pickled weights are never read\); make one"):
-        load_model(str(folder))
-
-
-@pytest.mark.parametrize(("change", "problem"), [REFUSED[0], REFUSED[6]])
-def test_no_command_answers_from_weights_that_were_not_loaded(
-    sound: Path, store: TokenStore, tmp_path: Path, change: Callable[[Weights], Weights], problem: str
+@pytest.mark.parametrize(("save", "made"), [(nanogpt, "converted"), (pickled, ".")])
+def test_the_command_that_is_named_converts(
+    sound: Path, folder: Path, save: Callable[[Weights, Path], None], made: str
 ) -> None:
-    folder = changed(sound, tmp_path / "model", change)
-    (tmp_path / "text.txt").write_text("".join(SENTENCES))
-    training = arguments(
-        store.path, tmp_path / "run", from_scratch=None, config_overrides=None, model=folder, max_steps=1
+    save(weights_of(sound), folder)
+    with pytest.raises(UserError) as caught:
+        load_model(str(folder))
+    program, option, code = python_in(str(caught.value))
+    ran = subprocess.run(
+        [program, option, code.replace('"gpt2"', json.dumps(str(sound)))], capture_output=True, text=True, timeout=100
     )
-    for command, line in (
-        (generate.main, [str(folder), "--prompt", "The", "--device", "cpu"]),
-        (evaluate.main, [str(folder), "--dataset", str(tmp_path / "text.txt"), "--device", "cpu"]),
-        (train.main, training),
-    ):
-        with pytest.raises(UserError, match=f"{folder}: .*{problem}"):
-            command(line)
+    assert ran.returncode == 0, ran.stderr
+    loaded, _ = read_both_ways(folder / made)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights_of(sound).items())
+
+
+def test_the_counts_are_the_real_ones(folder: Path, store: TokenStore, capsys: pytest.CaptureFixture[str]) -> None:
+    rewrite(folder, lambda weights: weights | {HEAD: weights[EMBEDDING] * 2})
+    count = sum(tensor.numel() for tensor in weights_of(folder).values())
+    training = arguments(store.path, folder.parent / "run", from_scratch=None, config_overrides=None, model=folder)
+    assert train.main([*training, "--dry-run"]) == 0
+    assert f"parameters: {count:,}" in capsys.readouterr().out
+    assert generate.main([str(folder), "--prompt", "The", "--device", "cpu", "--max-new-tokens", "1"]) == 0
+    assert f"{count:,} parameters" in capsys.readouterr().err

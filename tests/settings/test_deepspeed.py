@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from wikift.base.errors import UserError
-from wikift.base.shape import shape_of
+from wikift.base.model_files import shape_of
 from wikift.commands.train import main
 from wikift.settings.batch_layout import BatchLayout
 from wikift.settings.deepspeed import Merged, engine_config, merge, read

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from tests.tiny import VOCABULARY, tiny_store
 from wikift.base.errors import UserError
-from wikift.base.shape import RELEASED, Shape, shape_of
+from wikift.base.model_files import shape_of
+from wikift.base.shape import RELEASED, Shape
 from wikift.commands.train import main
 from wikift.settings.batch_layout import (
     DEFAULT_GLOBAL_BATCH,
@@ -238,7 +239,7 @@ def test_a_model_folder(tmp_path: Path) -> None:
     for content, expected in (
         ("{", "config.json cannot be read"),
         ("[]", "model_type None"),
-        ('{"model_type": "bert"}', "model_type 'bert'; wikift trains gpt2 models only"),
+        ('{"model_type": "bert"}', "model_type 'bert'; wikift knows gpt2 models only"),
         ('{"model_type": "gpt2", "n_layer": "two"}', "n_layer 'two', which must be a whole number"),
         ('{"model_type": "gpt2", "n_embd": 0}', "n_embd 0, which must be"),
         ('{"model_type": "gpt2", "n_head": null}', "n_head None, which must be"),

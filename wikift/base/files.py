@@ -55,6 +55,24 @@ def replace_json(path: Path, content: Mapping[str, object]) -> None:
     replace_text(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`, empty where there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what `git clone` leaves of a large one where Git LFS is not installed."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(40).startswith(b"version https://git-lfs.")
+    except OSError:
+        return False
+
+
 def read_range(path: Path, offset: int, into: memoryview) -> None:
     """Fill `into` (bytes) from a file's `offset` on, reading these bytes only. Raises OSError where the file ends."""
     with open(path, "rb", buffering=0) as file:

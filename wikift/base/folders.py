@@ -8,13 +8,14 @@ RUN/wandb-id.txt     the Weights & Biases run      RUN/before-1/ ...  an earlier
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 from wikift.base.command import as_typed, command_line
 from wikift.base.errors import UserError, nearest
+from wikift.base.files import read_json
+from wikift.base.model_files import open_model
 from wikift.base.shape import RELEASED, released_name
 
 METRICS, SAMPLES, WANDB_ID = "metrics.jsonl", "samples.jsonl", "wandb-id.txt"
@@ -112,16 +113,17 @@ def has_model(name: str) -> bool:
         command = f"{command_line('consolidate')} {shlex.quote(name)} --out DIR"
         raise UserError(f"{name}: is a checkpoint; make a model of it first: {command}")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        kind = "holds neither a model nor a run" if path.is_dir() else "is a file"
-        raise UserError(f"{name}: {kind}; name a Hugging Face directory, a run (runs/NAME) or a Hub name")
+        open_model(name, "MODEL")  # raises, with what there is instead
     return not path.exists() and is_hub_name(name)
 
 
 def check_model(name: str) -> None:
-    """Raises UserError where `name` leads to no trained weights: with the command that makes them, or what is near."""
-    if has_model(name):
-        return
+    """Raises UserError where `name` leads to no trained weights that can be read, with the command that helps."""
     path = Path(name)
+    if has_model(name):
+        if is_model(path):
+            open_model(name, "MODEL")
+        return
     if path.name == "hf" and checkpoint_steps(path.parent):
         raise UserError(
             f"{name}: is not there yet; make it: {command_line('consolidate')} {shlex.quote(str(path.parent))}"
@@ -137,12 +139,3 @@ def check_model(name: str) -> None:
 def run_of(name: str) -> Path | None:
     """The run that `name` is, or is the model directory of (RUN/hf); None otherwise."""
     return next((path for path in (Path(name), Path(name).parent) if is_run(path)), None)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`, empty where there is none that can be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

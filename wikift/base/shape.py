@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 from wikift.base.errors import UserError, nearest
@@ -19,6 +17,13 @@ _RELEASED = {
     "gpt2-xl": (48, 25, 1600),
 }
 RELEASED = tuple(_RELEASED)
+EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}  # of transformers' GPT2Config
 
 # What --config-overrides may set, with the type of each (the names of transformers' GPT2Config).
 OVERRIDES: dict[str, type] = {
@@ -48,21 +53,38 @@ class Shape:
     n_positions: int = 1024
     vocab_size: int = 50257
     n_inner: int | None = None
+    tie_word_embeddings: bool = True  # one tensor is embedding and head
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every trained tensor by Hugging Face name, a tied head left out."""
+        width, inner = self.n_embd, self.n_inner or 4 * self.n_embd
+        linear = {"attn.c_attn": (width, 3 * width), "attn.c_proj": (width, width),
+                  "mlp.c_fc": (width, inner), "mlp.c_proj": (inner, width)}  # fmt: skip
+        tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocab_size, width)}
+        tensors["transformer.wpe.weight"] = (self.n_positions, width)
+        norms = [f"h.{layer}.ln_{number}" for layer in range(self.n_layer) for number in (1, 2)]
+        for name in (*norms, "ln_f"):
+            tensors |= {f"transformer.{name}.weight": (width,), f"transformer.{name}.bias": (width,)}
+        for layer in range(self.n_layer):
+            for name, (rows, columns) in linear.items():
+                tensors[f"transformer.h.{layer}.{name}.weight"] = (rows, columns)
+                tensors[f"transformer.h.{layer}.{name}.bias"] = (columns,)
+        return tensors if self.tie_word_embeddings else {**tensors, HEAD: tensors[EMBEDDING]}
 
     @property
     def parameters(self) -> int:
-        """Count of trained numbers, the tied head counted once (gpt2: 124,439,808)."""
-        width, inner = self.n_embd, self.n_inner or 4 * self.n_embd
-        attention = width * 3 * width + 3 * width + width * width + width
-        block = attention + 2 * width * inner + inner + width + 4 * width
-        return (self.vocab_size + self.n_positions) * width + self.n_layer * block + 2 * width
+        """Count of trained numbers, a tied head counted once (gpt2: 124,439,808)."""
+        return sum(map(math.prod, self.tensors.values()))
 
     def flops_per_token(self, block_size: int) -> float:
         """Forward and backward, PaLM's count (arXiv:2204.02311, appendix B): 6 N + 12 L T d, attention uncausal.
 
-        N is all parameters, as nanoGPT counts them less the positions: gpt2 at T = 1,024 is 855 MFLOP.
+        N is all parameters, as nanoGPT counts them less what is only looked up, positions and the embedding of an
+        untied head: gpt2 at T = 1,024 is 855 MFLOP.
         """
-        counted = self.parameters - self.n_positions * self.n_embd
+        looked_up = self.n_positions + (0 if self.tie_word_embeddings else self.vocab_size)
+        counted = self.parameters - looked_up * self.n_embd
         return 6.0 * counted + 12.0 * self.n_layer * block_size * self.n_embd
 
 
@@ -72,36 +94,39 @@ def released_name(model: str) -> str | None:
     return name if name in _RELEASED else None
 
 
-def shape_of(model: str) -> Shape | None:
-    """The shape of a released model or of a model folder; None for a name that only the Hub can tell.
+def released_shape(model: str) -> Shape | None:
+    """The shape that is known by the name of a released model."""
+    return Shape(*_RELEASED[name]) if (name := released_name(model)) else None
 
-    Raises UserError where a folder has no readable GPT-2 `config.json`.
-    """
-    name = released_name(model)
-    if name is not None and not Path(model).is_dir():
-        layers, heads, width = _RELEASED[name]
-        return Shape(n_layer=layers, n_head=heads, n_embd=width)
-    if not Path(model).is_dir():
-        return None
-    path = Path(model) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--model {model}: has no config.json; name a Hugging Face model folder (RUN/hf)") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {model}: config.json cannot be read ({error})") from None
+
+def shape_of_config(config: Any, where: str) -> Shape:
+    """The shape in a `config.json`. Raises UserError where it is not that of a GPT-2, or makes no sense."""
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "gpt2":
-        raise UserError(f"--model {model}: config.json says model_type {kind!r}; wikift trains gpt2 models only")
-    dimensions = {f.name: config[f.name] for f in dataclasses.fields(Shape) if f.name in config}
+        raise UserError(f"{where}: config.json says model_type {kind!r}; wikift knows gpt2 models only: name gpt2, say")
+    config = {_ALIASES.get(key, key): value for key, value in config.items()}
+    config["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", True))
+    shape = with_overrides(Shape(), config)
     problems = [
-        f"--model {model}: config.json says {name} {value!r}, which must be a whole number of 1 or more"
-        for name, value in dimensions.items()
-        if not (type(value) is int and value >= 1) and not (name == "n_inner" and value is None)
+        f"{where}: config.json says {name} {value!r}, which must be a whole number of 1 or more"
+        for name, value in dataclasses.asdict(shape).items()
+        if name != "tie_word_embeddings"
+        and not (type(value) is int and value >= 1)
+        and not (name == "n_inner" and value is None)
     ]
-    if problems:
+    if config.get("add_cross_attention"):
+        problems.append(f"{where}: config.json says add_cross_attention, of which wikift trains none; name another")
+    if problems := problems or head_problems(shape, f"{where}: config.json says "):
         raise UserError(*problems)
-    return with_overrides(Shape(), dimensions)
+    return shape
+
+
+def head_problems(shape: Shape, setting: str) -> list[str]:
+    """Whether the width is that of whole heads."""
+    if shape.n_embd % shape.n_head == 0:
+        return []
+    fits = math.gcd(shape.n_embd, shape.n_head)
+    return [f"{setting}n_head={shape.n_head}: must divide n_embd={shape.n_embd}; try n_head={fits}"]
 
 
 def with_overrides(shape: Shape, overrides: dict[str, Any]) -> Shape:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from wikift.base import folders, hub
 from wikift.base.command import command_line
+from wikift.base.conversions import third_party
 from wikift.base.errors import EXIT_DONE, UserError
-from wikift.base.files import parse_size, read_jsonl
+from wikift.base.files import parse_size, read_json, read_jsonl
 from wikift.base.launcher import launch
 from wikift.checkpoint.reader import best_checkpoint
 from wikift.export.export import export
@@ -80,7 +81,7 @@ def model_source(name: str, say: Say) -> str:
     target = path / "hf"
     if not folders.is_model(target):
         return str(run(ConsolidateSettings(run=name), say))
-    steps, record = folders.checkpoint_steps(path), folders.read_json(target / folders.EXPORT_RECORD)
+    steps, record = folders.checkpoint_steps(path), read_json(target / folders.EXPORT_RECORD)
     step, dtype = record.get("step"), record.get("dtype", "float32")
     if steps and isinstance(step, int) and step < steps[-1]:
         command = f"{command_line('consolidate')} {shlex.quote(name)}"
@@ -125,29 +126,13 @@ def _source_problems(source: Path, settings: ConsolidateSettings) -> list[str]:
         return [f"{setting}: has no effect, {source} is one checkpoint; name the run"]
     if not source.is_dir():
         return [f"{source}: no such folder; name a run, runs/NAME, or one checkpoint of it"]
-    if (third_party := _third_party(source)) is not None:
-        kind, command = third_party
-        return [
-            f"{source}: is a checkpoint of {kind}, not of wikift; convert it: {command}, then load the weights into a "
-            "model and call save_pretrained, as docs/how-to/third-party-checkpoints.md shows"
-        ]
+    if (text := third_party(source)) is not None:
+        return [f"{source}: {text}"]
     try:
         folders.run_config(source)
     except UserError as error:
         return list(error.problems)
     return []
-
-
-def _third_party(folder: Path) -> tuple[str, str] | None:
-    """Which program wrote the checkpoint `folder`, and the command that converts it; None where it is neither's."""
-    if (folder / ".metadata").is_file():
-        command = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {shlex.quote(str(folder))} OUT.pt"
-        return "torch.distributed.checkpoint", command
-    above = folder.parent if any(folder.glob("*_states.pt")) else folder
-    if any(above.glob("*/*_states.pt")):
-        tag = "" if above == folder else f" -t {shlex.quote(folder.name)}"
-        return "DeepSpeed", f"python {shlex.quote(f'{above}/zero_to_fp32.py')} {shlex.quote(str(above))} OUT{tag}"
-    return None
 
 
 def _choose(folder: Path, settings: ConsolidateSettings, say: Say) -> Path:
@@ -163,7 +148,7 @@ def _choose(folder: Path, settings: ConsolidateSettings, say: Say) -> Path:
     best = best_checkpoint(folder)
     if best is None:
         raise UserError(f"--best: no checkpoint of {folder} was validated; omit it, or name a --step of {listed}")
-    saved = folders.read_json(best / "manifest.json")["eval_loss"]
+    saved = read_json(best / "manifest.json")["eval_loss"]
     validated = [row for row in read_jsonl(folder / folders.METRICS) if row.get("eval_loss") is not None]
     lowest = min(validated, key=lambda row: row["eval_loss"], default={"eval_loss": saved})
     if lowest["eval_loss"] < saved:

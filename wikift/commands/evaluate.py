@@ -15,7 +15,7 @@ from wikift.base import folders
 from wikift.base.command import command_line
 from wikift.base.console import Progress
 from wikift.base.errors import EXIT_DONE, UserError
-from wikift.base.shape import shape_of
+from wikift.base.model_files import shape_of
 from wikift.commands.consolidate import model_source
 from wikift.commands.prepare import source_of
 from wikift.data.sources import source_problems
@@ -184,8 +184,7 @@ def _text(settings: EvaluateSettings, store: TokenStore | None) -> Text:
 def _check_model(name: str, settings: EvaluateSettings, store: TokenStore | None) -> None:
     folders.check_model(name)
     folder = Path(name) / "model" if folders.is_run(Path(name)) else Path(name)
-    shape = shape_of(str(folder) if folder.is_dir() else name)
-    if shape is not None:
+    if (shape := shape_of(str(folder), "MODEL")) is not None:
         _check_windows(name, settings, shape.n_positions)
     if folder.is_dir() and store is not None:
         check_tokenizer(store, folder, setting="MODEL")

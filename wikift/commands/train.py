@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,15 +12,17 @@ from typing import TYPE_CHECKING
 from wikift import __version__
 from wikift.base import folders, hub, hub_client
 from wikift.base.command import command_line
-from wikift.base.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
+from wikift.base.errors import EXIT_DONE, EXIT_INTERRUPTED, EnvironmentFault, UserError
 from wikift.base.launcher import launch, unused_settings
+from wikift.base.model_files import open_model, shape_of
+from wikift.base.shape import Shape
 from wikift.settings import deepspeed
 from wikift.settings.batch_layout import BatchLayout, batch_layout
 from wikift.settings.checks import check_train, problems_of
 from wikift.settings.default_folders import store_path
 from wikift.settings.fields import EXCLUSIVE, TrainSettings
 from wikift.settings.options import Parsed, flag, parse_all
-from wikift.settings.run_plan import RunPlan, model_shape, plan_run, resolve
+from wikift.settings.run_plan import RunPlan, apply_scratch, plan_run, resolve, vocabulary_problems
 from wikift.settings.schedule import schedule_of
 from wikift.training.resume import planned_start
 
@@ -76,8 +79,8 @@ def train(parsed: Parsed[TrainSettings], problems: Sequence[str] = ()) -> tuple[
     say(f"wikift {__version__}: {settings.model}, into {settings.output_dir}")
     for note in notes:
         say(note)
-    store, shape_from = _bring(settings, prints, say)
-    run_plan = _plan(settings, batch_layout(settings, launch().size), store, shape_from)
+    store = _bring(settings, prints, say)
+    run_plan = _plan(settings, batch_layout(settings, launch().size), store, _model(settings)[0])
 
     from wikift.watch.terminal import phase
 
@@ -131,24 +134,46 @@ def dry_run(settings: TrainSettings, layout: BatchLayout) -> str:
             lines.append(f"{field.name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f"))
     lines += ["", "# derived", f"# batch: {layout.words}"]
     path = Path(settings.data) if settings.data is not None else store_path(settings)
-    shape = model_shape(settings)
-    if settings.data is not None or (path / "store.json").exists():
-        store = open_store(path)
-        plan = _plan(settings, layout, store, str(_resumed_model(settings) or settings.model))
+    store = open_store(path) if settings.data is not None or (path / "store.json").exists() else None
+    shape, notes = _checked_files(settings, store)
+    if store is not None:
+        plan = _plan(settings, layout, store, shape or _model(settings)[0])
         lines += [f"# {name}: {text}" for name, text in plan.summary.items()]
-        notes: list[str] = []
-        starts = planned_start(plan, store, notes.append)
-        for text in (f"starts: {starts}", *notes):  # a comment in TOML has no control characters, a path may
-            lines.append("# " + "".join(sign if sign.isprintable() else "?" for sign in text))
+        notes.insert(0, f"starts: {planned_start(plan, store, notes.append)}")
     else:
         prepared = f"prepared (by {command_line('prepare')}, or by the run itself)"
         lines.append(f"# steps of an epoch: known when {path} is {prepared}")
         if shape is not None:
+            shape = apply_scratch(settings, shape, None)
             lines.append(f"# parameters: {shape.parameters:,} with a vocabulary of {shape.vocab_size:,}")
             lines.append(f"# tokens per step: {layout.global_batch * (settings.block_size or shape.n_positions):,}")
         if settings.max_steps is not None and settings.warmup_steps < 1:
             lines.append(f"# warm-up steps: {schedule_of(settings, settings.max_steps).warmup}")
+    for text in notes:  # a comment in TOML has no control characters, a path may
+        lines.append("# " + "".join(sign if sign.isprintable() else "?" for sign in text))
     return "\n".join(lines)
+
+
+def _checked_files(settings: TrainSettings, store: TokenStore | None) -> tuple[Shape | None, list[str]]:
+    """Check of model and tokenizer all that a run checks, without the weights; the model's shape, and notes."""
+    try:
+        shape, notes = _model(settings, download=False)
+        _check_tokenizer(settings, store, shape)
+        return shape, notes
+    except EnvironmentFault as fault:
+        return shape_of(settings.model), [f"model and tokenizer are not checked: {fault}"]
+
+
+def _model(settings: TrainSettings, *, download: bool = True) -> tuple[Shape, list[str]]:
+    """The shape of what is trained, before --config-overrides, and what to know of it; its files are checked."""
+    resumed = _resumed_model(settings)
+    if not settings.from_scratch and resumed is None:
+        shape, _, notes = open_model(settings.model, download=download)
+        return shape, notes
+    name = str(resumed or settings.model)
+    known = shape_of(name) or shape_of(name, fetched=True)
+    assert known is not None
+    return known, []
 
 
 def _data_problems(settings: TrainSettings, asked: TrainSettings) -> list[str]:
@@ -159,20 +184,15 @@ def _data_problems(settings: TrainSettings, asked: TrainSettings) -> list[str]:
     data = settings.data
     if data is not None:
         return problems_of(lambda: open_store(data))
-    # a tokenizer that follows from --model is not complained of beside --model
-    return data_problems(dataclasses.replace(settings, tokenizer=asked.tokenizer or "gpt2"))
+    # a tokenizer that follows from --model is not complained of beside a wrong --model
+    tokenizer = settings.tokenizer if folders.is_model(Path(settings.model)) else asked.tokenizer or "gpt2"
+    return data_problems(dataclasses.replace(settings, tokenizer=tokenizer))
 
 
-def _plan(settings: TrainSettings, layout: BatchLayout, store: TokenStore, shape_from: str) -> RunPlan:
+def _plan(settings: TrainSettings, layout: BatchLayout, store: TokenStore, shape: Shape) -> RunPlan:
     if problems := _split_problems(settings, store):
         raise UserError(*problems)
-    if not Path(shape_from).is_dir() and model_shape(settings) is None:
-        shape_from = str(hub.fetch(settings.model, "--model", hub.CONFIG))
-    try:
-        shape = model_shape(dataclasses.replace(settings, model=shape_from), store.vocab_size)
-    except UserError as error:  # in the user's terms
-        raise UserError(*(problem.replace(shape_from, settings.model) for problem in error.problems)) from None
-    assert shape is not None
+    shape = apply_scratch(settings, shape, store.vocab_size)
     plan = plan_run(settings, layout, shape, store.splits["train"].tokens, store.vocab_size)
     blocks = -(-(store.splits["validation"].tokens - 1) // plan.block_size) if store.has_validation else 0
     if plan.eval_blocks >= blocks > 0:
@@ -196,34 +216,24 @@ def _split_problems(settings: TrainSettings, store: TokenStore) -> list[str]:
     return problems
 
 
-def _bring(settings: TrainSettings, prints: bool, say: Say) -> tuple[TokenStore, str]:
-    """The store, prepared first where it is missing, and the folder or name that tells the model's shape.
+def _bring(settings: TrainSettings, prints: bool, say: Say) -> TokenStore:
+    """The store, prepared first where it is missing, and the model's files in the Hub's cache.
 
     By the first process of each host, before any process group exists; the others find store and model then.
     """
-    from wikift.data.store import check_tokenizer, open_store
+    from wikift.data.store import open_store
 
     path = Path(settings.data) if settings.data is not None else store_path(settings)
-    name, shape_from = settings.model, settings.model
-    resumed = _resumed_model(settings)
     if not prints:
         hub_client.be_quiet()
 
     def bring() -> None:
-        nonlocal shape_from
         if settings.data is None:
             from wikift.base.names import CUT_SEED
             from wikift.commands.prepare import make_store
 
             make_store(settings, CUT_SEED, path, quiet=not prints, say=say)
-        if settings.from_scratch and model_shape(settings) is not None:
-            return
-        if resumed is not None:
-            shape_from = str(resumed)
-        else:
-            shape_from = str(hub.fetch(name, "--model", hub.CONFIG))
-            if not settings.from_scratch:
-                hub.fetch(name, "--model", hub.WEIGHTS)
+        _model(settings)
 
     if launch().size > 1:
         from wikift.watch.terminal import phase
@@ -235,13 +245,26 @@ def _bring(settings: TrainSettings, prints: bool, say: Say) -> tuple[TokenStore,
     else:
         bring()
     store = open_store(path)
-    folder, own = Path(name), settings.data is None and settings.tokenizer == name
-    bare = folder.is_dir() and not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json"))
-    # of several ranks one looks; a store made with the model's own tokenizer, as by default, needs no look
-    looks = not (settings.from_scratch or own or bare or resumed) and launch().rank == 0
-    if looks:
-        check_tokenizer(store, name)
-    return store, shape_from
+    if launch().rank == 0:  # of several ranks one looks
+        _check_tokenizer(settings, store, None)
+    return store
+
+
+def _check_tokenizer(settings: TrainSettings, store: TokenStore | None, shape: Shape | None) -> None:
+    """Raises UserError where the store, or the tokenizer that it will be made with, does not fit the model."""
+    from wikift.data.store import check_tokenizer
+    from wikift.data.tokenizer import load_tokenizer, tokenizer_problems
+
+    name = str(settings.tokenizer)
+    if store is None and shape is not None and not name.startswith("train:"):
+        with tempfile.TemporaryDirectory() as copy:
+            size = load_tokenizer(name, Path(copy)).vocab_size
+        if problems := vocabulary_problems(settings, apply_scratch(settings, shape, size), size):
+            raise UserError(*problems)
+    own = settings.data is None and settings.tokenizer == settings.model  # a store that was made with it needs no look
+    bare = Path(settings.model).is_dir() and tokenizer_problems(settings.model)
+    if store is not None and not (settings.from_scratch or own or bare or _resumed_model(settings)):
+        check_tokenizer(store, settings.model)
 
 
 def _resumed_model(settings: TrainSettings) -> Path | None:

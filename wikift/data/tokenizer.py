@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +18,19 @@ from typing import Any
 
 from wikift.base import hub
 from wikift.base.errors import UserError, one_line
+from wikift.base.files import is_lfs_pointer, read_json
 
 EOS = "<|endoftext|>"
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 _PAIR = ("vocab.json", "merges.txt")  # what GPT-2's tokenizer was first published as
-_OTHERS = ("added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates")
 _FLAGS = ("lstrip", "rstrip", "single_word")
 _LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-# What tokenizer_config.json may say of a tokenizer of GPT-2's kind: the last ones if false
-_KEPT = {"model_max_length", "clean_up_tokenization_spaces", "name_or_path"}
-_ANY = {"tokenizer_class", "added_tokens_decoder", "backend", "is_local", "local_files_only", "special_tokens_map_file"}
-_IDLE = ("add_prefix_space", "add_bos_token", "split_special_tokens", "pad_token")
-_ROLES = ("bos_token", "eos_token", "unk_token")
+# GPT2Tokenizer is what every release of transformers, and other programs, read back to the same ids
+_CONFIG = {**dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOS), "add_prefix_space": False,
+           "tokenizer_class": "GPT2Tokenizer"}  # fmt: skip
+_OF_NO_EFFECT = {"model_max_length", "name_or_path", "is_local", "local_files_only", "backend"}
+_ENDS = (EOS, "</s>", "[SEP]", "<eos>", "<|end_of_text|>")  # what tokenizers call the end of a text
+_COPY = "from transformers import AutoTokenizer as T; t = T.from_pretrained({}); {}t.save_pretrained({})"
 
 _TAUGHT_RUN = 1000  # characters; longer unbroken runs are no words, and training on them takes memory by the gigabyte
 _LONG_RUN = re.compile("|".join(rf"(?<!{c})({c}{{{_TAUGHT_RUN}}}){c}+" for c in (r"\w", r"\s", r"[^\w\s]")))
@@ -52,44 +54,92 @@ class SavedTokenizer:
         return self.folder / FILE
 
 
-def tokenizer_problems(tokenizer: str) -> list[str]:
-    """What is wrong with `--tokenizer` as far as it shows without loading it."""
-    if tokenizer.startswith("train:"):
-        return []  # its SIZE is checked with the other settings
-    folder, where = Path(tokenizer), f"--tokenizer {tokenizer}"
-    if (folder / FILE).is_file() or all((folder / name).is_file() for name in _PAIR):
-        return []
-    if folder.is_dir():
-        files = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        lacks = f"has neither tokenizer.json nor vocab.json and merges.txt (there: {files})"
-        return [f"{where}: {lacks}; name a folder that save_pretrained wrote"]
-    if folder.exists():
+def tokenizer_problems(tokenizer: str, setting: str = "--tokenizer") -> list[str]:
+    """What is wrong with a tokenizer's name or folder as far as it shows without loading it."""
+    folder, where = Path(tokenizer), f"{setting} {tokenizer}"
+    if folder.is_file():
         return [f"{where}: is a file; name its folder"]
-    if not hub.is_name(tokenizer):
+    if folder.is_dir():
+        for path in folder.glob("*.*"):
+            if path.suffix in (".json", ".txt", ".model") and is_lfs_pointer(path):
+                pull = f"git -C {shlex.quote(tokenizer)} lfs pull"
+                return [f"{where}: {path.name} is a Git LFS pointer, not the file; run: {pull}"]
+        pair = all((folder / name).is_file() for name in _PAIR)
+        if pair or any((folder / name).is_file() for name in (FILE, "vocab.txt")) or any(folder.glob("*.model")):
+            return []
+        files = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        lacks = f"has no tokenizer, neither tokenizer.json nor vocab.json and merges.txt (there: {files})"
+        return [f"{where}: {lacks}; copy the one that its model was trained with, GPT-2's for example: "
+                + _python(_COPY, "gpt2", "", tokenizer)]  # fmt: skip
+    if not tokenizer.startswith("train:") and not hub.is_name(tokenizer):  # its SIZE is checked with the settings
         return [f"{where}: no such folder; name one, a tokenizer on the Hub such as gpt2, or train:SIZE"]
     return []
 
 
-def load_tokenizer(name: str, folder: Path) -> SavedTokenizer:
-    """Load tokenizer `name` (of the Hub, or a folder) and save a copy of it into `folder`.
+def load_tokenizer(name: str, folder: Path, setting: str = "--tokenizer") -> SavedTokenizer:
+    """Load tokenizer `name` (of the Hub, or a folder) as AutoTokenizer does and save a copy of it into `folder`.
 
-    GPT-2's own kind is read without transformers and torch, which take seconds to import and read the others. Raises
-    UserError where there is none or none in Rust, EnvironmentFault where the Hub is out of reach.
+    Raises UserError where there is none or none in Rust, EnvironmentFault where the Hub is out of reach.
     """
-    if problems := tokenizer_problems(name):
-        raise UserError(*problems)
-    local = Path(name).resolve() if Path(name).is_dir() else None
-    shown, source = (local.name, local) if local is not None else (name, hub.fetch(name, "--tokenizer", hub.TOKENIZER))
-    if (plain := _gpt2s(source)) is not None:
-        return _save(folder, shown, *plain)
-    tokenizer = _by_transformers(source, f"--tokenizer {name}")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"--tokenizer {name}: has no end-of-text (eos) token; GPT-2's is {EOS}, set one and save it")
+    source = _source(name, setting)
+    shown = source.resolve().name if Path(name).is_dir() else name
+    if (content := _gpt2s(source)) is not None:
+        length = read_json(source / CONFIG).get("model_max_length", 1024)
+        return _save(folder, shown, content, {"model_max_length": length, **_CONFIG})
+    tokenizer = by_transformers(name, setting)
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:
         raise hub.as_os_error(error) from None
     return _saved(folder, shown, _content(tokenizer), int(tokenizer.eos_token_id))
+
+
+def by_transformers(name: str, setting: str = "--tokenizer") -> Any:
+    """The tokenizer as transformers loads it. Raises as `load_tokenizer` does."""
+    from transformers import AutoTokenizer
+
+    source, where = _source(name, setting), f"{setting} {name}"
+    files = {path.name for path in source.iterdir()}
+    bare = {"tokenizer_type": "gpt2"} if files == {*_PAIR} else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **bare)
+    except Exception as error:  # transformers raises OSError, ValueError, ImportError, JSON errors and Rust's own
+        models = any(file.endswith(".model") for file in files)
+        more = "; for a .model file: pip install sentencepiece tiktoken protobuf" if models else "; copy it again"
+        raise UserError(f"{where}: its tokenizer cannot be loaded ({one_line(error)}){more}") from None
+    kind, copied = type(tokenizer).__name__, shlex.quote(f"{name}-copy")
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"{where}: is a slow (Python) tokenizer ({kind}); wikift needs a fast one, with {FILE}")
+    special = "".join(map(str, tokenizer.all_special_tokens))
+    probe = f"The cat's {special} 12 naïve 猫"
+    if (
+        tokenizer(probe, add_special_tokens=False)["input_ids"]
+        != tokenizer.backend_tokenizer.encode(probe, add_special_tokens=False).ids
+    ):
+        raise UserError(f"{where}: {CONFIG} has {kind} split text in another way than {FILE}; remove that setting "
+                        "(split_special_tokens, say)")  # fmt: skip
+    if tokenizer.eos_token_id is None:
+        vocabulary = tokenizer.get_vocab()
+        end = next((token for token in _ENDS if token in vocabulary), None)
+        change = f"t.eos_token = {end!r}; " if end else f"t.add_special_tokens(dict(eos_token={EOS!r})); "
+        raise UserError(
+            f"{where}: has no end-of-text (eos) token, which ends documents and answers; choose one: "
+            f"{_python(_COPY, name, change.replace(chr(39), chr(34)), copied)}, and name {copied}"
+        )
+    return tokenizer
+
+
+def _source(name: str, setting: str) -> Path:
+    if problems := tokenizer_problems(name, setting):
+        raise UserError(*problems)
+    source = hub.fetch(name, setting, hub.TOKENIZER)
+    if not Path(name).exists() and (problems := tokenizer_problems(str(source), setting)):
+        raise UserError(problems[0].replace(str(source), name))
+    return source
+
+
+def _python(code: str, source: str, change: str, target: str) -> str:
+    return f"python -c {shlex.quote(code.format(json.dumps(source), change, json.dumps(target)))}"
 
 
 def train(texts: Iterable[str], size: int, folder: Path) -> SavedTokenizer:
@@ -106,43 +156,23 @@ def train(texts: Iterable[str], size: int, folder: Path) -> SavedTokenizer:
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
     shorter = (t if len(t) <= _TAUGHT_RUN else _LONG_RUN.sub(lambda run: run[run.lastindex or 0], t) for t in texts)
     tokenizer.train_from_iterator(shorter, trainer)
-    return _save(folder, f"train:{size}", _content(tokenizer), _config({"model_max_length": 1024}, EOS))
+    return _save(folder, f"train:{size}", _content(tokenizer), {"model_max_length": 1024, **_CONFIG})
 
 
 def tokenizer_fingerprint(tokenizer: Any, *, setting: str = "--tokenizer") -> str:
     """SHA-256 over what decides a tokenizer's ids: a folder's, or that of a loaded (transformers or Rust) one.
 
-    Raises UserError where a folder holds no tokenizer that can be read.
+    Raises as `load_tokenizer` does.
     """
-    if not isinstance(tokenizer, (str, Path)):
-        return _fingerprint(_content(tokenizer))
-    folder, where = Path(tokenizer), f"{setting} {tokenizer}"
-    if not folder.is_dir() or tokenizer_problems(str(folder)):
-        raise UserError(f"{where}: has neither tokenizer.json nor vocab.json and merges.txt; name another folder")
-    try:
-        plain = (_read(folder), {}) if (folder / FILE).is_file() else _gpt2s(folder)
-        return _fingerprint(plain[0] if plain is not None else _content(_by_transformers(folder, where)))
-    except UserError:
-        raise
-    except Exception as error:  # Rust's own
-        raise UserError(f"{where}: its tokenizer cannot be read ({one_line(error)})") from None
+    if isinstance(tokenizer, (str, Path)):
+        plain = _gpt2s(_source(str(tokenizer), setting))
+        return _fingerprint(plain or _content(by_transformers(str(tokenizer), setting)))
+    return _fingerprint(_content(tokenizer))
 
 
 def _content(tokenizer: Any) -> Content:
     """The `tokenizer.json` of a loaded (transformers or Rust) tokenizer, in today's spelling."""
     return dict(json.loads(getattr(tokenizer, "backend_tokenizer", tokenizer).to_str()))
-
-
-def _read(folder: Path, end: str = EOS) -> Content:
-    """The content of tokenizer.json, or of GPT-2's older pair of files with `end` as the one special token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    if (folder / FILE).is_file():
-        return _content(Tokenizer.from_file(str(folder / FILE)))
-    tokenizer = Tokenizer(models.BPE.from_file(*(str(folder / name) for name in _PAIR)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens([end])
-    return _content(tokenizer)
 
 
 def _deciding(content: Content) -> Content:
@@ -176,12 +206,41 @@ def _without_offsets(value: Any) -> Any:  # which decide positions in the text o
     return [_without_offsets(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _text(token: Any) -> str:
-    return str(token["content"] if isinstance(token, dict) else token)
+def _gpt2s(folder: Path) -> Content | None:
+    """The content of a tokenizer of GPT-2's kind whose one special token is the end of text, read without transformers.
 
+    Importing that takes 2.7 s of processor time, torch with it, three times what all else of a small `prepare` does.
+    None where transformers could see anything in the files that would act in another way.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
-def _json(path: Path) -> Content:
-    return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    config, kind = read_json(folder / CONFIG), read_json(folder / "config.json").get("model_type")
+    pair = not (folder / FILE).exists()
+    stated = {key: value for key, value in config.items() if key not in _OF_NO_EFFECT}
+    if (
+        kind not in ("gpt2", None)
+        or (kind is None and "tokenizer_class" not in config and (config or not pair))
+        or not stated.items() <= {**_CONFIG, "pad_token": None, "errors": "replace"}.items()
+        or any((folder / name).exists() for name in ("added_tokens.json", "special_tokens_map.json"))
+        or any(folder.glob("*chat_template*"))
+    ):
+        return None
+    try:
+        if pair:
+            tokenizer = Tokenizer(models.BPE.from_file(*(str(folder / name) for name in _PAIR)))
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.add_special_tokens([EOS])
+        else:
+            tokenizer = Tokenizer.from_file(str(folder / FILE))
+        content = _content(tokenizer)
+        deciding = _deciding(content)
+    except Exception:  # Rust's own; transformers says what is wrong
+        return None
+    expected = {"model": "BPE", "options": None, "normalizer": None, "added": [[EOS, False, False, False]]}
+    expected["pre_tokenizer"] = _without_offsets(_LEVEL)
+    frame = (content["post_processor"] or {}).get("special_tokens")
+    alike = all(deciding.get(key) == value for key, value in expected.items()) and EOS in content["model"]["vocab"]
+    return content if alike and not frame else None
 
 
 def _save(folder: Path, name: str, content: Content, config: Content) -> SavedTokenizer:
@@ -202,64 +261,5 @@ def _saved(folder: Path, name: str, content: Content, eos_token_id: int) -> Save
     for file in folder.iterdir():
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
-    return SavedTokenizer(
-        folder, name, _fingerprint(content), 1 + max(_deciding(content)["ids"].values()), eos_token_id
-    )
-
-
-def _by_transformers(folder: Path, where: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises OSError, ValueError, ImportError, JSON errors and Rust's own
-        raise UserError(f"{where}: cannot be loaded ({one_line(error)})") from None
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"{where}: is a slow (Python) tokenizer ({type(tokenizer).__name__}); wikift needs a fast one")
-    return tokenizer
-
-
-def _gpt2s(folder: Path) -> tuple[Content, Content] | None:
-    """The contents of tokenizer.json and tokenizer_config.json for a tokenizer of GPT-2's kind.
-
-    None where transformers could see anything in the files that would act in another way; it says what is wrong.
-    """
-    try:
-        if (config := _gpt2s_config(folder)) is None:
-            return None
-        content = _read(folder, end := config["eos_token"])
-        deciding = _deciding(content)
-    except Exception:  # of JSON, of the file system, and Rust's own
-        return None
-    expected = {"model": "BPE", "options": None, "normalizer": None, "added": [[end, False, False, False]]}
-    expected["pre_tokenizer"] = _without_offsets(_LEVEL)
-    frame = (content["post_processor"] or {}).get("special_tokens")
-    alike = all(deciding.get(key) == value for key, value in expected.items()) and end in content["model"]["vocab"]
-    return (content, config) if alike and not frame else None
-
-
-def _gpt2s_config(folder: Path) -> Content | None:
-    """The tokenizer_config.json of GPT-2's class with one special token, the end of text; None if it says more."""
-    if any((folder / name).exists() for name in _OTHERS):
-        return None
-    config, kind = _json(folder / CONFIG), _json(folder / "config.json").get("model_type")
-    tokens = [*(config.get(role, EOS) for role in _ROLES), *config.get("added_tokens_decoder", {}).values()]
-    end = _text(tokens[1])
-    stated = {
-        key for key, value in config.items() if (value or key not in _IDLE) and (key, value) != ("errors", "replace")
-    }
-    named = "tokenizer_class" in config or not (config or (folder / FILE).exists())  # vocab.json and merges.txt alone
-    if (
-        config.get("tokenizer_class", "GPT2Tokenizer") not in ("GPT2Tokenizer", "GPT2TokenizerFast")
-        or kind not in ("gpt2", None)
-        or (kind is None and not named)
-        or any(_text(t) != end or (isinstance(t, dict) and any(t.get(flag) for flag in _FLAGS)) for t in tokens)
-        or stated - {*_ROLES} - _KEPT - _ANY
-    ):
-        return None
-    return _config({key: value for key, value in config.items() if key in _KEPT}, end)
-
-
-def _config(kept: Content, end: str) -> Content:
-    # GPT2Tokenizer is what every release of transformers, and other programs, read back to the same ids
-    return {**kept, **dict.fromkeys(_ROLES, end), "add_prefix_space": False, "tokenizer_class": "GPT2Tokenizer"}
+    size = 1 + max(_deciding(content)["ids"].values())
+    return SavedTokenizer(folder, name, _fingerprint(content), size, eos_token_id)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 from wikift.base import hub
-from wikift.base.errors import UserError, one_line
+from wikift.base.errors import UserError
 from wikift.base.world import start_world
+from wikift.data.tokenizer import by_transformers
 from wikift.generation.decoder import Decoder
 from wikift.generation.sampler import ROUNDING, Sampling, choose, penalise, uniforms
 from wikift.generation.stream import Stream
@@ -56,17 +57,7 @@ def load_writer(
     hub.quiet_libraries()
     hardware = start_world(device).device
     model = load_model(source, hardware, "MODEL", say)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(hub.fetch(source, "MODEL", hub.TOKENIZER))
-    except (OSError, ValueError) as error:
-        reason = one_line(error, 200)
-        raise UserError(f"{source}: its tokenizer cannot be loaded ({reason}); name a folder that has one") from None
-    # without these files transformers makes a tokenizer of the special tokens alone
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise UserError(
-            f"{source}: has no tokenizer (tokenizer.json, or vocab.json and merges.txt); copy it from the model it was "
-            f"trained from: AutoTokenizer.from_pretrained('gpt2').save_pretrained({source!r}) in Python"
-        )
+    tokenizer = by_transformers(source, "MODEL")
     size = 1 + max(tokenizer.get_vocab().values())
     if size > model.config.vocab_size:
         raise UserError(

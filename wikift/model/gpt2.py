@@ -9,15 +9,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
-from transformers.activations import NewGELUActivation
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers.activations import ACT2FN, NewGELUActivation
 
 from wikift.base import hub
-from wikift.base.errors import UserError
+from wikift.base.errors import UserError, one_line
+from wikift.base.model_files import shape_of
 from wikift.kernels import attention
 from wikift.kernels.dropout import draw_own_masks
 from wikift.kernels.loss import fuse_loss, token_losses
-from wikift.model.initial_weights import Say, explained, trained_weights
+from wikift.model.initial_weights import Say, trained_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -125,10 +126,14 @@ def _say_nothing(input_ids: Tensor, attention_mask: Tensor | None) -> None: ...
 def load_config(name: str, setting: str = "--model") -> GPT2Config:
     """The configuration of a model by name or folder. Raises as `load_model` does."""
     folder = hub.fetch(name, setting, hub.CONFIG)
-    with explained(name, setting):
-        config = AutoConfig.from_pretrained(folder)
-    if not isinstance(config, GPT2Config):
-        raise UserError(f"{setting} {name}: is a {config.model_type} model; wikift knows gpt2 models only")
+    shape_of(name, setting, fetched=True)  # raises where it is none of GPT-2
+    try:
+        config = GPT2Config.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{setting} {name}: config.json cannot be used ({one_line(error)}); fix it") from None
+    if config.activation_function not in ACT2FN:
+        raise UserError(f"{setting} {name}: config.json says activation_function {config.activation_function!r}, "
+                        "which transformers does not know; fix it")  # fmt: skip
     return config
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from wikift.base.command import as_typed
 from wikift.base.errors import UserError, nearest
 from wikift.base.files import read_lines
 from wikift.base.folders import foreign_in, is_hub_name
+from wikift.base.model_files import open_model, shape_of
 from wikift.base.names import WIKITEXT
-from wikift.base.shape import RELEASED, parse_overrides, shape_of
+from wikift.base.shape import RELEASED, head_problems, parse_overrides
 from wikift.settings.batch_layout import BatchLayout, batch_layout
 from wikift.settings.fields import DataSettings, TrainSettings
 from wikift.settings.options import flag
@@ -182,7 +182,9 @@ def _check_model(settings: TrainSettings) -> list[str]:
         has = "names a revision" if "@" in settings.model else "is a folder"
         problems.append(f"--revision {settings.revision}: has no effect, --model {settings.model} {has}; omit it")
     problems += problems_of(lambda: parse_overrides(overrides or ""))
-    problems += problems_of(lambda: shape_of(settings.model))
+    if Path(settings.model).exists():
+        read: Callable[[str], object] = shape_of if settings.from_scratch else open_model
+        problems += problems_of(lambda: read(settings.model))
     if problems:
         return problems
     shape = model_shape(settings)
@@ -193,10 +195,4 @@ def _check_model(settings: TrainSettings) -> list[str]:
             f"--model {settings.model}: no such folder, and not one of {', '.join(RELEASED)}"
             f"{nearest(settings.model, RELEASED)}; name one of these, OWNER/NAME of the Hub, or a folder"
         ]
-    if shape.n_embd % shape.n_head:
-        setting = "--config-overrides" if settings.from_scratch else f"--model {settings.model}:"
-        problems.append(
-            f"{setting} n_head={shape.n_head}: must divide n_embd={shape.n_embd}; "
-            f"try n_head={math.gcd(shape.n_embd, shape.n_head)}"
-        )
-    return problems + block_problems(settings, shape)
+    return head_problems(shape, "--config-overrides ") + block_problems(settings, shape)

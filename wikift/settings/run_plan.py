@@ -9,7 +9,8 @@ from typing import Any
 
 from wikift.base.errors import UserError
 from wikift.base.files import read_lines
-from wikift.base.shape import Shape, parse_overrides, released_name, shape_of, with_overrides
+from wikift.base.model_files import shape_of
+from wikift.base.shape import Shape, parse_overrides, released_name, with_overrides
 from wikift.settings import deepspeed, deepspeed_checks
 from wikift.settings.batch_layout import BatchLayout
 from wikift.settings.default_folders import dataset_slug, slug
@@ -266,12 +267,17 @@ def _fit_problems(settings: TrainSettings, shape: Shape, block_size: int, tokens
         problems.append(
             f"--block-size {block_size}: the train split has {tokens} tokens, too few for one block; {fits}"
         )
-    if shape.vocab_size < vocab_size:
-        problems.append(
-            f"--config-overrides vocab_size={shape.vocab_size}: the store's tokenizer has {vocab_size} tokens; "
-            "remove vocab_size; the store determines it"
-            if settings.from_scratch
-            else f"--model {settings.model}: its vocabulary has {shape.vocab_size} tokens, the store's {vocab_size}; "
-            "prepare the text with the model's tokenizer, or train --from-scratch"
-        )
-    return problems
+    return problems + vocabulary_problems(settings, shape, vocab_size)
+
+
+def vocabulary_problems(settings: TrainSettings, shape: Shape, vocab_size: int) -> list[str]:
+    """Whether the store's tokenizer has more tokens than the model."""
+    if shape.vocab_size >= vocab_size:
+        return []
+    return [
+        f"--config-overrides vocab_size={shape.vocab_size}: the store's tokenizer has {vocab_size} tokens; "
+        "remove vocab_size; the store determines it"
+        if settings.from_scratch
+        else f"--model {settings.model}: its vocabulary has {shape.vocab_size} tokens, the store's {vocab_size}; "
+        "prepare the text with the model's tokenizer, or train --from-scratch"
+    ]

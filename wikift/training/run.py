@@ -23,8 +23,8 @@ from wikift import __version__
 from wikift.base import hub
 from wikift.base.command import command_line
 from wikift.base.failure import started_world
-from wikift.base.files import faults_of_writing, replace_json
-from wikift.base.folders import list_checkpoints, read_json
+from wikift.base.files import faults_of_writing, read_json, replace_json
+from wikift.base.folders import list_checkpoints
 from wikift.base.signals import stop_requests
 from wikift.base.world import World, be_deterministic
 from wikift.checkpoint.fragment import FragmentReader, FreshStart
