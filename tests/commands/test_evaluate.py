@@ -163,7 +163,7 @@ def test_what_is_wrong_is_refused(made: tuple[TokenStore, Path], tmp_path: Path)
         ([run, "--per-device-eval-batch-size", "-1"], ["--per-device-eval-batch-size -1"]),
         (["no/such/model", "--data", store.path], ["no/such/model"]),
         ([empty], [str(empty), "wikift train"]),
-        ([store.path], [str(store.path), "neither a model nor a run"]),
+        ([store.path], [str(store.path), "has no config.json"]),
         ([run / "checkpoints" / "step-00000012"], ["is a checkpoint", "consolidate"]),
         ([run, "--data", one.path], ["--data: no split of", "two tokens or more"]),
         ([run, "--protocol", "lm-eval", "--stride", "8"], ["--stride 8: has no effect"]),

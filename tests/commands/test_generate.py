@@ -256,7 +256,7 @@ def test_a_model_without_a_tokenizer(made: Path, tmp_path: Path, capsys: pytest.
     for path in (made / "hf").iterdir():
         if "token" not in path.name and path.name not in ("vocab.json", "merges.txt"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(UserError, match=r"has no tokenizer \(tokenizer.json, or vocab.json and merges.txt\); copy"):
+    with pytest.raises(UserError, match=r"has no tokenizer, neither tokenizer.json nor .*; copy"):
         main([str(tmp_path), "--prompt", "a", "--device", "cpu"])
     assert capsys.readouterr().out == ""
 

@@ -280,7 +280,7 @@ AS_AUTO_TOKENIZER: dict[str, Callable[[Path], object]] = {
     "a token more": edit(FILE, one_more),
     "a pad token": config(pad_token="<pad>"),
     "another beginning": config(bos_token="a"),
-    "an end that strips": config(eos_token={"content": EOS, "lstrip": True}),
+    "an end that strips": config(eos_token={"content": EOS, "lstrip": True, "__type": "AddedToken"}),
     "an added end that strips": added(rstrip=True),
     "a space before": config(add_prefix_space=True),
     "a beginning put before": config(add_bos_token=True),

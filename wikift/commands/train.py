@@ -166,14 +166,15 @@ def _checked_files(settings: TrainSettings, store: TokenStore | None) -> tuple[S
 
 def _model(settings: TrainSettings, *, download: bool = True) -> tuple[Shape, list[str]]:
     """The shape of what is trained, before --config-overrides, and what to know of it; its files are checked."""
-    resumed = _resumed_model(settings)
-    if not settings.from_scratch and resumed is None:
-        shape, _, notes = open_model(settings.model, download=download)
-        return shape, notes
-    name = str(resumed or settings.model)
-    known = shape_of(name) or shape_of(name, fetched=True)
-    assert known is not None
-    return known, []
+    known = shape_of(settings.model) if settings.from_scratch else None
+    if known is None and (resumed := _resumed_model(settings)) is not None:
+        known = shape_of(str(resumed))
+    if known is None and settings.from_scratch:
+        known = shape_of(settings.model, fetched=True)
+    if known is not None:
+        return known, []
+    shape, _, notes = open_model(settings.model, download=download)
+    return shape, notes
 
 
 def _data_problems(settings: TrainSettings, asked: TrainSettings) -> list[str]:

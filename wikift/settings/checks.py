@@ -21,7 +21,7 @@ from wikift.base.shape import RELEASED, head_problems, parse_overrides
 from wikift.settings.batch_layout import BatchLayout, batch_layout
 from wikift.settings.fields import DataSettings, TrainSettings
 from wikift.settings.options import flag
-from wikift.settings.run_plan import block_problems, model_shape
+from wikift.settings.run_plan import apply_scratch, block_problems
 from wikift.settings.values import show
 
 
@@ -187,7 +187,7 @@ def _check_model(settings: TrainSettings) -> list[str]:
         problems += problems_of(lambda: read(settings.model))
     if problems:
         return problems
-    shape = model_shape(settings)
+    shape = shape_of(settings.model)
     if shape is None:
         if is_hub_name(settings.model):
             return []
@@ -195,4 +195,5 @@ def _check_model(settings: TrainSettings) -> list[str]:
             f"--model {settings.model}: no such folder, and not one of {', '.join(RELEASED)}"
             f"{nearest(settings.model, RELEASED)}; name one of these, OWNER/NAME of the Hub, or a folder"
         ]
+    shape = apply_scratch(settings, shape, None)
     return head_problems(shape, "--config-overrides ") + block_problems(settings, shape)

@@ -9,7 +9,6 @@ from typing import Any
 
 from wikift.base.errors import UserError
 from wikift.base.files import read_lines
-from wikift.base.model_files import shape_of
 from wikift.base.shape import Shape, parse_overrides, released_name, with_overrides
 from wikift.settings import deepspeed, deepspeed_checks
 from wikift.settings.batch_layout import BatchLayout
@@ -167,12 +166,6 @@ def resolve(settings: TrainSettings, ranks: int) -> TrainSettings:
         config = f"-{settings.dataset_config}" if settings.dataset_config else ""
         changes["output_dir"] = f"runs/{model}-{dataset_slug(names)}{config}"
     return dataclasses.replace(settings, **changes)
-
-
-def model_shape(settings: TrainSettings, vocab_size: int | None = None) -> Shape | None:
-    """The shape of the model to train; None where only the Hub knows. From scratch the vocabulary is the store's."""
-    shape = shape_of(settings.model)
-    return None if shape is None else apply_scratch(settings, shape, vocab_size)
 
 
 def apply_scratch(settings: TrainSettings, shape: Shape, vocab_size: int | None) -> Shape:
