@@ -12,7 +12,7 @@ from transformers import GPT2Config
 from wikift.base.compiler import check_compiler, missing_for_compiling
 from wikift.base.errors import UserError
 from wikift.base.files import show_bytes
-from wikift.base.shape import RELEASED, shape_of
+from wikift.base.shape import RELEASED, released_shape
 from wikift.base.world import World
 from wikift.checkpoint.fragment import FragmentReader
 from wikift.engines.base import Choice, Compute, Engine, Work
@@ -83,7 +83,7 @@ def _nothing_fits(work: Work, world: World, room: int) -> UserError:
     """What to do where not even `work` fits: what would, by the same estimate."""
     on_cpu, ranks, lengths = world.device.type == "cpu", world.size, (512, 256, 128)
     fewer = [n for n in range(ranks - 1, 0, -1) if on_cpu and ranks == world.local_size and ranks % n == 0]
-    shapes = {name: shape_of(name) or work.shape for name in reversed(RELEASED)}
+    shapes = {name: released_shape(name) or work.shape for name in reversed(RELEASED)}
     kinds: list[list[tuple[str, Work, int]]] = [
         [("--gradient-checkpointing", replace(work, gradient_checkpointing=True), ranks)],
         [("--engine fsdp", replace(work, engine=Choice("fsdp", "")), ranks)] if ranks > 1 else [],
