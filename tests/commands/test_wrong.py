@@ -197,10 +197,10 @@ FINE_TUNE = r"""
 --model gpt2x -> (did you mean gpt2?)
 --model ./models/none -> --model ./models/none: no such folder
 --model no-config -> --model no-config: has no config.json
---model bert -> --model bert: config.json says model_type 'bert'; wikift trains gpt2 models only
+--model bert -> --model bert: config.json says model_type 'bert'; wikift knows gpt2 models only
 --model broken -> --model broken: config.json cannot be read
 --model garbled -> --model garbled: config.json says n_layer 'two'
---model small-model -> --model small-model: its vocabulary has 50 tokens, the store's 97
+--model small-model -> --model small-model: has no model.safetensors
 --config-overrides n_layer=2 -> --config-overrides n_layer=2: has no effect without --from-scratch
 """
 
@@ -218,7 +218,7 @@ TEXT = r"""
 --dataset good.txt --validation-fraction 1 -> --validation-fraction 1: must be above 0 and below 1
 --dataset good.txt --workers 0 -> --workers 0: must be 1 or more
 --dataset good.txt --tokenizer train:abc -> --tokenizer train:abc: SIZE must be 257 tokens or more
---dataset good.txt --tokenizer no-config -> --tokenizer no-config: has neither tokenizer.json
+--dataset good.txt --tokenizer no-config -> --tokenizer no-config: has no tokenizer
 --dataset good.txt --tokenizer a-file -> --tokenizer a-file: is a file
 --dataset none.txt --tokenizer train:x --workers 0 -> --dataset none.txt | --tokenizer train:x | --workers 0
 """

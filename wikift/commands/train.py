@@ -234,6 +234,7 @@ def _bring(settings: TrainSettings, prints: bool, say: Say) -> TokenStore:
             from wikift.commands.prepare import make_store
 
             make_store(settings, CUT_SEED, path, quiet=not prints, say=say)
+        _check_tokenizer(settings, open_store(path), None)
         _model(settings)
 
     if launch().size > 1:
@@ -245,10 +246,7 @@ def _bring(settings: TrainSettings, prints: bool, say: Say) -> TokenStore:
         first_on_each_host(bring)
     else:
         bring()
-    store = open_store(path)
-    if launch().rank == 0:  # of several ranks one looks
-        _check_tokenizer(settings, store, None)
-    return store
+    return open_store(path)
 
 
 def _check_tokenizer(settings: TrainSettings, store: TokenStore | None, shape: Shape | None) -> None:
