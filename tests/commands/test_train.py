@@ -360,6 +360,6 @@ def test_a_store_of_another_tokenizer_is_refused_for_a_model_of_the_hub_too(tmp_
             [sys.executable, ROOT / "launch" / "train.py", "--data", data, "--model", "owner/tiny"],
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
-        assert done.returncode == 2, "neither has weights"
+        assert done.returncode == (2 if data == "other" else 1), "its weights are not in the cache"
         assert ("its tokenizer is not the one that made other" in done.stderr) == (data == "other"), done.stderr
         assert "Traceback" not in done.stderr

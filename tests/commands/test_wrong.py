@@ -254,7 +254,7 @@ run --stride 64 -> --stride 64: run has 32 positions
 run --data store -> its tokenizer is not the one that made store
 run --data none -> --data none: no such folder
 gpt2 -> --data: required
-no-config --data text -> no-config: holds neither a model nor a run
+no-config --data text -> no-config: has no config.json
 a-file --data text -> a-file: is a file
 bert --data text -> bert: config.json says model_type 'bert'
 run --splt test --context 0 -> --splt: unknown option (did you mean --split?) | --context 0: must be 1 or more

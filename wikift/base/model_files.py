@@ -64,11 +64,11 @@ def open_model(model: str, setting: str = "--model", *, download: bool = True) -
     Raises UserError where files are missing, damaged, or not exactly those of the model that config.json describes.
     """
     where, notes = f"{setting} {model}", list[str]()
-    folder = hub.fetch(model, setting, hub.CONFIG) if not Path(model).exists() else Path(model)
-    if download:
-        hub.fetch(model, setting, hub.WEIGHTS)
+    folder, local = Path(model), Path(model).exists()
+    for files in () if local else (hub.CONFIG, hub.WEIGHTS) if download else (hub.CONFIG,):
+        folder = hub.fetch(model, setting, files)
     shape = _read_config(model, folder, setting)
-    here = download or Path(model).exists() or any(folder.glob("*.safetensors"))
+    here = local or download or any(folder.glob("*.safetensors"))
     headers = _headers(model, folder, where) if here else _headers_on_the_hub(model, where)
     stored, unexpected, removed = _by_name(headers, {*shape.tensors, HEAD})
     if removed:
