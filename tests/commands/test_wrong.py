@@ -258,7 +258,7 @@ no-config --data text -> no-config: has no config.json
 a-file --data text -> a-file: is a file
 bert --data text -> bert: config.json says model_type 'bert'
 run --splt test --context 0 -> --splt: unknown option (did you mean --split?) | --context 0: must be 1 or more
-a-file no-config --data none --stride 0 -> --stride 0: must | --data none: no such | a-file: is | no-config: holds
+a-file no-config --data none --stride 0 -> --stride 0: must | --data none: no such | a-file: is | no-config: has no
 """
 
 GENERATE = r"""

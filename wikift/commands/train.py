@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wikift import __version__
-from wikift.base import folders, hub, hub_client
+from wikift.base import folders, hub_client
 from wikift.base.command import command_line
 from wikift.base.errors import EXIT_DONE, EXIT_INTERRUPTED, EnvironmentFault, UserError
 from wikift.base.launcher import launch, unused_settings
