@@ -298,7 +298,7 @@ def test_own_text_is_prepared_by_one_rank_while_the_others_wait(
     assert len(metrics(tmp_path / "run")) == 2
     assert capsys.readouterr().out.count("engine ddp") == 1, "only rank 0 speaks"
     record = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert record["settings"]["dataset"] == str(text)
+    assert record["settings"]["dataset"] == [str(text)]
     assert record["store"]["splits"]["train"]["tokens"] > 0
     # another seed is another run on the same text, cut in the same place
     again = arguments(Path(), tmp_path / "again", **words, seed=7)
