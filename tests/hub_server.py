@@ -2,9 +2,9 @@
 
     with HubServer() as hub:
         hub.add("models/openai-community/gpt2", {"config.json": b"{}"}, alias="gpt2")
-        hub.faults.append(Fault("GET .*safetensors", after_bytes=1000, times=1))  # the connection breaks there once
+        hub.faults.append(Fault("GET .*safetensors", after_bytes=1000, once=True))  # the connection breaks there once
         subprocess.run(command, env=hub.environment(tmp_path))
-        assert hub.fetched("config.json") == 1
+        assert hub.requests[0]["path"] == "/gpt2/resolve/main/config.json"
 
 What `huggingface_hub` asks for and nothing else: no pages, no Xet, no CDN.
 """
@@ -41,10 +41,12 @@ class Repository:
     gated: bool = False
     private: bool = False
 
-    def revision(self, word: str) -> tuple[str, Files] | None:
+    def revision(self, word: str) -> tuple[str, Files]:
         """(commit, files) of a branch, tag or commit."""
-        named = {branch: (_commit(files), files) for branch, files in self.branches.items()}
-        return named.get(word) or next((found for found in named.values() if found[0] == word), None)
+        for branch, files in self.branches.items():
+            if word in (branch, _commit(files)):
+                return _commit(files), files
+        raise _error(404, f"Invalid rev id: {word}", "RevisionNotFound")
 
 
 def _commit(files: Files) -> str:
@@ -57,14 +59,13 @@ def _oid(data: bytes) -> bytes:
 
 @dataclasses.dataclass
 class Fault:
-    """What goes wrong with requests whose `METHOD PATH` `match` finds, the first `times` of them (0: all)."""
+    """What goes wrong with requests whose `METHOD PATH` `match` finds, with all or the first of them."""
 
     match: str
-    times: int = 0
+    once: bool = False
     status: int | None = None  # answered instead
     delay: float = 0.0  # seconds before the answer
     after_bytes: int | None = None  # of the body, then the connection is reset
-    rate: float | None = None  # bytes a second
 
 
 class HubServer:
@@ -103,24 +104,15 @@ class HubServer:
         here = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
         return kept | here | others
 
-    def fetched(self, name: str) -> int:
-        """How often content of a file of this name was sent."""
-        return len([r for r in self.requests if r["method"] == "GET" and r["path"].endswith("/" + name) and r["body"]])
-
     def fault_of(self, request: str) -> Fault | None:
         with self.lock:
-            for fault in self.faults:
-                if re.search(fault.match, request):
-                    if fault.times == 1:
-                        self.faults.remove(fault)
-                    fault.times -= fault.times > 0
-                    return fault
-        return None
+            fault = next((fault for fault in self.faults if re.search(fault.match, request)), None)
+            if fault is not None and fault.once:
+                self.faults.remove(fault)
+        return fault
 
 
-class _Answer(Exception):
-    """An answer, raised so that it may come from anywhere."""
-
+class _Answer(Exception):  # raised, so that it may come from anywhere
     def __init__(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.status, self.body = status, body
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -181,24 +173,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        sent = answer.body if fault is None or fault.after_bytes is None else answer.body[: fault.after_bytes]
-        for start in range(0, len(sent), 1 << 18):
-            self.wfile.write(piece := sent[start : start + (1 << 18)])
-            time.sleep(len(piece) / fault.rate if fault is not None and fault.rate else 0)
+        sent = answer.body[: None if fault is None else fault.after_bytes]
+        self.wfile.write(sent)
         if len(sent) < len(answer.body):  # a broken line, not a polite end
-            self.wfile.flush()
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
             self.close_connection = True
-
-    # --- routes
 
     def _route(self) -> None:
         if self.token not in ("", TOKEN, STRANGER):
             raise _error(401, "Invalid credentials in Authorization header")
         match self.parts:
-            case ["api", "whoami-v2"]:
-                raise _json({"type": "user", "name": "member", "orgs": []})
             case ["api", "validate-yaml"]:
                 raise _json({"errors": [], "warnings": []})
             case ["api", "repos", "create"]:
@@ -217,28 +202,21 @@ class _Handler(BaseHTTPRequestHandler):
         raise _error(404, "Sorry, we can't find the page you are looking for.")
 
     def _repository(self, kind: str, name: str) -> Repository:
-        """The repository that whoever asks may know of. An old name is redirected, as on the Hub."""
         repository = self.hub.repositories.get(f"{kind}/{name}")
-        if repository is None:
-            for full, other in self.hub.repositories.items():
-                if full.startswith(kind) and other.alias == name:
-                    raise _Answer(307, Location=self.path.replace(f"/{name}/", f"/{other.name}/", 1))
+        for other in self.hub.repositories.values():
+            if other.alias == name:
+                raise _Answer(307, Location=self.path.replace(f"/{name}/", f"/{other.name}/", 1))
         if repository is None or (repository.private and self.token != TOKEN):
             status = 404 if self.token else 401
             raise _error(status, "Repository not found" if self.token else "Invalid username", "RepoNotFound")
         return repository
-
-    def _revision(self, repository: Repository, word: str) -> tuple[str, Files]:
-        if (found := repository.revision(word)) is None:
-            raise _error(404, f"Invalid rev id: {word}", "RevisionNotFound")
-        return found
 
     def _file(self, kind: str, parts: list[str]) -> None:
         at = parts.index("resolve")
         repository, path = self._repository(kind, "/".join(parts[:at])), "/".join(parts[at + 2 :])
         if repository.gated and self.token != TOKEN and path not in ("README.md", ".gitattributes"):
             raise _error(403 if self.token else 401, f"Access to {repository.name} is restricted.", "GatedRepo")
-        commit, files = self._revision(repository, parts[at + 1])
+        commit, files = repository.revision(parts[at + 1])
         if path not in files:
             raise _error(404, "Entry not found", "EntryNotFound", X_Repo_Commit=commit)
         data, status, about = files[path], 200, {"X_Repo_Commit": commit, "ETag": f'"{_oid(files[path]).decode()}"'}
@@ -255,19 +233,12 @@ class _Handler(BaseHTTPRequestHandler):
         verb, word = rest[at] if at < len(rest) else "revision", rest[at + 1] if at < len(rest) else "main"
         if verb in ("preupload", "commit"):
             self._upload(repository, verb, word)
-        commit, files = self._revision(repository, word)
+        commit, files = repository.revision(word)
         if verb == "tree":
-            under = "/".join(rest[at + 2 :])
-            entries = [
-                {"type": "file", "path": path, "size": len(data), "oid": _oid(data).decode()}
-                for path, data in sorted(files.items())
-                if path.startswith(under)
-            ]
-            raise _json(entries)
+            sizes = [{"type": "file", "path": p, "size": len(d), "oid": _oid(d).decode()} for p, d in files.items()]
+            raise _json(sizes)
         siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
         raise _json({"id": repository.name, "sha": commit, "siblings": siblings, "private": repository.private})
-
-    # --- uploads
 
     def _create(self) -> None:
         self._must_be_member()

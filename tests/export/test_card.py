@@ -60,10 +60,11 @@ def test_the_card_tells_the_run(run: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 def test_the_hub_shows_the_validation_of_these_weights(run: Path) -> None:
     name, hub_name = "wikitext-2-v1", "Salesforce/wikitext"
-    record(run, settings={"model": "gpt2", "from_scratch": False},
+    record(run, settings={"model": "gpt2", "from_scratch": False}, commits={"gpt2": "a" * 40},
            store={"dataset": name, "dataset_config": name, "dataset_name": hub_name})  # fmt: skip
     data, body = card_of(run, "--step", "8")
     assert "gpt2 fine-tuned on wikitext-2-v1 with" in body
+    assert f"| commit of gpt2 | {'a' * 40} |" in body
     expected = {"base_model": "openai-community/gpt2", "license": "mit", "datasets": [hub_name],
                 "language": "en", "metrics": ["perplexity"], "pipeline_tag": "text-generation"}  # fmt: skip
     assert {key: data[key] for key in expected} == expected

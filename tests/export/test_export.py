@@ -28,9 +28,7 @@ from wikift.base.world import World
 from wikift.checkpoint.fragment import OPTIMIZER, SCALARS, STATES, Fragment
 from wikift.checkpoint.reader import open_checkpoint
 from wikift.checkpoint.writer import Saver
-from wikift.commands import consolidate
 from wikift.commands.consolidate import main
-from wikift.settings.fields import ConsolidateSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,13 +124,6 @@ def test_a_better_validation_without_a_checkpoint_is_told(run: Path, capsys: pyt
     assert "step 6 was better (0.2500 against" in capsys.readouterr().out
 
 
-def test_run_is_silent_and_returns_the_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert consolidate.run(ConsolidateSettings(run=str(run), step=8)) == run / "hf"
-    assert json.loads((run / "hf" / "wikift.json").read_text())["step"] == 8
-    captured = capsys.readouterr()
-    assert captured.out + captured.err == ""
-
-
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -146,7 +137,7 @@ def test_what_only_a_run_can_refuse(run: Path, tmp_path: Path) -> None:
     shutil.copy(run / "config.json", early)
     before = snapshot(tmp_path)
     for line, expected in (
-        ([str(early)], f"has no checkpoint yet; .* wikift train --output-dir {early}"),
+        ([str(early)], f"has no checkpoint yet; .* wikift train .*--output-dir {early}"),
         ([str(unscored), "--best"], "--best: .*validated.* 4, 8, 12"),
         ([str(step_folder(run, 4)), "--step", "4"], "--step: .* is one checkpoint"),
         ([str(run), "--out", str(run)], "--out .* did not export"),
@@ -171,26 +162,9 @@ def test_an_earlier_export_is_replaced_another_runs_is_not(run: Path, source: Pa
     assert json.loads((other / "hf" / "wikift.json").read_text())["step"] == 4
 
 
-def test_leftovers_of_a_killed_export_are_cleared(run: Path) -> None:
-    assert main([str(run), "--step", "4"]) == 0
-    for name in (".hf.partial", ".hf.old"):
-        (run / name / "deeper").mkdir(parents=True)
-        (run / name / "model.safetensors").write_text("half")
-    assert main([str(run)]) == 0
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.json", "hf", "metrics.jsonl", "model"]
-    assert not (run / "hf" / "deeper").exists()
-    # killed between the renames: the earlier one is there again, whatever becomes of the next
-    (run / "hf").rename(run / ".hf.old")
-    (run / "model" / "config.json").write_text("{")
-    with pytest.raises(UserError):
-        main([str(run)])
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.json", "hf", "metrics.jsonl", "model"]
-    assert (run / "hf" / "model.safetensors").is_file()
-
-
 def test_two_at_once_do_not_mix(run: Path) -> None:
     with folder_lock(run / "hf"):
-        with pytest.raises(EnvironmentFault, match="another process is making it"):
+        with pytest.raises(EnvironmentFault, match="another process is writing it"):
             main([str(run)])
         assert not (run / "hf").exists()
     assert main([str(run)]) == 0
@@ -216,36 +190,12 @@ def test_a_damaged_checkpoint_is_refused(run: Path) -> None:
     assert not (run / ".hf.partial").exists()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Any:
-    """A file system of 256 KB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", disk], check=False).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
-def test_a_full_disk_leaves_what_was_there(run: Path, small_disk: Path) -> None:
-    out = small_disk / "model"
-    out.mkdir()
-    assert main([str(run), "--dtype", "bfloat16", "--out", str(out)]) == 0  # 75 KB and the tokenizer fit
-    before = snapshot(small_disk)
-    with pytest.raises(EnvironmentFault, match="make room") as raised:
-        main([str(run), "--out", str(out)])
-    assert "No space left" in str(raised.value)
-    assert snapshot(small_disk) == before
-    assert sorted(p.name for p in small_disk.iterdir()) == ["model"]
-
-
 # VmHWM, for ru_maxrss would begin at the size of the process that this one was forked from
 _MEASURE = """
 import re, sys
 from pathlib import Path
 import torch
 from wikift.commands import consolidate
-from wikift.settings.fields import ConsolidateSettings
 def peak_kb():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 before = peak_kb()
@@ -310,7 +260,6 @@ def test_a_folder_that_cannot_be_made(run: Path, tmp_path: Path) -> None:
 
 _FORMAT_UTILS = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
 THIRD_PARTY = [  # a file of it, what is named, the command
-    ("zero/global_step2/mp_rank_00_model_states.pt", "zero", "python zero/zero_to_fp32.py zero OUT,"),
     ("zero/global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero/global_step2",
      "python zero/zero_to_fp32.py zero OUT -t global_step2,"),
     ("my dcp/.metadata", "my dcp", f"{_FORMAT_UTILS} 'my dcp' OUT.pt,"),

@@ -73,6 +73,7 @@ def ask(url: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setenv("HF_ENDPOINT", url)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for name in ("HF_TOKEN", "HF_HUB_DISABLE_PROGRESS_BARS"):  # the second is left by a quiet command
+        monkeypatch.delenv(name, raising=False)
     hub.commits.clear()
     hub._silent.clear()

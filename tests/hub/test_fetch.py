@@ -135,7 +135,7 @@ def test_a_connection_that_breaks_continues_where_it_was(
     server: HubServer, gpt2_files: Files, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = gpt2_files["model.safetensors"]
-    server.faults.append(Fault("GET .*model.safetensors", after_bytes=100_000, times=1))
+    server.faults.append(Fault("GET .*model.safetensors", after_bytes=100_000, once=True))
     assert (model() / "model.safetensors").read_bytes() == weights
     ranges = [r["range"] for r in server.requests if r["method"] == "GET" and r["path"].endswith("model.safetensors")]
     assert ranges == [None, "bytes=65536-"]

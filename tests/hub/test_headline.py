@@ -49,7 +49,7 @@ def test_with_nothing_but_the_hub(server: HubServer, home: Path, tmp_path: Path,
              *(f"{split}-00000-of-00001.parquet" for split in ("train", "validation", "test"))]  # fmt: skip
     assert sent == dict.fromkeys([*names, "README.md"], 1)
     record = json.loads((run / "config.json").read_text())
-    commits = {name: server.repositories[name].revision("main")[0] for name in (GPT2, WIKI)}  # type: ignore[index]
+    commits = {name: server.repositories[name].revision("main")[0] for name in (GPT2, WIKI)}
     assert record["commits"]["gpt2"] == record["store"]["tokenizer"]["commit"] == commits[GPT2]
     assert record["store"]["revision"] == commits[WIKI]
     assert f"{sum(1 for _ in (run / 'checkpoints').iterdir())}" in "12"

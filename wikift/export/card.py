@@ -28,6 +28,7 @@ def model_card(run: Path, config: dict[str, Any], manifest: dict[str, Any], dtyp
     """The card of the checkpoint that `manifest` describes; `config` is the run's."""
     settings, store, derived = config["settings"], config.get("store") or {}, config.get("derived") or {}
     shown = {key: value for key, value in settings.items() if key not in _HIDDEN}
+    shown |= {f"commit of {name}": commit for name, commit in config.get("commits", {}).items()}
     name, step, command = run.absolute().name, int(manifest["step"]), config.get("command")
     rows = read_jsonl(run / METRICS)
     curve = [row for row in rows if row.get("step", math.inf) <= step and _number(row.get("eval_loss")) is not None]
