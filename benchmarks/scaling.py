@@ -38,7 +38,7 @@ def trained(kind: str, threads: int, steps: int, layers: int, width: int, batch:
     micro = batch // world.size
     options: dict[str, Any] = {"reshard": kind != "fsdp whole"}
     if kind.startswith("zero"):
-        options = {"ds_config": dsconfig.read(DS_CONFIGS / f"{kind}.json")}
+        options = {"ds_config": dsconfig.read(DS_CONFIGS / f"{kind}.json")[0]}
     engine = make_engine(kind.split()[0], world, config, micro=micro, **options)
     engine.restore(random_start(config))
     data = torch.Generator().manual_seed(1)
