@@ -1,7 +1,7 @@
 """Perplexity from one summed negative log-likelihood: pieces of ids -> windows -> batches -> sums by document.
 
-A window reads `width` ids, begins `stride` behind the one before it, and predicts the ids that none before it has
-predicted, save its own first one. With a width of the context and one, each id but the very first is scored once;
+A window reads `width` ids, begins `stride` after the previous one, and predicts the ids that no earlier window has
+predicted, except its own first one. With a width of context + 1, each id but the very first is scored once;
 where the stride is the context too, these are training's validation and the disjoint blocks of `run_clm.py`.
 Cost: context / stride forwards per token. Memory is one batch of windows and a piece, whatever the text's length.
 """

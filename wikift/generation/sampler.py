@@ -76,7 +76,7 @@ def choose(
 
 
 def _draw(scaled: Tensor, sampling: Sampling, drawn: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (rows,) and doubts (rows,): the kept tokens form a line, each as long as it is likely, `drawn` points.
+    """Tokens and which are doubtful, (rows,) each: `drawn` is a position on a line of the kept tokens' probabilities.
 
     Rounding moves a border between two tokens by no more than `slack`, relative to the line.
     """

@@ -50,9 +50,9 @@ AttentionInterface.register(NAME, attention)
 
 
 def causal_mask(seen: Tensor) -> Tensor:
-    """(rows, 1, length, length), true where a query may look: at itself, and at what is before it and is `seen`.
+    """(rows, 1, length, length), true where a query attends to a key: itself, and earlier ones that are `seen`.
 
-    `seen` (rows, length) is 0 at padding, which looks at itself lest its row of attention be NaN and spread.
+    `seen` (rows, length) is 0 at padding, which attends to itself, or its row would be NaN and spread.
     """
     length = seen.shape[1]
     square = torch.ones(length, length, dtype=torch.bool, device=seen.device)

@@ -155,7 +155,7 @@ def _chunks_of_rows(hidden: Tensor, weight: Tensor, targets: Tensor, factor: flo
     losses, of_hidden = [], []
     for rows, wanted in zip(hidden.split(together), targets.split(together), strict=True):
         logits = rows @ low.t()  # (rows, padded vocabulary)
-        logits[:, entries:] = -torch.inf  # what pads has a probability, and a gradient, of 0
+        logits[:, entries:] = -torch.inf  # padding has a probability, and a gradient, of 0
         loss, gradient = to_gradient(logits, wanted, factor)  # (rows,), (rows, padded vocabulary)
         losses.append(loss)
         of_hidden.append(gradient @ low)  # (rows, width)
