@@ -129,11 +129,11 @@ def contestant(name: str, small: Path, large: Path, work: Path, tokenizer: Path)
 
 def size(source: Path) -> float:
     """Megabytes of text in all splits."""
-    from wikift.data.readers import read_parquet
+    from wikift.data.sources import Source, open_source
 
     if source not in _SIZES:
-        texts = (texts for file in source.glob("*.parquet") for texts in read_parquet(file, "text"))
-        _SIZES[source] = sum(len(batch.data) for batch in texts) / 1e6
+        splits = open_source(Source(str(source)), cut=False).splits
+        _SIZES[source] = sum(len(batch.data) for rows in splits.values() for batch in rows()) / 1e6
     return _SIZES[source]
 
 
