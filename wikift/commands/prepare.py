@@ -13,7 +13,7 @@ from wikift.base import folders
 from wikift.base.command import command_line
 from wikift.base.launcher import launch
 from wikift.base.names import CUT_SEED
-from wikift.base.shape import RELEASED, released_name
+from wikift.base.shape import released_name
 from wikift.settings.checks import check_data, range_problems
 from wikift.settings.default_folders import store_path
 from wikift.settings.fields import DataSettings, PrepareSettings
@@ -119,7 +119,7 @@ def _what_train_needs(store: TokenStore, tokenizer: str | None) -> str:
     options = ["--data", str(store.path)]
     if released_name(name) or folders.is_model(Path(name)):
         options += ["--model", name] if name != DEFAULT_TOKENIZER else []
-    elif store.vocab_size != RELEASED["gpt2"].vocab_size:  # else a copy of GPT-2's
+    elif store.vocab_size != 50257:  # else a copy of GPT-2's
         options.append("--from-scratch")
     tokens = store.splits["train"].tokens if "train" in store.splits else 0
     if 2 < tokens <= 1024:  # too few for a block of GPT-2's context
