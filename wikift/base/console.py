@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -61,9 +61,8 @@ class Progress:
         if self.quiet:
             return
         if self.terminal:
-            text = (
-                "\r" + text[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
-            )  # a line that wraps could not be rewritten
+            width = os.get_terminal_size(sys.stderr.fileno()).columns  # a line that wraps could not be rewritten
+            text = "\r" + text[: width - 1] + "\x1b[K"
         self.shown = True  # first, as Ctrl-C may come in between
         print(text, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
 
