@@ -35,11 +35,13 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
 
 
-def graded(loss_of: object, given: list[Tensor], factor: float, bf16: int = 0) -> list[Tensor]:
-    """The loss, and its gradients times `factor`."""
+def graded(
+    loss_of: Callable[..., Tensor], given: list[Tensor], factor: float, low: torch.dtype | None = None
+) -> list[Tensor]:
+    """The loss in autocast to `low`, and its gradients times `factor`."""
     hidden, weight = (tensor.clone().requires_grad_() for tensor in given[:2])
-    with torch.autocast("cpu", torch.bfloat16, enabled=bool(bf16)):
-        loss = loss_of(hidden, weight, given[2])  # type: ignore[operator]
+    with torch.autocast("cpu", low, enabled=low is not None):
+        loss = loss_of(hidden, weight, given[2])
     (loss * factor).backward()
     assert hidden.grad is not None
     assert weight.grad is not None
@@ -55,6 +57,7 @@ def as_on_a_gpu(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return head.graded_loss(hidden, weight, targets, dtype, head._to_gradient)
 
 
+LOW = torch.bfloat16
 WAYS = pytest.mark.parametrize("way", [head.summed_loss, as_on_a_gpu], ids=["cpu", "gpu"])
 
 
@@ -119,7 +122,9 @@ def test_a_target_that_is_hopeless_is_no_overflow(way: Callable[..., Tensor]) ->
 @pytest.mark.parametrize("seed", range(5))
 def test_bf16_is_no_further_from_fp32_than_the_plain_loss_in_bf16(seed: int) -> None:
     given = numbers(512, seed=seed, spread=0.5)
-    right, stock, found = (graded(f, given, 1 / 512, b) for f, b in ((plain, 0), (plain, 1), (head.summed_loss, 1)))
+    right, stock, found = (
+        graded(f, given, 1 / 512, low) for f, low in ((plain, None), (plain, LOW), (head.summed_loss, LOW))
+    )
     for ours, theirs, exact in zip(found[1:], stock[1:], right[1:], strict=True):
         assert distance(ours, exact) <= distance(theirs, exact)
 
@@ -127,7 +132,9 @@ def test_bf16_is_no_further_from_fp32_than_the_plain_loss_in_bf16(seed: int) -> 
 def test_bf16_on_a_gpu_rounds_what_the_plain_loss_in_bf16_rounds() -> None:
     """The logits, and their gradient; so it is as far from fp32 as that, to the order of the sums."""
     given = numbers(512, spread=0.5)
-    right, stock, found = (graded(f, given, 1 / 512, b) for f, b in ((plain, 0), (plain, 1), (as_on_a_gpu, 1)))
+    right, stock, found = (
+        graded(f, given, 1 / 512, low) for f, low in ((plain, None), (plain, LOW), (as_on_a_gpu, LOW))
+    )
     for ours, theirs, exact in zip(found[1:], stock[1:], right[1:], strict=True):
         assert distance(ours, theirs) < 0.1 * distance(theirs, exact)
 
@@ -137,28 +144,16 @@ def test_fp16_is_no_further_from_fp32_than_the_plain_loss_in_fp16(seed: int) -> 
     """Both with a loss scale."""
     given, scale = numbers(512, seed=seed, spread=0.5), 1024.0
     right = graded(plain, given, scale / 512)
-    with torch.autocast("cpu", torch.float16):
-        stock, found = (graded_inside(f, given, scale / 512) for f in (plain, head.summed_loss))
+    stock, found = (graded(f, given, scale / 512, torch.float16) for f in (plain, head.summed_loss))
     for ours, theirs, exact in zip(found[1:], stock[1:], right[1:], strict=True):
         assert distance(ours, exact) <= 1.02 * distance(theirs, exact)
-
-
-def graded_inside(loss_of: Callable[..., Tensor], given: list[Tensor], factor: float) -> list[Tensor]:
-    """`graded`, in the autocast that is there."""
-    hidden, weight = (tensor.clone().requires_grad_() for tensor in given[:2])
-    loss = loss_of(hidden, weight, given[2])
-    (loss * factor).backward()
-    assert hidden.grad is not None
-    assert weight.grad is not None
-    return [loss.detach().double(), hidden.grad, weight.grad]
 
 
 def test_fp16_holds_a_gradient_of_many_equal_rows() -> None:
     """Their sum, 80,000, is above fp16's range."""
     hidden, weight, _ = numbers(4096, vocabulary=100)
     given = [torch.full_like(hidden, 20.0), weight * 0.01, torch.full((4096,), 3)]
-    with torch.autocast("cpu", torch.float16):
-        _, _, of_weight = graded_inside(head.summed_loss, given, 1.0)
+    _, _, of_weight = graded(head.summed_loss, given, 1.0, torch.float16)
     assert float(of_weight[3].abs().min()) > 65504
     assert torch.isfinite(of_weight).all()
 
