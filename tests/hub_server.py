@@ -5,8 +5,7 @@
         hub.faults.append(Fault("GET .*safetensors", after_bytes=1000, once=True))  # the connection breaks there once
         subprocess.run(command, env=hub.environment(tmp_path))
 
-`hub.requests` has all that was asked. What `huggingface_hub` asks for and nothing else: no pages, no Xet, no CDN.
-"""
+`hub.requests` has all that was asked. No pages, no Xet, no CDN."""
 
 from __future__ import annotations
 
@@ -144,11 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
                     raise _error(fault.status, "The server was told to fail")
             self._route()
         except _Answer as answer:
-            of_file = "ETag" in answer.headers
-            self.hub.requests.append(
-                {"method": self.command, "path": split.path, "status": answer.status, "body": of_file,
-                 "range": self.headers.get("Range"), "token": self.token}
-            )  # fmt: skip
+            asked = {"method": self.command, "path": split.path, "range": self.headers.get("Range")}
+            self.hub.requests.append({**asked, "status": answer.status, "body": "ETag" in answer.headers})
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self._send(answer, fault)
 
