@@ -111,7 +111,7 @@ def check_data(settings: DataSettings) -> list[str]:
             f"--dataset-config {settings.dataset_config}: --dataset {settings.dataset[0]} has none; remove it"
         )
     try:
-        b"a".decode(settings.encoding or "utf-8")
+        b"a".decode(settings.encoding or "utf-8", "replace")
     except (LookupError, UnicodeError):
         problems.append(f"--encoding {settings.encoding}: is none that Python knows; try cp1252, gb18030 or utf-16")
     tokenizer = settings.tokenizer or ""
