@@ -38,7 +38,6 @@ LIBRARY_HOMES = {
     "wandb": {"watch"},
     "rich.live": {"watch"},
     "gigatoken": {"data.fast_encode"},
-    "datasets": {"data"},
     "pyarrow": {"data"},
     "tokenizers": {"data"},
     "argparse": {"settings.arguments"},
