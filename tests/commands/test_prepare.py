@@ -70,7 +70,7 @@ def test_the_mirror_has_its_known_counts(tmp_path: Path, capsys: pytest.CaptureF
     table = [line.split() for line in printed.out.splitlines()]
     assert table[0] == ["split", "rows", "tokens", "words", "bytes"]
     assert table[2] == ["validation", "3,760", "256,061", "217,646", "1,119,083"]
-    assert printed.out.endswith(f"{out}: ready. Next:\n  wikift train --data {out} --from-scratch\n")
+    assert printed.out.endswith(f"{out}: ready. Next:\n  wikift train --data {out}\n")
     store = open_store(out, verify=True)
     assert list(store.splits) == ["train", "validation", "test"]
     assert (store.dtype, store.vocab_size, store.eos_token_id) == ("uint16", 50257, 50256)
