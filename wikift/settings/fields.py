@@ -255,7 +255,7 @@ class GenerateSettings:
     precision: str = _speed(
         "fp32",
         "number format of the weights; auto: bf16 where the device has it natively, else fp32",
-        choices=("auto", "bf16", "fp32"),
+        choices=PRECISIONS,
     )
     device: str = _speed("auto", "auto: cuda where there is one", choices=DEVICES)
     train: bool = _output(True, "train first where no model is named and runs/ has none")
