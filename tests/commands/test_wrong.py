@@ -277,7 +277,7 @@ run --num-return-sequences=0 --batch-size=0 -> -sequences 0: must | -size 0: mus
 run --temperature 0 --top-k 9 --top-p 0.5 --seed 1 \
 -> --top-k 9: has no effect at --temperature 0 | --top-p 0.5: has no effect | --seed 1: has no effect
 a-file -> a-file: is a file
-no-store -> no-store: holds neither a model nor a run
+no-store -> no-store: has no config.json (there: notes.txt)
 run/checkpoints/step-00000004 -> is a checkpoint; make a model of it first: wikift consolidate
 gtp2 -> gtp2: no such folder, and no name of the Hub (did you mean gpt2?)
 runs/smal -> runs/smal: no such folder, and no name of the Hub (did you mean runs/small?)
