@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import re
 import shutil
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -167,7 +169,7 @@ PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
         {"train-00000-of-00003.txt": "x", "train-00002-of-00003.txt": "x"}, "", {},
         "train-00001-of-00003.txt: missing, of 00003; download it again, or name each file with --dataset",
     ),
-    "twice": ({"train.txt": "x", "train.txt.gz": "x"}, "", {}, "same text twice, train.txt and train.txt.gz; remove"),
+    "twice": ({"train.txt": "x", "train.txt.gz": "x"}, "", {}, "same text twice, .*train.txt and .*train.txt.gz; remove"),
     "pointer": (
         {"a.txt": POINTER, "train-0-of-1.parquet": POINTER}, "", {},
         "parquet: is a Git LFS pointer and not the file itself; fetch it with git lfs pull, or download it",
@@ -365,3 +367,24 @@ def test_a_file_that_grows_between_the_two_readings_of_a_cut(tmp_path: Path) -> 
         file.write("a line\n" * 50)
     with pytest.raises(UserError, match="changed while it was read"):
         rows_of(corpus, "train")
+
+
+def test_links_and_archives_that_hold_nothing(tmp_path: Path) -> None:
+    (tmp_path / "split").mkdir()
+    for name in ("train.txt", "train.txt~"):
+        (tmp_path / "split" / name).write_text("a\n" * 40)
+    (tmp_path / "split" / "other.txt").symlink_to("gone.txt")
+    assert opened(tmp_path / "split").notes[-1] == "not used: other.txt, train.txt~"
+    (tmp_path / "split" / "validation.txt").symlink_to("gone.txt")
+    with pytest.raises(UserError, match=r"validation\.txt: is a link to a file that is missing"):
+        opened(tmp_path / "split")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("folder/", "")
+    with pytest.raises(UserError, match=r"a\.zip: is an archive without files"):
+        opened(tmp_path / "a.zip")
+    with tarfile.open(tmp_path / "a.tar", "w") as packed:
+        packed.add(tmp_path / "split", "data")
+    with pytest.raises(UserError, match=r"a\.tar: data/other\.txt is a link, and links in an archive are not read"):
+        opened(tmp_path / "a.tar")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(gzip.compress(b"b\n" * 40)))
+    assert len(rows_of(opened(tmp_path / "b.txt.gz"), "train")) == 38

@@ -64,6 +64,7 @@ def folder_lock(
     from filelock import FileLock, SoftFileLock, Timeout
 
     path = lock_file(folder)
+    path.touch()  # where nothing can be made filelock would wait for ever
     lock: FileLock | SoftFileLock = FileLock(path, fallback_to_soft=False)
     try:
         try:

@@ -108,8 +108,11 @@ def _report(out: Path, settings: PrepareSettings) -> int:
     store = open_store(out, verify=settings.verify, setting="--out")
     if not settings.quiet:
         print("\n".join(_table(store)))
-        print(f"{out}: {'every checksum is right' if settings.verify else 'ready'}. Next:")
-        print(f"  {command_line('train')} {_what_train_needs(store, settings.tokenizer)}")
+        ready = f"{out}: {'every checksum is right' if settings.verify else 'ready'}"
+        if "train" in store.splits and store.splits["train"].tokens <= 2:
+            print(f"{ready}; its train split is too short for a training")
+        else:
+            print(f"{ready}. Next:\n  {command_line('train')} {_what_train_needs(store, settings.tokenizer)}")
     return 0
 
 
@@ -117,7 +120,7 @@ def _what_train_needs(store: TokenStore, tokenizer: str | None) -> str:
     """The options with which train takes a store made with `tokenizer`."""
     name = tokenizer or str(store.record.get("tokenizer", {}).get("name", DEFAULT_TOKENIZER))
     options = ["--data", str(store.path)]
-    if released_name(name) or folders.is_model(Path(name)):
+    if released_name(name) or (folders.is_model(Path(name)) and any(Path(name).glob("*.safetensors"))):
         options += ["--model", name] if name != DEFAULT_TOKENIZER else []
     elif store.vocab_size != 50257:  # else a copy of GPT-2's
         options.append("--from-scratch")

@@ -98,6 +98,11 @@ def _members(path: Path) -> Iterator[tuple[str, int | None, Any]]:
         elif stream.peek(512)[257:262] == b"ustar":
             with tarfile.open(fileobj=stream, mode="r|") as packed:
                 for entry in packed:
+                    if entry.issym() or entry.islnk():
+                        raise UserError(
+                            f"{path}: {entry.name} is a link, and links in an archive are not read; unpack it and name "
+                            "the folder"
+                        )
                     if entry.isfile():
                         inner: Any = packed.extractfile(entry)
                         with _decompressed(inner) as content:
@@ -107,21 +112,21 @@ def _members(path: Path) -> Iterator[tuple[str, int | None, Any]]:
 
 
 def _decompressed(stream: Any) -> Any:
-    """`stream` itself, or what is compressed in it."""
+    """`stream` itself, or what is compressed in it, once or more."""
     head = stream.peek(10)[:10]
     if head.startswith(b"\x1f\x8b\x08"):
-        return gzip.GzipFile(fileobj=stream)
+        return _decompressed(gzip.GzipFile(fileobj=stream, mode="rb"))
     if re.match(rb"BZh[1-9]1AY&SY", head):
-        return bz2.BZ2File(stream)
+        return _decompressed(bz2.BZ2File(stream))
     if head.startswith((b"\xfd7zXZ\0", b"\x5d\0\0")):
-        return lzma.LZMAFile(stream)
+        return _decompressed(lzma.LZMAFile(stream))
     for magic, name in ((b"\x28\xb5\x2f\xfd", "zstd"), (b"\x04\x22\x4d\x18", "lz4")):
         if head.startswith(magic):
             import io
 
             import pyarrow as pa
 
-            return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, "r"), name))
+            return _decompressed(io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, "r"), name)))
     return stream
 
 
@@ -143,8 +148,10 @@ def decoded(file: TextFile, stream: Any, encoding: str | None) -> Iterator[str]:
             at = offset + len(block) - len(data) + error.start
             raise UserError(
                 f"{file}, line {line}: byte 0x{data[error.start]:02x} at offset {at:,} is not {name.upper()}; "
-                f"{_proposal(data, error.start)}"
+                f"{_proposal(data, error.start, name)}"
             ) from None
+        except UnicodeError as error:  # UTF-16 and UTF-32, asked for without their mark
+            raise UserError(f"{file}: is not {name.upper()} ({error}); omit --encoding, or name another") from None
         yield text.removeprefix("\ufeff") if first else text
         line, offset, first = line + text.count("\n"), offset + len(block), first and not text
         if not block:
@@ -181,12 +188,15 @@ def _is_utf8(head: bytes) -> bool:
     return True
 
 
-def _proposal(data: bytes, position: int) -> str:
+def _proposal(data: bytes, position: int, refused: str) -> str:
     """How to go on; what is Western and what is Central European look much alike."""
     import charset_normalizer
 
     sample = data[max(0, position - 5000) : position + 5000]
-    best = charset_normalizer.from_bytes(sample, cp_isolation=list(_PROPOSED)).best()
-    guess = best.encoding if best else "cp1252"
-    guess = "cp1252 (Western Europe) or cp1250 (Central Europe)" if guess in ("cp1252", "cp1250") else guess
+    sample = sample[: sample.rfind(b"\n") + 1] or sample  # not in the middle of a character
+    names = [name for name in _PROPOSED if name != codecs.lookup(refused).name.replace("-", "_")]
+    best = charset_normalizer.from_bytes(sample, cp_isolation=names).best()
+    guess = best.encoding if best else names[0]
+    if {guess, *names[:2]} == {"cp1252", "cp1250"}:
+        guess = "cp1252 (Western Europe) or cp1250 (Central Europe)"
     return f"if it is text, name its encoding: --encoding {guess}"

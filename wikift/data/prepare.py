@@ -166,7 +166,8 @@ def _with_text(name: str, parts: Iterator[Encoded]) -> Iterator[Encoded]:
         yield part
     if word_count == rows:  # each row counts one end of line
         content = f"{rows:,} blank rows" if rows else "no rows"
-        raise UserError(f"{name} contains no text ({content}); use a dataset that does")
+        other = "use a dataset that does, or cut other rows with --validation-fraction or --seed"
+        raise UserError(f"{name} contains no text ({content}); {other}")
 
 
 def _cores() -> int:

@@ -28,7 +28,7 @@ _SPLIT = re.compile(  # as `datasets` has them, save that eval is validation
 _BESIDE = re.compile(  # what lies beside data and is no part of it
     r"[.].*|__.*|(readme|licen[sc]e|copying|notice|citation|authors|changelog|contributing)([-_.][a-z]{1,8})*|"
     r"thumbs\.db|desktop\.ini|_success|(state|config|metadata|dataset_infos?|dataset_dict|croissant)\.json|"
-    r".*\.(py|pyc|sh|ipynb|ya?ml|toml|cfg|ini|log|lock|md5|sha\d+|crc|idx)",
+    r".*~|.*\.(py|pyc|sh|ipynb|ya?ml|toml|cfg|ini|log|lock|md5|sha\d+|crc|idx)",
     re.IGNORECASE,
 )
 _SHARD = re.compile(r"(.*?)(\d+)[-_]of[-_](\d+)(.*)")
@@ -61,7 +61,10 @@ def candidates(path: Path, parts: tuple[str, ...], *, named: bool = False) -> It
     if (not named and is_beside(path.name)) or not _may_be_text(path.name):
         yield Candidate(TextFile(path), parts, "")
         return
-    for file in look_into(path):
+    files = look_into(path)
+    if not files:  # an archive with nothing in it
+        yield Candidate(TextFile(path), parts, "")
+    for file in files:
         beside = any(map(is_beside, file.parts[1:]))
         yield Candidate(file, parts + file.parts[1:], "" if beside else _kind(file))
 

@@ -21,7 +21,7 @@ from wikift.base.errors import UserError
 from wikift.base.files import sha256_of
 from wikift.base.names import WIKITEXT
 from wikift.data.dataset_card import Patterns, choose, config_problem, configs_of
-from wikift.data.open_file import TextFile
+from wikift.data.open_file import TextFile, look_into
 from wikift.data.splits import KINDS, SPLITS, Candidate, candidates, gaps, is_beside, natural, plain, split_of
 
 CHANGED = "changed while it was read; run the command again when nothing is writing to it"
@@ -148,7 +148,7 @@ def _files(root: Path, named: bool, alone: bool) -> list[Candidate]:
     else:
         files = list(candidates(root, (root.name,), named=named))
         if named and len(files) == 1 and not files[0].kind:
-            raise UserError(f"{root}: {UNREAD}")
+            raise UserError(f"{root}: {UNREAD if look_into(root) else 'is an archive without files; name another'}")
         if alone:
             files = [replace(each, parts=each.parts[1:]) if each.file.member else each for each in files]
     if not named or alone or any(each.kind and split_of(each.parts) for each in files):
@@ -171,6 +171,8 @@ def _walk(folder: Path, parts: tuple[str, ...]) -> Iterator[Candidate]:
             yield from _walk(path, name)
         elif path.is_file():
             yield from candidates(path, name)
+        else:
+            yield Candidate(TextFile(path), name, "")
 
 
 def _configurations(files: Iterable[Candidate]) -> dict[str, list[Candidate]]:
@@ -202,7 +204,9 @@ def _by_split(files: Iterable[Candidate], where: str) -> tuple[Splits, list[Cand
             problems += error.problems
             continue
         if not each.kind and split:
-            problems.append(f"{each.file}: looks like {split} text, and {UNREAD}")
+            missing = "is a link to a file that is missing; download it, or remove the link"
+            rule = f"looks like {split} text, and {UNREAD}"
+            problems.append(f"{each.file}: {rule if each.file.path.exists() else missing}")
         elif each.kind and split:
             splits.setdefault(split, []).append(each)
         else:
@@ -215,7 +219,7 @@ def _by_split(files: Iterable[Candidate], where: str) -> tuple[Splits, list[Cand
         raise UserError(*problems)
     if not splits:
         return {"train": rest}, unused
-    return {split: splits[split] for split in SPLITS if split in splits}, unused + rest
+    return {split: splits[split] for split in SPLITS if split in splits}, rest + unused
 
 
 def files_of_card(folder: Path, configs: dict[str, Patterns], config: str | None, where: str) -> UserFiles:
@@ -257,7 +261,7 @@ def _checked(splits: Splits, config: str | None, where: str, unused: Sequence[Ca
         other = first.setdefault((split, plain(each.parts[-1]), each.file.head), each)
         sizes = {other.file.size, each.file.size}
         if other is not each and (len(sizes) == 1 or None in sizes):
-            problems.append(f"{where}: has the same text twice, {other.shown} and {each.shown}; remove or name one")
+            problems.append(f"{where}: has the same text twice, {other.file} and {each.file}; remove or name one")
     if problems:
         raise UserError(*problems)
     known = [name for name in WIKITEXT if name in files[0].file.path.absolute().parts[-5:]]
