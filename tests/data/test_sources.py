@@ -169,7 +169,7 @@ PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
         {"train-00000-of-00003.txt": "x", "train-00002-of-00003.txt": "x"}, "", {},
         "train-00001-of-00003.txt: missing, of 00003; download it again, or name each file with --dataset",
     ),
-    "twice": ({"train.txt": "x", "train.txt.gz": "x"}, "", {}, "same text twice, .*train.txt and .*train.txt.gz; remove"),
+    "twice": ({"train.txt": "x", "train.txt.gz": "x"}, "", {}, "same text twice, .*train.txt and .*txt.gz; remove"),
     "pointer": (
         {"a.txt": POINTER, "train-0-of-1.parquet": POINTER}, "", {},
         "parquet: is a Git LFS pointer and not the file itself; fetch it with git lfs pull, or download it",
