@@ -74,7 +74,7 @@ def test_the_wheel_does_the_whole_job(tmp_path: Path) -> None:
 
     assert run(f"{bin}/wikift", "--version") == run(f"{bin}/python", "-m", "wikift", "--version")
     said = run(f"{bin}/wikift", "prepare", "--dataset", "demo", "--tokenizer", "train:300", "--out", "store")
-    assert "\n  wikift train --data store\n" in said
+    assert "\n  wikift train --data store --from-scratch\n" in said
     said = run(f"{bin}/wikift", "train", *TRAIN.split(), "--output-dir", "one")
     assert "\n  wikift consolidate one\n" in said
     torchrun = [f"{bin}/torchrun", "--standalone", "--nproc_per_node=2", "-m", "wikift", "train"]
