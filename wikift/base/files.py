@@ -64,11 +64,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+LFS_POINTER = b"version https://git-lfs"  # how one starts
+
+
 def is_lfs_pointer(path: Path) -> bool:
     """Whether a file is what `git clone` leaves of a large one where Git LFS is not installed."""
     try:
         with open(path, "rb") as file:
-            return file.read(40).startswith(b"version https://git-lfs.")
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
     except OSError:
         return False
 

@@ -56,11 +56,6 @@ def fetch(name: str, setting: str, files: tuple[str, ...], kind: str = "model") 
     return folder
 
 
-def offline() -> bool:
-    """Whether the Hub is not asked: by the user's wish, or as it did not answer."""
-    return bool(_silent) or bool(client.library().constants.HF_HUB_OFFLINE)
-
-
 def _asked(wanted: tuple[str, str, str, tuple[str, ...]], where: str) -> Path:
     for last, seconds in enumerate(_ANSWER_SECONDS):
         try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wikift.base.errors import UserError
+from wikift.base.files import LFS_POINTER
 from wikift.data.open_file import TextFile, is_text, look_into
 
 SPLITS = ("train", "validation", "test")
@@ -93,7 +94,7 @@ def _kind(file: TextFile) -> str:
     name, head = plain(file.parts[-1]), file.head
     if not _may_be_text(name) or head.startswith(b"PK\3\4"):
         return ""
-    for magic, kind in ((b"PAR1", "parquet"), (b"ARROW1", "arrow"), (b"version https://git-lfs", "pointer")):
+    for magic, kind in ((b"PAR1", "parquet"), (b"ARROW1", "arrow"), (LFS_POINTER, "pointer")):
         if head.startswith(magic):
             return kind
     if (ending := _ENDING.search(name)) and (known := KINDS.get(ending[0].lower())):
