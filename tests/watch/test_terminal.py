@@ -127,11 +127,16 @@ def test_what_takes_long_is_named_with_its_seconds(
         time.sleep(0.4)
     with phase("building the engine", print):
         pass
+    started = time.monotonic()
     with a_log(tmp_path, quiet=False) as log:
         for number in (1, 2):
             log.tick(now=f"first step: micro-batch {number}/2")
             time.sleep(1.2)
         log.record({"step": 1, "loss": 1.0})
-    lines = [re.sub(r"\d s$", "N s", line) for line in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr().out.splitlines()
+    seconds = [int(match[1]) for line in printed if (match := re.search(r"micro-batch ./2, (\d+) s$", line))]
+    assert seconds == sorted(seconds)
+    assert 1 <= seconds[-1] <= time.monotonic() - started + 1
+    lines = [re.sub(r"\d s$", "N s", line) for line in printed]
     assert lines[:3] == ["loading gpt2 ...", "loading gpt2 took N s", "building the engine ..."]
     assert [*dict.fromkeys(lines[3:-1])] == [f"  first step: micro-batch {number}/2, N s" for number in (1, 2)]
