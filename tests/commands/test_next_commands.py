@@ -73,5 +73,6 @@ def test_prepare_names_the_model_of_its_tokenizer(typed: object, tmp_path: Path)
     after = typed("wikift prepare --dataset short.txt --tokenizer 'my model' --out other")
     assert "--from-scratch" in after["train"]
     (model / "config.json").write_text('{"model_type": "gpt2", "n_positions": 32, "vocab_size": 260}')
+    (model / "model.safetensors").touch()
     after = typed("wikift prepare --dataset short.txt --tokenizer 'my model' --out other")
     assert after["train"].startswith("wikift train --data other --model 'my model'")
