@@ -183,6 +183,21 @@ def test_one_word_alone_has_no_validation(tmp_path: Path, capsys: pytest.Capture
     assert list(open_store(tmp_path / "out").splits) == ["train"]
 
 
+def test_a_content_that_is_read_twice_is_said_once_and_by_rank_0(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "text" / f"{split}.txt").write_text("the same\n")
+    words = ("--dataset", tmp_path / "text", "--tokenizer", "train:300", "--out", tmp_path / "out")
+    assert run(*words) == (0, [])
+    assert "train: train.txt and validation: validation.txt have the same content\n" in capsys.readouterr().err
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert run(*words) == (0, [])
+    assert capsys.readouterr() == ("", "")
+
+
 ODD_FAULTS: dict[str, tuple[str, bytes, str]] = {
     "empty": ("a.txt", b"", "its train split contains no text (no rows); use a dataset that does"),
     "a mark only": ("a.txt", b"\xef\xbb\xbf", "its train split contains no text (no rows)"),

@@ -213,6 +213,7 @@ def test_json_faults(tmp_path: Path, line: bytes, message: str) -> None:
         ),
         ('[{"text": "a"}, {"text": "b"}', r"line 1: is not JSON \(expecting '\]'\); copy or download the file again"),
         ('["a", "b"]', "line 1: is a text, not an object"),
+        ('[{"text": "a"}, {"text": 1}]', "line 1, row 2: 'text' is a number"),
     ],
 )
 def test_faults_of_a_json_file(tmp_path: Path, content: str, message: str) -> None:

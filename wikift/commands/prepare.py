@@ -36,6 +36,8 @@ DEFAULT_TOKENIZER = "gpt2"
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     parsed = parse_all(PrepareSettings, argv, prog="wikift prepare", description=DESCRIPTION)
+    if launch().rank:  # rank 0 tells
+        parsed = dataclasses.replace(parsed, settings=dataclasses.replace(parsed.settings, quiet=True))
     return _report(make(parsed), parsed.settings)
 
 

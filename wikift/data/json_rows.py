@@ -19,9 +19,9 @@ _SHORT = 1 << 22  # characters of an object that is looked at as one
 def json_rows(file: TextFile, blocks: Iterable[str], column: str) -> Iterator[str]:
     """The texts of `column`. Holds one row and one block of text."""
     scanner = _Scanner(file, iter(blocks))
-    for row in _objects(scanner, column):
+    for number, row in enumerate(_objects(scanner, column), 1):
         text = row.get(column) if type(row) is dict else None
-        yield text if type(text) is str else text_of(row, column, scanner.where())
+        yield text if type(text) is str else text_of(row, column, scanner.where(number))
 
 
 def _objects(scanner: _Scanner, column: str) -> Iterator[Any]:
@@ -64,8 +64,9 @@ class _Scanner:
         self.file, self.blocks = file, blocks
         self.text, self.at, self.start, self.line = "", 0, 0, 1
 
-    def where(self) -> str:
-        return f"{self.file}, line {self.line + self.text.count(chr(10), 0, self.start)}"
+    def where(self, row: int = 0) -> str:
+        line = self.line + self.text.count("\n", 0, self.start)
+        return f"{self.file}, line {line}" + (f", row {row}" if row > line else "")
 
     def more(self) -> bool:
         """Read on, so that the rest of the text is twice as long and more; whether there was more."""

@@ -106,6 +106,12 @@ def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> No
     for note in corpus.notes:
         say(note)
     told = len(corpus.notes)
+    first: dict[str, str] = {}  # file with a content
+    for name, content in (
+        (f"{split}: {e['name']}", e["sha256"]) for split, es in facts.get("files", {}).items() for e in es
+    ):
+        if (other := first.setdefault(content, name)) != name:
+            say(f"{other} and {name} have the same content")
     saved = _tokenizer(request, corpus, folder / "tokenizer", say, progress)
     append_eos = corpus.rows_are_documents if request.append_eos is None else request.append_eos
     record: dict[str, Any] = {}
