@@ -13,7 +13,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -171,16 +173,38 @@ TASK = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_N
 
 def test_a_rank_takes_the_gpu_of_its_number_or_its_own(gpus: Callable[..., torch.device]) -> None:
     assert gpus({**RANK, "LOCAL_RANK": "1"}) == torch.device("cuda", 1)
-    assert gpus({**TASK, "SLURM_GPUS_PER_TASK": "1"}, device_count=1) == torch.device("cuda", 0)
+    assert gpus({**TASK, "SLURM_LOCALID": "3"}, device_count=1) == torch.device("cuda", 0)
     assert gpus(RANK, device_count=1, get_arch_list=["sm_75", "sm_90a", "compute_90"]) == torch.device("cuda", 0)
+
+
+def met_on_gpus(uuids: list[str]) -> str:
+    """What a rank is told whose GPU has the UUID of its number, where each sees one GPU; the backend, if nothing."""
+    own = torch.distributed.distributed_c10d
+    store, init = own.PrefixStore("gpus", own._get_default_store()), Mock()
+    properties = SimpleNamespace(uuid=uuids[int(os.environ["RANK"])])
+    facts = {"is_available": True, "device_count": 1, "get_arch_list": [], "set_device": None}
+    with (
+        patch.multiple(torch.cuda, **{name: Mock(return_value=fact) for name, fact in facts.items()}),
+        patch.multiple(torch.cuda, get_device_capability=lambda _: (9, 0), get_device_properties=lambda _: properties),
+        patch.multiple(torch.distributed, is_initialized=lambda: False, init_process_group=init),
+        patch.object(world, "shared_store", lambda *_: store),
+    ):
+        try:
+            world.start_world("cuda")
+        except UserError as error:
+            return str(error)
+    return str(init.call_args.args[0])
+
+
+def test_ranks_that_share_a_gpu_are_named() -> None:
+    assert run_ranks(met_on_gpus, 3, ["a", "b", "c"]) == ["cpu:gloo,cuda:nccl"] * 3
+    for told in run_ranks(met_on_gpus, 3, ["a", "b", "a"]):
+        assert told.startswith("--nproc_per_node 3: needs a GPU for each process, ranks 0, 2 share one; start fewer")
 
 
 def test_a_gpu_that_cannot_be_used_is_told(
     gpus: Callable[..., torch.device], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    local = {**RANK, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}
-    with pytest.raises(UserError, match=r"--nproc_per_node 3: this host has 2 CUDA devices.*--num_gpus"):
-        gpus(local)
     with pytest.raises(UserError, match="LOCAL_RANK: is not set beside RANK"):
         gpus(RANK)
     with pytest.raises(UserError, match=r"no code for Tesla V100, of compute capability 7.0, but from 7.5 on"):

@@ -19,8 +19,6 @@ _NAMES = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID SLURM_LOCALID", "MPI_LOCALNRANKS"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS SLURM_NTASKS", "SLURM_LOCALID", ""),
 )
-# By one of these srun lets each task see its own GPU only.
-_BINDINGS = ("SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_TRES_PER_TASK", "SLURM_GPU_BIND")
 # What accelerate asks for by the environment: its default, and the setting that does the same.
 _ACCELERATE = {
     "ACCELERATE_MIXED_PRECISION": ("no", "--precision"),
@@ -44,7 +42,6 @@ class Launch:
     local_size: int = 1
     address: str = ""
     started: bool = False  # by a launcher: others may wait for this process
-    own_gpu: bool = False  # where this process sees one GPU, it is its own
 
 
 def launch() -> Launch:
@@ -75,8 +72,7 @@ def launch() -> Launch:
     job = env.get("SLURM_JOB_ID", "") if names != _USUAL else ""
     port = 15000 + (int(job) + 7 * (_number("SLURM_STEP_ID") or 0)) % 15000 if job.isdecimal() else 29500
     address = f"{f'[{host}]' if ':' in host else host}:{env.get('MASTER_PORT', port)}" if host else ""
-    own_gpu = any(env.get(name) for name in _BINDINGS)
-    return Launch(rank, size, local_rank, local_size, address, started=True, own_gpu=own_gpu)
+    return Launch(rank, size, local_rank, local_size, address, started=True)
 
 
 def unused_settings() -> list[str]:

@@ -99,9 +99,12 @@ def start_world(device: str = "auto") -> World:
         return World(dist.get_rank(), dist.get_world_size(), here.local_rank or 0, chosen, here.local_size)
     if not here.started:
         return World(device=chosen)
+    store = shared_store("wikift/group", COLLECTIVE_TIMEOUT)
+    if chosen.type == "cuda":
+        _refuse_shared_gpus(here, chosen, store)
     dist.init_process_group(
         _backend(chosen),
-        store=shared_store("wikift/group", COLLECTIVE_TIMEOUT),
+        store=store,
         rank=here.rank,
         world_size=here.size,
         timeout=COLLECTIVE_TIMEOUT,
@@ -109,6 +112,20 @@ def start_world(device: str = "auto") -> World:
         device_id=chosen if chosen.type == "cuda" and here.size > 1 else None,
     )
     return World(here.rank, here.size, here.local_rank or 0, chosen, here.local_size)
+
+
+def _refuse_shared_gpus(here: Launch, device: torch.device, store: Any) -> None:
+    """Raises UserError on every rank where two of them were given one GPU; NCCL would say less of it, and later."""
+    keys = [f"gpu/{rank}" for rank in range(here.size)]
+    store.set(keys[here.rank], str(torch.cuda.get_device_properties(device).uuid))
+    uuids = store.multi_get(keys)
+    ranks = [[str(rank) for rank, other in enumerate(uuids) if other == uuid] for uuid in dict.fromkeys(uuids)]
+    if shared := [f"ranks {', '.join(group)} share one" for group in ranks if len(group) > 1]:
+        raise UserError(
+            f"--nproc_per_node {here.local_size}: needs a GPU for each process, {' and '.join(shared)}; start fewer "
+            "processes (deepspeed: --num_gpus, slots in the hostfile), let srun give each task its own "
+            "(--gpus-per-task=1), or use --device cpu"
+        )
 
 
 def shared_store(prefix: str, timeout: datetime.timedelta) -> Any:
@@ -193,15 +210,10 @@ def _device(requested: str, here: Launch) -> torch.device:
             )
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    index = 0 if here.own_gpu and count == 1 else here.local_rank
-    if here.started and index is None and count > 1:
+    if here.size > 1 and here.local_rank is None and count > 1:
         raise UserError("LOCAL_RANK: is not set beside RANK, to choose among several GPUs; torchrun and srun set it")
-    if here.local_size > count and not (here.own_gpu and count == 1):
-        raise UserError(
-            f"--nproc_per_node {here.local_size}: this host has {count} CUDA devices, one for each process at most; "
-            "start fewer processes (deepspeed: --num_gpus, slots in the hostfile) or use --device cpu"
-        )
-    device = torch.device("cuda", index or 0)
+    # srun may let each task see GPUs of its own, numbered from 0; whether two ranks share one is seen by its UUID
+    device = torch.device("cuda", (here.local_rank or 0) % count)
     built_for = [int(arch[3:].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
     major, minor = torch.cuda.get_device_capability(device)
     if built_for and 10 * major + minor < min(built_for):
