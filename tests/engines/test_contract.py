@@ -237,8 +237,27 @@ def measure_each(kind: str, cases: dict[str, dict[str, Any]]) -> dict[str, Measu
     return results
 
 
+def norms_of_repeats(kind: str) -> list[float]:
+    """The gradient's norm of one micro-batch in bf16, alone and 64 times over."""
+    from wikift.base.world import start_world
+
+    world, config, norms = start_world("cpu"), tiny_config(), []
+    blocks = torch.randint(VOCABULARY, (1, BLOCK + 1), generator=torch.Generator().manual_seed(world.rank))
+    for times in (1, 64):
+        engine = make_engine(kind, world, config, accumulation=times, precision="bf16")
+        engine.restore(random_start(config))
+        for number in range(times):
+            engine.forward_backward(blocks, last=number == times - 1)
+        norms.append(float(engine.step(1e-3)))
+    return norms
+
+
 def measure_all(kind: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {**measure_each(kind, cases), "validation": nll_side_effects(kind)}
+    return {
+        **measure_each(kind, cases),
+        "validation": nll_side_effects(kind),
+        "repeats": norms_of_repeats(kind),
+    }
 
 
 @functools.cache
@@ -332,6 +351,13 @@ def test_bf16_under_every_engine_is_as_near_to_fp32_as_hugging_faces_own(referen
             ("loss", "norm", "weights"), distances(measured, reference), bounds, strict=True
         ):
             assert distance <= bound, (kind, what)
+
+
+@pytest.mark.parametrize("kind", ENGINES[1:])
+def test_micro_batches_in_bf16_are_added_up_in_fp32(kind: str) -> None:
+    """The mean of equal gradients is each of them; a sum in bf16 rounds each addition to 8 bits."""
+    for alone, repeated in of_case(kind, "repeats"):
+        assert repeated == pytest.approx(alone, rel=1e-5)
 
 
 def distances(measured: Measured, reference: Measured) -> tuple[float, float, float]:

@@ -196,6 +196,9 @@ def import_deepspeed(local_rank: int = 0) -> Any:
     deepspeed.utils.logging.logger.setLevel(logging.ERROR)
     # its own use of functions that torch 2.13 renamed
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # for sums of micro-batches in fp32, bf16 at stage 1 would get an optimizer that shards no gradients and is no ZeRO
+    engine: Any = importlib.import_module("deepspeed.runtime.engine")
+    engine.DeepSpeedEngine._do_optimizer_sanity_check = lambda *_: engine.ZERO_OPTIMIZATION
     # by name: as an attribute of deepspeed.comm it is hidden by torch itself, which is imported there
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     return deepspeed

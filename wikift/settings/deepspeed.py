@@ -145,10 +145,8 @@ def engine_config(
         _ZERO + "stage": stage(config),
         **{_ZERO + name: size for name, size in sizes.items() if config.get(_ZERO + name) == "auto"},
     }  # fmt: skip
-    # micro-batches are added up as under the other engines; in bf16 at stage 1 DeepSpeed would take quite another
-    # optimizer for it
-    if precision != "fp32" and not (precision == "bf16" and stage(config) == 1):
-        flat["data_types.grad_accum_dtype"] = "fp32"
+    if precision != "fp32":
+        flat["data_types.grad_accum_dtype"] = "fp32"  # micro-batches are added up as under the other engines
     # an "auto" that is left is DeepSpeed's own default, as it is under the Trainer
     flat |= {key: value for key, value in config.items() if key in PASSED and value != "auto"}
     flat |= {
