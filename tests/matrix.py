@@ -21,8 +21,9 @@ import torch
 from tests.ranks import run_ranks
 from tests.tiny import arguments, curve, tiny_store
 from wikift.base.folders import step_folder
+from wikift.base.world import World
 from wikift.checkpoint.fragment import STATES
-from wikift.checkpoint.reader import open_checkpoint
+from wikift.checkpoint.reader import open_sound
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-5
@@ -100,7 +101,7 @@ def difference(run: Path, reference: Path) -> float:
         found += [abs(got[1] - expected[1]), abs(got[2] / expected[2] - 1)]
         if expected[5] is not None:
             found.append(abs(got[5] - expected[5]))
-    ours, theirs = (open_checkpoint(step_folder(path, LAST), verify=True) for path in (run, reference))
+    ours, theirs = (open_sound(step_folder(path, LAST), World()) for path in (run, reference))
     for name, shape in theirs.shapes.items():
         count = torch.Size(shape).numel()
         for state in STATES:

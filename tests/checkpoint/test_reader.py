@@ -6,9 +6,12 @@ pytest tests/checkpoint/test_reader.py
 from __future__ import annotations
 
 import json
+import math
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,11 +19,14 @@ from safetensors import safe_open
 
 from tests.ranks import run_ranks
 from tests.tiny import arguments, tiny_store
+from tests.tiny_engines import make_engine, tiny_config
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.folders import list_checkpoints, step_folder
 from wikift.base.tensorfile import Entry, read_header, write_tensors
+from wikift.base.world import World, start_world
+from wikift.checkpoint import reader
 from wikift.checkpoint.fragment import STATES
-from wikift.checkpoint.reader import best_checkpoint, open_checkpoint, prune
+from wikift.checkpoint.reader import best_checkpoint, newest_sound, open_checkpoint, open_sound, prune
 from wikift.commands.train import main as train
 
 
@@ -47,7 +53,7 @@ def test_every_rank_writes_and_stock_safetensors_reads(run: Path) -> None:
     files = sorted(manifest["files"])
     assert files == [f"rank-{rank:05d}.safetensors" for rank in range(3)]
     assert sorted(p.name for p in newest.iterdir()) == ["manifest.json", *files]
-    opened = open_checkpoint(newest, verify=True)
+    opened = open_sound(newest, World())
     seen = set()
     for file in files:
         with safe_open(newest / file, "pt") as stock:
@@ -60,6 +66,48 @@ def test_every_rank_writes_and_stock_safetensors_reads(run: Path) -> None:
     assert opened.step == 12
     assert manifest["tokens"] == 12 * 6 * 8
     assert manifest["eval_loss"] > 0
+
+
+def resume_counted(run: str, engine: str) -> tuple[int, set[str], int]:
+    """The step that a rank resumes from, whose listing of the folder is old unless it is rank 0's.
+
+    And the files that it opens until the checkpoint is known to be sound, and the bytes that its engine then reads.
+    """
+    world, opened, counts = start_world("cpu"), set[str](), [0]
+    made, patched = make_engine(engine, world, tiny_config()), cast(Any, reader)
+    read = patched.read_range
+
+    def note(event: str, values: tuple[Any, ...]) -> None:
+        if event == "open" and str(values[0]).startswith(run):
+            opened.add(Path(values[0]).name)
+
+    def read_counted(path: Path, offset: int, into: memoryview) -> None:
+        counts[0] += len(into)
+        read(path, offset, into)
+
+    sys.addaudithook(note)
+    patched.read_range = read_counted
+    if world.rank:
+        patched.list_checkpoints = lambda run: list_checkpoints(run)[:1]
+    checkpoint = newest_sound(Path(run), world)
+    assert checkpoint is not None
+    files = set(opened)
+    made.restore(checkpoint)
+    return checkpoint.step, files, counts[0]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_ranks_resume_from_the_checkpoint_that_rank_0_sees_and_read_it_once(tmp_path: Path, engine: str) -> None:
+    line = arguments(tiny_store(tmp_path / "store"), tmp_path / "run", engine=engine)
+    assert run_ranks(train, 4, line) == [0] * 4
+    steps, files, counts = zip(*run_ranks(resume_counted, 4, str(tmp_path / "run"), engine), strict=True)
+    assert steps == (12,) * 4
+    own = [f"rank-{rank:05d}.safetensors" for rank in range(4)]
+    assert files == ({"manifest.json", *own}, *({name} for name in own[1:])), "rank 0 reads headers, each its checksums"
+    once = 4 * 3 * sum(map(math.prod, open_checkpoint(list_checkpoints(tmp_path / "run")[-1]).shapes.values()))
+    ranks = 1 if engine == "ddp" else 4  # the optimizer's four numbers are read by each rank that has its own state
+    assert sum(counts) == once + 4 * 4 * ranks
+    assert max(counts) < once
 
 
 def test_a_range_is_that_part_of_the_tensor(run: Path) -> None:
@@ -141,7 +189,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     assert all("step-00000004" in fault and "Free disk space" in fault for fault in faults), faults
     assert "No space left on device" in capsys.readouterr().out
     (kept,) = list_checkpoints(run)
-    assert open_checkpoint(kept, verify=True).step == 4
+    assert open_sound(kept, World()).step == 4
     assert [p.name for p in kept.parent.iterdir()] == ["step-00000004"], "nothing half there"
     # room is made: the same command resumes
     subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)

@@ -25,8 +25,8 @@ from wikift.base.errors import EnvironmentFault
 from wikift.base.folders import list_checkpoints
 from wikift.base.world import World
 from wikift.checkpoint import writer
-from wikift.checkpoint.fragment import STATES, Fragment
-from wikift.checkpoint.reader import open_checkpoint
+from wikift.checkpoint.fragment import OPTIMIZER, SCALARS, STATES, Fragment
+from wikift.checkpoint.reader import open_checkpoint, open_sound
 from wikift.checkpoint.writer import Saver
 from wikift.commands.train import main as train
 
@@ -36,6 +36,8 @@ PARAMETERS = {"weight": [6]}
 def fragments(live: torch.Tensor) -> Iterator[Fragment]:
     for state in STATES:
         yield Fragment("weight", state, 0, (6,), live)
+    for number in SCALARS:
+        yield Fragment(OPTIMIZER, number, 0, (1,), live[:1])
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def test_what_is_written_is_the_state_when_save_was_called(tmp_path: Path, held_
     held_up.set()
     saver.finish()
     (path,) = list_checkpoints(tmp_path)
-    assert open_checkpoint(path, verify=True).read("weight", "exp_avg", 0, 6).tolist() == [0, 1, 2, 3, 4, 5]
+    assert open_sound(path, World()).read("weight", "exp_avg", 0, 6).tolist() == [0, 1, 2, 3, 4, 5]
     saved = saver.take_saved()
     assert saved is not None
     assert saved.path == path
@@ -168,7 +170,7 @@ def test_sigkill_in_the_middle_of_a_save(tmp_path: Path, ranks: int) -> None:
         time.sleep(0.001)
     kill_all(process)
     assert partial, (tmp_path / "output").read_text()
-    before = [open_checkpoint(path, verify=True).step for path in list_checkpoints(run)]
+    before = [open_sound(path, World()).step for path in list_checkpoints(run)]
     assert before, "the one before stands whole"
     rest = arguments(tmp_path / "store", run, **{**words, "max_steps": before[-1] + 2, "resume": "auto"})
     assert run_ranks(train, ranks, rest) == [0] * ranks
@@ -259,7 +261,7 @@ def test_bf16_keeps_fp32_masters_and_moments_through_a_change_of_engine(tmp_path
     run_ranks(each, 2, train_in_bf16, [(kind, str(tmp_path / kind)) for kind in ENGINES[1:]])
     paths = {kind: list_checkpoints(tmp_path / kind)[0] for kind in ENGINES[1:]}
     for path in paths.values():
-        opened = open_checkpoint(path, verify=True)
+        opened = open_sound(path, World())
         for state in STATES:
             values = opened.read("transformer.wte.weight", state, 0, 97 * 32)
             assert not torch.equal(values, values.bfloat16().float()), f"{state} has more than bf16's bits"

@@ -23,8 +23,9 @@ from tests.ranks import _CONTEXT, each, run_ranks
 from tests.tiny import arguments, curve, metrics, tiny_store
 from wikift.base.errors import UserError
 from wikift.base.folders import list_checkpoints, step_folder
+from wikift.base.world import World
 from wikift.checkpoint.fragment import STATES
-from wikift.checkpoint.reader import open_checkpoint
+from wikift.checkpoint.reader import open_checkpoint, open_sound
 from wikift.training.resume import set_aside
 
 
@@ -58,7 +59,7 @@ def failing_train(command_line: list[str]) -> list[str]:
 
 def state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
     """Every weight and moment of the newest checkpoint."""
-    found = open_checkpoint(list_checkpoints(run)[-1], verify=True)
+    found = open_sound(list_checkpoints(run)[-1], World())
     return {
         (name, kind): found.read(name, kind, 0, torch.Size(shape).numel())
         for name, shape in found.shapes.items()

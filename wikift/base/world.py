@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -65,6 +66,17 @@ class World:
     def agreed(self, number: int) -> int:
         """Rank 0's `number` on every rank; collective."""
         return int(self.total(torch.tensor(number if self.rank == 0 else 0, dtype=torch.int64)))
+
+    def shared(self, value: Any, source: int = 0) -> Any:
+        """The `value` of rank `source`, one that JSON can hold, on every rank; collective."""
+        if self.size == 1:
+            return value
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        length = torch.tensor(len(text))
+        dist.broadcast(length, source)
+        text = text if self.rank == source else torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(text, source)
+        return json.loads(text.numpy().tobytes())
 
 
 def seed(seed: int, *parts: int | str) -> int:

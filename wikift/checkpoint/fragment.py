@@ -31,7 +31,7 @@ class FragmentReader(Protocol):
     """Where an engine takes its state from; a checkpoint is one."""
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened whole: 1-D, fp32, on the CPU."""
+        """Elements [start, stop) of the flattened whole: 1-D, fp32, on the CPU or the engine's device."""
         ...
 
 

@@ -9,10 +9,11 @@ checkpoints are written: writer.py.
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +22,7 @@ from wikift.base import tensorfile
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.files import read_range, sha256_of
 from wikift.base.folders import list_checkpoints
+from wikift.checkpoint.fragment import OPTIMIZER, SCALARS, STATES
 
 if TYPE_CHECKING:  # consolidation moves bytes; it does not wait a second and a half for torch
     from torch import Tensor
@@ -31,13 +33,13 @@ FORMAT = "wikift-checkpoint-1"
 
 
 class StoredRange(NamedTuple):
-    """Where elements [start, stop) of a flattened parameter or moment are: `offset` bytes into `file`."""
+    """Where elements [start, stop) of a flattened parameter or moment are: `offset` bytes into `file` of the folder."""
 
     name: str
     state: str
     start: int
     stop: int
-    file: Path
+    file: str
     offset: int
 
 
@@ -47,7 +49,7 @@ class Checkpoint:
 
     path: Path
     manifest: dict[str, Any]
-    _ranges: dict[tuple[str, str], list[StoredRange]] = field(repr=False)
+    ranges: list[StoredRange] = field(repr=False)
 
     @property
     def step(self) -> int:
@@ -57,6 +59,13 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter's shape, by Hugging Face name, in the model's order."""
         return {name: tuple(shape) for name, shape in self.manifest["parameters"].items()}
+
+    @functools.cached_property
+    def _by_tensor(self) -> dict[tuple[str, str], list[StoredRange]]:
+        tensors: dict[tuple[str, str], list[StoredRange]] = {}
+        for stored in self.ranges:
+            tensors.setdefault((stored.name, stored.state), []).append(stored)
+        return tensors
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a flattened tensor, 1-D fp32 on the CPU; reads only their bytes."""
@@ -70,13 +79,13 @@ class Checkpoint:
         """Fill `into` (bytes) with the fp32 elements from `start` on, as `read` does; needs no torch."""
         stop = start + len(into) // 4
         filled = 0
-        for stored in self._ranges[name, state]:
+        for stored in self._by_tensor[name, state]:
             low, high = max(start, stored.start), min(stop, stored.stop)
             if low >= high:
                 continue
             target = into[4 * (low - start) : 4 * (high - start)]
             try:
-                read_range(stored.file, stored.offset + 4 * (low - stored.start), target)
+                read_range(self.path / stored.file, stored.offset + 4 * (low - stored.start), target)
             except OSError as error:
                 raise EnvironmentFault(f"{error}; the checkpoint {self.path} is damaged") from None
             filled += high - low
@@ -88,8 +97,8 @@ class Checkpoint:
             raise UserError(f"{self.path / file}: its content has changed since it was written (sha256 differs)")
 
 
-def open_checkpoint(path: Path, *, verify: bool = False) -> Checkpoint:
-    """Open a complete checkpoint; sizes are checked, with `verify` every byte.
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a complete checkpoint: its manifest, its files' sizes and headers; the rest `Checkpoint.verify` reads.
 
     Raises UserError naming what is missing or damaged.
     """
@@ -103,7 +112,7 @@ def open_checkpoint(path: Path, *, verify: bool = False) -> Checkpoint:
         raise UserError(f"{path}: manifest.json cannot be read ({error}); use an older checkpoint") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path}: is not a checkpoint of this version of wikift (format {FORMAT})")
-    ranges: dict[tuple[str, str], list[StoredRange]] = {}
+    ranges: list[StoredRange] = []
     for name, facts in manifest["files"].items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
@@ -111,44 +120,73 @@ def open_checkpoint(path: Path, *, verify: bool = False) -> Checkpoint:
             problem = "is missing" if size is None else f"has {size} bytes"
             raise UserError(f"{file}: {problem}, the manifest says {facts['bytes']}")
         try:
-            for stored in stored_ranges(file):
-                ranges.setdefault((stored.name, stored.state), []).append(stored)
+            for key, (_, shape, offset) in tensorfile.read_header(file)[0].items():
+                ranges.append(stored_range(key, shape[0], name, offset))
         except ValueError as error:
             raise UserError(f"{file}: its content has changed since it was written ({error})") from None
-    checkpoint = Checkpoint(path, manifest, ranges)
-    if verify:
-        for name in manifest["files"]:
+    return Checkpoint(path, manifest, ranges)
+
+
+def stored_range(key: str, count: int, file: str, offset: int = 0) -> StoredRange:
+    """The range of `count` elements whose name in a file is `key`."""
+    name, state, start = key.split("|")
+    return StoredRange(name, state, int(start), int(start) + count, file, offset)
+
+
+def check_complete(ranges: list[StoredRange], manifest: dict[str, Any]) -> None:
+    """Raises ValueError unless `ranges` are every element that `manifest` promises, once, and nothing else."""
+    states = STATES[:1] if manifest.get("weights_alone") else STATES
+    wanted = {(name, state): math.prod(shape) for name, shape in manifest["parameters"].items() for state in states}
+    if not manifest.get("weights_alone"):
+        wanted |= {(OPTIMIZER, number): 1 for number in SCALARS}
+    reached = dict.fromkeys(wanted, 0)
+    for name, state, start, stop, *_ in sorted(ranges):
+        if reached.get((name, state)) != start:
+            raise ValueError(f"{name} {state}: unknown, or a gap or an overlap at element {start}")
+        reached[name, state] = stop
+    if wrong := [key for key, count in wanted.items() if reached[key] != count]:
+        raise ValueError(f"{' '.join(wrong[0])}: has {reached[wrong[0]]} elements of {wanted[wrong[0]]}")
+
+
+def open_sound(path: Path, world: World) -> Checkpoint:
+    """Open a checkpoint whose every byte is as written; collective.
+
+    Rank 0 reads the manifest and the headers and tells the others, then each rank reads its share of the files: the
+    folder is opened by name, since a network disk may show ranks different listings. Raises UserError on every rank.
+    """
+    opened, problem = None, ""
+    if world.rank == 0:
+        try:
+            opened = open_checkpoint(path)
+        except (UserError, OSError) as error:
+            problem = str(error)
+    if problem := world.shared(problem):
+        raise UserError(problem)
+    manifest, ranges = world.shared([opened.manifest, opened.ranges] if opened is not None else None)
+    checkpoint = Checkpoint(path, manifest, [StoredRange(*stored) for stored in ranges])
+    try:
+        for name in sorted(manifest["files"])[world.rank :: world.size]:
             checkpoint.verify(name)
+    except (UserError, OSError) as error:
+        problem = str(error)
+    if number := world.highest(world.rank + 1 if problem else 0):
+        raise UserError(world.shared(problem, source=number - 1))
     return checkpoint
 
 
-def stored_ranges(file: Path) -> Iterator[StoredRange]:
-    """The ranges that a rank's file holds. Raises ValueError where its header makes no sense."""
-    for key, (_, shape, offset) in tensorfile.read_header(file)[0].items():
-        name, state, start = key.split("|")
-        yield StoredRange(name, state, int(start), int(start) + shape[0], file, offset)
-
-
 def newest_sound(run: Path, world: World) -> Checkpoint | None:
-    """The newest checkpoint whose every byte is as written; collective (the ranks share the checking).
+    """The newest checkpoint whose every byte is as written, in rank 0's listing; collective.
 
     A damaged one is reported and skipped; raises UserError where all are damaged.
     """
-    import torch
-
-    paths = list_checkpoints(run)
-    for number in range(world.agreed(len(paths)) - 1, -1, -1):
-        damaged = 0
+    names = world.shared([path.name for path in list_checkpoints(run)])
+    for name in reversed(names):
         try:
-            checkpoint = open_checkpoint(paths[number])
-            for name in sorted(checkpoint.manifest["files"])[world.rank :: world.size]:
-                checkpoint.verify(name)
-        except (UserError, OSError) as error:
-            print(f"wikift: skipping a damaged checkpoint: {error}", file=sys.stderr)
-            damaged = 1
-        if not int(world.total(torch.tensor(damaged))):
-            return checkpoint
-    if paths:
+            return open_sound(run / "checkpoints" / name, world)
+        except UserError as error:
+            if world.rank == 0:
+                print(f"wikift: skipping a damaged checkpoint: {error}", file=sys.stderr)
+    if names:
         raise UserError(
             f"{run / 'checkpoints'}: every checkpoint in it is damaged; --resume never restarts and keeps them aside"
         )

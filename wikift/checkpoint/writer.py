@@ -1,16 +1,15 @@
 """Checkpoints written while the training continues: a step waits for the copy to host memory and for nothing else.
 
 Every rank copies its fragments into buffers that are reused for each checkpoint (pinned where they come from a GPU),
-and a thread writes and checksums them into a folder beside. Rank 0's thread waits until all ranks' files exist, checks
-that every element is in them exactly once, writes the manifest and renames the folder. Nothing in a thread is
-collective: the files themselves tell which rank is ready. At most one checkpoint is in flight; a failure is known to
-all ranks at the next step, and the checkpoints before it stand.
+and a thread writes and checksums them into a folder beside, and tells in a table which ranges they are. Rank 0's thread
+waits for all ranks' tables, checks that every element is in them exactly once, writes the manifest and renames the
+folder. Nothing in a thread is collective: the files themselves tell which rank is ready. At most one checkpoint is in
+flight; a failure is known to all ranks at the next step, and the checkpoints before it stand.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import sys
@@ -30,8 +29,8 @@ from wikift.base.files import replace_json, sync_folder
 from wikift.base.folders import list_checkpoints, step_folder
 from wikift.base.tensorfile import Entry
 from wikift.base.world import World
-from wikift.checkpoint.fragment import OPTIMIZER, STATES, Fragment
-from wikift.checkpoint.reader import FORMAT, StoredRange, prune, stored_ranges
+from wikift.checkpoint.fragment import Fragment
+from wikift.checkpoint.reader import FORMAT, StoredRange, check_complete, prune, stored_range
 
 _POLL_SECONDS = 0.05
 
@@ -176,31 +175,23 @@ def _write_rank(tensors: dict[str, Tensor], folder: Path, rank: int) -> None:
     entries = [Entry(key, "F32", (data.numel(),)) for key, data in tensors.items()]
     name = f"rank-{rank:05d}.safetensors"
     size, sha256 = tensorfile.write_tensors(folder / name, entries, tensors.__getitem__)
-    replace_json(folder / f"rank-{rank:05d}.json", {name: {"bytes": size, "sha256": sha256}})
+    ranges = [stored_range(key, data.numel(), name) for key, data in tensors.items()]
+    facts = {"files": {name: {"bytes": size, "sha256": sha256}}, "ranges": ranges}
+    replace_json(folder / f"rank-{rank:05d}.json", facts)
 
 
 def _publish(partial: Path, final: Path, manifest: dict[str, Any], ranks: int) -> None:
     files: dict[str, Any] = {}
+    ranges: list[StoredRange] = []
     for rank in range(ranks):
         facts = partial / f"rank-{rank:05d}.json"
-        files |= json.loads(facts.read_text())
+        written = json.loads(facts.read_text())
+        files |= written["files"]
+        ranges += [StoredRange(*stored) for stored in written["ranges"]]
         facts.unlink()
-    states = STATES[:1] if manifest.get("weights_alone") else STATES
-    stored = [part for name in files for part in stored_ranges(partial / name)]
-    _assert_complete(stored, manifest["parameters"], states)
+    check_complete(ranges, manifest)
     replace_json(partial / "manifest.json", {**manifest, "files": files})
     if final.exists():
         shutil.rmtree(final)
     os.rename(partial, final)
     sync_folder(final.parent)
-
-
-def _assert_complete(ranges: list[StoredRange], parameters: dict[str, list[int]], states: tuple[str, ...]) -> None:
-    covered: dict[tuple[str, str], int] = {}
-    for name, state, start, stop, *_ in sorted(ranges):
-        if name != OPTIMIZER:
-            assert start == covered.get((name, state), 0), f"{name} {state}: gap or overlap at {start}"
-            covered[name, state] = stop
-    for name, shape in parameters.items():
-        count = math.prod(shape)
-        assert all(covered.get((name, state)) == count for state in states), f"{name} is incomplete"

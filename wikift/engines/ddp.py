@@ -68,7 +68,22 @@ class DDPEngine:
         return whole_fragments(self.local, self.world.rank, self.world.size)
 
     def restore(self, reader: FragmentReader) -> None:
-        self.local.restore(reader)
+        self.local.restore(_ReadOnce(reader, self.world))
+
+
+class _ReadOnce:
+    """A FragmentReader of which each range is read by one rank, in turn, and sent to the others; collective."""
+
+    def __init__(self, reader: FragmentReader, world: World) -> None:
+        self.reader, self.world, self.count = reader, world, 0
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        source = self.count % self.world.size
+        self.count += 1
+        values = self.reader.read(name, state, start, stop) if source == self.world.rank else torch.empty(stop - start)
+        values = values.to(self.world.device)
+        dist.broadcast(values, source)
+        return values
 
 
 def _mean_in(dtype: torch.dtype, bucket: Any) -> torch.futures.Future[Tensor]:

@@ -33,7 +33,7 @@ def checkpoint_to_resume(plan: RunPlan, world: World) -> Checkpoint | None:
         return None
     if plan.resume == "auto":
         return reader.newest_sound(plan.output_dir, world)
-    return reader.open_checkpoint(Path(plan.resume), verify=True)
+    return reader.open_sound(Path(plan.resume), world)
 
 
 def earlier_choice(start: Checkpoint | None, world: World) -> tuple[str, int] | None:
