@@ -9,6 +9,7 @@ import fcntl
 import itertools
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import pytest
 from tests.tiny import arguments, tiny_store
 from wikift.base import publish
 from wikift.base.errors import EnvironmentFault, UserError
+from wikift.base.files import replace_text
 from wikift.base.publish import folder_lock, make_once, publish_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +55,33 @@ def test_it_is_made_once(tmp_path: Path) -> None:
     assert once(out) == []
     assert everything(tmp_path) == ["a", "a/b", "a/b/inner", "a/b/part", "a/b/store.json"]
     once(out, lambda folder: pytest.fail("made again"))
+
+
+@pytest.mark.parametrize("name", [".out.partial", ".out.old", ".out.lock", "out"])
+@pytest.mark.parametrize("to", ["folder", "file", "nothing"])
+def test_no_link_is_followed(tmp_path: Path, name: str, to: str) -> None:
+    """Links that somebody put beside a folder, or in its place: what they lead to stays as it is."""
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "folder" / "mine", tmp_path / "file"):
+        path.write_text("mine")
+    before = everything(tmp_path)
+    (tmp_path / name).symlink_to(to)
+    for _ in range(2):
+        try:
+            with folder_lock(tmp_path / "out"), publish_folder(tmp_path / "out", replace=True) as partial:
+                fill(partial)
+        except OSError:
+            assert name == ".out.lock"
+        else:
+            assert "out/store.json" in everything(tmp_path)
+            assert not (tmp_path / "out").is_symlink()
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    (tmp_path / name).unlink(missing_ok=True)
+    assert everything(tmp_path) == before
+    assert {path.read_text() for path in (tmp_path / "folder" / "mine", tmp_path / "file")} == {"mine"}
+    (tmp_path / "text.partial").symlink_to("file")
+    replace_text(tmp_path / "text", "new")
+    assert ((tmp_path / "text").read_text(), (tmp_path / "file").read_text()) == ("new", "mine")
 
 
 FAULTS: list[tuple[BaseException, type[BaseException], str]] = [

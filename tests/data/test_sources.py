@@ -143,6 +143,9 @@ def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
         opened(tmp_path / "one")
 
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+DOUBLED = "".join(f"{after}: &{after} [*{letter}, *{letter}]\n" for letter, after in itertools.pairwise(LETTERS))
+DOUBLING = f"---\na: &a [b]\n{DOUBLED}configs:\n- config_name: *z\n  data_files: {{train: *z}}\n---\n"
 CARD = "---\nconfigs:\n- config_name: x\n  data_files: x/train-*\n---\n"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
@@ -189,6 +192,21 @@ PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
     "fraction without train": (
         {"test.txt": "x"}, "", {"validation_fraction": 0.1}, "has no effect, .* has no train split to cut"
     ),
+    "README that reads outside": (
+        {"README.md": CARD.replace("x/train-*", "../secret.txt")}, "", {},
+        r"README.md: '../secret.txt' leads out of the folder; correct it",
+    ),
+    "README that writes outside": (
+        {"README.md": CARD.replace("x/train-*", "\n  - split: ../x\n    path: a.txt"), "a.txt": "x"}, "", {},
+        r"README.md: split '../x' must be a word; correct it",
+    ),
+    "README with a pattern that is none": (
+        {"README.md": CARD.replace("x/train-*", "a**")}, "", {}, r"files that are not in the folder \(a\*\*\)",
+    ),
+    "README that doubles itself": (
+        {"README.md": DOUBLING, "a.txt": "x"},
+        "", {"config": "c"}, "no such configuration; choose one of default",
+    ),
     "broken README": ({"README.md": "---\nconfigs: [\n---\n"}, "", {}, r"front matter cannot be read \(while parsing"),
     "README and a missing shard": (
         {"README.md": CARD, "x/train-0-of-2.txt": "a"}, "", {}, "train-1-of-2.txt: missing, of 2; download it again",
@@ -196,7 +214,7 @@ PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
     "README of a file not read": ({"README.md": CARD, "x/train-a.pdf": "a"}, "", {}, "train-a.pdf: wikift reads .txt"),
     "README of files that are gone": (
         {"README.md": CARD}, "", {},
-        r"README.md names files that do not exist \(x/train-\*\); download it again",
+        r"README.md names files that are not in the folder \(x/train-\*\); download it again",
     ),
 }  # fmt: skip
 
@@ -207,6 +225,31 @@ def test_path_faults(tmp_path: Path, files: dict[str, str], name: str, others: d
     problems = source_problems(Source(str(tmp_path / name), **others))
     with pytest.raises(UserError, match=message):
         raise UserError(*problems)
+
+
+def test_no_link_leads_out_of_a_folder(tmp_path: Path) -> None:
+    """Somebody's dataset reads no other file of yours; within the folder, and in the Hub's cache, links are read."""
+    secret, folder = tmp_path / "secret.txt", tmp_path / "corpus"
+    secret.write_text("a secret\n")
+    written(folder, train__txt="a text\n" * 40, **{"README.md": CARD.replace("x/train-*", "c/*")})
+    written(folder / "sub", test__txt="another\n")
+    (folder / "dev.txt").symlink_to("sub/test.txt")
+    (folder / "out").symlink_to(tmp_path)
+    (folder / "c").symlink_to(tmp_path)
+    (problem,) = source_problems(Source(str(folder)))
+    assert "README.md names files that are not in the folder (c/*)" in problem
+    (folder / "README.md").unlink()
+    corpus = opened(folder)
+    assert list(corpus.splits) == ["train", "validation", "test"]
+    assert corpus.notes[-1] == "not used: c, out"
+    (folder / "eval.txt").symlink_to(secret)
+    (problem,) = source_problems(Source(str(folder)))
+    assert problem.startswith(f"{folder}/eval.txt: is a link to a file that is missing or not in the folder; copy")
+    snapshot = tmp_path / "datasets--x" / "snapshots" / ("0" * 40)
+    written(tmp_path / "datasets--x" / "blobs", ab12="a text\n")
+    snapshot.mkdir(parents=True)
+    (snapshot / "train.txt").symlink_to("../../blobs/ab12")
+    assert next(iter(opened(snapshot).splits)) == "train"
 
 
 def test_archives_that_cannot_be_unpacked(tmp_path: Path) -> None:
@@ -376,7 +419,7 @@ def test_links_and_archives_that_hold_nothing(tmp_path: Path) -> None:
     (tmp_path / "split" / "other.txt").symlink_to("gone.txt")
     assert opened(tmp_path / "split").notes[-1] == "not used: other.txt, train.txt~"
     (tmp_path / "split" / "validation.txt").symlink_to("gone.txt")
-    with pytest.raises(UserError, match=r"validation\.txt: is a link to a file that is missing"):
+    with pytest.raises(UserError, match=r"validation\.txt: is a link to a file that is missing or not in the folder"):
         opened(tmp_path / "split")
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("folder/", "")

@@ -162,6 +162,37 @@ def test_an_earlier_export_is_replaced_another_runs_is_not(run: Path, source: Pa
     assert json.loads((other / "hf" / "wikift.json").read_text())["step"] == 4
 
 
+def test_only_a_runs_own_files_are_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No code, no pickle, no link; and nothing is written through a link in the place of the export."""
+    source, secret, elsewhere = run / "model", tmp_path / "secret", tmp_path / "elsewhere"
+    secret.write_text("mine")
+    assert main([str(run), "--out", str(elsewhere)]) == 0
+    before = snapshot(elsewhere)
+    for name in ("modeling.py", "weights.pkl", "pytorch_model.bin", "additional_chat_templates/x.jinja"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("x")
+    (source / "a-link").symlink_to(secret)
+    for name in ("config.json", "tokenizer_config.json"):
+        content = json.loads((source / name).read_text())
+        (source / name).write_text(json.dumps({**content, "auto_map": {"AutoTokenizer": ["modeling.T", None]}}))
+    (run / "hf").symlink_to(elsewhere)
+    for _ in range(2):
+        assert main([str(run)]) == 0
+        assert (
+            f"not exported, no run of wikift wrote it: a-link, modeling.py, pytorch_model.bin, weights.pkl in {source}"
+            in (capsys.readouterr().out)
+        )
+    assert snapshot(elsewhere) == before
+    exported = snapshot(run / "hf")
+    assert set(exported) - set(before) == {"additional_chat_templates/x.jinja"}
+    assert not [name for name, content in exported.items() if b"auto_map" in content]
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.json").symlink_to(secret)
+    with pytest.raises(UserError, match=r"tokenizer\.json: is missing or a link, not a file; the run is damaged"):
+        main([str(run)])
+    assert snapshot(run / "hf") == exported
+
+
 def test_two_at_once_do_not_mix(run: Path) -> None:
     with folder_lock(run / "hf"):
         with pytest.raises(EnvironmentFault, match="another process is writing it"):

@@ -233,7 +233,7 @@ IN_FOUR = "transformers<5"
 WAYS_OUT: list[tuple[Callable[[Path], object], str]] = [
     (damaged(lambda b: b[: len(b) // 2]), r"model.safetensors cannot be read .*\d+ bytes of \d+\); copy or download"),
     (damaged(lambda b: b""), "model.safetensors cannot be read"),
-    (damaged(lambda b: bytes([2, *[0] * 7]) + b"[]"), "not the header of a safetensors file"),
+    (damaged(lambda b: bytes([2, *[0] * 7]) + b"[]"), r"model.safetensors cannot be read \(no JSON object\)"),
     (damaged(lambda b: b.replace(b'"shape":[32,128]', b'"shape":[32,127]')), r"cannot be read .*F32 \[32, 127\]"),
     (damaged(lambda b: POINTER), "model.safetensors is a Git LFS pointer, not the file; run: git -C .* lfs pull"),
     (damaged(lambda b: POINTER, "config.json"), "config.json is a Git LFS pointer"),
@@ -250,6 +250,9 @@ WAYS_OUT: list[tuple[Callable[[Path], object], str]] = [
     (foreign("README.md"), r"has no config.json \(there: README.md\)"),
     (configured(model_type="llama"), "model_type 'llama'; wikift knows gpt2 models only"),
     (configured(add_cross_attention=True), "add_cross_attention"),
+    (configured(quantization_config={"bits": 8}), "quantization_config, and wikift reads no quantized weights; load"),
+    (damaged(lambda b: (1 << 60).to_bytes(8, "little") + b[8:]), f"header of {1 << 60} bytes in a file of"),
+    (damaged(lambda b: b"[" * 100_000, "config.json"), "config.json cannot be read"),
     (configured(tie_word_embeddings=False), f"lacks {HEAD}"),
     (configured(n_head=5), "n_head=5: must divide n_embd=32"),
 ]

@@ -14,13 +14,14 @@ from wikift.base.files import read_json
 
 # Python for `python -c` that makes a model folder of something else, in DIR/converted or in DIR itself
 _MERGE = """from peft import AutoPeftModelForCausalLM as P; from transformers import AutoTokenizer as T; \
-P.from_pretrained({folder}).merge_and_unload().save_pretrained({out}); \
-T.from_pretrained({base}).save_pretrained({out})"""
+P.from_pretrained({folder}, trust_remote_code=False).merge_and_unload().save_pretrained({out}); \
+T.from_pretrained({base}, trust_remote_code=False).save_pretrained({out})"""
 _TO_SAFETENSORS = """import glob, torch, safetensors.torch as s; \
 s.save_file({{k: v.clone().contiguous() for f in glob.glob({folder} + "/pytorch_model*.bin") \
 for k, v in torch.load(f, map_location="cpu", weights_only=True).items()}}, {folder} + "/model.safetensors")"""
 _SAVE_AGAIN = """from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; \
-M.from_pretrained({folder}%s).save_pretrained({out}); T.from_pretrained({folder}).save_pretrained({out})"""
+M.from_pretrained({folder}, trust_remote_code=False%s).save_pretrained({out}); \
+T.from_pretrained({folder}, trust_remote_code=False).save_pretrained({out})"""
 # nanoGPT's linear layers are (out, in), biases may be absent, its GELU is the exact one, the vocabulary may be padded
 _NANOGPT = """import torch, transformers as t; c = torch.load({file}, map_location="cpu", weights_only=True); \
 a = c["model_args"]; w = {{k.removeprefix("_orig_mod."): v for k, v in c["model"].items()}}; \

@@ -18,7 +18,7 @@ from wikift.base.errors import EnvironmentFault, UserError
 _BLOCK_BYTES = 1 << 20
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NAMES = "EACCES EPERM EROFS EEXIST EISDIR ENOTDIR ENOTEMPTY ENAMETOOLONG"
+_NAMES = "EACCES EPERM EROFS EEXIST EISDIR ENOTDIR ENOTEMPTY ENAMETOOLONG ELOOP"
 _NOT_HERE = {getattr(errno, name) for name in _NAMES.split()}
 
 
@@ -43,7 +43,8 @@ def sync_folder(path: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a file aside and rename it into place."""
     aside = path.with_name(path.name + ".partial")
-    with open(aside, "w", encoding="utf-8") as file:
+    aside.unlink(missing_ok=True)
+    with open(aside, "x", encoding="utf-8") as file:  # a link that somebody put there is not followed
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -55,13 +56,23 @@ def replace_json(path: Path, content: Mapping[str, object]) -> None:
     replace_text(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """The JSON object that `text` is. Raises ValueError where it is none."""
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    return content
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in `path`, empty where there is none that can be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 LFS_POINTER = b"version https://git-lfs"  # how one starts
@@ -108,9 +119,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # U+2028 in a text ends no line
             with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict):
-                    rows.append(row)
+                rows.append(parse_object(line))
     return rows
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shlex
@@ -17,7 +16,7 @@ from wikift.base import hub
 from wikift.base.command import command_line
 from wikift.base.conversions import save_again, way_out
 from wikift.base.errors import UserError, one_line
-from wikift.base.files import is_lfs_pointer
+from wikift.base.files import is_lfs_pointer, parse_object
 from wikift.base.shape import EMBEDDING, HEAD, Shape, released_shape, shape_of_config
 from wikift.base.tensorfile import ITEM_BYTES, read_header
 
@@ -99,12 +98,12 @@ def open_model(model: str, setting: str = "--model", *, download: bool = True) -
 def _read_config(model: str, folder: Path, setting: str) -> Shape:
     path, where = folder / "config.json", f"{setting} {model}"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_object(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise _lacking(model, folder, where, "config.json") from None
     except (OSError, ValueError) as error:
         raise _unreadable(path, where, error) from None
-    if isinstance(config, dict) and "wikift" in config:
+    if "wikift" in config:
         command = f"{command_line('consolidate')} {shlex.quote(model)}"
         raise UserError(f"{where}: is a run; make a model of it ({command}) and name {folder / 'hf'}")
     return shape_of_config(config, where)
@@ -117,7 +116,7 @@ def _headers(model: str, folder: Path, where: str) -> list[tuple[Path, Header]]:
         if not index.exists():
             raise _lacking(model, folder, where, SINGLE)
         try:
-            files = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+            files = [folder / name for name in sorted(set(parse_object(index.read_bytes())["weight_map"].values()))]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise _unreadable(index, where, error) from None
     if missing := [file.name for file in files if not file.exists()]:

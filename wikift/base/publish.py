@@ -64,7 +64,7 @@ def folder_lock(
     from filelock import FileLock, SoftFileLock, Timeout
 
     path = lock_file(folder)
-    path.touch()  # where nothing can be made filelock would wait for ever
+    os.close(os.open(path, os.O_CREAT | os.O_NOFOLLOW))  # where nothing can be made filelock would wait for ever
     lock: FileLock | SoftFileLock = FileLock(path, fallback_to_soft=False)
     try:
         try:
@@ -89,11 +89,11 @@ def publish_folder(target: Path, *, replace: bool) -> Iterator[Path]:
     """A folder to write into; it becomes `target` when all went well, and is removed otherwise.
 
     To be used under `folder_lock`. With `replace` an earlier `target` is moved away first and removed afterwards, else
-    it must be missing or empty.
+    it must be missing or empty. Links are removed and never followed.
     """
     target = target.absolute()
     partial, old = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "old"))
-    if old.exists() and not target.exists():  # a process was killed between its two renames
+    if old.is_dir() and not old.is_symlink() and not os.path.lexists(target):  # killed between the two renames
         os.rename(old, target)
     _remove(partial, old)
     partial.mkdir(parents=True)
@@ -101,12 +101,12 @@ def publish_folder(target: Path, *, replace: bool) -> Iterator[Path]:
         yield partial
         for path in (*filter(Path.is_dir, partial.iterdir()), partial):
             sync_folder(path)
-        if replace and target.exists():
+        if replace and os.path.lexists(target):
             os.rename(target, old)
         try:
             os.rename(partial, target)
         except OSError:
-            if replace and old.exists():
+            if replace and os.path.lexists(old):
                 os.rename(old, target)
             raise
         sync_folder(target.parent)
@@ -116,9 +116,12 @@ def publish_folder(target: Path, *, replace: bool) -> Iterator[Path]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _remove(*folders: Path) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -99,10 +99,9 @@ def released_shape(model: str) -> Shape | None:
     return Shape(*_RELEASED[name]) if (name := released_name(model)) else None
 
 
-def shape_of_config(config: Any, where: str) -> Shape:
+def shape_of_config(config: dict[str, Any], where: str) -> Shape:
     """The shape in a `config.json`. Raises UserError where it is not that of a GPT-2, or makes no sense."""
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "gpt2":
+    if (kind := config.get("model_type")) != "gpt2":
         raise UserError(f"{where}: config.json says model_type {kind!r}; wikift knows gpt2 models only: name gpt2, say")
     config = {_ALIASES.get(key, key): value for key, value in config.items()}
     config["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", True))
@@ -114,6 +113,9 @@ def shape_of_config(config: Any, where: str) -> Shape:
         and not (type(value) is int and value >= 1)
         and not (name == "n_inner" and value is None)
     ]
+    if config.get("quantization_config"):
+        fix = "load it with transformers, call dequantize() and save_pretrained, and name that folder"
+        problems.append(f"{where}: config.json says quantization_config, and wikift reads no quantized weights; {fix}")
     if config.get("add_cross_attention"):
         problems.append(f"{where}: config.json says add_cross_attention, of which wikift trains none; name another")
     if problems := problems or head_problems(shape, f"{where}: config.json says "):

@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from wikift.base.files import parse_object
+
 if TYPE_CHECKING:
     import torch
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _CHUNK_BYTES = 1 << 20
+_HEADER_BYTES = 100_000_000  # at most, as the library has it
 
 
 class Entry(NamedTuple):
@@ -116,9 +119,9 @@ def read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int]]
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > size - 8:
+        if length > min(size - 8, _HEADER_BYTES):
             raise ValueError(f"{path}: header of {length} bytes in a file of {size}")
-        header = json.loads(file.read(length))
+        header = parse_object(file.read(length))
     try:
         metadata = header.pop("__metadata__", {})
         tensors, end = dict[str, tuple[str, tuple[int, ...], int]](), 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from wikift.base.errors import UserError, one_line
 
 Patterns = dict[str, list[str]]  # of files, by split
+_WORD = re.compile(r"\w[\w.-]{0,99}")
 
 
 def configs_of(readme: Path) -> dict[str, Patterns]:
@@ -15,28 +17,40 @@ def configs_of(readme: Path) -> dict[str, Patterns]:
     import yaml
 
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    front = text.removeprefix("---").partition("\n---")[0] if text.startswith("---") else ""
     try:
-        front = yaml.safe_load(text.removeprefix("---").partition("\n---")[0]) if text.startswith("---") else {}
-    except yaml.YAMLError as error:
+        content = yaml.load(front, yaml.BaseLoader)  # texts, lists and objects, nothing else
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{readme}: its front matter cannot be read ({one_line(error)}); correct it") from None
-    listed = front.get("configs") if isinstance(front, dict) else None
+    listed = content.get("configs") if isinstance(content, dict) else None
     configs = [entry for entry in listed or () if isinstance(entry, dict)]
-    configs.sort(key=lambda entry: not (entry.get("default") or entry.get("config_name") == "default"))
-    return {str(entry.get("config_name", "default")): p for entry in configs if (p := _patterns(entry))}
+    configs.sort(key=lambda entry: not (entry.get("default") == "true" or entry.get("config_name") == "default"))
+    named = {_text(entry.get("config_name")) or "default": p for entry in configs if (p := _patterns(entry))}
+    splits = [(split, paths) for patterns in named.values() for split, paths in patterns.items()]
+    # a split becomes a file of the store
+    problems = [f"split {split!r} must be a word" for split, _ in splits if not _WORD.fullmatch(split)]
+    problems += [f"{p!r} leads out of the folder" for _, paths in splits for p in paths if ".." in p.split("/")]
+    if problems:
+        raise UserError(*(f"{readme}: {problem}; correct it" for problem in dict.fromkeys(problems)))
+    return named
 
 
 def _patterns(entry: dict[str, Any]) -> Patterns:
     """`data_files` is a pattern, a list of them, splits with patterns, or a list of {split, path}."""
-    files, folder = entry.get("data_files"), str(entry.get("data_dir") or "")
+    files, folder = entry.get("data_files"), _text(entry.get("data_dir"))
     parts = files if isinstance(files, list) else [files] if files else []
     patterns: Patterns = {}
     for part in parts:
         of_part = part if isinstance(part, dict) else {"split": "train", "path": part}
-        splits = {str(of_part["split"]): of_part.get("path")} if "split" in of_part else of_part
+        splits = {_text(of_part["split"]): of_part.get("path")} if "split" in of_part else of_part
         for split, paths in splits.items():
             named = paths if isinstance(paths, list) else [paths]
-            patterns.setdefault(split, []).extend(f"{folder}/{path}".strip("/") for path in named if path)
+            patterns.setdefault(split, []).extend(f"{folder}/{path}".strip("/") for path in map(_text, named) if path)
     return patterns
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def choose(configs: dict[str, Patterns], config: str | None) -> tuple[str, Patterns]:

@@ -37,12 +37,13 @@ _SHARD = re.compile(r"(.*?)(\d+)[-_]of[-_](\d+)(.*)")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A file by its folders and name as the user sees them; of no `kind` where it is not text."""
+    """A file by its folders and name as the user sees them; of no `kind` where it is not read, for a `reason`."""
 
     file: TextFile
     parts: tuple[str, ...]
     kind: str
     train: bool = False  # whether it is named for train where its name tells no split
+    reason: str = ""
 
     @property
     def shown(self) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ import numpy.typing as npt
 from wikift import __version__
 from wikift.base.command import command_line
 from wikift.base.errors import UserError
-from wikift.base.files import replace_json, sha256_of, sync_folder
+from wikift.base.files import parse_object, replace_json, sha256_of, sync_folder
 
 FORMAT = "wikift-store-1"
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -156,7 +155,7 @@ def open_store(path: str | Path, *, verify: bool = False, setting: str = "--data
     path, where = Path(path), f"{setting} {path}"
     again = "remove the folder and prepare it again"
     try:
-        record = json.loads((path / "store.json").read_text(encoding="utf-8"))
+        record = parse_object((path / "store.json").read_bytes())
         if record.get("format") != FORMAT:
             raise UserError(
                 f"{where}: store.json has format {record.get('format')}, this version ({__version__}) reads {FORMAT}; "

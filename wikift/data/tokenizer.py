@@ -30,7 +30,8 @@ _CONFIG = {**dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOS), "add_p
            "tokenizer_class": "GPT2Tokenizer"}  # fmt: skip
 _OF_NO_EFFECT = {"model_max_length", "name_or_path", "is_local", "local_files_only", "backend"}
 _ENDS = (EOS, "</s>", "[SEP]", "<eos>", "<|end_of_text|>")  # what tokenizers call the end of a text
-_COPY = "from transformers import AutoTokenizer as T; t = T.from_pretrained({}); {}t.save_pretrained({})"
+_COPY = """from transformers import AutoTokenizer as T; \
+t = T.from_pretrained({}, trust_remote_code=False); {}t.save_pretrained({})"""
 
 _TAUGHT_RUN = 1000  # characters; longer unbroken runs are no words, and training on them takes memory by the gigabyte
 _LONG_RUN = re.compile("|".join(rf"(?<!{c})({c}{{{_TAUGHT_RUN}}}){c}+" for c in (r"\w", r"\s", r"[^\w\s]")))

@@ -9,7 +9,6 @@ import contextlib
 import difflib
 import glob
 import itertools
-import json
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from typing import Any
 
 from wikift.base import hub
 from wikift.base.errors import UserError
-from wikift.base.files import sha256_of
+from wikift.base.files import parse_object, sha256_of
 from wikift.base.names import WIKITEXT
 from wikift.data.dataset_card import Patterns, choose, config_problem, configs_of
 from wikift.data.open_file import TextFile, look_into
@@ -30,6 +29,7 @@ UNREAD = (
     ".zip and .tar; convert it, or rename it to .txt if it is plain text"
 )
 _LISTED = 8
+_LINK = "is a link to a file that is missing or not in the folder; copy the file there, or name it with --dataset"
 
 Splits = dict[str, list[Candidate]]
 
@@ -144,7 +144,7 @@ def _roots(name: str) -> list[tuple[Path, bool]]:
 def _files(root: Path, named: bool, alone: bool) -> list[Candidate]:
     """All that is at `root`, whose own name tells nothing where it is `alone`. Raises UserError for a file not read."""
     if root.is_dir():
-        files = list(_walk(root, () if alone else (root.name,)))
+        files = list(_walk(root, () if alone else (root.name,), root))
     else:
         files = list(candidates(root, (root.name,), named=named))
         if named and len(files) == 1 and not files[0].kind:
@@ -156,19 +156,28 @@ def _files(root: Path, named: bool, alone: bool) -> list[Candidate]:
     return [replace(each, train=True) for each in files]
 
 
-def _walk(folder: Path, parts: tuple[str, ...]) -> Iterator[Candidate]:
+def _is_inside(path: Path, root: Path) -> bool:
+    """Whether `path` is in the folder `root`, links followed; in the Hub's cache a snapshot has links to its blobs."""
+    top = root.parents[1] if root.parent.name == "snapshots" else root
+    return path.resolve().is_relative_to(top.resolve())
+
+
+def _walk(folder: Path, parts: tuple[str, ...], root: Path) -> Iterator[Candidate]:
     saved = None  # the files of a folder of `save_to_disk`, which may have others in it
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        saved = [entry["filename"] for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]]
+        saved = [entry["filename"] for entry in parse_object((folder / "state.json").read_bytes())["_data_files"]]
     if missing := [name for name in saved or () if not (folder / name).is_file()]:
         raise UserError(f"{folder}: {missing[0]} is missing, which its state.json names; copy or save it again")
     for path in sorted(folder.iterdir(), key=lambda path: natural(path.name)):
         name = (*parts, path.name)
+        if path.is_symlink() and not (path.exists() and _is_inside(path, root)):
+            yield Candidate(TextFile(path), name, "", reason=_LINK)
+            continue
         loop = path.is_dir() and folder.resolve().is_relative_to(path.resolve())
         if (is_beside(path.name) and path.is_dir()) or loop or (saved and path.is_file() and path.name not in saved):
             yield Candidate(TextFile(path), name, "")
         elif path.is_dir():
-            yield from _walk(path, name)
+            yield from _walk(path, name, root)
         elif path.is_file():
             yield from candidates(path, name)
         else:
@@ -204,9 +213,7 @@ def _by_split(files: Iterable[Candidate], where: str) -> tuple[Splits, list[Cand
             problems += error.problems
             continue
         if not each.kind and split:
-            missing = "is a link to a file that is missing; download it, or remove the link"
-            rule = f"looks like {split} text, and {UNREAD}"
-            problems.append(f"{each.file}: {rule if each.file.path.exists() else missing}")
+            problems.append(f"{each.file}: {each.reason or f'looks like {split} text, and {UNREAD}'}")
         elif each.kind and split:
             splits.setdefault(split, []).append(each)
         else:
@@ -227,9 +234,13 @@ def files_of_card(folder: Path, configs: dict[str, Patterns], config: str | None
     config, patterns = choose(configs, config)
     splits: Splits = {}
     for split, each in patterns.items():
-        paths = {path for pattern in each for path in folder.glob(pattern) if path.is_file()}
+        paths = set[Path]()
+        with contextlib.suppress(ValueError, NotImplementedError):  # no pattern at all
+            matches = (path for pattern in each for path in folder.glob(pattern))
+            paths = {path for path in matches if path.is_file() and _is_inside(path, folder)}
         if not paths:
-            raise UserError(f"{where}: README.md names files that do not exist ({', '.join(each)}); download it again")
+            names = ", ".join(each)
+            raise UserError(f"{where}: README.md names files that are not in the folder ({names}); download it again")
         splits[split] = [
             candidate
             for path in sorted(paths, key=lambda path: natural(str(path)))

@@ -17,8 +17,9 @@ from typing import Any
 
 from wikift import __version__
 from wikift.base import folders
-from wikift.base.errors import UserError
-from wikift.base.files import show_bytes
+from wikift.base.errors import UserError, one_line
+from wikift.base.files import parse_object, show_bytes
+from wikift.base.hub import CONFIG, TOKENIZER
 from wikift.checkpoint.reader import open_checkpoint
 from wikift.export.card import model_card
 from wikift.export.folder import FORMAT, check_target, published
@@ -40,7 +41,8 @@ def export(path: Path, target: Path, *, dtype: str, shard_bytes: int, say: Calla
     record |= {"step": checkpoint.step, "tokens": checkpoint.manifest.get("tokens"), "dtype": dtype}
     with published(target) as partial, ThreadPoolExecutor(os.cpu_count()) as pool:
         checks = [pool.submit(checkpoint.verify, name) for name in checkpoint.manifest["files"]]
-        _write_model_files(run, partial, dtype)
+        if unused := _write_model_files(run, partial, dtype):
+            say(f"not exported, no run of wikift wrote it: {', '.join(unused)} in {run / 'model'}")
         size = write_weights(checkpoint, partial, dtype, shard_bytes)
         for check in checks:  # what was written is published only if what was read is as it was saved
             with _naming_other_checkpoints(path):
@@ -74,19 +76,32 @@ def _identity(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_model_files(run: Path, folder: Path, dtype: str) -> None:
-    """The run's model configuration with `dtype` set, and its generation configuration and tokenizer as they are."""
+def _write_model_files(run: Path, folder: Path, dtype: str) -> list[str]:
+    """The run's model configuration with `dtype` set, its generation configuration and its tokenizer, without what
+    names code to run. Returns the names of what else is in RUN/model, which no run put there."""
     source = run / "model"
-    try:
-        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: the model's config.json cannot be read ({error}); the run is damaged") from None
-    config["dtype"] = dtype
-    config.pop("torch_dtype", None)  # transformers 4's name for it
-    _write_json(folder / "config.json", dict(sorted(config.items())))
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.name not in ("config.json", "README.md") and path.suffix != ".safetensors":
-            shutil.copyfile(path, folder / path.name)
+    wanted = {source / CONFIG[0], *(path for name in (*CONFIG, *TOKENIZER) for path in source.glob(name))}
+    for path in sorted(wanted):
+        own = path.relative_to(source)
+        if not path.is_file() or path.resolve() != source.resolve() / own:
+            raise UserError(f"{path}: is missing or a link, not a file; the run is damaged: copy the file there")
+        target = folder / own
+        target.parent.mkdir(exist_ok=True)
+        if path.name not in (*CONFIG, "tokenizer_config.json"):
+            shutil.copyfile(path, target)
+            continue
+        try:
+            content = parse_object(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({one_line(error)}); the run is damaged") from None
+        for name in ("auto_map", "custom_pipelines"):
+            content.pop(name, None)
+        if path.name == CONFIG[0]:
+            content.pop("torch_dtype", None)  # transformers 4's name for it
+            content = dict(sorted((content | {"dtype": dtype}).items()))
+        _write_json(target, content)
+    names = {path.relative_to(source).parts[0] for path in wanted}
+    return sorted(path.name for path in source.iterdir() if path.name not in names)
 
 
 def _write_json(path: Path, content: Any) -> None:

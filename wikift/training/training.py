@@ -101,7 +101,7 @@ class Training:
     def sample(self, step: int) -> None:
         """Let the model continue each prompt."""
         self.log.tick(now="writing samples")
-        tokenizer = AutoTokenizer.from_pretrained(self.store.path / "tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(self.store.path / "tokenizer", trust_remote_code=False)
         sampling = dataclasses.replace(SAMPLING, seed=self.plan.seed)
         positions = self.plan.model.shape.n_positions
         texts = sample_live(
