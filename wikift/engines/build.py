@@ -19,6 +19,7 @@ from wikift.engines.base import Choice, Compute, Engine, Work
 from wikift.engines.ddp import DDPEngine
 from wikift.engines.memory import available_bytes, training_bytes
 from wikift.engines.single import SingleEngine
+from wikift.kernels.loss import gpu_bytes
 from wikift.model.gpt2 import make_model
 
 ASKED_FOR = "asked for"
@@ -48,10 +49,10 @@ def choose(work: Work, world: World, before: tuple[str, int] | None = None) -> W
     go. `before` is the engine and the micro-batch of a resumed run: taken again where they fit, for with them the same
     masks are drawn. Raises UserError where nothing fits.
     """
-    asked, on_cpu, share = work.engine.name, world.device.type == "cpu", work.micro_batch * work.accumulation
+    asked, gpu, share = work.engine.name, gpu_bytes(world.device), work.micro_batch * work.accumulation
     room = int(-world.highest(-available_bytes(world)) * _FULL)
     sizes = [n for n in range(work.micro_batch, 0, -1) if share % n == 0]
-    if on_cpu:
+    if not gpu:
         most = min(_CPU_TOKENS, _CPU_FLOPS / work.shape.flops_per_token(work.block_size))
         sizes = [n for n in sizes if n * work.block_size <= most] or [1]
     if not work.may_shrink:
@@ -61,10 +62,10 @@ def choose(work: Work, world: World, before: tuple[str, int] | None = None) -> W
     ways = [
         replace(work, engine=Choice(name, ""), micro_batch=n, accumulation=share // n, save_aside=aside)
         for name, n in [option for option in options if option == before] + options
-        for aside in ([True, False] if work.save_aside and on_cpu else [work.save_aside])
+        for aside in ([True, False] if work.save_aside and not gpu else [work.save_aside])
     ]
-    way = next((way for way in ways if training_bytes(way, world.size, on_cpu) <= room), ways[-1])
-    need, name = training_bytes(way, world.size, on_cpu), way.engine.name
+    way = next((way for way in ways if training_bytes(way, world.size, gpu=gpu) <= room), ways[-1])
+    need, name = training_bytes(way, world.size, gpu=gpu), way.engine.name
     if need > room and work.may_shrink:
         raise _nothing_fits(way, world, room)
     why = work.engine.reason if asked != "auto" else "one process" if name == "single" else f"{world.size} processes"
@@ -81,8 +82,8 @@ def choose(work: Work, world: World, before: tuple[str, int] | None = None) -> W
 
 def _nothing_fits(work: Work, world: World, room: int) -> UserError:
     """What to do where not even `work` fits: what would, by the same estimate."""
-    on_cpu, ranks, lengths = world.device.type == "cpu", world.size, (512, 256, 128)
-    fewer = [n for n in range(ranks - 1, 0, -1) if on_cpu and ranks == world.local_size and ranks % n == 0]
+    gpu, ranks, lengths = gpu_bytes(world.device), world.size, (512, 256, 128)
+    fewer = [n for n in range(ranks - 1, 0, -1) if not gpu and ranks == world.local_size and ranks % n == 0]
     shapes = {name: released_shape(name) or work.shape for name in reversed(RELEASED)}
     kinds: list[list[tuple[str, Work, int]]] = [
         [("--gradient-checkpointing", replace(work, gradient_checkpointing=True), ranks)],
@@ -91,11 +92,13 @@ def _nothing_fits(work: Work, world: World, room: int) -> UserError:
         [(f"--block-size {n}", replace(work, block_size=n), ranks) for n in lengths if n < work.block_size],
         [(f"--model {name}", replace(work, shape=shape), ranks) for name, shape in shapes.items()],
     ]
-    ways = [next((way for way, w, n in kind if training_bytes(w, n, on_cpu) * n <= room * ranks), "") for kind in kinds]
+    ways = [
+        next((way for way, w, n in kind if training_bytes(w, n, gpu=gpu) * n <= room * ranks), "") for kind in kinds
+    ]
     way_out = " or ".join(filter(None, ways)) or "a smaller --model or more memory"
     return UserError(
         f"--per-device-train-batch-size {work.micro_batch}, the least: needs about "
-        f"{show_bytes(training_bytes(work, ranks, on_cpu))} per process with engine {work.engine.name}, and "
+        f"{show_bytes(training_bytes(work, ranks, gpu=gpu))} per process with engine {work.engine.name}, and "
         f"{show_bytes(room)} is available; take {way_out}, or set it to try all the same"
     )
 

@@ -20,6 +20,7 @@ import torch
 from wikift.base.errors import EnvironmentFault
 from wikift.base.world import World
 from wikift.engines.base import Work
+from wikift.kernels.loss import positions_at_once
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h's
 
@@ -30,8 +31,9 @@ _GROUP_FILES = {
 }
 
 
-def training_bytes(work: Work, ranks: int, on_cpu: bool) -> int:
-    """Bytes that training takes on each of `ranks` processes."""
+def training_bytes(work: Work, ranks: int, *, gpu: int) -> int:
+    """Bytes that training takes on each of `ranks` processes, with GPUs of `gpu` bytes, or on a CPU (0)."""
+    on_cpu = not gpu
     engine = work.engine.name
     shape, wide, checkpointing = work.shape, work.precision == "fp32", work.gradient_checkpointing
     tokens = work.block_size * work.micro_batch
@@ -40,7 +42,7 @@ def training_bytes(work: Work, ranks: int, on_cpu: bool) -> int:
     if on_cpu and work.precision != "fp16":
         logits = min(tokens, 2048) * shape.vocab_size * (4 if wide else 2)
     else:
-        logits = min(tokens, 4096) * shape.vocab_size * (8 if wide else 10)
+        logits = min(tokens, positions_at_once(shape.vocab_size, gpu)) * shape.vocab_size * (8 if wide else 10)
     if checkpointing:  # a block's all is there only when the logits are gone
         held = max(logits, block * tokens) + 4 * shape.n_embd * shape.n_layer * tokens
     else:

@@ -15,7 +15,7 @@ its matmuls want (nanoGPT pads the model: 50,257 to 50,304). So it is in fp16 ev
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ NOT_SCORED = -100
 _CHUNK = 2048  # vocabulary entries whose logits are held in fp32 at once
 _TILE = 128  # rows of them that are worked on at once: 1 MB, which stays in a cache
 _ROWS = 2048  # positions whose exponentials are kept at once: 206 MB in bf16 at GPT-2's vocabulary
-_TOGETHER = 4096  # positions whose logits a GPU holds at once: 0.4 GB in bf16 at GPT-2's vocabulary, 0.8 GB in fp32
+_LOGIT = 10  # bytes of one while chunks of the rows are worked on: in bf16, and twice in fp32
 _PADDED_TO = 64  # vocabulary entries: rows of 128 bytes in bf16
 _HIGHEST_SUM = 1e30  # above it the target is so unlikely (70 nats) that another reference is taken
 
@@ -82,13 +82,13 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             losses[scored] = _chunked(hidden[scored], weight.to(dtype), targets[scored])[0]
         return losses
-    parts = zip(hidden.split(_TOGETHER), targets.split(_TOGETHER), strict=True)
-    return torch.cat([plain_losses(rows, weight, wanted) for rows, wanted in parts])
+    low, parts = weight if kernels.plain else _padded(weight, dtype), _chunks(hidden.to(dtype), targets, weight)
+    return torch.cat([plain_losses(rows, low, wanted, len(weight)) for rows, wanted in parts])
 
 
-def plain_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """`token_losses`, with gradients, as torch computes them."""
-    logits = F.linear(hidden, weight).float()  # (positions, vocabulary)
+def plain_losses(hidden: Tensor, weight: Tensor, targets: Tensor, entries: int | None = None) -> Tensor:
+    """`token_losses`, with gradients, as torch computes them; over the first `entries` of the vocabulary."""
+    logits = F.linear(hidden, weight)[:, :entries].float()  # (positions, vocabulary)
     return F.cross_entropy(logits, targets, ignore_index=NOT_SCORED, reduction="none")  # (positions,)
 
 
@@ -100,9 +100,12 @@ def graded_loss(
     In fp16 the gradient of the sum, which has the range of probabilities: that of the mean would be lost below it.
     """
     factor = 1.0 if dtype == torch.float16 else 1 / len(targets)
-    with torch.autocast(hidden.device.type, enabled=False):
-        total: Tensor = _GradedLoss.apply(hidden, weight, targets, dtype, factor, to_gradient)  # type: ignore[no-untyped-call]
-        return total
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        if to_gradient is None:
+            graded = _chunked(hidden, weight.to(dtype), targets, factor)
+        else:
+            graded = _chunks_of_rows(hidden.to(dtype), weight, targets, factor, to_gradient)
+    return _GradedLoss.apply(hidden, weight, graded, factor)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -112,23 +115,11 @@ def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 class _GradedLoss(torch.autograd.Function):
-    """The summed loss. `factor` times its gradients are made in the forward: the mean's, which training asks for."""
+    """The sum of losses that were computed with `factor` times its gradients: the mean's, which training asks for."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        dtype: torch.dtype,
-        factor: float,
-        to_gradient: ToGradient | None,
-    ) -> Tensor:
-        if to_gradient is None:
-            losses, of_hidden, of_weight = _chunked(hidden, weight.to(dtype), targets, factor)
-        else:
-            losses, of_hidden, of_weight = _chunks_of_rows(hidden.to(dtype), weight, targets, factor, to_gradient)
-        assert of_hidden is not None
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, graded: Graded, factor: float) -> Tensor:
+        losses, of_hidden, of_weight = graded
         assert of_weight is not None
         ctx.gradients, ctx.factor = (of_hidden, of_weight.to(weight.dtype)), factor
         return losses.double().sum()
@@ -141,36 +132,47 @@ class _GradedLoss(torch.autograd.Function):
         # a GPU does not wait for the number: multiplying costs it less
         if scale.device.type != "cpu" or abs(scale.item() - 1) > 1e-12:
             of_hidden, of_weight = of_hidden.mul_(scale), of_weight.mul_(scale)
-        return of_hidden, of_weight, None, None, None, None
+        return of_hidden, of_weight, None, None
 
 
 def _chunks_of_rows(hidden: Tensor, weight: Tensor, targets: Tensor, factor: float, to_gradient: ToGradient) -> Graded:
-    entries, width = weight.shape
-    low = hidden.new_zeros(-(-entries // _PADDED_TO) * _PADDED_TO, width)  # (padded vocabulary, width)
-    low[:entries] = weight
-    together = _chunk_of(len(hidden))
-    # sums over the rows would be the first to leave fp16's range
-    low_by = 1 / 16 if low.dtype == torch.float16 else 1.0
-    of_weight: Tensor | None = None
-    losses, of_hidden = [], []
-    for rows, wanted in zip(hidden.split(together), targets.split(together), strict=True):
+    entries, low, losses, of_hidden = len(weight), _padded(weight, hidden.dtype), [], []
+    of_weight = torch.zeros_like(low, dtype=torch.float32)
+    for rows, wanted in _chunks(hidden, targets, weight):
         logits = rows @ low.t()  # (rows, padded vocabulary)
         logits[:, entries:] = -torch.inf  # padding has a probability, and a gradient, of 0
         loss, gradient = to_gradient(logits, wanted, factor)  # (rows,), (rows, padded vocabulary)
         losses.append(loss)
         of_hidden.append(gradient @ low)  # (rows, width)
-        product = (gradient.t() @ (rows if low_by == 1 else rows * low_by)).float()  # (padded vocabulary, width)
-        of_weight = product if of_weight is None else of_weight.add_(product)
-        del logits, gradient, product  # before the next ones are made
-    assert of_weight is not None
-    return torch.cat(losses), torch.cat(of_hidden), (of_weight if low_by == 1 else of_weight / low_by)[:entries]
+        _add_product(of_weight, gradient.t(), rows)  # (padded vocabulary, rows) @ (rows, width)
+        del logits, gradient  # before the next ones are made
+    return torch.cat(losses), torch.cat(of_hidden), of_weight[:entries]
 
 
-def _chunk_of(positions: int) -> int:
-    """Positions at once, at most _TOGETHER: all chunks of one shape where there is one, for they may be compiled."""
-    chunks = -(-positions // _TOGETHER)
-    even = next((number for number in range(chunks, 2 * chunks) if positions % number == 0), chunks)
-    return -(-positions // even)
+def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` in `dtype`, with as many entries, of zeros at the end, as a GPU's matmuls want."""
+    padded = weight.new_zeros(-(-len(weight) // _PADDED_TO) * _PADDED_TO, weight.shape[1], dtype=dtype)
+    padded[: len(weight)] = weight
+    return padded
+
+
+def _chunks(hidden: Tensor, targets: Tensor, weight: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Rows and their targets, halved until their logits fit: one shape to compile for any number of powers of two."""
+    together = len(hidden)
+    while together > positions_at_once(len(weight), gpu_bytes(hidden.device)):
+        together = -(-together // 2)
+    return zip(hidden.split(together), targets.split(together), strict=True)
+
+
+def positions_at_once(entries: int, gpu: int) -> int:
+    """Positions whose logits take a sixteenth of a GPU's `gpu` bytes, or 2 GB (0)."""
+    # of all, not of those that are free: a resumed run rounds alike
+    return (gpu // 16 or 2 << 30) // (_LOGIT * entries) or 1
+
+
+def gpu_bytes(device: torch.device) -> int:
+    """A GPU's memory; 0 of a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def _to_gradient(logits: Tensor, targets: Tensor, factor: float) -> tuple[Tensor, Tensor]:
@@ -247,11 +249,13 @@ def _rows_loss(
 
 
 def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add `left` @ `right`, rounded to their type, to `into` in fp32."""
-    if left.dtype == into.dtype:
-        into.addmm_(left, right)  # no memory in between
-    else:
+    """Add `left` @ `right` to `into` in fp32; on a CPU in bf16 rounded first, for torch has no other there."""
+    if left.is_cuda and left.dtype != into.dtype:
+        torch.addmm(into, left, right, out_dtype=into.dtype, out=into)
+    elif left.dtype == torch.bfloat16:
         into.add_(left @ right)
+    else:  # fp16's own sums would leave its range
+        into.addmm_(left.to(into.dtype), right.to(into.dtype))
 
 
 def _exponentials(rows: Tensor, weight: Tensor, reference: Tensor, *, keep: bool) -> tuple[Tensor, list[Tensor]]:
