@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from wikift.settings import fields
+from wikift.settings import fields, run_fields
 from wikift.settings.habits import answer, habits
 from wikift.settings.options import flag
 
@@ -24,6 +24,7 @@ COMMANDS = {
     "consolidate": fields.ConsolidateSettings,
     "evaluate": fields.EvaluateSettings,
     "generate": fields.GenerateSettings,
+    "report": run_fields.ReportSettings,
 }
 INTRODUCTION = """\
 # Settings

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from wikift.settings import fields
+from wikift.settings import fields, run_fields
 from wikift.settings.options import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +26,7 @@ SETTINGS: dict[str, type[Any]] = {
     "consolidate": fields.ConsolidateSettings,
     "evaluate": fields.EvaluateSettings,
     "generate": fields.GenerateSettings,
+    "report": run_fields.ReportSettings,
 }
 OTHER_PROGRAMS = ("source", "hf", "kubectl")
 

@@ -67,6 +67,8 @@ def test_the_wheel_does_the_whole_job(tmp_path: Path) -> None:
     own = {path.name for path in (ROOT / "ds_configs").glob("*.json")}
     assert {Path(name).name for name in names if name.startswith("wikift/ds_configs/") and name.endswith("json")} == own
     assert "wikift/py.typed" in names
+    shown = {path.name for path in (ROOT / "wikift" / "watch").iterdir() if path.suffix not in ("", ".py")}
+    assert {f"wikift/watch/{name}" for name in shown} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "launch", "benchmarks"))]
     run(sys.executable, "-m", "venv", "venv")
     bin = str(work / "venv" / "bin")
@@ -87,4 +89,5 @@ def test_the_wheel_does_the_whole_job(tmp_path: Path) -> None:
     assert "perplexity" in run(f"{bin}/wikift", "evaluate", "two/hf", "--split", "test", "--protocol", "blocks")
     said = run(f"{bin}/python", "-m", "wikift", "generate", "two/hf", "--prompt", "The", "--max-new-tokens", "4")
     assert "The" in said
+    assert run(f"{bin}/wikift", "report", "two") == "report: two/report.html\n"
     assert run(f"{bin}/python", "-c", "import wikift; print(wikift.generate('two/hf', 'The', max_new_tokens=4))")

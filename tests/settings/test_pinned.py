@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from wikift.settings import fields
+from wikift.settings import fields, run_fields
 
 SETTINGS = {
     "prepare": """
@@ -34,10 +34,14 @@ SETTINGS = {
         batch_size device examples json max_new_tokens model num_return_sequences
         precision prompt prompts_file quiet repetition_penalty seed stop temperature top_k top_p train
     """,
+    "report": """
+        out runs text
+    """,
 }
 
 
 @pytest.mark.parametrize("command", SETTINGS)
 def test_the_set_of_settings(command: str) -> None:
-    settings_class = getattr(fields, f"{command.title()}Settings")
+    name = f"{command.title()}Settings"
+    settings_class = getattr(fields, name, None) or getattr(run_fields, name)
     assert sorted(field.name for field in dataclasses.fields(settings_class)) == SETTINGS[command].split()

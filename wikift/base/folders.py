@@ -3,6 +3,7 @@
 RUN/config.json      the run's settings            RUN/model/         configuration and tokenizer
 RUN/metrics.jsonl    one object per logged step    RUN/checkpoints/   step-00000500/manifest.json, ...
 RUN/samples.jsonl    what the model wrote          RUN/hf/            the exported model; its wikift.json names the step
+RUN/evaluations.jsonl  scores by wikift evaluate   RUN/report.html    by wikift report
 RUN/wandb-id.txt     the Weights & Biases run      RUN/before-1/ ...  an earlier run's files, kept when another started
 """
 
@@ -19,8 +20,9 @@ from wikift.base.model_files import open_model
 from wikift.base.shape import RELEASED, released_name
 
 METRICS, SAMPLES, WANDB_ID = "metrics.jsonl", "samples.jsonl", "wandb-id.txt"
+EVALUATIONS, REPORT = "evaluations.jsonl", "report.html"
 # In the order in which they are set aside: interrupted half-way, what is left is still a run's folder
-RUN_FILES = ("checkpoints", "model", METRICS, SAMPLES, WANDB_ID, "hf", "config.json")
+RUN_FILES = ("checkpoints", "model", METRICS, SAMPLES, EVALUATIONS, REPORT, WANDB_ID, "hf", "config.json")
 EXPORT_RECORD = "wikift.json"
 
 

@@ -15,13 +15,14 @@ from wikift.base import folders
 from wikift.base.command import command_line
 from wikift.base.console import Progress
 from wikift.base.errors import EXIT_DONE, UserError
+from wikift.base.files import read_json
 from wikift.base.model_files import shape_of
 from wikift.commands.consolidate import model_source
 from wikift.commands.prepare import source_of
 from wikift.data.sources import source_problems
 from wikift.data.store import TokenStore, check_tokenizer, open_store
 from wikift.evaluation.protocols import PROTOCOLS, Protocol, loaded_scorer, measure, setups
-from wikift.evaluation.report import Result, as_json, table
+from wikift.evaluation.report import Result, as_json, keep, table
 from wikift.evaluation.text import Text, splits_of, text_of_dataset, text_of_store
 from wikift.settings.checks import check_data, problems_of, range_problems
 from wikift.settings.fields import DataSettings, EvaluateSettings
@@ -116,7 +117,14 @@ def _results(settings: EvaluateSettings, text: Text, world: World) -> Iterator[R
                     progress.clear()
                 seconds = round(time.monotonic() - progress.started, 3)
                 facts = {"precision": scorer.precision, "processes": world.size, "seconds": seconds}
-                yield Result(name, text.name, split, setup, score, scorer.tokenizer.fingerprint, facts)
+                result = Result(name, text.name, split, setup, score, scorer.tokenizer.fingerprint, facts)
+                if world.rank == 0 and (run := folders.run_of(name)) is not None:
+                    exported = read_json(run / "hf" / folders.EXPORT_RECORD).get("step")
+                    try:
+                        keep(result, run / folders.EVALUATIONS, exported)
+                    except OSError as error:  # somebody else's run may be evaluated, too
+                        say(f"the score is not kept for wikift report: {error}")
+                yield result
 
 
 def check(settings: EvaluateSettings) -> TokenStore | None:

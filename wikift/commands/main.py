@@ -30,6 +30,7 @@ COMMANDS = {  # name: its module, what it does
     "consolidate": ("wikift.commands.consolidate", "a run's checkpoint to a Hugging Face directory"),
     "evaluate": ("wikift.commands.evaluate", "perplexity of models by the field's protocols"),
     "generate": ("wikift.commands.generate", "prompts to text, interactive without one"),
+    "report": ("wikift.commands.report", "runs as one HTML file: curves, settings, samples, scores"),
 }
 
 

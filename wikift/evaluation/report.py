@@ -7,8 +7,10 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from wikift.base.files import read_jsonl, replace_text
 from wikift.evaluation.protocols import Setup
 from wikift.evaluation.score import Score, difference
 
@@ -40,6 +42,18 @@ class Result:
     def row(self) -> tuple[str, str, int]:
         """The models' results that are compared have the same one."""
         return self.split, self.setup.protocol.name, self.setup.index
+
+
+_DOCUMENTS = 100_000  # of which a kept result has the counts, for paired comparisons
+
+
+def keep(result: Result, file: Path, step: int | None) -> None:
+    """Write the result into a run's `file`, by one rename; one of the same text, protocol and windows is replaced."""
+    line = {**json.loads(as_json(result, [result])), "step": step}
+    if len(result.score.nll) <= _DOCUMENTS:
+        line["by_document"] = {name: counts.tolist() for name, counts in vars(result.score).items()}
+    others = [row for row in read_jsonl(file) if any(row.get(k) != v for k, v in result.about.items() if k != "model")]
+    replace_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*others, line]))
 
 
 def as_json(result: Result, results: list[Result]) -> str:

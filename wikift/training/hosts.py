@@ -1,11 +1,14 @@
-"""What must be the same on all hosts of a run: a wrong setting there would show at the first checkpoint, or never."""
+"""The hosts of a run: what must be the same on all, as it would show late or never, and what they compute with."""
 
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
 from pathlib import Path
 
 import torch
+import transformers
 
 from wikift.base.errors import UserError
 from wikift.base.world import World, seed
@@ -45,6 +48,19 @@ def check_hosts(run: Path, store: TokenStore, world: World) -> None:
         )
     if problems:
         raise UserError(*problems)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """The versions that compute, of wikift's own checkout the commit, and the device, for the run's record."""
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
+    gpu = device.type == "cuda"
+    facts = {"python": platform.python_version(), **versions, "system": platform.platform()}
+    facts["device"] = torch.cuda.get_device_name(device) if gpu else f"CPU, {os.cpu_count()} cores"
+    checkout = Path(__file__).resolve().parents[2]
+    if (checkout / ".git").exists():
+        git = subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        facts["wikift_commit"] = git.stdout.strip()
+    return facts
 
 
 def _ranks(world: World, wrong: bool) -> list[int]:

@@ -39,7 +39,7 @@ from wikift.model.gpt2 import Precision, load_config, load_generation_config, mo
 from wikift.model.initial_weights import random_weights, trained_weights
 from wikift.settings.run_plan import RunPlan
 from wikift.training import resume
-from wikift.training.hosts import check_hosts
+from wikift.training.hosts import check_hosts, environment
 from wikift.training.loop import run_steps
 from wikift.training.meter import Meter, peak_flops
 from wikift.training.resume import Say
@@ -76,7 +76,8 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
             engine, compiled = build_engine(_work(plan, precision), config, reader, world)
         shapes = shapes_of(config)
         if world.rank == 0:
-            _prepare_folder(plan, store, config, start)
+            computed = {"engine": taken.engine, "compile": compiled.name, "precision": precision.name}
+            _prepare_folder(plan, store, config, start, environment(world.device) | computed)
         for text in _announcement(plan, world, compiled, precision, start):
             say(text)
         owed = resume.owed_line(plan, start) if store.has_validation else None
@@ -153,7 +154,9 @@ def _start(plan: RunPlan, config: GPT2Config, start: Checkpoint | None, say: Say
     return config, FreshStart(weight)
 
 
-def _prepare_folder(plan: RunPlan, store: TokenStore, config: GPT2Config, start: Checkpoint | None) -> None:
+def _prepare_folder(
+    plan: RunPlan, store: TokenStore, config: GPT2Config, start: Checkpoint | None, environment: dict[str, str]
+) -> None:
     """Set aside what was written after `start`, then write config.json and model/."""
     earlier = read_json(plan.output_dir / "config.json").get("commits", {}) if start is not None else {}
     about = {
@@ -161,6 +164,7 @@ def _prepare_folder(plan: RunPlan, store: TokenStore, config: GPT2Config, start:
         "command": plan.command,
         "settings": plan.settings,
         "derived": plan.record(),
+        "environment": environment,
         "commits": {**earlier, **hub.commits},
         "store": store.record,
         "store_path": str(store.path.resolve()),

@@ -1,0 +1,19 @@
+"""The settings of the commands that look at runs: report, compare, runs and log. As fields.py, for those that train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from wikift.settings.options import option
+
+_argument = partial(option, group="arguments")
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """The report command: runs as one HTML file."""
+
+    runs: tuple[str, ...] = _argument((), "runs' folders; several are laid over each other", "RUN")
+    out: str | None = option(None, "the file to write", "FILE", shown="RUN/report.html; report.html for several runs")
+    text: bool = option(False, "print the tables as text, write no file")

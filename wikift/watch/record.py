@@ -1,0 +1,130 @@
+"""A run's folder read back, for all that is shown of it afterwards. Writes nothing, imports neither torch nor numpy."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wikift.base.errors import UserError
+from wikift.base.files import read_json, read_jsonl
+from wikift.base.folders import EVALUATIONS, METRICS, SAMPLES, list_checkpoints, run_config
+from wikift.base.publish import lock_file
+from wikift.watch.metrics import read_metrics
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """`rows` are the logged steps and `events` the run's health, as metrics.jsonl has them; `scores` evaluate's."""
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    rows: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    scores: list[dict[str, Any]]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.config.get("settings", {}))
+
+    @property
+    def derived(self) -> dict[str, Any]:
+        return dict(self.config.get("derived", {}))
+
+    @property
+    def done(self) -> int:
+        """The last step that was logged."""
+        return max((row["step"] for row in self.rows), default=0)
+
+    def numbers(self, key: str) -> list[tuple[int, float]]:
+        """(step, value) of each logged step that has a finite `key`."""
+        pairs = [(row["step"], row.get(key)) for row in self.rows]
+        return [(step, value) for step, value in pairs if isinstance(value, (int, float)) and math.isfinite(value)]
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """(step, loss) of the best validation."""
+        return min(self.numbers("eval_loss"), key=lambda pair: pair[1], default=None)
+
+    @property
+    def seconds(self) -> float:
+        """Of training, without validations and saves."""
+        before, seconds = 0, 0.0
+        for row in self.rows:
+            tokens, speed = row.get("tokens"), row.get("tokens_per_second")
+            if tokens and speed:
+                seconds, before = seconds + (tokens - before) / speed, tokens
+        return seconds
+
+    @property
+    def state(self) -> str:
+        """running, finished (early stopping included) or stopped."""
+        if is_running(self.path):
+            return "running"
+        saved = list_checkpoints(self.path)
+        manifest = read_json(saved[-1] / "manifest.json") if saved else {}
+        patience = self.settings.get("early_stopping_patience")
+        early = patience and manifest.get("validations_since_best", 0) >= patience
+        return "finished" if early or manifest.get("step", 0) >= self.derived.get("steps", math.inf) else "stopped"
+
+
+def read_run(path: Path, name: str = "") -> RunRecord:
+    """The run in `path`. Raises UserError where it is no run's folder."""
+    config, lines = run_config(path), read_metrics(path / METRICS)
+    rows, events = ([line for line in lines if ("event" in line) is kind] for kind in (False, True))
+    samples, scores = read_metrics(path / SAMPLES), read_jsonl(path / EVALUATIONS)
+    return RunRecord(path, name or path.absolute().name, config, rows, events, samples, scores)
+
+
+def read_runs(paths: Sequence[str]) -> list[RunRecord]:
+    """The runs, each with a name of its own. Raises UserError for all that are none, or are named twice."""
+    problems, runs = list[str](), list[RunRecord]()
+    names = [Path(path).absolute().name for path in paths]
+    for path, name in zip(paths, names, strict=True):
+        try:
+            runs.append(read_run(Path(path), name if names.count(name) == 1 else path.rstrip("/")))
+        except UserError as error:
+            problems += error.problems
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        problems.append(f"RUN {' '.join(paths)}: one of them is named twice; omit it")
+    if problems:
+        raise UserError(*problems)
+    return runs
+
+
+def is_running(run: Path) -> bool:
+    """Whether a process of this host is writing to the run's folder."""
+    try:
+        with open(lock_file(run / "run")) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def differing(runs: Sequence[RunRecord], names: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
+    """(setting, each run's value) of those of `names` that are not the same in all runs; one not recorded is None."""
+    for name in names:
+        values = [run.settings.get(name) for run in runs]
+        if any(value != values[0] for value in values):
+            yield name, values
+
+
+def folder_bytes(folder: Path) -> int:
+    """What the files below `folder` take up."""
+    return sum(os.lstat(Path(root) / name).st_size for root, _, names in os.walk(folder) for name in names)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """`rows` as text in columns; the first row is the head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
