@@ -25,6 +25,8 @@ COMMANDS = {
     "evaluate": fields.EvaluateSettings,
     "generate": fields.GenerateSettings,
     "report": run_fields.ReportSettings,
+    "compare": run_fields.CompareSettings,
+    "runs": run_fields.RunsSettings,
 }
 INTRODUCTION = """\
 # Settings

@@ -27,6 +27,8 @@ SETTINGS: dict[str, type[Any]] = {
     "evaluate": fields.EvaluateSettings,
     "generate": fields.GenerateSettings,
     "report": run_fields.ReportSettings,
+    "compare": run_fields.CompareSettings,
+    "runs": run_fields.RunsSettings,
 }
 OTHER_PROGRAMS = ("source", "hf", "kubectl")
 

@@ -37,6 +37,12 @@ SETTINGS = {
     "report": """
         out runs text
     """,
+    "compare": """
+        runs within
+    """,
+    "runs": """
+        folder prune yes
+    """,
 }
 
 

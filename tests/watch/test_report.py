@@ -147,12 +147,23 @@ def test_a_browser_draws_it_without_a_complaint(
     page = written(capsys, runs / "one", runs / "two", "--out", tmp_path / "report.html")
     (tmp_path / "probe.html").write_text(page.replace("</body>", PROBE + "</body>"), encoding="utf-8")
     done = subprocess.run(
-        [program, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
-         "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}",
-         f"--blink-settings=preferredColorScheme={1 - dark}",
-         "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "probe.html").as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [
+            program,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--window-size={width},900",
+            "--enable-logging=stderr",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--blink-settings=preferredColorScheme={1 - dark}",
+            "--virtual-time-budget=5000",
+            "--dump-dom",
+            (tmp_path / "probe.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert not re.findall(":CONSOLE.*", done.stderr)
     title = re.search("<title>PROBE(.*)</title>", done.stdout)
     assert title is not None, done.stdout[-2000:] + done.stderr

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 _LAUNCH = Path(__file__).resolve().parents[2] / "launch"  # of a checkout
-_COMMAND = re.compile(r"(-m )?\bwikift (prepare|train|plan|consolidate|evaluate|generate|report|compare)\b")
+_COMMAND = re.compile(r"(-m )?\bwikift (prepare|train|plan|consolidate|evaluate|generate|report|compare|runs|log)\b")
 
 
 def command_line(name: str) -> str:

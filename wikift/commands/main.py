@@ -31,6 +31,8 @@ COMMANDS = {  # name: its module, what it does
     "evaluate": ("wikift.commands.evaluate", "perplexity of models by the field's protocols"),
     "generate": ("wikift.commands.generate", "prompts to text, interactive without one"),
     "report": ("wikift.commands.report", "runs as one HTML file: curves, settings, samples, scores"),
+    "compare": ("wikift.commands.compare", "two runs: what differs, and whether the results are equal within a bound"),
+    "runs": ("wikift.commands.runs", "the runs of a folder: state, steps, best score, size; --prune of checkpoints"),
 }
 
 

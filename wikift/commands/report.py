@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from wikift.base.errors import EXIT_DONE, UserError
+from wikift.base.errors import EXIT_DONE
 from wikift.base.files import faults_of_writing, replace_text
 from wikift.base.folders import REPORT
 from wikift.settings.fields import TrainSettings
@@ -20,12 +20,14 @@ ROLES_OF_SETTINGS = {role: names_by_role(TrainSettings, role) for role in ROLES}
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     parsed = parse_all(
-        ReportSettings, argv, prog="wikift report",
+        ReportSettings,
+        argv,
+        prog="wikift report",
         description="One HTML file of a run, or of several laid over each other: curves, settings, samples, scores. It "
         "needs no network.",
         epilog="examples:\n  wikift report runs/gpt2-wikitext-2-v1\n  wikift report runs/* --out all.html\n"
         "  wikift report runs/a runs/b --text",
-    )  # fmt: skip
+    )
     runs, settings = parsed.checked(_check), parsed.settings
     if settings.text:
         print(as_text(runs, ROLES_OF_SETTINGS))
@@ -42,10 +44,4 @@ def _check(settings: ReportSettings) -> list[RunRecord]:
     problems = [] if settings.runs else ["RUN: required; name one or several runs, runs/NAME"]
     if settings.text and settings.out:
         problems.append(f"--out {settings.out}: has no effect with --text; omit one of the two")
-    try:
-        runs = read_runs(settings.runs)
-    except UserError as error:
-        raise UserError(*problems, *error.problems) from None
-    if problems:
-        raise UserError(*problems)
-    return runs
+    return read_runs(settings.runs, problems)

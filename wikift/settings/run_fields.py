@@ -17,3 +17,20 @@ class ReportSettings:
     runs: tuple[str, ...] = _argument((), "runs' folders; several are laid over each other", "RUN")
     out: str | None = option(None, "the file to write", "FILE", shown="RUN/report.html; report.html for several runs")
     text: bool = option(False, "print the tables as text, write no file")
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """The compare command: whether two runs came to the same."""
+
+    runs: tuple[str, ...] = _argument((), "two runs' folders", "RUN")
+    within: float = option(0.01, "the largest difference that counts as equal, in nats (of ln perplexity)", "NATS")
+
+
+@dataclass(frozen=True)
+class RunsSettings:
+    """The runs command: which runs there are."""
+
+    folder: str = _argument("runs", "the folder that the runs' folders are in", "FOLDER")
+    prune: bool = option(False, "remove all checkpoints but each run's newest and best, after asking")
+    yes: bool = option(False, "with --prune: do not ask")

@@ -82,9 +82,9 @@ def read_run(path: Path, name: str = "") -> RunRecord:
     return RunRecord(path, name or path.absolute().name, config, rows, events, samples, scores)
 
 
-def read_runs(paths: Sequence[str]) -> list[RunRecord]:
-    """The runs, each with a name of its own. Raises UserError for all that are none, or are named twice."""
-    problems, runs = list[str](), list[RunRecord]()
+def read_runs(paths: Sequence[str], problems: Sequence[str] = ()) -> list[RunRecord]:
+    """The runs, each with a name of its own. Raises UserError for all that are none, with other `problems`."""
+    problems, runs = list(problems), list[RunRecord]()
     names = [Path(path).absolute().name for path in paths]
     for path, name in zip(paths, names, strict=True):
         try:

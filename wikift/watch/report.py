@@ -91,9 +91,16 @@ def _sections(runs: Sequence[RunRecord], roles: Mapping[str, Sequence[str]]) -> 
 
 
 _SCORES = {
-    "text": "text", "split": "split", "protocol": "protocol", "context": "context", "stride": "stride", "step": "step",
-    "perplexity": "perplexity", "word_perplexity": "per word", "bits_per_byte": "bits per byte",
-}  # fmt: skip
+    "text": "text",
+    "split": "split",
+    "protocol": "protocol",
+    "context": "context",
+    "stride": "stride",
+    "step": "step",
+    "perplexity": "perplexity",
+    "word_perplexity": "per word",
+    "bits_per_byte": "bits per byte",
+}
 
 
 def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> list[list[str]]:
