@@ -27,6 +27,7 @@ COMMANDS = {
     "report": run_fields.ReportSettings,
     "compare": run_fields.CompareSettings,
     "runs": run_fields.RunsSettings,
+    "log": run_fields.LogSettings,
 }
 INTRODUCTION = """\
 # Settings

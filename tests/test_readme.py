@@ -29,6 +29,7 @@ SETTINGS: dict[str, type[Any]] = {
     "report": run_fields.ReportSettings,
     "compare": run_fields.CompareSettings,
     "runs": run_fields.RunsSettings,
+    "log": run_fields.LogSettings,
 }
 OTHER_PROGRAMS = ("source", "hf", "kubectl")
 

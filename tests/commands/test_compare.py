@@ -45,7 +45,8 @@ def test_equal_within_a_bound_or_not(runs: Path, tmp_path: Path, capsys: pytest.
     assert main(["compare", str(one), str(other), "--within", "9"]) == 0
     text = capsys.readouterr().out
     assert re.search(r"^learning_rate \(schedule\) +0.01 +0.02$", text, re.MULTILINE)
-    assert re.search(rf"^validation loss, last .*  {losses[1] - losses[0]:+.4f} +yes$", text, re.MULTILINE)
+    difference = re.escape(f"{losses[1] - losses[0]:+.4f}")
+    assert re.search(rf"^validation loss, last .*  {difference} +yes$", text, re.MULTILINE)
     assert main(["compare", str(one), str(other), "--within", "0"]) == 1
     # per document 0.1 and 0.3 nats a token more, by turns: 0.2, and by hand sqrt(4 / 3 * 4 * 0.1**2 / 4**2)
     score(one, [20.0] * 4)

@@ -20,9 +20,9 @@ from wikift.base.model_files import open_model
 from wikift.base.shape import RELEASED, released_name
 
 METRICS, SAMPLES, WANDB_ID = "metrics.jsonl", "samples.jsonl", "wandb-id.txt"
-EVALUATIONS, REPORT = "evaluations.jsonl", "report.html"
+EVALUATIONS, REPORT, TENSORBOARD = "evaluations.jsonl", "report.html", "tensorboard"
 # In the order in which they are set aside: interrupted half-way, what is left is still a run's folder
-RUN_FILES = ("checkpoints", "model", METRICS, SAMPLES, EVALUATIONS, REPORT, WANDB_ID, "hf", "config.json")
+RUN_FILES = ("checkpoints", "model", METRICS, SAMPLES, EVALUATIONS, REPORT, TENSORBOARD, WANDB_ID, "hf", "config.json")
 EXPORT_RECORD = "wikift.json"
 
 

@@ -33,6 +33,7 @@ COMMANDS = {  # name: its module, what it does
     "report": ("wikift.commands.report", "runs as one HTML file: curves, settings, samples, scores"),
     "compare": ("wikift.commands.compare", "two runs: what differs, and whether the results are equal within a bound"),
     "runs": ("wikift.commands.runs", "the runs of a folder: state, steps, best score, size; --prune of checkpoints"),
+    "log": ("wikift.commands.log", "a run's metrics into Weights & Biases, TensorBoard or a CSV file, whole, later"),
 }
 
 

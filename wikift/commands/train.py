@@ -20,11 +20,12 @@ from wikift.settings import deepspeed
 from wikift.settings.batch_layout import BatchLayout, batch_layout
 from wikift.settings.checks import check_train, problems_of
 from wikift.settings.default_folders import store_path
-from wikift.settings.fields import EXCLUSIVE, TrainSettings
+from wikift.settings.fields import EXCLUSIVE, TrainSettings, trackers_of
 from wikift.settings.options import Parsed, flag, parse_all
 from wikift.settings.run_plan import RunPlan, apply_scratch, plan_run, resolve, vocabulary_problems
 from wikift.settings.schedule import schedule_of
 from wikift.training.resume import planned_start
+from wikift.watch.trackers import wandb_disabled
 
 if TYPE_CHECKING:
     from wikift.data.store import TokenStore
@@ -99,6 +100,8 @@ def _resolved(parsed: Parsed[TrainSettings], problems: Sequence[str]) -> tuple[T
     checks = check_train(settings, ranks, launched=launch().started) + _data_problems(settings, asked)
     parsed.refuse([*problems, *merged.problems, *deepspeed.with_keys(checks, merged)])
     notes = list(merged.notes)
+    if wandb_disabled() and "wandb" in trackers_of(settings):
+        notes.append("WANDB_DISABLED is set: nothing goes to Weights & Biases")
     if names := unused_settings():
         notes.append(f"not used by wikift: {', '.join(names)}")
     if asked.data is None and asked.dataset is None and ranks == 1:

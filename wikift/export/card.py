@@ -19,8 +19,8 @@ tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from
 inputs = tokenizer("The Renaissance was", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens={new_tokens}, do_sample=True)[0]))"""
 # Settings that place or show the work, or are paths of this machine: they mean nothing elsewhere
-_HIDDEN = {"quiet", "dry_run", "resume", "wandb", "config", "workers", "device", "logging_steps", "save_total_limit",
-           "output_dir", "data", "dataset", "tokenizer", "sample_prompts"}  # fmt: skip
+_HIDDEN = {"quiet", "dry_run", "resume", "wandb", "report_to", "config", "workers", "device", "logging_steps",
+           "save_total_limit", "output_dir", "data", "dataset", "tokenizer", "sample_prompts"}  # fmt: skip
 _SCORES = {"eval_loss": "loss", "eval_perplexity": "perplexity", "eval_word_perplexity": "word perplexity"}
 
 

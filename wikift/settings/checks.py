@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from wikift.base.errors import UserError, nearest
 from wikift.base.files import read_lines
 from wikift.base.folders import foreign_in, is_hub_name
 from wikift.base.model_files import open_model, shape_of
-from wikift.base.names import WIKITEXT
+from wikift.base.names import TRACKERS, WIKITEXT
 from wikift.base.shape import RELEASED, head_problems, parse_overrides
 from wikift.settings.batch_layout import BatchLayout, batch_layout
-from wikift.settings.fields import DataSettings, TrainSettings
+from wikift.settings.fields import DataSettings, TrainSettings, trackers_of
 from wikift.settings.options import flag
 from wikift.settings.run_plan import apply_scratch, block_problems
 from wikift.settings.values import show
@@ -49,9 +49,7 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
         problems += problems_of(lambda: read_lines(Path(str(settings.sample_prompts)), "--sample-prompts"))
     elif settings.sample_steps is not None:
         problems.append(f"--sample-steps {settings.sample_steps}: has no effect without --sample-prompts; name a file")
-    # a folder that is called wandb makes a module without origin
-    if settings.wandb and ((wandb := importlib.util.find_spec("wandb")) is None or wandb.origin is None):
-        problems.append('--wandb: Weights & Biases is not installed; pip install "wikift[wandb]", or omit --wandb')
+    problems += tracker_problems("--report-to", trackers_of(settings))
     output = Path(settings.output_dir or ".")
     for path in (output, *output.parents):
         if path.exists() and not path.is_dir():
@@ -64,6 +62,21 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
         problems.append(
             f"--resume {settings.resume}: must be auto, never or a checkpoint, OUTPUT_DIR/checkpoints/step-..."
         )
+    return problems
+
+
+def tracker_problems(setting: str, names: Sequence[str]) -> list[str]:
+    """What is no tracker among `names`, and what is not installed."""
+    problems = []
+    for name in names:
+        # a folder that is called wandb makes a module without origin
+        spec = importlib.util.find_spec(name) if name in TRACKERS else None
+        if name not in TRACKERS:
+            problems.append(f"{setting} {name}: must be {' or '.join(TRACKERS)}; metrics.jsonl is always written")
+        elif spec is None or spec.origin is None:
+            problems.append(
+                f'{setting} {name}: {TRACKERS[name]} is not installed; pip install "wikift[{name}]", or omit it'
+            )
     return problems
 
 

@@ -177,10 +177,17 @@ class TrainSettings(DataSettings):
     sample_prompts: str | None = _run(None, "continue each line of a file now and then: samples.jsonl", "FILE")
     sample_steps: int | None = _run(None, "steps between samples", "STEPS", shown="as validations")
     resume: str = _run("auto", "resume from the newest checkpoint, never, or from PATH", "auto|never|PATH")
-    wandb: bool = _run(False, "also log to Weights & Biases")
+    report_to: str | None = _run(None, "also log to wandb, tensorboard or both", "NAME,...", shown="none")
+    wandb: bool = _run(False, "the same as --report-to wandb")
     dry_run: bool = _run(False, "print settings and derived numbers, do nothing")
     quiet: bool = _run(False, "print errors only")
     config: str | None = _run(None, CONFIG_HELP, "FILE")
+
+
+def trackers_of(settings: TrainSettings) -> tuple[str, ...]:
+    """The names of --report-to, and --wandb's."""
+    names = [name.strip() for name in (settings.report_to or "none").split(",")] + ["wandb"] * settings.wandb
+    return tuple(dict.fromkeys(name for name in names if name != "none"))
 
 
 @dataclass(frozen=True)

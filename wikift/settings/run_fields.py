@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from wikift.base.names import TRACKERS
 from wikift.settings.options import option
 
 _argument = partial(option, group="arguments")
@@ -34,3 +35,12 @@ class RunsSettings:
     folder: str = _argument("runs", "the folder that the runs' folders are in", "FOLDER")
     prune: bool = option(False, "remove all checkpoints but each run's newest and best, after asking")
     yes: bool = option(False, "with --prune: do not ask")
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """The log command: a run's metrics into a tracker or a table, again and whole."""
+
+    run: str | None = _argument(None, "a run's folder", "RUN")
+    to: str = option("csv", "where to", choices=(*TRACKERS, "csv"), shown="csv: RUN/metrics.csv")
+    model: bool = option(False, "with --to wandb: upload RUN/hf too, as an artifact")

@@ -13,7 +13,7 @@ from wikift.base.shape import Shape, parse_overrides, released_name, with_overri
 from wikift.settings import deepspeed, deepspeed_checks
 from wikift.settings.batch_layout import BatchLayout
 from wikift.settings.default_folders import dataset_slug, slug
-from wikift.settings.fields import DataSettings, TrainSettings
+from wikift.settings.fields import DataSettings, TrainSettings, trackers_of
 from wikift.settings.options import flag, names_by_role
 from wikift.settings.reproduce import command_of
 from wikift.settings.schedule import Due, Schedule, due_of, epoch_steps, length_problems, schedule_of
@@ -79,7 +79,7 @@ class RunPlan:
     eval_batch: int  # blocks of one forward, per process
     eval_blocks: int  # of a validation; 0: all
     prompts: tuple[str, ...]  # of samples
-    wandb: bool
+    trackers: tuple[str, ...]
     quiet: bool
     experiment: dict[str, Any]
     settings: dict[str, Any]  # by name, resolved: for config.json and views
@@ -122,6 +122,7 @@ class RunPlan:
             "warmup_steps": self.schedule.warmup,
             "decay_steps": self.schedule.decay,
             "tokens_per_step": self.tokens_per_step,
+            "parameters": self.model.shape.parameters,
         }
 
     def zero_config(self, precision: str) -> dict[str, Any]:
@@ -212,7 +213,7 @@ def plan_run(settings: TrainSettings, layout: BatchLayout, shape: Shape, tokens:
         eval_batch=settings.per_device_eval_batch_size,
         eval_blocks=settings.max_eval_samples or 0,
         prompts=tuple(read_lines(Path(settings.sample_prompts), "--sample-prompts") if settings.sample_prompts else ()),
-        wandb=settings.wandb,
+        trackers=trackers_of(settings),
         quiet=settings.quiet,
         experiment=_experiment(settings, block_size, layout.global_batch),
         settings=dataclasses.asdict(settings),

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -50,11 +51,12 @@ def check_hosts(run: Path, store: TokenStore, world: World) -> None:
         raise UserError(*problems)
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """The versions that compute, of wikift's own checkout the commit, and the device, for the run's record."""
+def environment(device: torch.device, precision: str, compiled: str) -> dict[str, Any]:
+    """What computes, for the run's record: versions, of wikift's own checkout the commit, the device."""
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     gpu = device.type == "cuda"
     facts = {"python": platform.python_version(), **versions, "system": platform.platform()}
+    facts |= {"precision": precision, "compile": compiled}
     facts["device"] = torch.cuda.get_device_name(device) if gpu else f"CPU, {os.cpu_count()} cores"
     checkout = Path(__file__).resolve().parents[2]
     if (checkout / ".git").exists():

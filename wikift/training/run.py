@@ -76,14 +76,13 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
             engine, compiled = build_engine(_work(plan, precision), config, reader, world)
         shapes = shapes_of(config)
         if world.rank == 0:
-            computed = {"engine": taken.engine, "compile": compiled.name, "precision": precision.name}
-            _prepare_folder(plan, store, config, start, environment(world.device) | computed)
+            _prepare_folder(plan, store, config, start, environment(world.device, precision.name, compiled.name))
         for text in _announcement(plan, world, compiled, precision, start):
             say(text)
         owed = resume.owed_line(plan, start) if store.has_validation else None
         with open_log(
             folder, after_step=(start.step if start else 0) - (owed is not None), steps=plan.steps, quiet=plan.quiet,
-            wandb=plan.wandb, settings=plan.settings, rank=world.rank,
+            trackers=plan.trackers, rank=world.rank,
         ) as log:  # fmt: skip
             saver = Saver(folder, world, keep=plan.save_total_limit, aside=plan.async_save)
             peak = peak_flops(world.device, precision.name)
@@ -155,7 +154,7 @@ def _start(plan: RunPlan, config: GPT2Config, start: Checkpoint | None, say: Say
 
 
 def _prepare_folder(
-    plan: RunPlan, store: TokenStore, config: GPT2Config, start: Checkpoint | None, environment: dict[str, str]
+    plan: RunPlan, store: TokenStore, config: GPT2Config, start: Checkpoint | None, environment: dict[str, Any]
 ) -> None:
     """Set aside what was written after `start`, then write config.json and model/."""
     earlier = read_json(plan.output_dir / "config.json").get("commits", {}) if start is not None else {}
@@ -164,7 +163,7 @@ def _prepare_folder(
         "command": plan.command,
         "settings": plan.settings,
         "derived": plan.record(),
-        "environment": environment,
+        "environment": environment | {"engine": plan.engine.engine, "ranks": plan.layout.ranks},
         "commits": {**earlier, **hub.commits},
         "store": store.record,
         "store_path": str(store.path.resolve()),

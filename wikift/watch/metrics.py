@@ -1,4 +1,4 @@
-"""metrics.jsonl is the truth; the terminal and Weights & Biases are views of it. Only rank 0 has any of them.
+"""metrics.jsonl is the truth; the terminal and the trackers are views of it. Only rank 0 has any of them.
 
 One line of metrics.jsonl is one step: what was measured of the step and, where one was due, of the validation after
 it. A resumed run first removes the lines after its checkpoint, so no step is there twice.
@@ -17,16 +17,16 @@ from wikift.base.errors import EnvironmentFault
 from wikift.base.files import read_jsonl, replace_text
 from wikift.base.folders import METRICS, SAMPLES
 from wikift.watch.terminal import Terminal, open_terminal
-from wikift.watch.trackers import WandbRun, open_wandb
+from wikift.watch.trackers import Tracker, open_trackers
 
 
 class Log:
     """What a run tells. Without a file (other ranks) and views every method does nothing."""
 
     def __init__(
-        self, file: TextIO | None = None, terminal: Terminal | None = None, wandb_run: WandbRun | None = None
+        self, file: TextIO | None = None, terminal: Terminal | None = None, trackers: Sequence[Tracker] = ()
     ) -> None:
-        self.file, self.terminal, self.wandb_run = file, terminal, wandb_run
+        self.file, self.terminal, self.trackers = file, terminal, trackers
 
     def say(self, text: str) -> None:
         """A line for the user."""
@@ -46,32 +46,32 @@ class Log:
         with _writing(Path(self.file.name)):
             self.file.write(json.dumps(finite) + "\n")
             self.file.flush()
-        if self.wandb_run is not None:
-            self.wandb_run.record(values)
+        for tracker in self.trackers:
+            tracker.record(values)
         if self.terminal is not None:
             self.terminal.record(values)
 
     def samples(self, step: int, prompts: Sequence[str], texts: Sequence[str]) -> None:
-        """What the model writes at `step`: a line per prompt in samples.jsonl beside the metrics, a table in wandb."""
+        """What the model writes at `step`: a line per prompt in samples.jsonl beside the metrics, and trackers."""
         if self.file is None:
             return
         rows = [{"step": step, "prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
         path = Path(self.file.name).with_name(SAMPLES)
         with _writing(path), open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        if self.wandb_run is not None:
-            self.wandb_run.samples(step, rows)
+        for tracker in self.trackers:
+            tracker.samples(step, rows)
         first = " ".join((prompts[0] + texts[0]).split())
         self.say(f"step {step:,} writes: {first[:200]}")
 
 
 @contextlib.contextmanager
 def open_log(
-    run: Path, *, after_step: int, steps: int, quiet: bool, wandb: bool, settings: dict[str, Any], rank: int = 0
+    run: Path, *, after_step: int, steps: int, quiet: bool, trackers: Sequence[str] = (), rank: int = 0
 ) -> Iterator[Log]:
     """Rank 0's log of a run that resumes after `after_step`; a silent one on other ranks.
 
-    Raises EnvironmentFault where metrics.jsonl cannot be written (its lines stay as they are) or wandb cannot start.
+    Raises EnvironmentFault where metrics.jsonl cannot be written (its lines stay as they are) or a tracker fails.
     """
     if rank != 0:
         yield Log()
@@ -82,9 +82,9 @@ def open_log(
             keep_until(path, after_step)
             keep_until(run / SAMPLES, after_step)
             file = stack.enter_context(open(path, "a", encoding="utf-8"))
-        wandb_run = stack.enter_context(open_wandb(run, settings, quiet)) if wandb else None
+        views = stack.enter_context(open_trackers(run, trackers, quiet))
         terminal = None if quiet else stack.enter_context(open_terminal(steps))
-        yield Log(file, terminal, wandb_run)
+        yield Log(file, terminal, views)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
