@@ -5,11 +5,14 @@ pytest tests/checkpoint/test_reader.py
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import random
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +29,15 @@ from wikift.base.tensorfile import Entry, read_header, write_tensors
 from wikift.base.world import World, start_world
 from wikift.checkpoint import reader
 from wikift.checkpoint.fragment import STATES
-from wikift.checkpoint.reader import best_checkpoint, newest_sound, open_checkpoint, open_sound, prune
+from wikift.checkpoint.reader import (
+    FORMAT,
+    best_checkpoint,
+    newest_sound,
+    open_checkpoint,
+    open_sound,
+    prune,
+    sealed,
+)
 from wikift.commands.train import main as train
 
 
@@ -119,6 +130,84 @@ def test_a_range_is_that_part_of_the_tensor(run: Path) -> None:
         assert torch.equal(opened.read(name, "weight", start, stop), values[start:stop])
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_after_a_flip_in_any_file_an_older_checkpoint_is_taken_and_that_is_told(
+    run: Path, tmp_path: Path, seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the flips are in headers and the manifest: 46% of those in a manifest went unseen, once."""
+    shutil.copytree(run, tmp_path / "run")
+    newest = list_checkpoints(tmp_path / "run")[-1]
+    draw, older = random.Random(seed), list_checkpoints(run)[-2].name
+    for file in sorted(newest.iterdir()):
+        sound = file.read_bytes()
+        header = len(sound) if file.suffix == ".json" else 8 + int.from_bytes(sound[:8], "little")
+        for position in [*range(8), *draw.choices(range(header), k=40), *draw.choices(range(len(sound)), k=40)]:
+            content = bytearray(sound)
+            content[position] ^= 1 << draw.randrange(8)
+            file.write_bytes(content)
+            taken = newest_sound(tmp_path / "run", World())
+            assert taken is not None, (file, position)
+            assert taken.path.name == older, (file, position)
+            assert f"skipping a damaged checkpoint: {newest}" in capsys.readouterr().err
+        file.write_bytes(sound)
+
+
+def forged(folder: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
+    """Let `change` edit a one-file checkpoint's manifest and header, with every size and digest right again."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (name,) = manifest["files"]
+    content = (folder / name).read_bytes()
+    length = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:length])
+    change(manifest, header)
+    text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + content[length:]
+    (folder / name).write_bytes(content)
+    for facts in manifest.get("files", {}).values():
+        facts.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
+
+
+BIAS = "transformer.ln_f.bias"
+FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], str]] = {
+    "overlap": (lambda _, h: h.update({f"{BIAS}|weight|31": h.pop(f"{BIAS}|weight|0")}), "gap or an overlap"),
+    "twice": (lambda _, h: h.update({f"{BIAS}|weight|00": h[f"{BIAS}|weight|0"]}), "overlap"),
+    "missing": (lambda m, _: m["parameters"].update({BIAS: [33]}), "has 32 elements of 33"),
+    "unknown": (lambda m, _: m["parameters"].pop(BIAS), "unknown"),
+    "out of range": (lambda m, _: m["parameters"].update({BIAS: [31]}), "has 32 elements of 31"),
+    "type": (lambda _, h: h[f"{BIAS}|weight|0"].update(dtype="I32"), "is I32"),
+    "shape": (lambda _, h: h[f"{BIAS}|weight|0"].update(shape=[4, 8]), r"is F32 \[4, 8\]"),
+    "before the data": (lambda _, h: h[f"{BIAS}|weight|0"].update(data_offsets=[-128, 0]), "at -128"),
+    "no count": (lambda _, h: h.pop("optimizer|updates|0"), "gaps"),
+    "another folder": (lambda m, _: m["files"].update({"../x.safetensors": {}}), "another folder"),
+    "another step": (lambda m, _: m.update(step=8), "is the checkpoint of step 8"),
+    "no files": (lambda m, _: m.pop("files"), "damaged"),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of one rank, step 4."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert run_ranks(train, 1, arguments(tiny_store(folder / "store"), folder / "run", max_steps=4)) == [0]
+    return list_checkpoints(folder / "run")[-1]
+
+
+@pytest.mark.parametrize("kind", FORGERIES)
+def test_ranges_that_are_not_the_parameters_once_each_are_refused(alone: Path, tmp_path: Path, kind: str) -> None:
+    copy = shutil.copytree(alone, tmp_path / alone.name)
+    forged(copy, lambda manifest, header: None)
+    assert open_sound(copy, World()).step == 4
+    change, problem = FORGERIES[kind]
+
+    def apply(manifest: dict[str, Any], header: dict[str, Any]) -> None:
+        change(manifest, header)
+
+    forged(copy, apply)
+    with pytest.raises(UserError, match=problem):
+        open_checkpoint(copy)
+
+
 def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     line = arguments(tiny_store(tmp_path / "store"), tmp_path / "run", save_steps=1, max_steps=6, save_total_limit=2)
     assert run_ranks(train, 1, line) == [0]
@@ -133,17 +222,26 @@ def test_an_older_best_outlives_newer_ones(tmp_path: Path) -> None:
     for step, loss in ((4, 1.0), (8, 3.0), (12, 2.0), (16, 2.5)):
         folder = step_folder(tmp_path, step)
         folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text(json.dumps({"eval_loss": loss}))
+        content = {"format": FORMAT, "step": step, "eval_loss": loss}
+        (folder / "manifest.json").write_text(json.dumps(sealed(content)))
+    shutil.copytree(step_folder(tmp_path, 12), step_folder(tmp_path, 12).with_suffix(".bak"))
+    (step_folder(tmp_path, 8) / "manifest.json").write_text('{"eval_loss": 0.5')  # says nothing that counts
     prune(tmp_path, keep=1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004", "step-00000016"]
+    assert (tmp_path / "checkpoints" / "step-00000012.bak").is_dir()
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no manifest\.json"):
         open_checkpoint(tmp_path)
     for content, problem in (
-        ('{"format": "something else"}', "not a checkpoint of this version"),
+        (
+            '{"format": "wikift-checkpoint-1"}',
+            "this version .* reads wikift-checkpoint-2; .*version that wrote it",
+        ),
         ("{", "cannot be read"),
+        ("[" * 10**5, "cannot be read"),
+        ('"text"', "cannot be read"),
     ):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(UserError, match=problem):

@@ -22,6 +22,7 @@ from wikift.data.store import Encoded, TokenStore, write_store
 from wikift.model.gpt2 import load_model
 from wikift.settings.fields import EvaluateSettings
 
+FREE = ("README.md", "generation_config.json", "wikift.json")  # nothing that is computed depends on these
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -100,6 +101,7 @@ def test_the_precision_is_that_of_the_stored_weights_unless_asked_for(
     assert bf16["nll"] == pytest.approx(fp32["nll"], rel=1e-2)
     low = tmp_path / "low"
     shutil.copytree(exported(run), low)
+    (low / "wikift.json").unlink()  # it is changed on purpose
     load_model(str(low)).bfloat16().save_pretrained(low)
     config = json.loads((low / "config.json").read_text())
     for name in ("dtype", "torch_dtype", None):  # as transformers 5 writes it, as 4 did, as the released GPT-2's
@@ -143,6 +145,23 @@ def test_torchrun_gives_the_same_number_once(made: tuple[TokenStore, Path], caps
     together = json.loads(line)
     assert together["processes"] == 2
     assert together["nll"] == pytest.approx(alone["nll"], rel=1e-6)
+
+
+def test_a_flip_in_an_exported_model_or_in_the_store_is_refused(made: tuple[TokenStore, Path], tmp_path: Path) -> None:
+    store, run = made
+    folder, data = shutil.copytree(exported(run), tmp_path / "model"), shutil.copytree(store.path, tmp_path / "store")
+    (folder / "README.md").write_text("The card is its owner's.")
+    words = [str(folder), "--data", str(data), "--split", "validation", "--device", "cpu", "--quiet"]
+    assert main(words) == 0
+    names = [path.name for path in folder.iterdir() if path.name not in FREE]
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(names)
+    for path in (*(folder / name for name in names), data / "validation.bin"):
+        sound = path.read_bytes()
+        path.write_bytes(sound[:-3] + bytes([sound[-3] ^ 32]) + sound[-2:])
+        with pytest.raises(UserError, match=f"{path.name}|its tokenizer"):
+            main(words)
+        path.write_bytes(sound)
+    assert main(words) == 0
 
 
 def test_what_is_wrong_is_refused(made: tuple[TokenStore, Path], tmp_path: Path) -> None:

@@ -166,6 +166,17 @@ def test_a_run_that_cannot_be_written_any_more_is_said(store: Path, tmp_path: Pa
         assert problem.startswith(f"{folder}: cannot be written (Is a directory: {folder}/model/config.json")
 
 
+def test_a_flip_in_the_tokens_is_refused_before_training(tmp_path: Path) -> None:
+    line = arguments(tiny_store(tmp_path / "store", train=40_000), tmp_path / "run", max_steps=1)
+    with open(tmp_path / "store" / "train.bin", "r+b") as file:
+        file.seek(2 * 20_001)
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))  # another id of the vocabulary, in a block that this run does not even read
+    ((problem,),) = run_ranks(problems_of_training, 1, line)
+    assert "train.bin is damaged: its SHA-256" in problem
+
+
 def with_little_memory(command_line: list[str]) -> tuple[str, ...]:
     import resource
 

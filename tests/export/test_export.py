@@ -26,7 +26,7 @@ from wikift.base.folders import step_folder
 from wikift.base.publish import folder_lock
 from wikift.base.world import World
 from wikift.checkpoint.fragment import OPTIMIZER, SCALARS, STATES, Fragment
-from wikift.checkpoint.reader import open_checkpoint
+from wikift.checkpoint.reader import open_checkpoint, sealed
 from wikift.checkpoint.writer import Saver
 from wikift.commands.consolidate import main
 
@@ -97,7 +97,7 @@ def test_the_files_are_those_of_save_pretrained(
 def test_step_and_best_and_one_checkpoint_choose(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = step_folder(run, 8) / "manifest.json"
     content = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**content, "eval_loss": 0.5}))
+    manifest.write_text(json.dumps(sealed({**content, "eval_loss": 0.5})))
     choices = [([str(run)], 12), ([str(run), "--step", "4"], 4), ([str(run), "--best"], 8),
                ([str(step_folder(run, 4)), "--dtype", "float32"], 4)]  # fmt: skip
     for line, step in choices:
@@ -132,7 +132,7 @@ def test_what_only_a_run_can_refuse(run: Path, tmp_path: Path) -> None:
     """Other wrong command lines: tests/commands/test_wrong.py."""
     unscored, early = shutil.copytree(run, tmp_path / "unscored"), tmp_path / "early"
     for manifest in unscored.rglob("manifest.json"):
-        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "eval_loss": None}))
+        manifest.write_text(json.dumps(sealed({**json.loads(manifest.read_text()), "eval_loss": None})))
     (early / "checkpoints" / "step-00000004").mkdir(parents=True)  # without a manifest: not complete
     shutil.copy(run / "config.json", early)
     before = snapshot(tmp_path)

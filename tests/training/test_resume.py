@@ -225,7 +225,7 @@ def test_a_stop_between_micro_batches_discards_the_step(
     assert_same_run(run, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "one bit", "no manifest", "torn manifest", "half a folder"])
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "header", "no manifest", "torn manifest", "half a folder"])
 def test_a_damaged_newest_checkpoint_is_passed_over(
     store: Path, on_two: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,9 +236,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     file = newest / "rank-00001.safetensors"
     if damage == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
-    elif damage == "one bit":
+    elif damage in ("one bit", "header"):
         content = bytearray(file.read_bytes())
-        content[-50] ^= 4
+        content[-50 if damage == "one bit" else 11] ^= 4
         file.write_bytes(content)
     elif damage == "no manifest":
         (newest / "manifest.json").unlink()
@@ -251,7 +251,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
         torn.write('{"step": 13, "lo')
     capsys.readouterr()
     assert run_ranks(train, 2, arguments(store, run)) == [0, 0]
-    if damage in ("truncated", "one bit", "torn manifest"):
+    if damage in ("truncated", "one bit", "header", "torn manifest"):
         assert "skipping a damaged checkpoint" in capsys.readouterr().out
     assert_same_run(run, on_two)
 

@@ -23,7 +23,6 @@ METRICS, SAMPLES, WANDB_ID = "metrics.jsonl", "samples.jsonl", "wandb-id.txt"
 EVALUATIONS, REPORT, TENSORBOARD = "evaluations.jsonl", "report.html", "tensorboard"
 # In the order in which they are set aside: interrupted half-way, what is left is still a run's folder
 RUN_FILES = ("checkpoints", "model", METRICS, SAMPLES, EVALUATIONS, REPORT, TENSORBOARD, WANDB_ID, "hf", "config.json")
-EXPORT_RECORD = "wikift.json"
 
 
 def is_model(folder: Path) -> bool:

@@ -16,7 +16,8 @@ from wikift.base import hub
 from wikift.base.command import command_line
 from wikift.base.conversions import save_again, way_out
 from wikift.base.errors import UserError, one_line
-from wikift.base.files import is_lfs_pointer, parse_object
+from wikift.base.files import is_lfs_pointer, parse_object, read_json, sha256_of
+from wikift.base.names import EXPORT_RECORD
 from wikift.base.shape import EMBEDDING, HEAD, Shape, released_shape, shape_of_config
 from wikift.base.tensorfile import ITEM_BYTES, read_header
 
@@ -93,6 +94,18 @@ def open_model(model: str, setting: str = "--model", *, download: bool = True) -
     if problems:
         raise UserError(*(f"{where}: {which} {problem}" for problem in problems))
     return ModelFiles(shape, stored, notes)
+
+
+def check_exported(model: str, setting: str = "--model") -> None:
+    """Raises UserError where a file of the folder `model` is not as `consolidate` wrote it; others have no record."""
+    files = read_json(Path(model) / EXPORT_RECORD).get("files")
+    for name, sha256 in files.items() if isinstance(files, dict) else ():
+        file = Path(model) / Path(name).name
+        if not file.is_file() or sha256_of(file) != sha256:
+            raise UserError(
+                f"{setting} {model}: {name} has changed since it was exported, or is missing; make the folder again "
+                f"({command_line('consolidate')}), or remove its {EXPORT_RECORD} if it was changed on purpose"
+            )
 
 
 def _read_config(model: str, folder: Path, setting: str) -> Shape:

@@ -114,7 +114,7 @@ def _bytes_of(entry: Entry, tensor: torch.Tensor) -> Iterator[memoryview]:
 def read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], dict[str, str]]:
     """({name: (dtype, shape, absolute byte offset)}, metadata).
 
-    Raises ValueError where the header makes no sense, or the file ends before what it names.
+    Raises ValueError where the header makes no sense, or is not of all the file's bytes, each once.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -124,14 +124,20 @@ def read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int]]
         header = parse_object(file.read(length))
     try:
         metadata = header.pop("__metadata__", {})
-        tensors, end = dict[str, tuple[str, tuple[int, ...], int]](), 0
+        tensors, spans = dict[str, tuple[str, tuple[int, ...], int]](), list[tuple[int, int]]()
         for name, entry in header.items():
             dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if any(type(number) is not int or number < 0 for number in (*shape, start, stop)):
+                raise ValueError(f"{path}: {name} is {shape} at {start} to {stop}")
             if stop - start != math.prod(shape) * ITEM_BYTES.get(dtype, 0) and dtype in ITEM_BYTES:
                 raise ValueError(f"{path}: {name} is {dtype} {list(shape)} in {stop - start} bytes")
-            tensors[name], end = (dtype, shape, 8 + length + start), max(end, stop)
+            tensors[name] = dtype, shape, 8 + length + start
+            spans.append((start, stop))
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the header of a safetensors file ({error!r})") from None
-    if 8 + length + end > size:
-        raise ValueError(f"{path}: {size} bytes of {8 + length + end}")
+    ends = [0, *(stop for _, stop in sorted(spans))]
+    if 8 + length + ends[-1] != size:
+        raise ValueError(f"{path}: {size} bytes of {8 + length + ends[-1]}")
+    if [start for start, _ in sorted(spans)] != ends[:-1]:
+        raise ValueError(f"{path}: its tensors overlap, or have gaps between them")
     return tensors, metadata

@@ -1,7 +1,8 @@
 """A checkpoint: one safetensors file of fragments per rank, and a manifest that makes it complete.
 
     RUN/checkpoints/step-00000500/rank-00000.safetensors   1-D ranges, keyed NAME|STATE|START
-    RUN/checkpoints/step-00000500/manifest.json            written last: step, settings, every file's size and sha256
+    RUN/checkpoints/step-00000500/manifest.json            written last: step, settings, every file's size and sha256,
+                                                           and a digest of itself
 
 A reader copies ranges of the files, whoever wrote them, so any number of ranks and any engine can resume from it. How
 checkpoints are written: writer.py.
@@ -9,7 +10,9 @@ checkpoints are written: writer.py.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import json
 import math
 import shutil
@@ -18,10 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from wikift import __version__
 from wikift.base import tensorfile
-from wikift.base.errors import EnvironmentFault, UserError
-from wikift.base.files import read_range, sha256_of
-from wikift.base.folders import list_checkpoints
+from wikift.base.errors import EnvironmentFault, UserError, one_line
+from wikift.base.files import parse_object, read_range, sha256_of
+from wikift.base.folders import list_checkpoints, step_folder
 from wikift.checkpoint.fragment import OPTIMIZER, SCALARS, STATES
 
 if TYPE_CHECKING:  # consolidation moves bytes; it does not wait a second and a half for torch
@@ -29,7 +33,7 @@ if TYPE_CHECKING:  # consolidation moves bytes; it does not wait a second and a 
 
     from wikift.base.world import World
 
-FORMAT = "wikift-checkpoint-1"
+FORMAT = "wikift-checkpoint-2"
 
 
 class StoredRange(NamedTuple):
@@ -97,33 +101,59 @@ class Checkpoint:
             raise UserError(f"{self.path / file}: its content has changed since it was written (sha256 differs)")
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a complete checkpoint: its manifest, its files' sizes and headers; the rest `Checkpoint.verify` reads.
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """`manifest` with a digest over all else in it, as `read_manifest` wants it."""
+    return {**manifest, "sha256": _digest(manifest)}
 
-    Raises UserError naming what is missing or damaged.
-    """
+
+def _digest(manifest: dict[str, Any]) -> str:
+    rest = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "sha256"}))
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint `path`. Raises UserError where it is another's, or not as it was written."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest = parse_object((path / "manifest.json").read_bytes())
     except FileNotFoundError:
         raise UserError(
             f"{path}: is not a checkpoint (no manifest.json); name OUTPUT_DIR/checkpoints/step-..."
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: manifest.json cannot be read ({error}); use an older checkpoint") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{path}: is not a checkpoint of this version of wikift (format {FORMAT})")
-    ranges: list[StoredRange] = []
-    for name, facts in manifest["files"].items():
-        file = path / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != facts["bytes"]:
-            problem = "is missing" if size is None else f"has {size} bytes"
-            raise UserError(f"{file}: {problem}, the manifest says {facts['bytes']}")
-        try:
-            for key, (_, shape, offset) in tensorfile.read_header(file)[0].items():
+        raise UserError(f"{path}: manifest.json cannot be read ({one_line(error)}); use an older checkpoint") from None
+    if (form := manifest.get("format")) != FORMAT:
+        raise UserError(
+            f"{path}: has format {form}, this version ({__version__}) reads {FORMAT}; resume or consolidate it with "
+            "the version that wrote it, which its run's config.json names"
+        )
+    if manifest.get("sha256") != _digest(manifest):
+        raise UserError(f"{path}: manifest.json has changed since it was written; use an older checkpoint")
+    if (name := step_folder(path, manifest["step"]).name) != path.absolute().name:
+        raise UserError(f"{path}: is the checkpoint of step {manifest['step']}; name its folder {name}")
+    return manifest
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a complete checkpoint: its manifest, its files' sizes and headers; the rest `Checkpoint.verify` reads.
+
+    Raises UserError naming what is missing or damaged.
+    """
+    manifest, ranges = read_manifest(path), list[StoredRange]()
+    try:
+        for name, facts in manifest["files"].items():
+            if Path(name).name != name:
+                raise ValueError(f"its file {name} would be in another folder")
+            size = (path / name).stat().st_size if (path / name).is_file() else None
+            if size != facts["bytes"]:
+                problem = "is missing" if size is None else f"has {size} bytes"
+                raise ValueError(f"{name} {problem}, the manifest says {facts['bytes']}")
+            for key, (dtype, shape, offset) in tensorfile.read_header(path / name)[0].items():
+                if dtype != "F32" or len(shape) != 1:
+                    raise ValueError(f"{name}: {key} is {dtype} {list(shape)}")
                 ranges.append(stored_range(key, shape[0], name, offset))
-        except ValueError as error:
-            raise UserError(f"{file}: its content has changed since it was written ({error})") from None
+        check_complete(ranges, manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: is damaged ({one_line(error)}); use an older checkpoint") from None
     return Checkpoint(path, manifest, ranges)
 
 
@@ -179,16 +209,18 @@ def newest_sound(run: Path, world: World) -> Checkpoint | None:
 
     A damaged one is reported and skipped; raises UserError where all are damaged.
     """
-    names = world.shared([path.name for path in list_checkpoints(run)])
-    for name in reversed(names):
+    problem = ""
+    for name in reversed(world.shared([path.name for path in list_checkpoints(run)])):
         try:
             return open_sound(run / "checkpoints" / name, world)
         except UserError as error:
+            problem = problem or str(error)
             if world.rank == 0:
                 print(f"wikift: skipping a damaged checkpoint: {error}", file=sys.stderr)
-    if names:
+    if problem:
         raise UserError(
-            f"{run / 'checkpoints'}: every checkpoint in it is damaged; --resume never restarts and keeps them aside"
+            f"{run / 'checkpoints'}: no checkpoint in it can be resumed; --resume never restarts and keeps them aside. "
+            f"The newest: {problem}"
         )
     return None
 
@@ -206,7 +238,7 @@ def best_checkpoint(run: Path) -> Path | None:
     """The complete checkpoint with the lowest validation loss, None where none was validated."""
     scored = []
     for path in list_checkpoints(run):
-        loss = json.loads((path / "manifest.json").read_text(encoding="utf-8")).get("eval_loss")
-        if loss is not None:
-            scored.append((loss, path))
+        with contextlib.suppress(UserError):  # damaged: nobody resumes from it
+            if (loss := read_manifest(path).get("eval_loss")) is not None:
+                scored.append((loss, path))
     return min(scored)[1] if scored else None

@@ -30,7 +30,7 @@ from wikift.base.folders import list_checkpoints, step_folder
 from wikift.base.tensorfile import Entry
 from wikift.base.world import World
 from wikift.checkpoint.fragment import Fragment
-from wikift.checkpoint.reader import FORMAT, StoredRange, check_complete, prune, stored_range
+from wikift.checkpoint.reader import FORMAT, StoredRange, check_complete, prune, sealed, stored_range
 
 _POLL_SECONDS = 0.05
 
@@ -190,7 +190,7 @@ def _publish(partial: Path, final: Path, manifest: dict[str, Any], ranks: int) -
         ranges += [StoredRange(*stored) for stored in written["ranges"]]
         facts.unlink()
     check_complete(ranges, manifest)
-    replace_json(partial / "manifest.json", {**manifest, "files": files})
+    replace_json(partial / "manifest.json", sealed({**manifest, "files": files}))
     if final.exists():
         shutil.rmtree(final)
     os.rename(partial, final)

@@ -12,6 +12,7 @@ from wikift.base.conversions import third_party
 from wikift.base.errors import EXIT_DONE, UserError
 from wikift.base.files import parse_size, read_json, read_jsonl
 from wikift.base.launcher import launch
+from wikift.base.names import EXPORT_RECORD
 from wikift.checkpoint.reader import best_checkpoint
 from wikift.export.export import export
 from wikift.export.push import push, push_problems
@@ -81,7 +82,7 @@ def model_source(name: str, say: Say) -> str:
     target = path / "hf"
     if not folders.is_model(target):
         return str(run(ConsolidateSettings(run=name), say))
-    steps, record = folders.checkpoint_steps(path), read_json(target / folders.EXPORT_RECORD)
+    steps, record = folders.checkpoint_steps(path), read_json(target / EXPORT_RECORD)
     step, dtype = record.get("step"), record.get("dtype", "float32")
     if steps and isinstance(step, int) and step < steps[-1]:
         command = f"{command_line('consolidate')} {shlex.quote(name)}"

@@ -17,6 +17,7 @@ from wikift.base.console import Progress
 from wikift.base.errors import EXIT_DONE, UserError
 from wikift.base.files import read_json
 from wikift.base.model_files import shape_of
+from wikift.base.names import EXPORT_RECORD
 from wikift.commands.consolidate import model_source
 from wikift.commands.prepare import source_of
 from wikift.data.sources import source_problems
@@ -119,7 +120,7 @@ def _results(settings: EvaluateSettings, text: Text, world: World) -> Iterator[R
                 facts = {"precision": scorer.precision, "processes": world.size, "seconds": seconds}
                 result = Result(name, text.name, split, setup, score, scorer.tokenizer.fingerprint, facts)
                 if world.rank == 0 and (run := folders.run_of(name)) is not None:
-                    exported = read_json(run / "hf" / folders.EXPORT_RECORD).get("step")
+                    exported = read_json(run / "hf" / EXPORT_RECORD).get("step")
                     try:
                         keep(result, run / folders.EVALUATIONS, exported)
                     except OSError as error:  # somebody else's run may be evaluated, too
@@ -167,7 +168,7 @@ def _store(settings: EvaluateSettings) -> TokenStore | None:
             raise UserError(f"{flag(name)} {getattr(settings, name)}: has no effect without --dataset; omit it")
     runs = [run for name in settings.models if (run := folders.run_of(name)) is not None]
     paths = [settings.data] if settings.data else [str(folders.run_config(run)["store_path"]) for run in runs]
-    stores = [open_store(path) for path in paths]
+    stores = [open_store(path, verify=True) for path in paths]
     if not stores and not settings.models:
         return None  # a problem of its own
     if not stores:

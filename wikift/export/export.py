@@ -18,8 +18,9 @@ from typing import Any
 from wikift import __version__
 from wikift.base import folders
 from wikift.base.errors import UserError, one_line
-from wikift.base.files import parse_object, show_bytes
+from wikift.base.files import parse_object, sha256_of, show_bytes
 from wikift.base.hub import CONFIG, TOKENIZER
+from wikift.base.names import EXPORT_RECORD
 from wikift.checkpoint.reader import open_checkpoint
 from wikift.export.card import model_card
 from wikift.export.folder import FORMAT, check_target, published
@@ -48,8 +49,12 @@ def export(path: Path, target: Path, *, dtype: str, shard_bytes: int, say: Calla
             with _naming_other_checkpoints(path):
                 check.result()
         card = model_card(run, config, checkpoint.manifest, dtype)
+        # the generation configuration has no effect here, and like the card it is its owner's to change
+        files = [file for file in sorted(partial.glob("*.*")) if file.name != "generation_config.json"]
+        sums = pool.map(sha256_of, files)
+        record["files"] = {file.name: sha256 for file, sha256 in zip(files, sums, strict=True)}
         (partial / "README.md").write_text(card, encoding="utf-8")
-        _write_json(partial / folders.EXPORT_RECORD, record)
+        _write_json(partial / EXPORT_RECORD, record)
     say(f"{target}: step {checkpoint.step:,} as {dtype}, {show_bytes(size)} of weights")
 
 

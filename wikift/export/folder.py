@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wikift.base import folders
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.files import read_json
+from wikift.base.names import EXPORT_RECORD
 from wikift.base.publish import folder_lock, publish_folder
 from wikift.base.signals import stopping_by_exception
 
@@ -22,7 +22,7 @@ def check_target(target: Path, identity: dict[str, Any], *, own: bool) -> None:
         raise UserError(f"--out {target}: is a file; name a folder")
     if not target.exists() or not any(target.iterdir()):
         return
-    record = read_json(target / folders.EXPORT_RECORD)
+    record = read_json(target / EXPORT_RECORD)
     if record.get("format") != FORMAT or not isinstance(record.get("run"), dict):
         raise UserError(
             f"--out {target}: contains files that wikift did not export; name another folder, or move them away"

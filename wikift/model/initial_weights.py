@@ -17,7 +17,7 @@ from transformers import GPT2Config
 
 from wikift.base.errors import UserError
 from wikift.base.files import read_range
-from wikift.base.model_files import open_model
+from wikift.base.model_files import check_exported, open_model
 from wikift.base.shape import EMBEDDING
 from wikift.base.tensorfile import torch_dtype
 from wikift.base.world import seed
@@ -69,9 +69,10 @@ class TrainedWeights(NamedTuple):
 def trained_weights(name: str, config: GPT2Config, setting: str, say: Say) -> TrainedWeights:
     """The weights of a Hugging Face model by name or folder, read from its safetensors files range by range.
 
-    Raises what `open_model` does; so does reading a range of numbers that are not all finite.
+    Raises what `open_model` and `check_exported` do; so does reading a range of numbers that are not all finite.
     """
     shape, stored, notes = open_model(name, setting)
+    check_exported(name, setting)
     for note in notes:
         say(note)
 

@@ -128,7 +128,7 @@ def add_to_manifest(run: Path, start: Checkpoint | None, world: World, facts: di
     """Write `facts` into the manifest of the run's own checkpoint `start`, by one rename."""
     own = start is not None and start.path.absolute() == step_folder(run, start.step).absolute()
     if start is not None and own and world.rank == 0:
-        replace_json(start.path / "manifest.json", {**start.manifest, **facts})
+        replace_json(start.path / "manifest.json", reader.sealed({**start.manifest, **facts}))
 
 
 def set_aside(run: Path, start: Checkpoint | None) -> None:
