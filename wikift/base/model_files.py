@@ -101,9 +101,9 @@ def check_exported(model: str, setting: str = "--model") -> None:
     files = read_json(Path(model) / EXPORT_RECORD).get("files")
     for name, sha256 in files.items() if isinstance(files, dict) else ():
         file = Path(model) / Path(name).name
-        if not file.is_file() or sha256_of(file) != sha256:
+        if file.is_file() and sha256_of(file) != sha256:  # a missing one is told elsewhere
             raise UserError(
-                f"{setting} {model}: {name} has changed since it was exported, or is missing; make the folder again "
+                f"{setting} {model}: {name} has changed since it was exported; make the folder again "
                 f"({command_line('consolidate')}), or remove its {EXPORT_RECORD} if it was changed on purpose"
             )
 
