@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 # The last gradient of a backward pass is the embedding's: the model begins with it.
 _LAST_GRADIENT = torch.ops.aten.embedding_dense_backward.default
 _NAMES = (("reduce_scatter", "reduce_scatter"), ("allreduce", "all_reduce"), ("allgather", "all_gather"))
-SMALL = 64  # bytes; norms, flags and losses lie below it, gradients and weights above
+SMALL = 96  # bytes; norms, flags and losses lie below it, gradients and weights above
 
 
 class Collective(NamedTuple):

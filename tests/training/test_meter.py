@@ -19,12 +19,16 @@ def test_the_time_left_counts_validations_and_saves() -> None:
             meter.step(100)
 
     steps(2, 5.0)  # 20 tokens a second: a validation of 600, forward only, may take 10 s
-    assert meter.reading(10, 3, 1)["seconds_left"] == pytest.approx(10 * 5 + 3 * 10)
+    rows = [[3.0, 1.5, 0.0], [4.0, 2.5, 0.5]]  # each rank's loss, memory and wait
+    assert meter.reading(10, 3, rows[:1])["seconds_left"] == pytest.approx(10 * 5 + 3 * 10)
+    meter.restart()
     with meter.paused(True):
         now += 16.0
     with meter.paused(False):  # nothing was due
         pass
     steps(4, 5.0)
-    reading = meter.reading(6, 2, 1)
+    reading = meter.reading(6, 2, rows)
+    assert (reading["loss"], reading["memory_gb"], reading["ranks"]["data_wait"]) == (3.5, 1.5, [0.0, 0.5])
+    assert meter.reading(6, 2, rows) == reading, "a look at the numbers between two log lines changes nothing"
     assert reading["seconds_left"] == pytest.approx(6 * 5 + 2 * 16)
     assert reading["tokens_per_second"] == pytest.approx(20)

@@ -19,7 +19,7 @@ from wikift.watch.metrics import Log, keep_until, open_log, read_metrics
 
 
 def a_log(run: Path, **words: Any) -> Any:
-    return open_log(run, **{"after_step": 0, "steps": 9, "quiet": True, **words})
+    return open_log(run, **{"after_step": 0, "steps": 9, "epochs": 3.0, "quiet": True, **words})
 
 
 def test_every_line_is_strict_json_and_what_is_not_finite_is_null(tmp_path: Path) -> None:

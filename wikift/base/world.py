@@ -50,14 +50,14 @@ class World:
 
     def highest(self, number: int) -> int:
         """The largest of the ranks' numbers (below 2**53), on every rank; collective."""
-        return self.agree(number)[0]
+        return int(max(row[0] for row in self.exchange([number])))
 
-    def agree(self, code: int, numbers: Sequence[float] = ()) -> tuple[int, list[float]]:
-        """The highest of the ranks' codes and the sums of their numbers, in one all-reduce on the host; collective."""
-        codes = [0.0] * self.size
-        codes[self.rank] = float(code)  # each has an index of its own, so that one sum does for both
-        sums = self.total(torch.tensor([*codes, *numbers], dtype=torch.float64)).tolist()
-        return int(max(sums[: self.size])), sums[self.size :]
+    def exchange(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Every rank's `numbers`, equally many, by rank; one all-reduce on the host, collective."""
+        rows = torch.zeros(self.size, len(numbers), dtype=torch.float64)
+        rows[self.rank] = torch.tensor(numbers, dtype=torch.float64)  # a row of its own, so that a sum does
+        gathered: list[list[float]] = self.total(rows).tolist()
+        return gathered
 
     def barrier(self) -> None:
         """Wait for all ranks, on the host."""

@@ -32,7 +32,7 @@ def run_steps(training: Training, owed: dict[str, Any] | None) -> int:
     skipped = torch.tensor(float(training.skipped), device=world.device)
     may_skip = math.inf if training.precision.name == "fp16" else training.skipped  # where a gradient may overflow
     mean = norm = torch.tensor(math.nan)
-    batches, saved, score = training.batches(), training.done, None
+    batches, saved, score, watched = training.batches(), training.done, None, False
     for step in range(training.done + 1, due.steps + 1):
         torch.manual_seed(seed(plan.seed, "dropout", step, world.rank))
         with meter.waiting():
@@ -48,16 +48,14 @@ def run_steps(training: Training, owed: dict[str, Any] | None) -> int:
         norm = engine.step(plan.schedule.lr_at(step))
         skipped += ~torch.isfinite(norm)
         meter.step(plan.tokens_per_step)
-        log.tick(step=step)
-        record: dict[str, Any] = {"step": step}
         mean = torch.stack(losses).mean()
-        # without a log line nothing waits for a device
-        stop, total = training.agree([float(mean)] if due.log(step) else [])
-        if due.log(step) or stop:
-            loss = (total or training.agree([float(mean)])[1])[0] / world.size
-            if not math.isfinite(loss) or skipped.item() > may_skip:
-                raise EnvironmentFault(diverged(training, step, loss, float(norm)))
-            record |= {"loss": loss, "grad_norm": float(norm)} | _measured(training, step, skipped)
+        stop, watched, rows = _exchange(training, mean, due.log(step) or watched)
+        record: dict[str, Any] = {"step": step}
+        if rows:
+            record |= _measured(training, step, rows, skipped) | {"grad_norm": float(norm)}
+            if not math.isfinite(record["loss"]) or skipped.item() > may_skip:
+                raise EnvironmentFault(diverged(training, step, record["loss"], record["grad_norm"]))
+        log.tick(**record)
         with meter.paused(due.evaluate(step)):
             score = training.validate() if due.evaluate(step) and not stop else None
             if score is not None:
@@ -68,7 +66,8 @@ def run_steps(training: Training, owed: dict[str, Any] | None) -> int:
             if due.evaluate(step):  # it may have come in the meantime, and cut the validation short
                 stop = stop or training.stopped()
             if due.log(step):
-                log.record(record)
+                log.record(record | training.saved())
+                meter.restart()
             if due.save(step) or stop or patience.spent or (score is not None and patience.is_best):
                 training.save(step, score.loss if score is not None else None, patience, stop=bool(stop))
                 saved = step
@@ -89,12 +88,23 @@ def _accumulate(training: Training, step: int, blocks: list[Tensor]) -> tuple[li
     return losses, 0
 
 
-def _measured(training: Training, step: int, skipped: Tensor) -> dict[str, Any]:
+def _exchange(training: Training, mean: Tensor, due: bool) -> tuple[int, bool, list[list[float]]]:
+    """(the signal that asks for a stop, whether the live view waits for numbers, every rank's own where it is `due`).
+
+    Without them nothing waits for a device.
+    """
+    stop, rows = training.agree([training.log.impatient(), *(training.meter.own(float(mean)) if due else ())])
+    if stop and not due:
+        return stop, False, training.agree(training.meter.own(float(mean)))[1]
+    return stop, bool(rows[0][0]), [row[1:] for row in rows] if due else []
+
+
+def _measured(training: Training, step: int, rows: list[list[float]], skipped: Tensor) -> dict[str, Any]:
     plan, due = training.plan, training.plan.due
     overflows = {"skipped_steps": int(skipped)} if training.precision.name == "fp16" else {}
-    reading = training.meter.reading(due.steps - step, due.validations(step - 1), training.world.size)
+    reading = training.meter.reading(due.steps - step, due.validations(step - 1), rows)
     fixed = {"learning_rate": plan.schedule.lr_at(step), "tokens": step * plan.tokens_per_step}
-    return fixed | overflows | reading | training.saved()
+    return fixed | overflows | reading
 
 
 def _scored(score: Score) -> dict[str, Any]:

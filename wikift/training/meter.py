@@ -8,6 +8,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from statistics import fmean
+from typing import Any
 
 import torch
 
@@ -25,6 +26,9 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in _PEAK_FLOPS if re.search(rf"\b{part}\b", name)), None)
+
+
+_BY_RANK = ("memory_gb", "data_wait")
 
 
 class Meter:
@@ -45,6 +49,13 @@ class Meter:
         self.away = 0.0  # seconds spent on other things since the last reading
         self.waited = 0.0  # seconds spent waiting for batches
         self.since = clock()
+
+    def own(self, loss: float) -> list[float]:
+        """This rank's numbers, for the others: `loss` and what `by_rank` names."""
+        return [loss, memory_gb(self.device), self.waited / self._seconds()]
+
+    def _seconds(self) -> float:
+        return max(1e-9, self.clock() - self.since - self.away)
 
     def step(self, tokens: int) -> None:
         """One optimizer step over `tokens` tokens, all ranks together."""
@@ -67,26 +78,30 @@ class Meter:
         yield
         self.waited += self.clock() - start
 
-    def reading(self, steps_left: int, pauses_left: int, ranks: int) -> dict[str, float]:
-        """tokens_per_second, mfu (where the peak is known), memory_gb, data_wait, seconds_left; restarts the clock.
+    def reading(self, steps_left: int, pauses_left: int, rows: list[list[float]]) -> dict[str, Any]:
+        """tokens_per_second, mfu (where the peak is known), seconds_left, and of `rows`, each rank's `own`, the rest.
 
-        memory_gb is this process's, data_wait the share of the time that it waited for batches.
+        memory_gb and data_wait, the share of the time that a process waited for batches, are the first rank's.
         """
-        now = self.clock()
-        seconds = max(1e-9, now - self.since - self.away)
+        seconds, ranks = self._seconds(), len(rows)
         tokens_per_second = self.tokens / seconds
         # before the first validation: a forward is a third of a step's work
         pause = fmean(self.pauses or [self.eval_tokens / (3 * max(1.0, tokens_per_second))])
-        reading = {
+        each = {name: [row[index] for row in rows] for index, name in enumerate(_BY_RANK, 1)}
+        reading: dict[str, Any] = {
+            "loss": fmean(row[0] for row in rows),
             "tokens_per_second": tokens_per_second,
-            "memory_gb": memory_gb(self.device),
-            "data_wait": self.waited / seconds,
+            **{name: values[0] for name, values in each.items()},
+            **({"ranks": each} if ranks > 1 else {}),
             "seconds_left": seconds / max(1, self.steps) * steps_left + pause * pauses_left,
         }
         if self.peak is not None:
             reading["mfu"] = tokens_per_second * self.flops_per_token / (self.peak * ranks)
-        self.since, self.away, self.waited, self.tokens, self.steps = now, 0.0, 0.0, 0, 0
         return reading
+
+    def restart(self) -> None:
+        """Measure from now on."""
+        self.since, self.away, self.waited, self.tokens, self.steps = self.clock(), 0.0, 0.0, 0, 0
 
 
 def memory_gb(device: torch.device) -> float:

@@ -81,8 +81,8 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
             say(text)
         owed = resume.owed_line(plan, start) if store.has_validation else None
         with open_log(
-            folder, after_step=(start.step if start else 0) - (owed is not None), steps=plan.steps, quiet=plan.quiet,
-            trackers=plan.trackers, rank=world.rank,
+            folder, after_step=(start.step if start else 0) - (owed is not None), steps=plan.steps, epochs=plan.epochs,
+            quiet=plan.quiet, trackers=plan.trackers, rank=world.rank,
         ) as log:  # fmt: skip
             saver = Saver(folder, world, keep=plan.save_total_limit, aside=plan.async_save)
             peak = peak_flops(world.device, precision.name)
@@ -95,6 +95,7 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
             with explained(world.device):
                 stopped = run_steps(training, owed)
             saver.finish()
+            log.tick(**training.saved())
             if stopped:
                 name, saved = signal.Signals(stopped).name, list_checkpoints(folder)
                 end = (

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config
 
+from wikift.base.folders import step_of
 from wikift.base.world import World
 from wikift.checkpoint.fragment import OPTIMIZER
 from wikift.checkpoint.reader import Checkpoint
@@ -95,7 +96,7 @@ class Training:
 
     def _progress(self, done: int, of: int) -> None:
         self.log.tick(now=f"validating: {done:,}/{of:,}")
-        if self.agree(())[0]:
+        if self.stopped():
             raise _Interrupted  # torchrun waits 30 s after a signal, a validation on a CPU may take minutes
 
     def sample(self, step: int) -> None:
@@ -142,20 +143,20 @@ class Training:
         saved = self.saver.take_saved()
         if saved is None:
             return {}
-        self.log.tick(saved=saved.path.name)
-        step = int(saved.path.name.removeprefix("step-"))
-        return {"saved_step": step, "save_stall_seconds": saved.stall_seconds, "save_seconds": saved.seconds}
+        times = {"save_stall_seconds": saved.stall_seconds, "save_seconds": saved.seconds}
+        return {"saved_step": step_of(saved.path), **times}
 
-    def agree(self, numbers: Sequence[float]) -> tuple[int, list[float]]:
-        """(the signal that asks for a stop, 0 while there is none; the sums of `numbers` over the ranks)."""
-        word, sums = self.world.agree(_SAVE_FAILED if self.saver.fault else self.stop_signal(), numbers)
-        if word == _SAVE_FAILED:
+    def agree(self, numbers: Sequence[float] = ()) -> tuple[int, list[list[float]]]:
+        """(the signal that asks for a stop, 0 while there is none; every rank's `numbers`)."""
+        rows = self.world.exchange([_SAVE_FAILED if self.saver.fault else self.stop_signal(), *numbers])
+        code = int(max(row[0] for row in rows))
+        if code == _SAVE_FAILED:
             self.saver.finish()  # raises, on every rank
-        return word, sums
+        return code, [row[1:] for row in rows]
 
     def stopped(self) -> int:
         """The signal that asks for a stop, 0 while there is none."""
-        return self.agree(())[0]
+        return self.agree()[0]
 
     def stopped_midway(self) -> int:
         """`stopped` between two micro-batches, for which ranks with GPUs do not wait: their steps take seconds."""

@@ -33,6 +33,10 @@ class Log:
         if self.terminal is not None:
             self.terminal.say(text)
 
+    def impatient(self) -> bool:
+        """Whether a live view waits for numbers."""
+        return self.terminal is not None and self.terminal.impatient()
+
     def tick(self, **values: Any) -> None:
         """Refresh the live view."""
         if self.terminal is not None:
@@ -67,7 +71,7 @@ class Log:
 
 @contextlib.contextmanager
 def open_log(
-    run: Path, *, after_step: int, steps: int, quiet: bool, trackers: Sequence[str] = (), rank: int = 0
+    run: Path, *, after_step: int, steps: int, epochs: float, quiet: bool, trackers: Sequence[str] = (), rank: int = 0
 ) -> Iterator[Log]:
     """Rank 0's log of a run that resumes after `after_step`; a silent one on other ranks.
 
@@ -79,11 +83,11 @@ def open_log(
     path = run / METRICS
     with contextlib.ExitStack() as stack:
         with _writing(path):
-            keep_until(path, after_step)
+            earlier = keep_until(path, after_step)
             keep_until(run / SAMPLES, after_step)
             file = stack.enter_context(open(path, "a", encoding="utf-8"))
         views = stack.enter_context(open_trackers(run, trackers, quiet))
-        terminal = None if quiet else stack.enter_context(open_terminal(steps))
+        terminal = None if quiet else stack.enter_context(open_terminal(steps, epochs, earlier))
         yield Log(file, terminal, views)
 
 
@@ -92,11 +96,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [values for values in read_jsonl(path) if isinstance(values.get("step"), int)]
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Remove the lines after `step`, and an incomplete one, by one rename."""
-    if path.exists():
-        kept = [values for values in read_metrics(path) if values["step"] <= step]
-        replace_text(path, "".join(json.dumps(values, ensure_ascii=False) + "\n" for values in kept))
+def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Remove the lines after `step`, and an incomplete one, by one rename; returns the others."""
+    if not path.exists():
+        return []
+    kept = [values for values in read_metrics(path) if values["step"] <= step]
+    replace_text(path, "".join(json.dumps(values, ensure_ascii=False) + "\n" for values in kept))
+    return kept
 
 
 @contextlib.contextmanager
