@@ -21,7 +21,8 @@ from rich.console import Console, ConsoleDimensions
 
 import wikift.watch.terminal
 from tests.watch.test_metrics import a_log
-from wikift.watch.terminal import Terminal, duration, line, phase
+from wikift.watch.screen import duration
+from wikift.watch.terminal import Terminal, line, phase
 
 FULL: dict[str, Any] = {
     "step": 1_234_567, "loss": 3.21, "grad_norm": 0.987, "learning_rate": 4.8e-5, "tokens": 10**10,

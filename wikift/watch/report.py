@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from wikift import __version__
 from wikift.watch.record import RunRecord, aligned, differing
-from wikift.watch.terminal import duration
+from wikift.watch.screen import duration
 
 _CHARTS = {  # title: what of metrics.jsonl it shows, and the name of that
     "Loss": {"loss": "training", "eval_loss": "validation"},
