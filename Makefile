@@ -5,6 +5,7 @@
 # make bench   the benchmarks in small, in an environment of its own, ten minutes; says what became slower
 # make test-long   what takes longer: offloading, large models, more of the engines
 # make check   ruff and mypy
+# make picture the README's picture of a report, from the demo's run, by a headless Chromium (Debian: chromium-headless-shell)
 # make docs    the documentation as a website, in site/
 # make pins    requirements.txt anew from setup.cfg
 
@@ -12,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: install bench demo docs test test-fast test-agreement check pins test-long
+.PHONY: install bench demo picture docs test test-fast test-agreement check pins test-long
 .DELETE_ON_ERROR:
 
 install: .venv/installed
@@ -37,10 +38,17 @@ demo: install
 	$(BIN)/wikift evaluate $(DEMO)/run/hf --data $(DEMO)/store --split test
 	$(BIN)/wikift generate $(DEMO)/run/hf --prompts-file launch/demo_prompts.txt --max-new-tokens 48
 	@echo
-	@echo "$(CURDIR)/$(DEMO)/run/hf is a Hugging Face model directory. Next:"
+	$(BIN)/wikift report $(DEMO)/run
+	@echo
+	@echo "$(CURDIR)/$(DEMO)/run/report.html shows the run in a browser, $(DEMO)/run/hf is a Hugging Face model directory. Next:"
 	@echo "  $(BIN)/wikift generate $(DEMO)/run/hf                    # prompts of your own"
 	@echo "  $(BIN)/wikift plan                                # what fine-tuning gpt2 would do"
 	@echo "  $(BIN)/torchrun --nproc_per_node=2 -m wikift train --dataset YOUR.txt --model distilgpt2"
+
+CHROMIUM ?= chromium-headless-shell
+picture:
+	$(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1000,1180 --virtual-time-budget=3000 \
+	  --screenshot=docs/report.png "file://$(CURDIR)/$(DEMO)/run/report.html"
 
 test: .venv/test-installed
 	$(BIN)/python -m pytest -q
