@@ -56,7 +56,7 @@ def train(**settings: Any) -> TrainResult:
     """Fine-tune a model; the same call resumes an interrupted run. Settings: `wikift train --help`."""
     from wikift.commands import train as command
     from wikift.settings.fields import EXCLUSIVE, TrainSettings
-    from wikift.watch.metrics import read_metrics
+    from wikift.watch.record import read_metrics
 
     parsed = _parsed(TrainSettings, "train", settings, ("dry_run",), exclusive=EXCLUSIVE)
     output_dir, stopped = command.train(parsed)

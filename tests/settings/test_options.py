@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.commands import consolidate, evaluate, generate, prepare, train
+from wikift.commands import compare, consolidate, evaluate, generate, log, prepare, report, runs, train
 from wikift.commands import main as exits
+from wikift.settings import run_fields
 from wikift.settings.fields import (
     EXCLUSIVE,
     ConsolidateSettings,
@@ -38,6 +39,10 @@ COMMANDS: dict[str, tuple[Main, type]] = {
     "consolidate": (consolidate.main, ConsolidateSettings),
     "evaluate": (evaluate.main, EvaluateSettings),
     "generate": (generate.main, GenerateSettings),
+    "report": (report.main, run_fields.ReportSettings),
+    "compare": (compare.main, run_fields.CompareSettings),
+    "runs": (runs.main, run_fields.RunsSettings),
+    "log": (log.main, run_fields.LogSettings),
 }
 
 

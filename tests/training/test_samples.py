@@ -18,7 +18,7 @@ from tests.tiny import arguments, curve
 from tests.trained import text_store
 from wikift.commands.consolidate import main as consolidate
 from wikift.data.store import TokenStore
-from wikift.watch.metrics import read_metrics
+from wikift.watch.record import read_metrics
 
 PROMPTS = ("The Renaissance", "Theodor W. Hänsch shared", "東京")
 PLACES = [("single", 1), ("ddp", 2), ("fsdp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)]

@@ -15,7 +15,8 @@ import pytest
 
 from tests.tiny import metrics
 from wikift.base.errors import EnvironmentFault
-from wikift.watch.metrics import Log, keep_until, open_log, read_metrics
+from wikift.watch.metrics import Log, keep_until, open_log
+from wikift.watch.record import read_metrics
 
 
 def a_log(run: Path, **words: Any) -> Any:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from wikift.base.errors import EnvironmentFault
-from wikift.base.files import read_jsonl, replace_text
+from wikift.base.files import replace_text
 from wikift.base.folders import METRICS, SAMPLES
+from wikift.watch.record import read_metrics
 from wikift.watch.terminal import Terminal, open_terminal
 from wikift.watch.trackers import Tracker, open_trackers
 
@@ -89,11 +90,6 @@ def open_log(
         views = stack.enter_context(open_trackers(run, trackers, quiet))
         terminal = None if quiet else stack.enter_context(open_terminal(steps, epochs, earlier))
         yield Log(file, terminal, views)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of metrics.jsonl or samples.jsonl."""
-    return [values for values in read_jsonl(path) if isinstance(values.get("step"), int)]
 
 
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:

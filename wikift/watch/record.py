@@ -1,4 +1,4 @@
-"""A run's folder read back, for all that is shown of it afterwards. Writes nothing, imports neither torch nor numpy."""
+"""A run's folder read back, for all that is shown of it afterwards. Imports neither torch nor rich."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from wikift.base.errors import UserError
 from wikift.base.files import read_json, read_jsonl
 from wikift.base.folders import EVALUATIONS, METRICS, SAMPLES, list_checkpoints, run_config
 from wikift.base.publish import lock_file
-from wikift.watch.metrics import read_metrics
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,11 @@ class RunRecord:
         patience = self.settings.get("early_stopping_patience")
         early = patience and manifest.get("validations_since_best", 0) >= patience
         return "finished" if early or manifest.get("step", 0) >= self.derived.get("steps", math.inf) else "stopped"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of metrics.jsonl or samples.jsonl."""
+    return [values for values in read_jsonl(path) if isinstance(values.get("step"), int)]
 
 
 def read_run(path: Path, name: str = "") -> RunRecord:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from wikift import __version__
 from wikift.watch.record import RunRecord, aligned, differing
-from wikift.watch.screen import duration
+from wikift.watch.trackers import tokens_of_epoch
 
 _CHARTS = {  # title: what of metrics.jsonl it shows, and the name of that
     "Loss": {"loss": "training", "eval_loss": "validation"},
@@ -27,6 +27,7 @@ _CHARTS = {  # title: what of metrics.jsonl it shows, and the name of that
     "Memory of the first process, GB": {"memory_gb": "memory"},
     "Waiting for data, fraction of the time": {"data_wait": "wait"},
 }
+_SCORES = ["text", "split", "protocol", "context", "stride", "step", "perplexity", "word_perplexity", "bits_per_byte"]
 _ROWS, _SAMPLES, _CHARACTERS = 24_000, 400, 4_000  # of all runs, and of a sample: a report stays below 5 MB
 
 
@@ -79,7 +80,11 @@ def _sections(runs: Sequence[RunRecord], roles: Mapping[str, Sequence[str]]) -> 
     sections = [
         Section("Summary", [names, *_side_by_side([_facts(run) for run in runs])]),
         Section("Health", [["run", "step", "event", "what"], *events] if events else [], "no events"),
-        Section("Evaluation", [["run", *_SCORES.values()], *scores] if scores else [], "none yet: wikift evaluate RUN"),
+        Section(
+            "Evaluation",
+            [["run", *(key.replace("_", " ") for key in _SCORES)], *scores] if scores else [],
+            "none yet: wikift evaluate RUN",
+        ),
     ]
     if len(runs) > 1:
         rows = [[f"{n} ({role})", *map(_text, v)] for role in roles for n, v in differing(runs, roles[role])]
@@ -88,19 +93,6 @@ def _sections(runs: Sequence[RunRecord], roles: Mapping[str, Sequence[str]]) -> 
         values = [{name: run.settings.get(name) for name in settings} for run in runs]
         sections.append(Section(f"Settings: {role}", [names, *_side_by_side(values)], folded=True))
     return [*sections, Section("Environment", [names, *_side_by_side(list(map(_environment, runs)))], folded=True)]
-
-
-_SCORES = {
-    "text": "text",
-    "split": "split",
-    "protocol": "protocol",
-    "context": "context",
-    "stride": "stride",
-    "step": "step",
-    "perplexity": "perplexity",
-    "word_perplexity": "per word",
-    "bits_per_byte": "bits per byte",
-}
 
 
 def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -113,10 +105,12 @@ def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def _facts(run: RunRecord) -> dict[str, str]:
     """What a run came to."""
+    from wikift.watch.screen import duration  # by rich, which `--help` does not wait for
+
     tokens, losses, validations = (run.numbers(key) for key in ("tokens", "loss", "eval_loss"))
     facts = {"state": run.state, "steps": f"{run.done:,} of {run.derived.get('steps', 0):,}"}
     if tokens:
-        facts["tokens"] = f"{tokens[-1][1]:,.0f}, {tokens[-1][1] / _per_epoch(run):.2f} epochs"
+        facts["tokens"] = f"{tokens[-1][1]:,.0f}, {tokens[-1][1] / tokens_of_epoch(run.config):.2f} epochs"
         facts["training time"] = duration(run.seconds)
     if losses:
         facts["training loss, last"] = f"{losses[-1][1]:.4f}"
@@ -153,10 +147,6 @@ def _text(value: Any) -> str:
     return "" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _per_epoch(run: RunRecord) -> int:
-    return run.derived.get("blocks", 0) * run.derived.get("block_size", 0) or 1
-
-
 def _curves(run: RunRecord, most: int) -> dict[str, Any]:
     """The run's numbers, thinned to about `most` rows: of each stretch those with the lowest and the highest loss."""
     rows, size = run.rows, math.ceil(2 * len(run.rows) / most)
@@ -170,7 +160,12 @@ def _curves(run: RunRecord, most: int) -> dict[str, Any]:
     columns = {key: values for key, values in columns.items() if any(value is not None for value in values)}
     steps = [row["step"] for row in rows]
     columns |= {"step": steps, "tokens": [step * run.derived.get("tokens_per_step", 1) for step in steps]}
-    return {"name": run.name, "epoch": _per_epoch(run), "columns": columns, "events": [e["step"] for e in run.events]}
+    return {
+        "name": run.name,
+        "epoch": tokens_of_epoch(run.config),
+        "columns": columns,
+        "events": [e["step"] for e in run.events],
+    }
 
 
 def _rounded(value: Any) -> float | None:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from wikift.base.errors import EnvironmentFault, one_line
-from wikift.base.files import read_json, read_jsonl
+from wikift.base.files import read_json
 from wikift.base.folders import METRICS, SAMPLES, TENSORBOARD, WANDB_ID
+from wikift.watch.record import read_metrics
 
 _TRAIN = ("loss", "grad_norm", "learning_rate", "tokens", "skipped_steps")
 _LOWEST = ("train/loss", "eval/loss", "eval/perplexity", "eval/word_perplexity")  # whose best value is the lowest
@@ -97,9 +98,9 @@ def grouped(values: dict[str, Any], epoch: int) -> dict[str, float]:
 @contextlib.contextmanager
 def open_trackers(run: Path, names: Sequence[str], quiet: bool) -> Iterator[list[Tracker]]:
     """The trackers `names` with all that the run's folder has. Raises EnvironmentFault where one does not start."""
-    lines: list[tuple[int, int, Any]] = [(row["step"], 1, row) for row in read_jsonl(run / METRICS) if "step" in row]
+    lines: list[tuple[int, int, Any]] = [(row["step"], 1, row) for row in read_metrics(run / METRICS)]
     by_step: dict[int, list[dict[str, Any]]] = {}
-    for row in read_jsonl(run / SAMPLES):
+    for row in read_metrics(run / SAMPLES):
         by_step.setdefault(row["step"], []).append(row)
     lines += [(step, 0, rows) for step, rows in by_step.items()]
     with contextlib.ExitStack() as stack:
@@ -152,7 +153,7 @@ def _open_wandb(run: Path, config: dict[str, Any], quiet: bool) -> Iterator[Wand
         started.define_metric(name, step_metric="train/global_step", summary="min")
     code = 1
     try:
-        yield WandbRun(started, _tokens_of_epoch(config))
+        yield WandbRun(started, tokens_of_epoch(config))
         code = 0
     finally:
         started.finish(exit_code=code)
@@ -165,7 +166,7 @@ def _open_tensorboard(run: Path, config: dict[str, Any], quiet: bool) -> Iterato
     shutil.rmtree(run / TENSORBOARD, ignore_errors=True)
     with SummaryWriter(run / TENSORBOARD) as writer:
         writer.add_text("config", f"```json\n{json.dumps(config, indent=1)}\n```")
-        yield TensorBoardRun(writer, _tokens_of_epoch(config))
+        yield TensorBoardRun(writer, tokens_of_epoch(config))
 
 
 _OPEN: dict[str, Callable[[Path, dict[str, Any], bool], AbstractContextManager[Tracker]]]
@@ -177,6 +178,6 @@ def wandb_disabled() -> bool:
     return os.environ.get("WANDB_DISABLED", "").lower() in ("1", "on", "yes", "true")
 
 
-def _tokens_of_epoch(config: dict[str, Any]) -> int:
+def tokens_of_epoch(config: dict[str, Any]) -> int:
     derived = config.get("derived", {})
     return derived.get("blocks", 0) * derived.get("block_size", 0) or 1
