@@ -36,6 +36,7 @@ MAY_IMPORT = {
 LIBRARY_HOMES = {
     "deepspeed": {"engines.zero"},
     "wandb": {"watch"},
+    "torch.utils.tensorboard": {"watch"},
     "rich.live": {"watch"},
     "gigatoken": {"data.fast_encode"},
     "pyarrow": {"data"},

@@ -22,8 +22,10 @@ import pytest
 
 from tests.tiny import arguments, metrics, tiny_store
 from tests.trained import text_store
+from wikift.base.errors import UserError
 from wikift.base.files import read_jsonl
 from wikift.commands.main import main
+from wikift.watch.trackers import open_trackers
 
 ROOT = Path(__file__).resolve().parents[2]
 CANARIES = {"SECRET_CANARY": "canary-71c0ffee", "WANDB_API_KEY": "f00d" * 10, "HF_TOKEN": "hf_canaryTokenOfNobody"}
@@ -149,6 +151,17 @@ def test_a_replay_into_tensorboard_or_a_table_is_whole_and_the_same_twice(tmp_pa
     assert [(int(row["step"]), float(row["loss"])) for row in table] == [
         (r["step"], r["loss"]) for r in metrics(replayed)
     ]
+
+
+def test_what_log_cannot_do_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"wikift": "0.2.0"}')
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    with pytest.raises(UserError) as caught:
+        main(["log", str(tmp_path), "--to", "wandb", "--model"])
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["--to wandb", "--model"]
+    with open_trackers(tmp_path, ["wandb"], quiet=True) as trackers:
+        assert trackers == []
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.long
