@@ -47,7 +47,7 @@ demo: install
 
 CHROMIUM ?= chromium-headless-shell
 picture:
-	$(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1000,1180 --virtual-time-budget=3000 \
+	$(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1000,1060 --virtual-time-budget=3000 \
 	  --screenshot=docs/report.png "file://$(CURDIR)/$(DEMO)/run/report.html"
 
 test: .venv/test-installed
