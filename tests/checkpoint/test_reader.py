@@ -225,10 +225,14 @@ def test_an_older_best_outlives_newer_ones(tmp_path: Path) -> None:
         content = {"format": FORMAT, "step": step, "eval_loss": loss}
         (folder / "manifest.json").write_text(json.dumps(sealed(content)))
     shutil.copytree(step_folder(tmp_path, 12), step_folder(tmp_path, 12).with_suffix(".bak"))
+    moved = step_folder(tmp_path, 6)  # to another disk, say
+    shutil.copytree(step_folder(tmp_path, 12), tmp_path / "elsewhere")
+    moved.symlink_to(tmp_path / "elsewhere")
     (step_folder(tmp_path, 8) / "manifest.json").write_text('{"eval_loss": 0.5')  # says nothing that counts
     prune(tmp_path, keep=1)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004", "step-00000016"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004", moved.name, "step-00000016"]
     assert (tmp_path / "checkpoints" / "step-00000012.bak").is_dir()
+    assert (moved / "manifest.json").is_file()
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:

@@ -159,11 +159,11 @@ def problems_of(store: Path, output_dir: Path, resume: str) -> tuple[str, ...]:
 def test_a_run_that_cannot_be_written_any_more_is_said(store: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert run_ranks(train, 1, arguments(store, folder)) == [0]
-    (folder / "model" / "config.json").unlink()
-    (folder / "model" / "config.json").mkdir()  # nobody is root enough to write over it
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()  # nobody is root enough to write over it
     line = arguments(store, folder, max_steps=16)
     for (problem,) in run_ranks(problems_of_training, 1, line):
-        assert problem.startswith(f"{folder}: cannot be written (Is a directory: {folder}/model/config.json")
+        assert problem.startswith(f"{folder}: cannot be written (Is a directory: {folder}/config.json")
 
 
 def test_a_flip_in_the_tokens_is_refused_before_training(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,13 +32,22 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sync_folder(path: Path) -> None:
-    """Put the names in a folder on the disk, as `fsync` does for a file's content."""
+def sync(path: Path) -> None:
+    """Put a file's content, or the names in a folder, on the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove(*paths: Path) -> None:
+    """Remove files, folders and links, which are not followed; what is not there is no error."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ RUN/wandb-id.txt     the Weights & Biases run      RUN/before-1/ ...  an earlier
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from wikift.base.shape import RELEASED, released_name
 
 METRICS, SAMPLES, WANDB_ID = "metrics.jsonl", "samples.jsonl", "wandb-id.txt"
 EVALUATIONS, REPORT, TENSORBOARD = "evaluations.jsonl", "report.html", "tensorboard"
-# In the order in which they are set aside: interrupted half-way, what is left is still a run's folder
 RUN_FILES = ("checkpoints", "model", METRICS, SAMPLES, EVALUATIONS, REPORT, TENSORBOARD, WANDB_ID, "hf", "config.json")
 
 
@@ -52,6 +52,11 @@ def step_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
+def aside_of(checkpoint: Path) -> Path:
+    """The folder in which a checkpoint is written, and deleted: what a kill leaves of it is no checkpoint."""
+    return checkpoint.with_name(f".{checkpoint.name}.partial")
+
+
 def step_of(checkpoint: Path) -> int:
     """The step of a checkpoint's folder."""
     return int(checkpoint.name.removeprefix("step-"))
@@ -60,7 +65,7 @@ def step_of(checkpoint: Path) -> int:
 def list_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     paths = [path.parent for path in (run / "checkpoints").glob("step-*/manifest.json")]
-    return sorted((path for path in paths if path.name.removeprefix("step-").isdecimal()), key=step_of)
+    return sorted((path for path in paths if re.fullmatch(r"step-[0-9]{8,}", path.name)), key=step_of)
 
 
 def checkpoint_steps(run: Path) -> list[int]:

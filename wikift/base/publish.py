@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from wikift.base.files import faults_of_writing, sync_folder
+from wikift.base.files import faults_of_writing, remove, sync
 from wikift.base.launcher import launch
 from wikift.base.signals import ENDING, stopping_by_exception
 
@@ -95,12 +94,12 @@ def publish_folder(target: Path, *, replace: bool) -> Iterator[Path]:
     partial, old = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "old"))
     if old.is_dir() and not old.is_symlink() and not os.path.lexists(target):  # killed between the two renames
         os.rename(old, target)
-    _remove(partial, old)
+    remove(partial, old)
     partial.mkdir(parents=True)
     try:
         yield partial
-        for path in (*filter(Path.is_dir, partial.iterdir()), partial):
-            sync_folder(path)
+        for path in (*partial.rglob("*"), partial):  # before an earlier folder is moved away and removed
+            sync(path)
         if replace and os.path.lexists(target):
             os.rename(target, old)
         try:
@@ -109,19 +108,11 @@ def publish_folder(target: Path, *, replace: bool) -> Iterator[Path]:
             if replace and os.path.lexists(old):
                 os.rename(old, target)
             raise
-        sync_folder(target.parent)
+        sync(target.parent)
     finally:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # a second Ctrl-C waits for the clean-up
-        _remove(partial, *([old] if replace and target.exists() else []))
+        remove(partial, *([old] if replace and target.exists() else []))
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _remove(*paths: Path) -> None:
-    for path in paths:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import functools
 import hashlib
 import json
 import math
-import shutil
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wikift import __version__
 from wikift.base import tensorfile
 from wikift.base.errors import EnvironmentFault, UserError, one_line
-from wikift.base.files import parse_object, read_range, sha256_of
-from wikift.base.folders import list_checkpoints, step_folder
+from wikift.base.files import parse_object, read_range, remove, sha256_of
+from wikift.base.folders import aside_of, list_checkpoints, step_folder
 from wikift.checkpoint.fragment import OPTIMIZER, SCALARS, STATES
 
 if TYPE_CHECKING:  # consolidation moves bytes; it does not wait a second and a half for torch
@@ -226,12 +226,18 @@ def newest_sound(run: Path, world: World) -> Checkpoint | None:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the one with the lowest validation loss."""
+    """Delete all but the newest `keep` checkpoints and the one with the lowest validation loss, and but links.
+
+    One that cannot be deleted is told, and ends no run.
+    """
     best = best_checkpoint(run)
     for path in list_checkpoints(run)[:-keep]:
-        if path != best:
-            (path / "manifest.json").unlink()  # first: a reader must not see it partly deleted
-            shutil.rmtree(path)
+        if path != best and not path.is_symlink():
+            try:
+                os.rename(path, aside_of(path))  # first: a reader must not see it partly deleted
+                remove(aside_of(path))
+            except OSError as error:
+                print(f"wikift: {path} cannot be deleted ({error.strerror})", file=sys.stderr)
 
 
 def best_checkpoint(run: Path) -> Path | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import threading
 import time
@@ -25,8 +24,8 @@ from torch import Tensor
 
 from wikift.base import tensorfile
 from wikift.base.errors import EnvironmentFault, one_line
-from wikift.base.files import replace_json, sync_folder
-from wikift.base.folders import list_checkpoints, step_folder
+from wikift.base.files import remove, replace_json, sync
+from wikift.base.folders import aside_of, list_checkpoints, step_folder
 from wikift.base.tensorfile import Entry
 from wikift.base.world import World
 from wikift.checkpoint.fragment import Fragment
@@ -68,9 +67,9 @@ class Saver:
         self.finish()
         self._step = step
         if self.world.rank == 0:
-            partial = _partial_of(step_folder(self.run, step))
+            partial = aside_of(step_folder(self.run, step))
             try:
-                shutil.rmtree(partial, ignore_errors=True)
+                remove(partial)
                 partial.mkdir(parents=True)
             except OSError as error:
                 self.fault = one_line(error)
@@ -118,7 +117,7 @@ class Saver:
     def _write(self, tensors: dict[str, Tensor], manifest: dict[str, Any], started: float, stall: float | None) -> None:
         """Write this rank's file and, on rank 0, publish; `stall` is None where the training waits for all of it."""
         final = step_folder(self.run, manifest["step"])
-        partial = _partial_of(final)
+        partial = aside_of(final)
         try:
             _write_rank(tensors, partial, self.world.rank)
             if self.world.rank == 0 and self._all_written(partial):
@@ -157,18 +156,13 @@ class Saver:
         if not self.world.highest(1 if self.fault else 0):
             return
         if self.world.rank == 0:
-            shutil.rmtree(_partial_of(step_folder(self.run, self._step)), ignore_errors=True)
+            remove(aside_of(step_folder(self.run, self._step)))
         kept = list_checkpoints(self.run)
         raise EnvironmentFault(
             f"the checkpoint of step {self._step} was not written; "
             + (f"the newest complete one is {kept[-1]}" if kept else "none is complete yet")
             + ". Free disk space (or fix the disk) and run the same command to resume"
         )
-
-
-def _partial_of(final: Path) -> Path:
-    """The folder that a checkpoint is written into before it is renamed to `final`."""
-    return final.with_name(f".{final.name}.partial")
 
 
 def _write_rank(tensors: dict[str, Tensor], folder: Path, rank: int) -> None:
@@ -191,7 +185,7 @@ def _publish(partial: Path, final: Path, manifest: dict[str, Any], ranks: int) -
         facts.unlink()
     check_complete(ranges, manifest)
     replace_json(partial / "manifest.json", sealed({**manifest, "files": files}))
-    if final.exists():
-        shutil.rmtree(final)
+    sync(partial)
+    remove(final)  # no checkpoint: it has no manifest
     os.rename(partial, final)
-    sync_folder(final.parent)
+    sync(final.parent)

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from wikift import __version__
 from wikift.base.command import command_line
 from wikift.base.errors import UserError
-from wikift.base.files import parse_object, replace_json, sha256_of, sync_folder
+from wikift.base.files import parse_object, replace_json, sha256_of, sync
 
 FORMAT = "wikift-store-1"
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -125,7 +125,7 @@ def write_store(
         "splits": {name: asdict(split) for name, split in written.items()},
     }
     replace_json(path / "store.json", content)
-    sync_folder(path)
+    sync(path)
     return open_store(path)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.base.files import faults_of_writing, read_jsonl, replace_json
-from wikift.base.folders import METRICS, RUN_FILES, WANDB_ID, list_checkpoints, step_folder, step_of
+from wikift.base.files import faults_of_writing, read_jsonl, remove, replace_json, sync
+from wikift.base.folders import METRICS, RUN_FILES, SAMPLES, WANDB_ID, list_checkpoints, step_folder, step_of
 from wikift.base.publish import folder_lock, folders_above
 from wikift.checkpoint import reader
 from wikift.checkpoint.reader import Checkpoint
@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # a dry run does not wait for torch
 Say = Callable[[str], None]
 
 _LOCK_SECONDS = 60
+_ASIDE = ".before.partial"
 
 
 def checkpoint_to_resume(plan: RunPlan, world: World) -> Checkpoint | None:
@@ -132,9 +133,12 @@ def add_to_manifest(run: Path, start: Checkpoint | None, world: World, facts: di
 
 
 def set_aside(run: Path, start: Checkpoint | None) -> None:
-    """Move what an earlier run left, or what it wrote after `start`, into before-N: nothing of the user's is lost."""
+    """Move what an earlier run left, or what it wrote after `start`, into before-N: nothing of the user's is lost.
+
+    One rename makes it before-N; until then `clear_leftovers` moves all of it back.
+    """
     if start is None:
-        stale = [run / name for name in RUN_FILES if (run / name).exists()]
+        stale = [run / name for name in RUN_FILES if os.path.lexists(run / name)]
         if not list_checkpoints(run):  # killed before its first checkpoint: nothing worth keeping
             stale = [path for path in stale if path.name == "hf"]
             (run / WANDB_ID).unlink(missing_ok=True)
@@ -143,14 +147,33 @@ def set_aside(run: Path, start: Checkpoint | None) -> None:
         if stale and (run / WANDB_ID).exists():
             stale.append(run / WANDB_ID)  # Weights & Biases drops steps that its run has already
     if stale:
-        number = next(n for n in range(1, 10**6) if not (run / f"before-{n}").exists())
-        aside = run / f"before-{number}"
+        number = next(n for n in range(1, 10**6) if not os.path.lexists(run / f"before-{n}"))
+        aside = run / _ASIDE
+        aside.mkdir()
         for path in stale:
             target = aside / path.relative_to(run)
-            target.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(exist_ok=True)
             os.rename(path, target)
         if start is not None and (run / METRICS).exists():
             shutil.copyfile(run / METRICS, aside / METRICS)
+            sync(aside / METRICS)
+        sync(aside)
+        os.rename(aside, run / f"before-{number}")
+        sync(run)
+
+
+def clear_leftovers(run: Path) -> None:
+    """Remove what a killed process wrote and did not publish, and move back what it had not wholly set aside."""
+    aside = run / _ASIDE
+    if aside.is_dir() and not aside.is_symlink():
+        for pattern in ("*", "checkpoints/*"):
+            for path in aside.glob(pattern):
+                target = run / path.relative_to(aside)
+                if not os.path.lexists(target):
+                    os.rename(path, target)
+    names = (".model.partial", ".model.old", *(f"{name}.partial" for name in (METRICS, SAMPLES, "config.json")))
+    manifests = (path / "manifest.json.partial" for path in list_checkpoints(run) if not path.is_symlink())
+    remove(aside, *(run / name for name in names), *run.glob("checkpoints/.step-*.partial"), *manifests)
 
 
 @contextlib.contextmanager
@@ -173,5 +196,6 @@ def locked(run: Path, world: World, say: Say) -> Iterator[None]:
                     raise EnvironmentFault(
                         f"another process is writing to {run}; wait for it, stop it, or use another --output-dir"
                     ) from None
+                clear_leftovers(run)
         world.barrier()  # the others look at the folder only now
         yield

@@ -25,6 +25,7 @@ from wikift.base.command import command_line
 from wikift.base.failure import started_world
 from wikift.base.files import faults_of_writing, read_json, replace_json
 from wikift.base.folders import list_checkpoints
+from wikift.base.publish import publish_folder
 from wikift.base.signals import stop_requests
 from wikift.base.world import World, be_deterministic
 from wikift.checkpoint.fragment import FragmentReader, FreshStart
@@ -177,11 +178,12 @@ def _prepare_folder(
     with faults_of_writing(plan.output_dir):
         resume.set_aside(plan.output_dir, start)
         replace_json(plan.output_dir / "config.json", about)  # first: by it the folder is known as a run's
-        folder.mkdir(parents=True, exist_ok=True)
-        config.save_pretrained(folder)
-        generation.save_pretrained(folder)
-        for file in (store.path / "tokenizer").iterdir():
-            shutil.copyfile(file, folder / file.name)
+        if start is None or not folder.is_dir():
+            with publish_folder(folder, replace=True) as partial:
+                config.save_pretrained(partial)
+                generation.save_pretrained(partial)
+                for file in (store.path / "tokenizer").iterdir():
+                    shutil.copyfile(file, partial / file.name)
 
 
 def _announcement(

@@ -118,6 +118,7 @@ class Training:
         """
         weights_alone = self.plan.save_only_model and not stop
         self.log.tick(now="saving")
+        self.log.sync()
         about = {
             "tokens": step * self.plan.tokens_per_step,
             "eval_loss": eval_loss,

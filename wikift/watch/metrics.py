@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -56,6 +57,12 @@ class Log:
         if self.terminal is not None:
             self.terminal.record(values)
 
+    def sync(self) -> None:
+        """Put what was recorded on the disk, before a checkpoint from which a run resumes after it."""
+        if self.file is not None:
+            with _writing(Path(self.file.name)):
+                os.fsync(self.file.fileno())
+
     def samples(self, step: int, prompts: Sequence[str], texts: Sequence[str]) -> None:
         """What the model writes at `step`: a line per prompt in samples.jsonl beside the metrics, and trackers."""
         if self.file is None:
@@ -64,6 +71,8 @@ class Log:
         path = Path(self.file.name).with_name(SAMPLES)
         with _writing(path), open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
         for tracker in self.trackers:
             tracker.samples(step, rows)
         first = " ".join((prompts[0] + texts[0]).split())
