@@ -21,6 +21,7 @@ ON_RESUME = {"experiment": "fixed", "schedule": "may change", "placement": "may 
 COMMANDS = {
     "prepare": fields.PrepareSettings,
     "train": fields.TrainSettings,
+    "plan": run_fields.PlanSettings,
     "consolidate": fields.ConsolidateSettings,
     "evaluate": fields.EvaluateSettings,
     "generate": fields.GenerateSettings,
@@ -66,6 +67,9 @@ def page() -> str:
         if command == "train":
             parts.append(RESUME)
         options = [field for field in dataclasses.fields(settings) if field.init]
+        if command == "plan":
+            parts.append("All settings of `wikift train`, and:\n")
+            options = [field for field in options if field.metadata["group"] == "plan"]
         positional = [field for field in options if field.metadata["positional"]]
         groups = dict.fromkeys(field.metadata["group"] for field in options if not field.metadata["positional"])
         if positional:
@@ -81,11 +85,12 @@ def other_names() -> list[str]:
     flags = {
         command: [flag(field.name) for field in dataclasses.fields(settings) if not field.metadata["positional"]]
         for command, settings in COMMANDS.items()
+        if command != "plan"  # which has those of train
     }
     rows = []
     for names, _ in habits():
         answers: dict[str, list[str]] = {}
-        for command in COMMANDS:
+        for command in flags:
             if text := answer(names[0], flags[command]):
                 option, semicolon, note = text.partition("; ")
                 text = f"`{option}`{semicolon}{note}" if option.startswith("--") else text

@@ -67,11 +67,12 @@ def train(**settings: Any) -> TrainResult:
 
 
 def plan(**settings: Any) -> str:
-    """What `train` with these settings would do: a config file with the derived numbers as comments."""
-    from wikift.commands import train as command
-    from wikift.settings.fields import EXCLUSIVE, TrainSettings
+    """What `train` with these settings would be, need and take. Settings: `wikift plan --help`."""
+    from wikift.commands import plan as command
+    from wikift.settings.fields import EXCLUSIVE
+    from wikift.settings.run_fields import PlanSettings
 
-    return command.plan(_parsed(TrainSettings, "plan", settings, ("dry_run", "quiet"), exclusive=EXCLUSIVE))
+    return command.plan(_parsed(PlanSettings, "plan", settings, ("dry_run", "quiet"), exclusive=EXCLUSIVE))[0]
 
 
 def consolidate(run: str | Path, **settings: Any) -> Path:

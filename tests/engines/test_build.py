@@ -13,7 +13,7 @@ from tests.ranks import run_ranks
 from wikift.base import compiler
 from wikift.base.errors import UserError
 from wikift.base.shape import Shape
-from wikift.engines import build
+from wikift.engines import build, memory
 from wikift.engines.build import Choice, Work, choose
 from wikift.engines.optim import AdamSettings
 
@@ -29,9 +29,9 @@ def chosen(gigabytes: list[float], before: Any, changes: dict[str, Any]) -> tupl
     from wikift.base.world import start_world
 
     world = start_world("cpu")
-    build.available_bytes = lambda world: int(gigabytes[world.rank] * 1e9)
+    memory.available_bytes = lambda world: int(gigabytes[world.rank] * 1e9)
     try:
-        work = choose(replace(WORK, **changes), world, before)
+        work = choose(replace(WORK, **changes), memory.machine_of(world), before)
     except UserError as error:
         return "", 0, error.problems[0]
     return work.engine.name, work.micro_batch, work.engine.reason

@@ -9,10 +9,7 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -318,8 +315,9 @@ def test_a_dry_run_given_back_is_the_same_run_and_nothing_is_written(
     file = tmp_path / "run.toml"
     file.write_text(text, encoding="utf-8")
     assert main(["--config", str(file), "--dry-run"]) == 0
-    again = capsys.readouterr().out
-    assert again == "\n".join(line for line in text.split("\n") if not line.startswith("# one process"))
+    again = capsys.readouterr().out.split("# memory of")[0]  # what is free changes
+    lines = text.split("# memory of")[0].split("\n")
+    assert again == "\n".join(line for line in lines if not line.startswith("# one process"))
     resolved = resolve(parsed(words), 1)
     assert dataclasses.replace(resolve(parsed(["--config", str(file)]), 1), config=None) == resolved
     assert list(folder.iterdir()) == []
@@ -336,9 +334,9 @@ def test_any_text_survives_the_dry_run(name: str, tmp_path_factory: pytest.TempP
 
 
 def derive_dry_run(chosen: TrainSettings) -> str:
-    from wikift.commands.train import dry_run
+    from wikift.commands.plan import settings_file
 
-    return dry_run(resolve(chosen, 1), batch_layout(chosen, 1))
+    return "\n".join(settings_file(resolve(chosen, 1)))
 
 
 def test_a_dry_run_shows_the_numbers(
@@ -351,10 +349,10 @@ def test_a_dry_run_shows_the_numbers(
     assert (
         main([*words, "--global-batch-size", "8", "--num-train-epochs", "2", "--warmup-steps", "0.1", "--dry-run"]) == 0
     )
-    derived = capsys.readouterr().out.split("# derived\n")[1]
+    derived = capsys.readouterr().out.split("# derived\n")[1].split("\n#\n")[0]
     count = Shape(2, 2, 32, 16, VOCABULARY).parameters
     assert derived.splitlines() == [
-        "# batch: 8 blocks per step, 1 process, up to 8 blocks at once, fewer where memory is short",
+        "# batch: 8 blocks per step = 1 process x 8 blocks x 1 accumulation steps",
         f"# parameters: {count:,}",
         "# tokens per step: 64",
         "# train blocks: 51 blocks of 8 tokens",
@@ -364,23 +362,8 @@ def test_a_dry_run_shows_the_numbers(
     ]
     assert main(["--max-steps", "100", "--warmup-steps", "0.07", "--dry-run"]) == 0
     derived = capsys.readouterr().out.split("# derived\n")[1]
-    assert "# batch: 32 blocks per step, 1 process, up to 32 blocks at once, fewer where memory is short" in derived
-    assert "# parameters: 124,439,808 " in derived
+    assert "# batch: 32 blocks per step = 1 process x 1 blocks x 32 accumulation steps\n" in derived
+    assert "# parameters: 124,439,808\n" in derived
     assert "# tokens per step: 32,768" in derived
     assert "# warm-up steps: 7" in derived
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
-
-
-@pytest.mark.parametrize("words", [["--dry-run"], ["--dry-run", "--data", "store", "--block-size", "8"]])
-def test_a_dry_run_needs_no_torch(words: list[str], tmp_path: Path) -> None:
-    tiny_store(tmp_path / "store")
-    code = (
-        "import sys\n"
-        "from wikift.commands.train import main\n"
-        f"assert main({words!r}) == 0\n"
-        "assert not {'torch', 'transformers', 'datasets', 'tokenizers', 'rich', 'wandb'} & set(sys.modules)\n"
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    assert "learning_rate = 5e-05" in done.stdout

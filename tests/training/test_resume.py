@@ -10,8 +10,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -336,8 +334,6 @@ def test_a_dry_run_says_where_the_run_would_start_and_refuses_what_it_would(
     assert problem.startswith("--seed 7: this run was started with 42")
     (problem,) = failing_train([*line, "--resume", str(run), "--dry-run"])
     assert problem.startswith(f"--resume {run}: must be")
-    code = f"import sys, wikift.commands.train as t; t.main({[*line, '--dry-run']!r}); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
     file = step_folder(run, 8) / "rank-00000.safetensors"
     file.write_bytes(b"")
     assert start()[0].startswith("# starts: after step 4 of ")  # as the run would

@@ -133,12 +133,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, setting: str = "--max-shard-size") -> int:
     """`5GB`, `500 MB`, `1GiB` or a number of bytes -> bytes. Raises UserError otherwise."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]I?B)?", text.strip().upper())
     size = int(float(match[1]) * _UNITS.get(match[2] or "", 0)) if match else 0
     if size < 1:
-        raise UserError(f"--max-shard-size {text}: must be a number and KB, MB, GB, TB, KiB, MiB or GiB; try 5GB")
+        raise UserError(f"{setting} {text}: must be a number and KB, MB, GB, TB, KiB, MiB or GiB; try 5GB")
     return size
 
 

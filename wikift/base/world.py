@@ -102,7 +102,7 @@ def start_world(device: str = "auto") -> World:
     `device` is auto, cpu or cuda. Raises UserError where CUDA is asked for and absent, or has fewer devices than ranks.
     """
     here = launch()
-    chosen = _device(device, here)
+    chosen = device_of(device, here)
     if here.local_size > 1:
         # torchrun gives every rank one thread, DeepSpeed's launcher all cores; share them out instead, beside a GPU
         # too, for an optimizer that is offloaded
@@ -206,7 +206,8 @@ def stop_world() -> None:
         dist.all_reduce(torch.zeros(1))
 
 
-def _device(requested: str, here: Launch) -> torch.device:
+def device_of(requested: str, here: Launch) -> torch.device:
+    """The device of this process; `requested` is auto, cpu or cuda."""
     newer = "install a torch for an older CUDA (https://pytorch.org/get-started/locally), or use --device cpu"
     if requested == "cpu":
         return torch.device("cpu")

@@ -26,7 +26,7 @@ from wikift.base.launcher import Launch, launch
 COMMANDS = {  # name: its module, what it does
     "prepare": ("wikift.commands.prepare", "text to a token store"),
     "train": ("wikift.commands.train", "fine-tune GPT-2, or train it from scratch; the same command resumes"),
-    "plan": ("wikift.commands.train", "what `train` with these settings would do: train --dry-run"),
+    "plan": ("wikift.commands.plan", "what a training would be, need and take: memory, time, the command to type"),
     "consolidate": ("wikift.commands.consolidate", "a run's checkpoint to a Hugging Face directory"),
     "evaluate": ("wikift.commands.evaluate", "perplexity of models by the field's protocols"),
     "generate": ("wikift.commands.generate", "prompts to text, interactive without one"),
@@ -48,10 +48,7 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_DONE
     if name not in COMMANDS:
         raise UserError(f"{name}: no such command{nearest(name, list(COMMANDS))}; one of {', '.join(COMMANDS)}")
-    command = importlib.import_module(COMMANDS[name][0]).main
-    if name == "plan" and "--dry-run" not in options:
-        options.append("--dry-run")
-    return int(command(options))
+    return int(importlib.import_module(COMMANDS[name][0]).main(options))
 
 
 def _help() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import importlib
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from wikift import __version__
 from wikift.base import folders, hub_client
-from wikift.base.command import command_line
 from wikift.base.errors import EXIT_DONE, EXIT_INTERRUPTED, EnvironmentFault, UserError
 from wikift.base.launcher import launch, unused_settings
 from wikift.base.model_files import open_model, shape_of
@@ -23,8 +22,6 @@ from wikift.settings.default_folders import store_path
 from wikift.settings.fields import EXCLUSIVE, TrainSettings, trackers_of
 from wikift.settings.options import Parsed, flag, parse_all
 from wikift.settings.run_plan import RunPlan, apply_scratch, plan_run, resolve, vocabulary_problems
-from wikift.settings.schedule import schedule_of
-from wikift.training.resume import planned_start
 from wikift.watch.trackers import wandb_disabled
 
 if TYPE_CHECKING:
@@ -50,27 +47,18 @@ Say = Callable[[str], None]
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    options, problems = _without_local_rank(argv)
+    options, problems = without_local_rank(argv)
     parsed = parse_all(
         TrainSettings, options, prog="wikift train", description=DESCRIPTION, epilog=EPILOG, exclusive=EXCLUSIVE
     )
     if parsed.settings.dry_run:
-        text = plan(parsed, problems)
-        if launch().rank == 0:
-            print(text, flush=True)
-        return EXIT_DONE
+        return int(importlib.import_module("wikift.commands.plan").main(argv))
     return EXIT_INTERRUPTED if train(parsed, problems)[1] else EXIT_DONE
-
-
-def plan(parsed: Parsed[TrainSettings], problems: Sequence[str] = ()) -> str:
-    """What a run of these settings would be: a config file, with what follows from it as comments. Writes nothing."""
-    settings, notes = _resolved(parsed, problems)
-    return "\n".join([*(f"# {note}" for note in notes), dry_run(settings, batch_layout(settings, launch().size))])
 
 
 def train(parsed: Parsed[TrainSettings], problems: Sequence[str] = ()) -> tuple[Path, int]:
     """Train to the end or to a stop; returns the run's folder and the signal that stopped it, else 0."""
-    settings, notes = _resolved(parsed, problems)
+    settings, notes = resolved(parsed, problems, launch().size)
     prints = launch().rank == 0 and not settings.quiet
 
     def say(text: str) -> None:
@@ -81,7 +69,7 @@ def train(parsed: Parsed[TrainSettings], problems: Sequence[str] = ()) -> tuple[
     for note in notes:
         say(note)
     store = _bring(settings, prints, say)
-    run_plan = _plan(settings, batch_layout(settings, launch().size), store, _model(settings)[0])
+    run_plan = plan_of(settings, batch_layout(settings, launch().size), store, model_of(settings)[0])
 
     from wikift.watch.terminal import phase
 
@@ -91,13 +79,12 @@ def train(parsed: Parsed[TrainSettings], problems: Sequence[str] = ()) -> tuple[
     return run_plan.output_dir, train_run(run_plan, store, say)
 
 
-def _resolved(parsed: Parsed[TrainSettings], problems: Sequence[str]) -> tuple[TrainSettings, list[str]]:
+def resolved(parsed: Parsed[TrainSettings], problems: Sequence[str], ranks: int) -> tuple[TrainSettings, list[str]]:
     """The settings with what follows from them, and what to tell of it. Raises UserError with all that is wrong."""
     asked = parsed.settings
-    ranks = launch().size
     merged = deepspeed.merge(asked, parsed.typed)
     settings = resolve(merged.settings, ranks)
-    checks = check_train(settings, ranks, launched=launch().started) + _data_problems(settings, asked)
+    checks = check_train(settings, ranks, launched=launch().started or ranks > 1) + _data_problems(settings, asked)
     parsed.refuse([*problems, *merged.problems, *deepspeed.with_keys(checks, merged)])
     notes = list(merged.notes)
     if wandb_disabled() and "wandb" in trackers_of(settings):
@@ -109,7 +96,7 @@ def _resolved(parsed: Parsed[TrainSettings], problems: Sequence[str]) -> tuple[T
     return settings, notes
 
 
-def _without_local_rank(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def without_local_rank(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """`argv` less the --local_rank=N that DeepSpeed's launcher appends, and what is wrong where LOCAL_RANK differs."""
     options, ranks = list(argv), []
     for index in reversed(range(len(options))):
@@ -125,49 +112,17 @@ def _without_local_rank(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     ]
 
 
-def dry_run(settings: TrainSettings, layout: BatchLayout) -> str:
-    """The resolved settings as a file that `--config` takes, and the numbers that follow from them. Writes nothing."""
-    from wikift.data.store import open_store
-
-    lines = ["# settings: a file that --config takes"]
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if value is not None and field.name not in ("config", "dry_run"):
-            # JSON's values are TOML's too, but for the delete character
-            lines.append(f"{field.name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f"))
-    lines += ["", "# derived", f"# batch: {layout.words}"]
-    path = Path(settings.data) if settings.data is not None else store_path(settings)
-    store = open_store(path) if settings.data is not None or (path / "store.json").exists() else None
-    shape, notes = _checked_files(settings, store)
-    if store is not None:
-        plan = _plan(settings, layout, store, shape or _model(settings)[0])
-        lines += [f"# {name}: {text}" for name, text in plan.summary.items()]
-        notes.insert(0, f"starts: {planned_start(plan, store, notes.append)}")
-    else:
-        prepared = f"prepared (by {command_line('prepare')}, or by the run itself)"
-        lines.append(f"# steps of an epoch: known when {path} is {prepared}")
-        if shape is not None:
-            shape = apply_scratch(settings, shape, None)
-            lines.append(f"# parameters: {shape.parameters:,} with a vocabulary of {shape.vocab_size:,}")
-            lines.append(f"# tokens per step: {layout.global_batch * (settings.block_size or shape.n_positions):,}")
-        if settings.max_steps is not None and settings.warmup_steps < 1:
-            lines.append(f"# warm-up steps: {schedule_of(settings, settings.max_steps).warmup}")
-    for text in notes:  # a comment in TOML has no control characters, a path may
-        lines.append("# " + "".join(sign if sign.isprintable() else "?" for sign in text))
-    return "\n".join(lines)
-
-
-def _checked_files(settings: TrainSettings, store: TokenStore | None) -> tuple[Shape | None, list[str]]:
+def checked_files(settings: TrainSettings, store: TokenStore | None) -> tuple[Shape | None, list[str]]:
     """Check of model and tokenizer all that a run checks, without the weights; the model's shape, and notes."""
     try:
-        shape, notes = _model(settings, download=False)
+        shape, notes = model_of(settings, download=False)
         _check_tokenizer(settings, store, shape)
         return shape, notes
     except EnvironmentFault as fault:
         return shape_of(settings.model), [f"model and tokenizer are not checked: {fault}"]
 
 
-def _model(settings: TrainSettings, *, download: bool = True) -> tuple[Shape, list[str]]:
+def model_of(settings: TrainSettings, *, download: bool = True) -> tuple[Shape, list[str]]:
     """The shape of what is trained, before --config-overrides, and what to know of it; its files are checked."""
     known = shape_of(settings.model) if settings.from_scratch else None
     if known is None and (resumed := _resumed_model(settings)) is not None:
@@ -193,7 +148,7 @@ def _data_problems(settings: TrainSettings, asked: TrainSettings) -> list[str]:
     return data_problems(dataclasses.replace(settings, tokenizer=tokenizer))
 
 
-def _plan(settings: TrainSettings, layout: BatchLayout, store: TokenStore, shape: Shape) -> RunPlan:
+def plan_of(settings: TrainSettings, layout: BatchLayout, store: TokenStore, shape: Shape) -> RunPlan:
     if problems := _split_problems(settings, store):
         raise UserError(*problems)
     shape = apply_scratch(settings, shape, store.vocab_size)
@@ -238,7 +193,7 @@ def _bring(settings: TrainSettings, prints: bool, say: Say) -> TokenStore:
 
             make_store(settings, CUT_SEED, path, quiet=not prints, say=say)
         _check_tokenizer(settings, open_store(path), None)
-        _model(settings)
+        model_of(settings)
 
     if launch().size > 1:
         from wikift.watch.terminal import phase

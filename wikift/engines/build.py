@@ -17,13 +17,11 @@ from wikift.base.world import World
 from wikift.checkpoint.fragment import FragmentReader
 from wikift.engines.base import Choice, Compute, Engine, Work
 from wikift.engines.ddp import DDPEngine
-from wikift.engines.memory import available_bytes, training_bytes
+from wikift.engines.memory import Machine, training_bytes
 from wikift.engines.single import SingleEngine
-from wikift.kernels.loss import gpu_bytes
 from wikift.model.gpt2 import make_model
 
 ASKED_FOR = "asked for"
-_FULL = 0.9  # part of the memory that an estimate may fill
 # of a CPU's micro-batch: with more it is no faster (docs/explanation/experiments.md), and a stop waits for its end
 _CPU_TOKENS, _CPU_FLOPS = 2048, 1e12
 # nanoGPT's README has 135 ms a step compiled and 250 eager: a minute of compiling is back after some 500 of those
@@ -42,33 +40,32 @@ def build_engine(work: Work, config: GPT2Config, reader: FragmentReader, world: 
     return engine, compiled
 
 
-def choose(work: Work, world: World, before: tuple[str, int] | None = None) -> Work:
-    """`work` with an engine, a micro-batch, and whether checkpoints are written aside, that fit; collective.
+def choose(work: Work, machine: Machine, before: tuple[str, int] | None = None) -> Work:
+    """`work` with an engine, a micro-batch, and whether checkpoints are written aside, that fit.
 
     DDP comes before FSDP, then the largest micro-batch; buffers for checkpoints, of a CPU's memory, are the first to
     go. `before` is the engine and the micro-batch of a resumed run: taken again where they fit, for with them the same
     masks are drawn. Raises UserError where nothing fits.
     """
-    asked, gpu, share = work.engine.name, gpu_bytes(world.device), work.micro_batch * work.accumulation
-    room = int(-world.highest(-available_bytes(world)) * _FULL)
+    asked, (ranks, _, gpu, room), share = work.engine.name, machine, work.micro_batch * work.accumulation
     sizes = [n for n in range(work.micro_batch, 0, -1) if share % n == 0]
     if not gpu:
         most = min(_CPU_TOKENS, _CPU_FLOPS / work.shape.flops_per_token(work.block_size))
         sizes = [n for n in sizes if n * work.block_size <= most] or [1]
     if not work.may_shrink:
         sizes = [work.micro_batch]
-    engines = [asked] if asked != "auto" else ["single"] if world.size == 1 else ["ddp", "fsdp"]
+    engines = [asked] if asked != "auto" else ["single"] if ranks == 1 else ["ddp", "fsdp"]
     options = [(engine, size) for engine in engines for size in sizes]
     ways = [
         replace(work, engine=Choice(name, ""), micro_batch=n, accumulation=share // n, save_aside=aside)
         for name, n in [option for option in options if option == before] + options
         for aside in ([True, False] if work.save_aside and not gpu else [work.save_aside])
     ]
-    way = next((way for way in ways if training_bytes(way, world.size, gpu=gpu) <= room), ways[-1])
-    need, name = training_bytes(way, world.size, gpu=gpu), way.engine.name
+    way = next((way for way in ways if training_bytes(way, ranks, gpu=gpu) <= room), ways[-1])
+    need, name = training_bytes(way, ranks, gpu=gpu), way.engine.name
     if need > room and work.may_shrink:
-        raise _nothing_fits(way, world, room)
-    why = work.engine.reason if asked != "auto" else "one process" if name == "single" else f"{world.size} processes"
+        raise _nothing_fits(way, machine)
+    why = work.engine.reason if asked != "auto" else "one process" if name == "single" else f"{ranks} processes"
     why += f", about {show_bytes(need)} of {show_bytes(room)} each"
     why += ": it may run out of memory" if need > room else ""
     why += ", DDP needs more" if name == "fsdp" and asked == "auto" else ""
@@ -80,10 +77,10 @@ def choose(work: Work, world: World, before: tuple[str, int] | None = None) -> W
     return replace(way, engine=Choice(name, why))
 
 
-def _nothing_fits(work: Work, world: World, room: int) -> UserError:
+def _nothing_fits(work: Work, machine: Machine) -> UserError:
     """What to do where not even `work` fits: what would, by the same estimate."""
-    gpu, ranks, lengths = gpu_bytes(world.device), world.size, (512, 256, 128)
-    fewer = [n for n in range(ranks - 1, 0, -1) if not gpu and ranks == world.local_size and ranks % n == 0]
+    (ranks, local, gpu, room), lengths = machine, (512, 256, 128)
+    fewer = [n for n in range(ranks - 1, 0, -1) if not gpu and ranks == local and ranks % n == 0]
     shapes = {name: released_shape(name) or work.shape for name in reversed(RELEASED)}
     kinds: list[list[tuple[str, Work, int]]] = [
         [("--gradient-checkpointing", replace(work, gradient_checkpointing=True), ranks)],
@@ -92,9 +89,8 @@ def _nothing_fits(work: Work, world: World, room: int) -> UserError:
         [(f"--block-size {n}", replace(work, block_size=n), ranks) for n in lengths if n < work.block_size],
         [(f"--model {name}", replace(work, shape=shape), ranks) for name, shape in shapes.items()],
     ]
-    ways = [
-        next((way for way, w, n in kind if training_bytes(w, n, gpu=gpu) * n <= room * ranks), "") for kind in kinds
-    ]
+    total = room * ranks
+    ways = [next((way for way, w, n in kind if training_bytes(w, n, gpu=gpu) * n <= total), "") for kind in kinds]
     way_out = " or ".join(filter(None, ways)) or "a smaller --model or more memory"
     return UserError(
         f"--per-device-train-batch-size {work.micro_batch}, the least: needs about "

@@ -1,29 +1,28 @@
 """How much memory training takes, and how much there is. Estimates: they choose the engine and the micro-batch.
 
-State: 16 bytes a parameter (fp32 weights, gradients, and the optimizer's two), and 2 for autocast's copies.
-Activations: 39 bytes a token, layer and width with matmuls in half precision, 66 in fp32, counted tensor by tensor as
-a GPU would hold them (Korthikanti et al., arXiv:2205.05198, equation 1, have 34 with a residual in half precision), or
-4 of each block and one block's all with gradient checkpointing. A CPU keeps the pairs of attention besides, the head's
-gradient twice for a moment, and a quarter more where gradients that stay lie between what comes and goes (measured
-within 13% of the peak of 10 runs, 30M to 124M parameters). Logits are held of some positions (kernels/loss.py).
+Each part names its formula. Sources: `state_parts` and `_passes`; the rest was read off pretended GPUs and off the
+peaks of real processes (docs/how-to/out-of-memory.md).
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from wikift.base.errors import EnvironmentFault
+from wikift.base.files import show_bytes
 from wikift.base.world import World
 from wikift.engines.base import Work
-from wikift.kernels.loss import positions_at_once
+from wikift.kernels.loss import gpu_bytes, positions_at_once
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h's
 
+FULL = 0.9  # part of the memory that an estimate may fill
 # by the controllers in /proc/self/cgroup, none in version 2: the limit, what is used, and its prefix of the cache
 _GROUP_FILES = {
     "": ("memory.max", "memory.current", ""),
@@ -31,45 +30,127 @@ _GROUP_FILES = {
 }
 
 
+SYMBOLS = "P parameters, N processes, L layers, d width, h heads, V vocabulary, T tokens of a block, B micro-batch"
+
+
+class Part(NamedTuple):
+    """A part of what one process holds, and the formula that says so."""
+
+    bytes: int
+    formula: str
+
+
+class Machine(NamedTuple):
+    """Where a run is computed: `room` is what each of the ranks may fill, in bytes."""
+
+    ranks: int
+    local: int  # of the ranks, on one host
+    gpu: int  # bytes of a rank's GPU, 0 for a CPU
+    room: int
+
+
 def training_bytes(work: Work, ranks: int, *, gpu: int) -> int:
     """Bytes that training takes on each of `ranks` processes, with GPUs of `gpu` bytes, or on a CPU (0)."""
-    on_cpu = not gpu
-    engine = work.engine.name
-    shape, wide, checkpointing = work.shape, work.precision == "fp32", work.gradient_checkpointing
-    tokens = work.block_size * work.micro_batch
-    block = (66 if wide else 39) * shape.n_embd + (2 * shape.n_head * work.block_size if on_cpu else 0)
-    beside = 13 * shape.n_embd * tokens  # the embedding's and the head's
-    if on_cpu and work.precision != "fp16":
-        logits = min(tokens, 2048) * shape.vocab_size * (4 if wide else 2)
-    else:
-        logits = min(tokens, positions_at_once(shape.vocab_size, gpu)) * shape.vocab_size * (8 if wide else 10)
-    if checkpointing:  # a block's all is there only when the logits are gone
-        held = max(logits, block * tokens) + 4 * shape.n_embd * shape.n_layer * tokens
-    else:
-        held = logits + block * shape.n_layer * tokens
-        held += 2 * shape.parameters if engine in ("single", "ddp") and not wide else 0
-    need = _state_bytes(work, engine, ranks, on_cpu) + beside + held
-    if on_cpu:
-        need += 8 * shape.vocab_size * shape.n_embd + 50_000_000 + (held // 4 if work.accumulation > 1 else 0)
-        need += 12 * shape.parameters // ranks if work.save_aside else 0  # copied, to be written meanwhile
-    return need
+    return sum(part.bytes for part in memory_parts(work, ranks, gpu=gpu).values())
 
 
-def _state_bytes(work: Work, engine: str, ranks: int, on_cpu: bool) -> int:
-    """Weights, gradients and optimizer state on each of `ranks`, and what is gathered of them for a moment."""
-    total, low = work.shape.parameters, 4 if work.precision == "fp32" else 2
-    if engine in ("single", "ddp"):  # beside DDP's buckets is what it accumulates
-        return (16 + 4 * (engine == "ddp" and work.accumulation > 1)) * total
-    if engine == "fsdp" and not work.fsdp_reshard:
-        return 16 * total // ranks + (low + 4) * total
-    # the embedding, the block at work and the next, and their gradients
-    gathered = (low + 4) * (work.shape.vocab_size * work.shape.n_embd + 2 * 12 * work.shape.n_embd**2)
-    if not on_cpu and "offload" in str(work.zero_config):
-        return low * total + gathered
-    if engine == "fsdp":
-        return 16 * total // ranks + gathered
-    copies = {"zero1": (low + 4) * total, "zero2": low * total + 4 * total // ranks}  # else of zero3
-    return 12 * total // ranks + gathered + copies.get(engine, (low + 4) * total // ranks)
+def memory_parts(work: Work, ranks: int, *, gpu: int) -> dict[str, Part]:
+    """What training holds on each of `ranks` processes at its peak, by kind."""
+    shape, engine, low = work.shape, work.engine.name, 4 if work.precision == "fp32" else 2
+    if engine.startswith("zero"):  # 4 of the optimizer's 12 bytes are the weights that it updates
+        offload = str(work.zero_config) if gpu else ""
+        optimizer, weights = ("offload_" + name in offload for name in ("optimizer", "param"))
+        sizes = (0 if weights else low, 0 if optimizer else 4, 0 if optimizer else 12)
+        parts = state_parts(shape.parameters, ranks, int(engine[4]), *sizes)
+    else:
+        parts = state_parts(shape.parameters, ranks, 3 if engine == "fsdp" else 0)
+    passes = _passes(work, gpu)
+    return parts | passes | {"buffers": _sum(_buffers(work, ranks, gpu, passes))}
+
+
+def memory_line(work: Work, machine: Machine) -> str:
+    """The forecast of one process for people."""
+    parts = memory_parts(work, machine.ranks, gpu=machine.gpu)
+    each = ", ".join(f"{name} {show_bytes(part.bytes)}" for name, part in parts.items() if part.bytes)
+    return f"memory: about {show_bytes(sum(part.bytes for part in parts.values()))} a process: {each}"
+
+
+def state_parts(
+    parameters: int, ranks: int, stage: int, weights: int = 4, gradients: int = 4, optimizer: int = 8
+) -> dict[str, Part]:
+    """What each of `ranks` holds of a model: the ZeRO paper's section 3 and figure 1 (arXiv:1910.02054).
+
+    Stage 1 divides the optimizer's state, 2 the gradients too, 3 the weights too. The last three are bytes a parameter:
+    2, 2, 12 in the paper; 2, 6, 12 in DeepSpeed's estimator of stage 2; 2, 4, 12 in that of stage 3, which adds 4 for
+    each parameter of the largest layer.
+    """
+    kinds, parts = {"weights": (weights, 3), "gradients": (gradients, 2), "optimizer": (optimizer, 1)}, {}
+    for name, (each, divided) in kinds.items():
+        over = ranks if stage >= divided else 1
+        parts[name] = Part(each * parameters // over, f"{each}P{'/N' if stage >= divided else ''}" if each else "0")
+    return parts
+
+
+def _passes(work: Work, gpu: int) -> dict[str, Part]:
+    """Activations, counted tensor by tensor as a GPU would hold them, and logits, which are held of some positions.
+
+    39 bytes a token, layer and width with matmuls in half precision, 66 in fp32 (Korthikanti et al., arXiv:2205.05198,
+    equation 1, have 34 with a residual in half precision), or 4 of each block and one block's all with gradient
+    checkpointing. A CPU keeps the pairs of attention besides.
+    """
+    shape, tokens, wide = work.shape, work.block_size * work.micro_batch, work.precision == "fp32"
+    if gpu or work.precision == "fp16":
+        rows, size = min(tokens, positions_at_once(shape.vocab_size, gpu)), 8 if wide else 10
+    else:
+        rows, size = min(tokens, 2048), 4 if wide else 2
+    logits = Part(size * rows * shape.vocab_size, f"{size}V·{rows:,}")
+    per_token = (66 if wide else 39) * shape.n_embd + (0 if gpu else 2 * shape.n_head * work.block_size)
+    block = f"{66 if wide else 39}d" if gpu else f"({66 if wide else 39}d + 2hT)"
+    layers, beside = shape.n_layer, 13 * shape.n_embd  # of the embedding and the head
+    if not work.gradient_checkpointing:
+        activations = Part((layers * per_token + beside) * tokens, f"({block}L + 13d)BT")
+    else:  # a block's all is there only when the logits are gone
+        more = max(0, per_token * tokens - logits.bytes)
+        activations = Part(
+            (4 * layers * shape.n_embd + beside) * tokens + more, f"(4dL + 13d)BT + max(0, {block}BT - logits)"
+        )
+    return {"activations": activations, "logits": logits}
+
+
+def _buffers(work: Work, ranks: int, gpu: int, passes: dict[str, Part]) -> Iterator[Part]:
+    """What is there for a moment, or beside the state: copies in half precision, gathered weights, buckets."""
+    shape, engine, low = work.shape, work.engine.name, 4 if work.precision == "fp32" else 2
+    total, embedding, logits = shape.parameters, shape.vocab_size * shape.n_embd, passes["logits"].bytes
+    if engine in ("single", "ddp"):
+        if low == 2 and not work.gradient_checkpointing:
+            yield Part(2 * total, "2P")  # autocast's
+        if engine == "ddp" and work.accumulation > 1:
+            yield Part(4 * total, "4P")  # beside DDP's buckets is what it accumulates
+    elif engine == "fsdp" and not work.fsdp_reshard:
+        yield Part((low + 4) * total, f"{low + 4}P")
+    elif engine in ("zero1", "zero2"):  # the head's gradient, and again where it is moved
+        moved = 4 * (gpu > 0 and "offload" in str(work.zero_config))
+        yield Part((4 + moved) * embedding, f"{4 + moved}Vd")
+    else:  # the embedding, the block at work and the next, and their gradients, these when the logits are gone
+        blocks = max(0, (low + 4) * 24 * shape.n_embd**2 - logits)
+        yield Part((low + 4) * embedding + blocks, f"{low + 4}Vd + max(0, {24 * (low + 4)}d² - logits)")
+    if not gpu:
+        yield Part(8 * embedding + 50_000_000, "8Vd + 50 MB")  # the head's gradient is there twice for a moment
+        if work.accumulation > 1:  # gradients that stay lie between what comes and goes
+            yield Part((logits + passes["activations"].bytes) // 4, "(activations + logits)/4")
+        if work.save_aside:  # copied, to be written meanwhile
+            yield Part(12 * total // ranks, "12P/N")
+
+
+def _sum(parts: Iterable[Part]) -> Part:
+    parts = [*parts] or [Part(0, "0")]
+    return Part(sum(part.bytes for part in parts), " + ".join(part.formula for part in parts))
+
+
+def machine_of(world: World) -> Machine:
+    """The ranks of `world`, and nine tenths of what the one with the least memory has free; collective."""
+    room = int(-world.highest(-available_bytes(world)) * FULL)
+    return Machine(world.size, world.local_size, gpu_bytes(world.device), room)
 
 
 def available_bytes(world: World) -> int:

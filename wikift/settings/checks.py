@@ -143,12 +143,12 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # rule -> (settings, 
     "1 or more": (
         "block_size global_batch_size per_device_train_batch_size gradient_accumulation_steps max_steps eval_steps "
         "save_steps sample_steps logging_steps save_total_limit per_device_eval_batch_size early_stopping_patience "
-        "max_eval_samples workers context stride max_new_tokens num_return_sequences batch_size",
+        "max_eval_samples workers gpus trial context stride max_new_tokens num_return_sequences batch_size",
         lambda value: value >= 1,
     ),
     "0 or more": ("weight_decay max_grad_norm seed warmup_steps temperature top_k within", lambda value: value >= 0),
     "above 0": ("learning_rate adam_epsilon decay_steps", lambda value: value > 0),
-    "above 0 and at most 1": ("data_fraction top_p", lambda value: 0 < value <= 1),
+    "above 0 and at most 1": ("data_fraction mfu top_p", lambda value: 0 < value <= 1),
     "above 0 and below 1": ("validation_fraction", lambda value: 0 < value < 1),
     "above 0 and at most a million": ("num_train_epochs", lambda value: 0 < value <= 1e6),
     "at least 0 and below 1": ("adam_beta1 adam_beta2 dropout", lambda value: 0 <= value < 1),

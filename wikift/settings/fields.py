@@ -179,7 +179,7 @@ class TrainSettings(DataSettings):
     resume: str = _run("auto", "resume from the newest checkpoint, never, or from PATH", "auto|never|PATH")
     report_to: str | None = _run(None, "also log to wandb, tensorboard or both", "NAME,...", shown="none")
     wandb: bool = _run(False, "the same as --report-to wandb")
-    dry_run: bool = _run(False, "print settings and derived numbers, do nothing")
+    dry_run: bool = _run(False, "as wikift plan: print what the run would be, need and take; write nothing")
     quiet: bool = _run(False, "print errors only")
     config: str | None = _run(None, CONFIG_HELP, "FILE")
 

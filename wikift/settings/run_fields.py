@@ -1,4 +1,4 @@
-"""The settings of the commands that look at runs: report, compare, runs and log. As fields.py, for those that train."""
+"""The settings of the commands that look at runs: plan, report, compare, runs and log. As fields.py, for the others."""
 
 from __future__ import annotations
 
@@ -6,9 +6,22 @@ from dataclasses import dataclass
 from functools import partial
 
 from wikift.base.names import TRACKERS
+from wikift.settings.fields import TrainSettings
 from wikift.settings.options import option
 
-_argument = partial(option, group="arguments")
+_argument, _plan = partial(option, group="arguments"), partial(option, group="plan")
+
+
+@dataclass(frozen=True)
+class PlanSettings(TrainSettings):
+    """The plan command: what a training would be, need and take. The settings of train, and for which machine."""
+
+    gpus: int | None = _plan(None, "plan for as many GPUs, that need not be here", shown="what is here")
+    gpu_memory: str | None = _plan(None, "memory of each GPU: 80GB", "SIZE", shown="what is free here")
+    gpu: str | None = _plan(None, "with --mfu, what the GPUs are: H100, A100, ...", "NAME", shown="what is here")
+    mfu: float | None = _plan(None, "compute the time from this fraction of the GPUs' peak FLOP/s", "0..1")
+    trial: int | None = _plan(None, "measure the time: train as many steps here, and keep nothing", "STEPS")
+    find_lr: bool = _plan(False, "let the learning rate rise in the trial (100 steps) and propose one")
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ def plan_run(settings: TrainSettings, layout: BatchLayout, shape: Shape, tokens:
         schedule=schedule_of(settings, steps),
         adam=AdamPlan(settings.weight_decay, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon,
                       settings.max_grad_norm),
-        engine=_engine_plan(settings),
+        engine=engine_plan(settings),
         due=due_of(settings, steps),
         patience=settings.early_stopping_patience or 0,
         save_total_limit=settings.save_total_limit,
@@ -221,7 +221,8 @@ def plan_run(settings: TrainSettings, layout: BatchLayout, shape: Shape, tokens:
     )  # fmt: skip
 
 
-def _engine_plan(settings: TrainSettings) -> EnginePlan:
+def engine_plan(settings: TrainSettings) -> EnginePlan:
+    """What the settings say of who computes."""
     config = deepspeed.read(settings.deepspeed)[0] if settings.deepspeed else {}
     stage = deepspeed_checks.stage(config)
     return EnginePlan(

@@ -37,7 +37,7 @@ def run_steps(training: Training, owed: dict[str, Any] | None) -> int:
         torch.manual_seed(seed(plan.seed, "dropout", step, world.rank))
         with meter.waiting():
             blocks = next(batches)
-        losses, stop = _accumulate(training, step, blocks)
+        losses, stop = accumulate(training, step, blocks)
         if stop:
             if skipped.item() > may_skip:
                 raise EnvironmentFault(diverged(training, step - 1, float(mean), float(norm)))
@@ -76,7 +76,7 @@ def run_steps(training: Training, owed: dict[str, Any] | None) -> int:
     return 0
 
 
-def _accumulate(training: Training, step: int, blocks: list[Tensor]) -> tuple[list[Tensor], int]:
+def accumulate(training: Training, step: int, blocks: list[Tensor]) -> tuple[list[Tensor], int]:
     """The losses of a step's micro-batches, their gradients added up, and the signal that stopped it midway, else 0."""
     name = "first step" if step == training.done + 1 else f"step {step:,}"
     losses: list[Tensor] = []

@@ -22,9 +22,11 @@ _PEAK_FLOPS = (
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """The device's peak FLOP/s in half precision; None where it is not known, as of a CPU."""
-    if device.type != "cuda" or precision == "fp32":
-        return None
-    name = torch.cuda.get_device_name(device)
+    return None if device.type != "cuda" or precision == "fp32" else peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """A GPU's peak FLOP/s in half precision by its name; None where it is not known."""
     return next((peak for part, peak in _PEAK_FLOPS if re.search(rf"\b{part}\b", name)), None)
 
 

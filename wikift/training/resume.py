@@ -37,20 +37,20 @@ def checkpoint_to_resume(plan: RunPlan, world: World) -> Checkpoint | None:
     return reader.open_sound(Path(plan.resume), world)
 
 
-def earlier_choice(start: Checkpoint | None, world: World) -> tuple[str, int] | None:
+def earlier_choice(start: Checkpoint | None, ranks: int) -> tuple[str, int] | None:
     """The engine and the micro-batch that `start` was computed with, on as many ranks; None for a new run."""
-    ranks, *choice = start.manifest.get("layout", (0,)) if start is not None else (0,)
-    return (str(choice[0]), int(choice[1])) if ranks == world.size else None
+    before, *choice = start.manifest.get("layout", (0,)) if start is not None else (0,)
+    return (str(choice[0]), int(choice[1])) if before == ranks else None
 
 
-def planned_start(plan: RunPlan, store: TokenStore, say: Say) -> str:
-    """Where the run would start, in words, by what can be seen without reading the checkpoint's content.
+def planned_start(plan: RunPlan, store: TokenStore, say: Say) -> tuple[str, Checkpoint | None]:
+    """Where the run would start, in words, and from what, as can be seen without reading the checkpoint's content.
 
     Raises UserError where the run would, and says what changed, as `check_resumable` does.
     """
     saved = list_checkpoints(plan.output_dir)
     if plan.resume == "never" or (plan.resume == "auto" and not saved):
-        return "at step 1; what is in the output folder is moved aside" if saved else "at step 1"
+        return "at step 1; what is in the output folder is moved aside" if saved else "at step 1", None
     candidates = saved[::-1] if plan.resume == "auto" else [Path(plan.resume)]
     for path in candidates:
         try:
@@ -60,8 +60,8 @@ def planned_start(plan: RunPlan, store: TokenStore, say: Say) -> str:
             if path == candidates[-1]:
                 raise
     if finished := check_resumable(plan, store, start, say):
-        return f"finished, step {start.step:,}; {finished}"
-    return f"after step {start.step:,} of {start.path}, if that is valid"
+        return f"finished, step {start.step:,}; {finished}", start
+    return f"after step {start.step:,} of {start.path}, if that is valid", start
 
 
 def experiment(plan: RunPlan, store: TokenStore) -> dict[str, Any]:

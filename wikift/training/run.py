@@ -9,11 +9,12 @@ OUTPUT_DIR/before-1/ ...    what an earlier run left here, kept when another one
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers import GenerationConfig, GPT2Config
@@ -34,7 +35,7 @@ from wikift.checkpoint.writer import Saver
 from wikift.data.store import TokenStore
 from wikift.engines.base import Choice, Work
 from wikift.engines.build import build_engine, choose
-from wikift.engines.memory import explained, keep_freed_memory
+from wikift.engines.memory import explained, keep_freed_memory, machine_of, memory_line, training_bytes
 from wikift.engines.optim import AdamSettings
 from wikift.model.gpt2 import Precision, load_config, load_generation_config, model_config, resolve_precision, shapes_of
 from wikift.model.initial_weights import random_weights, trained_weights
@@ -42,61 +43,40 @@ from wikift.settings.run_plan import RunPlan
 from wikift.training import resume
 from wikift.training.hosts import check_hosts, environment
 from wikift.training.loop import run_steps
-from wikift.training.meter import Meter, peak_flops
+from wikift.training.meter import Meter, memory_gb, peak_flops
 from wikift.training.resume import Say
 from wikift.training.training import Training
-from wikift.watch.metrics import open_log
+from wikift.watch.metrics import Log, open_log
 from wikift.watch.terminal import phase
 
 
 def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
     """Train to the end or to a stop; collective. Returns the signal that stopped it, else 0."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     folder = plan.output_dir
     if not store.has_validation:
         say(f"{store.path} has no validation text: no validation, no best checkpoint")
-    if plan.engine.deterministic:
-        be_deterministic()  # before NCCL starts, which would take sums in NVLink's switches otherwise
-    with started_world(plan.engine.device) as world, stop_requests() as stop_signal, resume.locked(folder, world, say):
-        precision = resolve_precision(plan.engine.precision, world.device)
+    with started(plan) as (world, stop_signal), resume.locked(folder, world, say):
         check_hosts(folder, store, world)
         start = resume.checkpoint_to_resume(plan, world)
         if start is not None and (finished := resume.check_resumable(plan, store, start, say)):
             say(f"{folder} is finished, step {start.step:,}; {finished}")
             return 0
-        chosen = choose(_work(plan, precision), world, resume.earlier_choice(start, world))
-        layout = plan.layout.with_micro_batch(chosen.micro_batch)
-        taken = dataclasses.replace(plan.engine, engine=chosen.engine.name, reason=chosen.engine.reason)
-        plan = dataclasses.replace(plan, layout=layout, engine=taken, async_save=chosen.save_aside)
-        if world.device.type == "cpu":
-            keep_freed_memory()
-        with phase(f"loading the {'checkpoint' if start else 'model'}", say):
-            config, reader = _start(plan, _config(plan, store, start), start, say)
-        with explained(world.device), phase("building the engine", say):
-            engine, compiled = build_engine(_work(plan, precision), config, reader, world)
-        shapes = shapes_of(config)
+        training, compiled = prepare(plan, store, world, start, stop_signal, say)
+        plan = training.plan
         if world.rank == 0:
-            _prepare_folder(plan, store, config, start, environment(world.device, precision.name, compiled.name))
-        for text in _announcement(plan, world, compiled, precision, start):
-            say(text)
+            seen = environment(world.device, training.precision.name, compiled)
+            _prepare_folder(plan, store, training.config, start, seen)
         owed = resume.owed_line(plan, start) if store.has_validation else None
         with open_log(
             folder, after_step=(start.step if start else 0) - (owed is not None), steps=plan.steps, epochs=plan.epochs,
             quiet=plan.quiet, trackers=plan.trackers, rank=world.rank,
         ) as log:  # fmt: skip
-            saver = Saver(folder, world, keep=plan.save_total_limit, aside=plan.async_save)
-            peak = peak_flops(world.device, precision.name)
-            tokens = store.splits["validation"].tokens if store.has_validation else 0
-            tokens = min(tokens, plan.eval_blocks * plan.block_size or tokens)
-            meter = Meter(world.device, plan.model.shape.flops_per_token(plan.block_size), peak, eval_tokens=tokens)
-            training = Training(
-                plan, store, world, precision, config, shapes, engine, log, saver, meter, stop_signal, start
-            )
+            training = dataclasses.replace(training, log=log)
             with explained(world.device):
                 stopped = run_steps(training, owed)
-            saver.finish()
+            training.saver.finish()
             log.tick(**training.saved())
+            log.say(training.memory())
             if stopped:
                 name, saved = signal.Signals(stopped).name, list_checkpoints(folder)
                 end = (
@@ -109,6 +89,48 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
         consolidate, generate, quoted = command_line("consolidate"), command_line("generate"), shlex.quote(str(folder))
         say(f"done: {folder}\n  {consolidate} {quoted}{choice}\n  {generate} {quoted}")
     return stopped
+
+
+@contextlib.contextmanager
+def started(plan: RunPlan) -> Iterator[tuple[World, Callable[[], int]]]:
+    """The ranks of a run, and the signal that asks it to stop; transformers is quiet inside."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if plan.engine.deterministic:
+        be_deterministic()  # before NCCL starts, which would take sums in NVLink's switches otherwise
+    with started_world(plan.engine.device) as world, stop_requests() as stop_signal:
+        yield world, stop_signal
+
+
+def prepare(
+    plan: RunPlan, store: TokenStore, world: World, start: Checkpoint | None, stop_signal: Callable[[], int], say: Say
+) -> tuple[Training, str]:
+    """Choose and build all that trains, in memory alone, with a silent log; and whether it is compiled. Collective."""
+    precision = resolve_precision(plan.engine.precision, world.device)
+    machine, before = machine_of(world), memory_gb(world.device)
+    chosen = choose(work_of(plan, precision.name), machine, resume.earlier_choice(start, world.size))
+    layout = plan.layout.with_micro_batch(chosen.micro_batch)
+    taken = dataclasses.replace(plan.engine, engine=chosen.engine.name, reason=chosen.engine.reason)
+    plan = dataclasses.replace(plan, layout=layout, engine=taken, async_save=chosen.save_aside)
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    with phase(f"loading the {'checkpoint' if start else 'model'}", say):
+        config, reader = _start(plan, _config(plan, store, start), start, say)
+    with explained(world.device), phase("building the engine", say):
+        engine, compiled = build_engine(work_of(plan, precision.name), config, reader, world)
+    for text in _announcement(plan, world, compiled, precision, start):
+        say(text)
+    say(memory_line(chosen, machine))
+    tokens = store.splits["validation"].tokens if store.has_validation else 0
+    tokens = min(tokens, plan.eval_blocks * plan.block_size or tokens)
+    peak = peak_flops(world.device, precision.name)
+    meter = Meter(world.device, plan.model.shape.flops_per_token(plan.block_size), peak, eval_tokens=tokens)
+    training = Training(
+        plan, store, world, precision, config, shapes_of(config), engine, Log(),
+        Saver(plan.output_dir, world, keep=plan.save_total_limit, aside=plan.async_save), meter, stop_signal, start,
+        before, training_bytes(chosen, world.size, gpu=machine.gpu),
+    )  # fmt: skip
+    return training, compiled.name
 
 
 def _config(plan: RunPlan, store: TokenStore, start: Checkpoint | None) -> GPT2Config:
@@ -124,7 +146,8 @@ def _config(plan: RunPlan, store: TokenStore, start: Checkpoint | None) -> GPT2C
     return model_config({**values, **plan.model.changes})
 
 
-def _work(plan: RunPlan, precision: Precision) -> Work:
+def work_of(plan: RunPlan, precision: str) -> Work:
+    """What an engine has to compute; `precision` is the resolved one."""
     asked = plan.engine
     return Work(
         engine=Choice(asked.engine, asked.reason),
@@ -135,12 +158,12 @@ def _work(plan: RunPlan, precision: Precision) -> Work:
         accumulation=plan.layout.accumulation,
         may_shrink=plan.layout.may_shrink,
         steps=plan.steps,
-        precision=precision.name,
+        precision=precision,
         gradient_checkpointing=asked.gradient_checkpointing,
         fsdp_reshard=asked.fsdp_reshard,
         reduce_dtype=asked.reduce_dtype,
         adam=AdamSettings(**dataclasses.asdict(plan.adam)),
-        zero_config=plan.zero_config(precision.name),
+        zero_config=plan.zero_config(precision),
         save_aside=plan.async_save,
     )
 

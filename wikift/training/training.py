@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config
 
+from wikift.base.files import show_bytes
 from wikift.base.folders import step_of
 from wikift.base.world import World
 from wikift.checkpoint.fragment import OPTIMIZER
@@ -24,7 +25,7 @@ from wikift.generation.live import SAMPLING, sample_live
 from wikift.model.gpt2 import Precision
 from wikift.settings.run_plan import RunPlan
 from wikift.training import resume
-from wikift.training.meter import Meter
+from wikift.training.meter import Meter, memory_gb
 from wikift.training.patience import Patience
 from wikift.watch.metrics import Log
 
@@ -51,6 +52,8 @@ class Training:
     meter: Meter
     stop_signal: Callable[[], int]  # the signal that asks for a stop, 0 while there is none; not collective
     start: Checkpoint | None
+    held_before: float  # GB
+    forecast: int  # bytes that a process takes beside these
 
     @property
     def done(self) -> int:
@@ -76,6 +79,11 @@ class Training:
         layout = BatchLayout(plan.block_size, placed.micro_batch, placed.accumulation, world.rank, world.size)
         stream = micro_batches(tokens, items, layout, run_seed=plan.seed, first_step=self.done)
         return ahead(stream, self.world.device)
+
+    def memory(self) -> str:
+        """The most that a process has held since `held_before`, and what was forecast."""
+        held = self.world.highest(int(1e9 * (memory_gb(self.world.device) - self.held_before)))
+        return f"memory: {show_bytes(held)} a process at its peak, {show_bytes(self.forecast)} forecast"
 
     def validate(self) -> Score | None:
         """None where there is no validation text, or where a stop interrupted it."""
