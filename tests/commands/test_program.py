@@ -73,8 +73,8 @@ def test_the_form_that_was_typed(typed: str, train: str, torchrun: str, monkeypa
     monkeypatch.setattr(sys, "argv", [typed, "train"])
     assert command_line("train") == train
     assert as_typed("torchrun -m wikift train") == torchrun
-    assert as_typed("what wikift trains, wikift plan") == "what wikift trains, " + (
-        "wikift plan" if train.startswith("wikift") else "python -m wikift plan"
+    assert as_typed("what wikift trains, wikift report") == "what wikift trains, " + (
+        "wikift report" if train.startswith("wikift") else "python -m wikift report"
     )
     program = program_of("train")
     assert Path(program[-1]).stem == "train"

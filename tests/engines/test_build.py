@@ -42,7 +42,7 @@ def chosen(gigabytes: list[float], before: Any, changes: dict[str, Any]) -> tupl
     [
         ([60.0], None, {}, "single", 2, "one process, about"),
         ([60.0], None, {"block_size": 16}, "single", 64, "one process"),  # not more than 64 blocks, nor 2,048 tokens
-        ([4.0], None, {}, "single", 2, "one process, about 3.58 GB of 3.60 GB each, no buffers for checkpoints"),
+        ([4.0], None, {}, "single", 2, "one process, about 3.59 GB of 3.60 GB each, no buffers for checkpoints"),
         ([3.0], None, {}, "", 0, "2.70 GB is available; take --gradient-checkpointing or"),
         ([2.0], None, {"may_shrink": False, "micro_batch": 1}, "single", 1, "it may run out of memory"),
         ([60.0, 60.0], None, {}, "ddp", 2, "2 processes"),

@@ -296,7 +296,7 @@ def test_settings_that_cannot_act_beside_a_store() -> None:
 
 LINES: list[list[str]] = [
     [],
-    ["--model", "gpt2-xl", "--max-steps", "100", "--warmup-steps", "0.07", "--learning-rate", "3e-5"],
+    ["--model", "distilgpt2", "--max-steps", "100", "--warmup-steps", "0.07", "--learning-rate", "3e-5"],
     ["--dataset", "demo", "--tokenizer", "train:512", "--from-scratch", "--config-overrides", "n_layer=2,n_embd=96"],
     ["--num-train-epochs", "0.3", "--dropout", "0", "--no-append-eos", "--global-batch-size", "7", "--quiet"],
     ["--output-dir", 'a "b" \\n c\t\u00fc \U0001f600 \x7f', "--resume", "never", "--adam-epsilon", "1e-12"],
