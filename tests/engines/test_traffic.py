@@ -55,7 +55,7 @@ def two_steps(case: str, precision: str, reduce_dtype: str) -> Measured:
     config = tiny_config(**SHAPE)
     kind, options = case.split()[0], {"reshard": case != "fsdp whole"}
     if kind.startswith("zero"):
-        options = {"ds_config": dsconfig.read(kind)[0] | SMALL_MODEL}
+        options = {"ds_config": dsconfig.read(kind)[0] | (SMALL_MODEL if case == kind else {})}
     engine: Any = make_engine(
         kind, world, config, accumulation=ACCUMULATION, precision=precision, reduce_dtype=reduce_dtype, **options
     )
@@ -94,6 +94,14 @@ def test_volumes_are_those_of_the_forecast(case: str) -> None:
     assert totals([collective for part in step for collective in part]) == expected(case)
     others = [c for part in step for c in part if c.bytes <= SMALL]
     assert len(others) <= 2, "the norm, and ZeRO's overflow"
+
+
+def test_zero3s_file_gathers_and_reduces_in_few_messages() -> None:
+    """As it comes: small weights come with their block, none by itself after the update."""
+    *micro_batches, update = measured("zero3 as it comes")["fp32"].step
+    assert {c.name for c in update} == {"all_reduce"}
+    for found in micro_batches:
+        assert len(found) <= 6, "forward and backward, for 40 weights"
 
 
 @pytest.mark.parametrize("case", ["ddp", "zero1", "fsdp whole"])
