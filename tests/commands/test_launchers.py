@@ -32,7 +32,7 @@ DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--nu
 SECONDS = 180  # ten on two idle cores
 TOLERANCE = 1e-5
 NOISE = r"\[W.*(?:The hostname of the client socket cannot be retrieved|Unable to resolve hostname).*"  # torch's
-PHASE = r".* (\.\.\.|took \d+ s)$"  # of what lasts, on a busy machine
+PHASE = r".* (\.\.\.|took \d+ s)$|  first step: micro-batch .*"  # of what lasts, on a busy machine
 # what a run of four steps says on a terminal, from the first line to the last
 WORDS = (
     "wikift ",
@@ -215,3 +215,28 @@ def test_a_gpu_that_cannot_be_used_is_told(
     with pytest.raises(UserError, match=r"--device auto: there is an NVIDIA driver.*than CUDA 13.0.*--device cpu"):
         gpus({}, is_available=False)
     assert gpus({"CUDA_VISIBLE_DEVICES": ""}, is_available=False).type == "cpu", "the user hid it"
+
+
+def test_a_build_for_cpus_beside_a_gpu_is_a_warning(
+    gpus: Callable[..., torch.device], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(world, "_NVIDIA_DRIVER", tmp_path / "nvidiactl")
+    assert gpus({}, is_available=False).type == "cpu"
+    assert capsys.readouterr().err == ""
+    (tmp_path / "nvidiactl").touch()
+    assert gpus({}, is_available=False).type == "cpu"
+    assert "is a build for CPUs, the NVIDIA GPU here is not used; pip uninstall torch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_ALLOC_CONF": ""}])
+def test_the_allocators_segments_grow_unless_the_user_asks_for_something(
+    gpus: Callable[..., torch.device], asked: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # as it was, after the test
+        monkeypatch.delenv(name)
+    gpus({"RANK": "0", "LOCAL_RANK": "0", **asked})
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == asked.get(
+        "PYTORCH_ALLOC_CONF", None if asked else "expandable_segments:True"
+    )

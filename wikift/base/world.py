@@ -12,6 +12,8 @@ import functools
 import hashlib
 import json
 import os
+import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from wikift.base.launcher import Launch, launch
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 _FIRST_RANK_SECONDS = 24 * 3600.0  # a large text is prepared meanwhile
 _NVIDIA_DRIVER = Path("/dev/nvidiactl")
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the old name
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ def start_world(device: str = "auto") -> World:
         return World(dist.get_rank(), dist.get_world_size(), here.local_rank or 0, chosen, here.local_size)
     if not here.started:
         return World(device=chosen)
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # else each rank connects to all others at once
     store = shared_store("wikift/group", COLLECTIVE_TIMEOUT)
     if chosen.type == "cuda":
         _refuse_shared_gpus(here, chosen, store)
@@ -212,10 +216,16 @@ def device_of(requested: str, here: Launch) -> torch.device:
     if requested == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
+        fix = (
+            "pip uninstall torch, then the pip install line for CUDA that https://pytorch.org/get-started/locally shows"
+        )
         if requested == "cuda":
-            raise UserError(
-                "--device cuda: torch sees no CUDA device; use --device cpu, or install a CUDA build of torch"
-            )
+            build = "" if torch.version.cuda else f", torch {torch.__version__} is a build for CPUs"
+            raise UserError(f"--device cuda: torch sees no CUDA device{build}; use --device cpu, or {fix}")
+        driver = _NVIDIA_DRIVER.exists() or shutil.which("nvidia-smi") is not None
+        if driver and torch.version.cuda is None and here.rank == 0:
+            text = f"torch {torch.__version__} is a build for CPUs, the NVIDIA GPU here is not used; {fix}"
+            print(f"wikift: warning: {text}", file=sys.stderr)
         if torch.version.cuda and _NVIDIA_DRIVER.exists() and "CUDA_VISIBLE_DEVICES" not in os.environ:
             raise UserError(
                 f"--device auto: there is an NVIDIA driver, but torch {torch.__version__} cannot use it (most often it "
@@ -234,5 +244,8 @@ def device_of(requested: str, here: Launch) -> torch.device:
             f"--device {requested}: this torch has no code for {torch.cuda.get_device_name(device)}, of compute "
             f"capability {major}.{minor}, but from {min(built_for) / 10} on; {newer}"
         )
+    if not any(name in os.environ for name in _ALLOCATOR):  # read at the first allocation
+        # micro-batches, validation and samples differ in size: segments that grow leave fewer gaps between them
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
     torch.cuda.set_device(device)
     return device
