@@ -16,13 +16,14 @@ from tests.engines.test_build import WORK
 from tests.fake_device import NAME, Held, without_numbers
 from tests.ranks import each, run_ranks
 from tests.tiny_engines import ADAM, tiny_config
+from wikift.base.errors import UserError
 from wikift.base.shape import Shape
 from wikift.engines.base import Choice, Compute
 from wikift.engines.memory import training_bytes
 from wikift.engines.single import SingleEngine
 from wikift.generation.decoder import Decoder
 from wikift.kernels.loss import summed_loss
-from wikift.model.gpt2 import make_model, model_config
+from wikift.model.gpt2 import make_model, model_config, resolve_precision
 
 VOCABULARY = 50257
 
@@ -49,6 +50,23 @@ def test_training_waits_for_no_number() -> None:
     """Not for a model with a pad_token_id either, for which transformers looks at each batch's ids."""
     cases = [(precision, checkpointing) for precision in ("fp32", "bf16", "fp16") for checkpointing in (False, True)]
     assert run_ranks(each, 1, trained, cases) == [[{NAME}] * 6]
+
+
+@pytest.mark.parametrize(("capability", "taken"), [((9, 0), "tf32"), ((7, 5), "none")])
+def test_tf32_is_fp32_rounded_by_gpus_that_can(
+    capability: tuple[int, int], taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: capability >= (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    if taken == "none":
+        with pytest.raises(UserError, match="--precision tf32: a GPU has no TF32, GPUs from NVIDIA's Ampere on"):
+            resolve_precision("tf32", torch.device("cuda"))
+    else:
+        assert resolve_precision("tf32", torch.device("cuda")).name == "fp32"
+    try:
+        assert torch.backends.cuda.matmul.fp32_precision == taken
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
 
 
 def waits_of_deepspeed(stage: int) -> int:

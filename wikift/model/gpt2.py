@@ -43,6 +43,11 @@ def resolve_precision(requested: str, device: torch.device) -> Precision:
         native = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         name = "this processor"
     has = "has" if native else "has no"
+    if requested == "tf32":
+        if device.type != "cuda" or not native:  # the GPUs that have one have the other
+            raise UserError(f"--precision tf32: {name} has no TF32, GPUs from NVIDIA's Ampere on have it; use fp32")
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        return Precision("fp32", "asked for, matmuls rounded to TF32")
     if requested == "auto":
         faster = ""
         if device.type == "cuda" and not native:

@@ -129,8 +129,9 @@ class TrainSettings(DataSettings):
 
     precision: str = _speed(
         "auto",
-        "number format of matmuls, weights stay fp32; auto: bf16 where the device has it natively, else fp32",
-        choices=PRECISIONS,
+        "number format of matmuls, weights stay fp32; auto: bf16 where the device has it natively, else fp32; tf32: "
+        "fp32 whose matmuls a GPU rounds to 10 bits",
+        choices=(*PRECISIONS, "tf32"),
     )
     gradient_checkpointing: bool = _speed(False, "less memory, a third more time")
     compile: bool | None = _speed(
