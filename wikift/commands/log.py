@@ -14,7 +14,7 @@ from wikift.settings.checks import tracker_problems
 from wikift.settings.options import parse_all
 from wikift.settings.run_fields import LogSettings
 from wikift.watch.record import RunRecord, is_running, read_run
-from wikift.watch.trackers import WandbRun, open_trackers, wandb_disabled
+from wikift.watch.trackers import open_trackers, send_model, wandb_disabled
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,10 +34,9 @@ def main(argv: Sequence[str]) -> int:
             replace_text(target, _as_csv(run))
         else:
             target = run.path / settings.to
-            with open_trackers(run.path, [settings.to], quiet=False) as trackers:
-                for tracker in trackers:
-                    if settings.model and isinstance(tracker, WandbRun):
-                        tracker.model(run.path / "hf")
+            with open_trackers(run.path, [settings.to], quiet=False):
+                if settings.model:
+                    send_model(run.path / "hf")
     print(f"{len(run.rows):,} steps: {target}")
     return EXIT_DONE
 

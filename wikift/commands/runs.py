@@ -72,10 +72,7 @@ def _prune(runs: Sequence[RunRecord], settings: RunsSettings) -> None:
         return
     print("", *(f"{path}  {show_bytes(folder_bytes(path))}" for path in paths), sep="\n")
     total = show_bytes(sum(map(folder_bytes, paths)))
-    if not settings.yes and input(f"remove {len(paths)} checkpoints, {total}? [y/N] ").strip().lower() not in (
-        "y",
-        "yes",
-    ):
+    if not settings.yes and not input(f"remove {len(paths)} checkpoints, {total}? [y/N] ").lower().startswith("y"):
         print("nothing is removed")
         return
     for run, checkpoints in spare.items():

@@ -107,10 +107,10 @@ def is_running(run: Path) -> bool:
     try:
         with open(lock_file(run / "run")) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
+    except BlockingIOError:
         return True
+    except OSError:  # nobody has begun
+        return False
     return False
 
 

@@ -13,8 +13,9 @@ import typing
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from wikift.base.errors import EnvironmentFault, one_line
 from wikift.base.files import read_json
@@ -24,96 +25,69 @@ from wikift.watch.record import read_metrics
 _TRAIN = ("loss", "grad_norm", "learning_rate", "tokens", "skipped_steps")
 _LOWEST = ("train/loss", "eval/loss", "eval/perplexity", "eval/word_perplexity")  # whose best value is the lowest
 
-
-class Tracker(Protocol):
-    """Takes the lines of metrics.jsonl and samples.jsonl, in their order."""
-
-    def record(self, values: dict[str, Any]) -> None: ...
-    def samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None: ...
+Samples = Sequence[dict[str, Any]]  # lines of samples.jsonl
+Send = Callable[[int, dict[str, float], Samples], None]  # takes a step's numbers and samples, in order
 
 
-class WandbRun:
-    """A run of Weights & Biases that has started."""
+@dataclass(frozen=True)
+class Tracker:
+    """Takes the lines of metrics.jsonl and samples.jsonl, in their order; `epoch` is the tokens of one."""
 
-    def __init__(self, started: Any, epoch: int) -> None:
-        self.started, self.epoch = started, epoch
-        self.next_step = started.step  # the server has those before
+    send: Send
+    epoch: int
 
     def record(self, values: dict[str, Any]) -> None:
-        if values["step"] >= self.next_step:
-            self.started.log(grouped(values, self.epoch), step=values["step"])
+        self.send(values["step"], grouped(values, self.epoch), ())
 
-    def samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
-        """A table of what the model wrote."""
-        import wandb
-
-        if step >= self.next_step:
-            table = wandb.Table(columns=["step", "prompt", "text"], data=[list(row.values()) for row in rows])
-            self.started.log({"samples": table}, step=step)
-
-    def model(self, folder: Path) -> None:
-        """Upload a model's folder as an artifact."""
-        import wandb
-
-        artifact = wandb.Artifact(f"{folder.absolute().parent.name}-hf", "model")
-        artifact.add_dir(str(folder))
-        self.started.log_artifact(artifact)
+    def samples(self, step: int, rows: Samples) -> None:
+        self.send(step, {"train/global_step": step}, rows)
 
 
-class TensorBoardRun:
-    """Event files of TensorBoard's."""
-
-    def __init__(self, writer: Any, epoch: int) -> None:
-        self.writer, self.epoch = writer, epoch
-
-    def record(self, values: dict[str, Any]) -> None:
-        for name, value in grouped(values, self.epoch).items():
-            self.writer.add_scalar(name, value, values["step"])
-
-    def samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
-        texts = (f"**{row['prompt']}**{row['text']}" for row in rows)
-        self.writer.add_text("samples", "\n\n---\n\n".join(texts), step)
+@contextlib.contextmanager
+def open_trackers(run: Path, names: Sequence[str], quiet: bool) -> Iterator[list[Tracker]]:
+    """The trackers `names`, with all that the run's folder has. Raises EnvironmentFault where one does not start."""
+    config, by_step = read_json(run / "config.json"), dict[int, list[dict[str, Any]]]()
+    for row in read_metrics(run / SAMPLES):
+        by_step.setdefault(row["step"], []).append(row)
+    lines = sorted([*({"step": step} for step in by_step), *read_metrics(run / METRICS)], key=lambda line: line["step"])
+    with contextlib.ExitStack() as stack:
+        wanted = [name for name in names if name != "wandb" or not wandb_disabled()]
+        senders = [stack.enter_context(_OPEN[name](run, config, quiet)) for name in wanted]
+        trackers = [Tracker(send, tokens_of_epoch(config)) for send in senders]
+        for tracker in trackers:
+            for values in lines:
+                if len(values) > 1:
+                    tracker.record(values)
+                else:
+                    tracker.samples(values["step"], by_step[values["step"]])
+        yield trackers
 
 
 def grouped(values: dict[str, Any], epoch: int) -> dict[str, float]:
-    """The numbers of a line by the names that Trainer gives them: train/loss, eval/loss; system/ has the rest.
-
-    `epoch` is the tokens of one.
-    """
-    step = values["step"]
+    """The numbers of a line by the names that Trainer gives them: train/loss, eval/loss; system/ has the rest."""
+    named = {"train/global_step": values["step"]}
     if "event" in values:
-        return {"train/global_step": step, f"health/{values['event']}": 1}
-    named = {"train/global_step": step}
+        return {**named, f"health/{values['event']}": 1}
     for key, value in values.items():
         if key != "step" and isinstance(value, (int, float)) and math.isfinite(value):
-            group, name = (
-                ("eval", key[5:]) if key.startswith("eval_") else ("train" if key in _TRAIN else "system", key)
-            )
-            named[f"{group}/{name}"] = value
+            group = "eval" if key.startswith("eval_") else "train" if key in _TRAIN else "system"
+            named[f"{group}/{key.removeprefix('eval_')}"] = value
     if "tokens" in values:
         named["train/epoch"] = values["tokens"] / epoch
     return named
 
 
-@contextlib.contextmanager
-def open_trackers(run: Path, names: Sequence[str], quiet: bool) -> Iterator[list[Tracker]]:
-    """The trackers `names` with all that the run's folder has. Raises EnvironmentFault where one does not start."""
-    lines: list[tuple[int, int, Any]] = [(row["step"], 1, row) for row in read_metrics(run / METRICS)]
-    by_step: dict[int, list[dict[str, Any]]] = {}
-    for row in read_metrics(run / SAMPLES):
-        by_step.setdefault(row["step"], []).append(row)
-    lines += [(step, 0, rows) for step, rows in by_step.items()]
-    with contextlib.ExitStack() as stack:
-        wanted = [name for name in names if name != "wandb" or not wandb_disabled()]
-        trackers = [stack.enter_context(_OPEN[name](run, read_json(run / "config.json"), quiet)) for name in wanted]
-        for tracker in trackers:
-            for step, kind, row in sorted(lines, key=lambda line: line[:2]):
-                tracker.record(row) if kind else tracker.samples(step, row)
-        yield trackers
+def send_model(folder: Path) -> None:
+    """Upload a model's folder to the run of Weights & Biases that is open, as an artifact."""
+    import wandb
+
+    artifact = wandb.Artifact(f"{folder.absolute().parent.name}-hf", "model")
+    artifact.add_dir(str(folder))
+    wandb.log_artifact(artifact)
 
 
 @contextlib.contextmanager
-def _open_wandb(run: Path, config: dict[str, Any], quiet: bool) -> Iterator[WandbRun]:
+def _open_wandb(run: Path, config: dict[str, Any], quiet: bool) -> Iterator[Send]:
     """Start or continue the folder's run; WANDB_RUN_ID names another. Its library reads WANDB_TAGS and the like."""
     import wandb
 
@@ -151,25 +125,40 @@ def _open_wandb(run: Path, config: dict[str, Any], quiet: bool) -> Iterator[Wand
     started.define_metric("*", step_metric="train/global_step", step_sync=True)
     for name in _LOWEST:
         started.define_metric(name, step_metric="train/global_step", summary="min")
-    code = 1
+    next_step, code = started.step, 1  # the server has what is before
+
+    def send(step: int, numbers: dict[str, float], samples: Samples) -> None:
+        if step >= next_step:
+            rows = [list(row.values()) for row in samples]
+            table = {"samples": wandb.Table(columns=["step", "prompt", "text"], data=rows)} if rows else {}
+            started.log({**numbers, **table}, step=step)
+
     try:
-        yield WandbRun(started, tokens_of_epoch(config))
+        yield send
         code = 0
     finally:
         started.finish(exit_code=code)
 
 
 @contextlib.contextmanager
-def _open_tensorboard(run: Path, config: dict[str, Any], quiet: bool) -> Iterator[TensorBoardRun]:
+def _open_tensorboard(run: Path, config: dict[str, Any], quiet: bool) -> Iterator[Send]:
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(run / TENSORBOARD, ignore_errors=True)
     with SummaryWriter(run / TENSORBOARD) as writer:
         writer.add_text("config", f"```json\n{json.dumps(config, indent=1)}\n```")
-        yield TensorBoardRun(writer, tokens_of_epoch(config))
+
+        def send(step: int, numbers: dict[str, float], samples: Samples) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+            if samples:
+                texts = (f"**{row['prompt']}**{row['text']}" for row in samples)
+                writer.add_text("samples", "\n\n---\n\n".join(texts), step)
+
+        yield send
 
 
-_OPEN: dict[str, Callable[[Path, dict[str, Any], bool], AbstractContextManager[Tracker]]]
+_OPEN: dict[str, Callable[[Path, dict[str, Any], bool], AbstractContextManager[Send]]]
 _OPEN = {"wandb": _open_wandb, "tensorboard": _open_tensorboard}
 
 
