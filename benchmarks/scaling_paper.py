@@ -54,8 +54,9 @@ def exchanged(engine: str, model: Size, accumulation: int, weight: int = 4, grad
     if engine == "fsdp whole":
         return {"all_gather": weight * every, "reduce_scatter": gradient * every}
     reduced = {"reduce_scatter": accumulation * gradient * every}
-    if engine == "fsdp":  # what lies outside of the blocks stays from forward to backward
-        return {"all_gather": accumulation * weight * (2 * model.blocks + outside), **reduced}
+    if engine == "fsdp":  # the last block, and what lies outside of the blocks, stays from forward to backward
+        kept = outside - model.blocks // model.layers
+        return {"all_gather": accumulation * weight * (2 * model.blocks + kept), **reduced}
     assert engine == "zero3"  # the tied matrix is gathered for the embedding and for the head
     return {"all_gather": accumulation * weight * 2 * (every + model.head), **reduced}
 

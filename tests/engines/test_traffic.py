@@ -21,7 +21,7 @@ from tests.traffic import SMALL, Collective, Traffic, totals
 
 ROOT = Path(__file__).resolve().parents[2]
 ACCUMULATION = 3
-# Large enough for several of DDP's buckets, the first of which holds 1 MiB.
+# Large enough for several of DDP's buckets, which hold 1 MiB or a block.
 SHAPE = {"n_layer": 3, "n_embd": 128, "vocab_size": VOCABULARY + 1}
 CASES = ("ddp", "fsdp", "fsdp whole", "zero1", "zero2", "zero3")
 # Several buckets of this model; at stage 3 nothing is kept because it is small, or needed again soon.
@@ -120,6 +120,27 @@ def test_gradients_travel_while_others_are_still_made(case: str) -> None:
     gradients = [c for c in last if c.name in ("all_reduce", "reduce_scatter")]
     assert gradients[0].early
     assert not gradients[-1].early, "the embedding's gradient is the last"
+
+
+def reduced(layers: int, width: int) -> list[Collective]:
+    """What DDP sends in a backward of one micro-batch."""
+    from wikift.base.world import start_world
+
+    config = tiny_config(n_layer=layers, n_embd=width)
+    engine = make_engine("ddp", start_world("cpu"), config)
+    engine.restore(random_start(config))
+    with Traffic() as traffic:
+        engine.forward_backward(torch.zeros(1, BLOCK + 1, dtype=torch.int64), last=True)
+    return traffic.found
+
+
+def test_the_last_of_ddps_buckets_is_the_embeddings() -> None:
+    """Its time is exposed: nothing is left to compute. With it goes the LayerNorm before, which begins a bucket."""
+    layers, width = 3, 320
+    *buckets, last = run_ranks(reduced, 2, layers, width)[0]
+    config = tiny_config()
+    assert len(buckets) == layers
+    assert last.bytes == 4 * width * (config.vocab_size + config.n_positions + 2)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -180,8 +180,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(store: Path, tmp_path: Path
         assert_same_run(tmp_path / str(number), tmp_path / "whole")
 
 
-def stopped_midway(kind: str, command_line: list[str]) -> int:
-    """Train, and ask the last rank to stop in the second of the four micro-batches of step 7."""
+def stopped_in(number: int, kind: str, command_line: list[str]) -> int:
+    """Train, and ask the last rank to stop in its micro-batch `number`."""
     from wikift.engines.fsdp import FSDPEngine
     from wikift.engines.single import SingleEngine
     from wikift.engines.zero import ZeroEngine
@@ -194,7 +194,7 @@ def stopped_midway(kind: str, command_line: list[str]) -> int:
     def forward_backward(self: Any, blocks: torch.Tensor, *, last: bool) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        if calls == 6 * 4 + 2 and last_rank:
+        if calls == number and last_rank:
             os.kill(os.getpid(), signal.SIGINT)
         return plain(self, blocks, last=last)
 
@@ -211,7 +211,7 @@ def test_a_stop_between_micro_batches_discards_the_step(
                              "no_fsdp_reshard": kind == "fsdp whole", "quiet": False}  # fmt: skip
     words |= {"deepspeed": kind} if kind.startswith("zero") else {"engine": kind.split()[0]}
     run = tmp_path / "run"
-    assert run_ranks(stopped_midway, ranks, kind, arguments(store, run, **words)) == [75] * ranks
+    assert run_ranks(stopped_in, ranks, 6 * 4 + 2, kind, arguments(store, run, **words)) == [75] * ranks
     printed = capfd.readouterr().out
     assert "step 7 is discarded: 2 of its 4 micro-batches were computed" in printed
     assert "stopped by SIGINT and saved" in printed
@@ -220,6 +220,18 @@ def test_a_stop_between_micro_batches_discards_the_step(
     assert open_checkpoint(saved).manifest["eval_loss"] == metrics(run)[5]["eval_loss"]
     assert run_ranks(train, ranks, arguments(store, run, **words)) == [0] * ranks
     assert run_ranks(train, ranks, arguments(store, tmp_path / "whole", **words)) == [0] * ranks
+    assert_same_run(run, tmp_path / "whole")
+
+
+def test_ranks_stop_after_the_same_step_the_one_after_the_signal(store: Path, tmp_path: Path) -> None:
+    """Whether to stop is asked as a step begins and answered at its end: none waits for the host of another."""
+    words: dict[str, Any] = {"max_steps": 9, "save_steps": 9, "eval_steps": 9, "logging_steps": 9, "engine": "ddp"}
+    run = tmp_path / "run"
+    assert run_ranks(stopped_in, 2, 6, "ddp", arguments(store, run, **words)) == [75, 75]
+    (saved,) = list_checkpoints(run)
+    assert open_checkpoint(saved).step == 7
+    assert run_ranks(train, 2, arguments(store, run, **words)) == [0, 0]
+    assert run_ranks(train, 2, arguments(store, tmp_path / "whole", **words)) == [0, 0]
     assert_same_run(run, tmp_path / "whole")
 
 

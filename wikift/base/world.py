@@ -57,10 +57,20 @@ class World:
 
     def exchange(self, numbers: Sequence[float]) -> list[list[float]]:
         """Every rank's `numbers`, equally many, by rank; one all-reduce on the host, collective."""
+        return self.ask(numbers)()
+
+    def ask(self, numbers: Sequence[float]) -> Callable[[], list[list[float]]]:
+        """Begin to `exchange`: what this returns waits for the others."""
         rows = torch.zeros(self.size, len(numbers), dtype=torch.float64)
         rows[self.rank] = torch.tensor(numbers, dtype=torch.float64)  # a row of its own, so that a sum does
-        gathered: list[list[float]] = self.total(rows).tolist()
-        return gathered
+        work = dist.all_reduce(rows, async_op=True) if self.size > 1 else None
+
+        def answer() -> list[list[float]]:
+            if work is not None:
+                work.wait()
+            return rows.tolist()
+
+        return answer
 
     def barrier(self) -> None:
         """Wait for all ranks, on the host."""

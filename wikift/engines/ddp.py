@@ -25,7 +25,9 @@ class DDPEngine:
         self.unwrapped = local.losses
         assert isinstance(self.unwrapped, torch.nn.Module)
         local.thin_embedding_gradient(False)  # DDP would take the sum with the head's gradient for sparse too
-        self.ddp = DistributedDataParallel(self.unwrapped, gradient_as_bucket_view=True)
+        # a bucket for each block: beside the last one, the embeddings', nothing is left to compute
+        block = sum(4 * parameter.numel() for parameter in local.model.transformer.h[0].parameters())
+        self.ddp = DistributedDataParallel(self.unwrapped, gradient_as_bucket_view=True, bucket_cap_mb=block >> 20 or 1)
         local.thin_embedding_gradient()
         if reduce_dtype != "fp32":
             # DDP wants the annotations of a hook to be no strings; a lambda has none

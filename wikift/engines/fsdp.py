@@ -7,6 +7,7 @@ A block's weights are gathered when it is needed, in the precision of the matmul
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -51,9 +52,14 @@ class FSDPEngine:
         reduce_dtype = DTYPES[compute.reduce_dtype]
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
         self.losses = NextTokenLoss(model, precision, compile=compute.compile)
-        for block in model.transformer.h:
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-        fully_shard(self.losses, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # its backward comes at once
+        *blocks, last = model.transformer.h
+        # the last block is needed again at once, and so is what is in none
+        *sharded, root = (
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard and module in blocks)
+            for module in (*blocks, last, self.losses)
+        )
+        for module, following in pairwise([root, *sharded]):  # gathers before the host launches the computation
+            module.set_modules_to_forward_prefetch([following])
         materialize(model, world.device)
         self.loss_scale = LossScale(ScaleRule() if precision == "fp16" else None, world.device, world.size)
         # The optimizer works on the shards as plain tensors sharing their memory: torch's fused kernel takes no DTensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def run_steps(training: Training, owed: dict[str, Any] | None) -> int:
     batches, saved, score, watched = training.batches(), training.done, None, False
     for step in range(training.done + 1, due.steps + 1):
         torch.manual_seed(seed(plan.seed, "dropout", step, world.rank))
+        asked = None if due.log(step) or watched else training.ask([log.impatient()])
         with meter.waiting():
             blocks = next(batches)
         losses, stop = accumulate(training, step, blocks)
@@ -49,7 +51,7 @@ def run_steps(training: Training, owed: dict[str, Any] | None) -> int:
         skipped += ~torch.isfinite(norm)
         meter.step(plan.tokens_per_step)
         mean = torch.stack(losses).mean()
-        stop, watched, rows = _exchange(training, mean, due.log(step) or watched)
+        stop, watched, rows = _exchange(training, mean, asked)
         record: dict[str, Any] = {"step": step}
         if rows:
             record |= _measured(training, step, rows, skipped) | {"grad_norm": float(norm)}
@@ -88,15 +90,18 @@ def accumulate(training: Training, step: int, blocks: list[Tensor]) -> tuple[lis
     return losses, 0
 
 
-def _exchange(training: Training, mean: Tensor, due: bool) -> tuple[int, bool, list[list[float]]]:
-    """(the signal that asks for a stop, whether the live view waits for numbers, every rank's own where it is `due`).
+def _exchange(
+    training: Training, mean: Tensor, asked: Callable[[], tuple[int, list[list[float]]]] | None
+) -> tuple[int, bool, list[list[float]]]:
+    """(the signal that asks for a stop, whether the live view waits for numbers, every rank's own where they are due).
 
-    Without them nothing waits for a device.
+    Where they are not, it was `asked` as the step began, and nothing waits for a device, or another rank's host.
     """
-    stop, rows = training.agree([training.log.impatient(), *(training.meter.own(float(mean)) if due else ())])
-    if stop and not due:
-        return stop, False, training.agree(training.meter.own(float(mean)))[1]
-    return stop, bool(rows[0][0]), [row[1:] for row in rows] if due else []
+    if asked is None:
+        stop, rows = training.agree([training.log.impatient(), *training.meter.own(float(mean))])
+        return stop, bool(rows[0][0]), [row[1:] for row in rows]
+    stop, rows = asked()
+    return stop, bool(rows[0][0]), training.agree(training.meter.own(float(mean)))[1] if stop else []
 
 
 def _measured(training: Training, step: int, rows: list[list[float]], skipped: Tensor) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -157,7 +158,19 @@ class Training:
 
     def agree(self, numbers: Sequence[float] = ()) -> tuple[int, list[list[float]]]:
         """(the signal that asks for a stop, 0 while there is none; every rank's `numbers`)."""
-        rows = self.world.exchange([_SAVE_FAILED if self.saver.fault else self.stop_signal(), *numbers])
+        return self._heeded(self.world.ask([self._code(), *numbers]))
+
+    def ask(self, numbers: Sequence[float]) -> Callable[[], tuple[int, list[list[float]]]]:
+        """Begin to `agree`: what this returns waits for the others. A stop asked for meanwhile comes a step later."""
+        if self.world.size == 1:
+            return lambda: self.agree(numbers)  # on the signal of that moment
+        return partial(self._heeded, self.world.ask([self._code(), *numbers]))
+
+    def _code(self) -> int:
+        return _SAVE_FAILED if self.saver.fault else self.stop_signal()
+
+    def _heeded(self, answer: Callable[[], list[list[float]]]) -> tuple[int, list[list[float]]]:
+        rows = answer()
         code = int(max(row[0] for row in rows))
         if code == _SAVE_FAILED:
             self.saver.finish()  # raises, on every rank
