@@ -36,7 +36,7 @@ Settings = TypeVar("Settings")
 class TrainResult:
     """A run: its folder, and the newest value of each name in its metrics.jsonl (step, loss, eval_loss, ...).
 
-    `interrupted`: SIGTERM, SIGINT or SIGUSR1 ended it early and all is saved; the same call resumes.
+    `interrupted`: SIGTERM, SIGINT, SIGUSR1 or SIGHUP ended it early and all is saved; the same call resumes.
     """
 
     output_dir: Path

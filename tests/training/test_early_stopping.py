@@ -130,8 +130,9 @@ def stopped_at(step: int, command_line: list[str]) -> int:
     return train(command_line)
 
 
-def test_a_validation_that_a_stop_left_out_is_made_up_for(store: Path, tmp_path: Path) -> None:
-    words = {**WORDS, "save_total_limit": 40, "early_stopping_patience": 3}
+@pytest.mark.parametrize("patience", [3, None])
+def test_a_validation_that_a_stop_left_out_is_made_up_for(store: Path, tmp_path: Path, patience: int | None) -> None:
+    words = {**WORDS, "max_steps": 40 if patience else 12, "save_total_limit": 40, "early_stopping_patience": patience}
     undisturbed = tmp_path / "undisturbed"
     assert train(arguments(store, undisturbed, **words)) == 0
     end = metrics(undisturbed)[-1]["step"]

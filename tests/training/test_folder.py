@@ -6,20 +6,25 @@ pytest tests/training/test_folder.py
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import os
 import shutil
+import subprocess
 import sys
+import termios
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.ranks import _CONTEXT, run_ranks
 from tests.tiny import arguments, curve, tiny_store
-from tests.training.test_resume import train
+from tests.training.test_resume import state, train
 from wikift.base.folders import list_checkpoints
 from wikift.base.publish import publish_folder
 from wikift.base.world import World
@@ -195,3 +200,71 @@ def test_a_folder_is_on_the_disk_before_the_earlier_one_is_moved_away(
     assert {path for _, path in disk[:first]} == {str(aside), f"{aside}/inner", f"{aside}/inner/file"}
     removed = next(index for index, (event, _) in enumerate(disk) if event == "remove")
     assert ("sync", str(tmp_path)) in disk[first:removed]
+
+
+def removed_midway(what: str, command_line: list[str]) -> tuple[int, str]:
+    """Train, and at the sixth step let something happen to the run's folder; the exit code and what is told."""
+    from wikift.base.errors import EnvironmentFault
+    from wikift.engines.single import SingleEngine
+
+    run = Path(command_line[command_line.index("--output_dir") + 1])
+    plain, steps = SingleEngine.step, itertools.count(1)
+
+    def step(self: Any, lr: float) -> Any:
+        if next(steps) == 6 and os.environ.get("RANK", "0") == "0":
+            os.rename(run, run.with_name("moved"))
+            if what == "deleted":
+                shutil.rmtree(run.with_name("moved"))
+            if what == "replaced":
+                run.mkdir()
+                (run / "file").touch()
+        return plain(self, lr)
+
+    SingleEngine.step = step  # type: ignore[method-assign]
+    try:
+        return train(command_line), ""
+    except EnvironmentFault as fault:
+        return 1, str(fault)
+
+
+@pytest.mark.parametrize(("what", "ranks"), [("deleted", 1), ("moved", 2), ("replaced", 1)])
+def test_a_folder_that_goes_away_ends_the_run_and_its_state_is_kept(
+    store: Path, tmp_path: Path, what: str, ranks: int
+) -> None:
+    run = tmp_path / "run"
+    line = arguments(store, run, save_total_limit=9)
+    (code, text), *_ = run_ranks(removed_midway, ranks, what, line)
+    assert code == 1
+    assert f"{run} was deleted or moved while the run was writing to it" in text
+    if what == "replaced":
+        assert list(run.iterdir()) == [run / "file"], "it is somebody else's"
+        shutil.rmtree(run)
+        (tmp_path / "moved").rename(run)
+    else:
+        assert "its state is saved there anew, step-00000006; the same command resumes from it" in text
+    assert run_ranks(train, ranks, line) == [0] * ranks
+    assert run_ranks(train, ranks, arguments(store, tmp_path / "whole", save_total_limit=9)) == [0] * ranks
+    kept = 0 if what == "replaced" else 6  # steps whose lines went with the folder
+    assert curve(run) == curve(tmp_path / "whole")[kept:]
+    expected = state(tmp_path / "whole")
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in state(run).items())
+
+
+def test_a_closed_terminal_stops_a_run_as_sigterm_does(store: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ours, theirs = os.openpty()
+    line = arguments(store, run, max_steps=3000, save_steps=3000, eval_steps=3000, quiet=False)
+    command = [sys.executable, "-m", "wikift", "train", *line]
+
+    def own_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=own_terminal)
+    os.close(theirs)
+    deadline, shown = time.monotonic() + 100, b""
+    while b"step 3" not in shown and time.monotonic() < deadline:
+        shown = (shown + os.read(ours, 65536))[-(10**6) :]
+    os.close(ours)
+    assert process.wait(60) == 75
+    assert open_sound(list_checkpoints(run)[-1], World()).step < 3000

@@ -168,14 +168,14 @@ def stopped_by(number: int, command_line: list[str]) -> int:
 
 def test_a_signal_saves_and_the_same_command_goes_on(store: Path, tmp_path: Path) -> None:
     words = {"max_steps": 300, "save_steps": 300, "eval_steps": 300}
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     lines = [arguments(store, tmp_path / str(number), **words) for number in numbers]
     for number, line in zip(numbers, lines, strict=True):
         assert run_ranks(stopped_by, 1, number, line) == [75]
         (saved,) = list_checkpoints(tmp_path / str(number))
         assert 3 <= open_checkpoint(saved).step < 300
     cases = [(line,) for line in [*lines, arguments(store, tmp_path / "whole", **words)]]
-    assert run_ranks(each, 1, train, cases) == [[0] * 4]
+    assert run_ranks(each, 1, train, cases) == [[0] * 5]
     for number in numbers:
         assert_same_run(tmp_path / str(number), tmp_path / "whole")
 

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 ask for a clean stop: save the complete steps, leave. A second request ends at once."""
+"""SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask for a clean stop: save the complete steps, leave. A second ends at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from types import FrameType
 
 from wikift.base.launcher import launch
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # One Ctrl-C can arrive several times: from the terminal, from the launcher, from a scheduler's step.
 _SAME_REQUEST_SECONDS = 1.0
@@ -24,7 +24,8 @@ _SAME_REQUEST_SECONDS = 1.0
 def stop_requests() -> Iterator[Callable[[], int]]:
     """Yields a function that returns the number of the first signal received, 0 while there is none.
 
-    A thread answers: Python's own handlers wait for the end of a backward pass, which may take a minute.
+    A thread answers: Python's own handlers wait for the end of a backward pass, which may take a minute. An ignored
+    SIGHUP stays ignored (nohup).
     """
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
         yield lambda: 0
@@ -37,9 +38,11 @@ def stop_requests() -> Iterator[Callable[[], int]]:
 
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    before = {number: signal.signal(number, receive) for number in STOPPING}
+    numbers = [n for n in STOPPING if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, receive) for number in numbers}
     woken = signal.set_wakeup_fd(writer.fileno())
-    threading.Thread(target=_answer, args=(reader,), name="wikift-stop", daemon=True).start()
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+    threading.Thread(target=_answer, args=(reader, terminals), name="wikift-stop", daemon=True).start()
     try:
         yield lambda: first
     finally:
@@ -49,12 +52,15 @@ def stop_requests() -> Iterator[Callable[[], int]]:
         writer.close()  # ends the thread
 
 
-def _answer(signals: socket.socket) -> None:
-    """Say on rank 0 that the first signal is heard; leave by the second."""
+def _answer(signals: socket.socket, terminals: list[int]) -> None:
+    """Say on rank 0 that the first signal is heard; leave by the second. Closed `terminals` are used no more."""
     when = 0.0
     while number := int.from_bytes(signals.recv(1), "big"):
         if number not in STOPPING:
             continue
+        for descriptor in terminals:
+            if not os.isatty(descriptor):  # writing to it would be an error
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         if not when:
             when = time.monotonic()
             if launch().rank == 0:

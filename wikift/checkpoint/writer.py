@@ -100,6 +100,16 @@ class Saver:
                 self._thread = None
         self._agree()
 
+    def abandon(self) -> None:
+        """Give up what is in flight, and make the run's folder again, which has gone."""
+        self._given_up.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._given_up.clear()
+        self.fault = ""
+        self.run.mkdir(parents=True, exist_ok=True)
+
     def take_saved(self) -> Saved | None:
         """On rank 0 the checkpoint that was published since this was last asked, else None."""
         saved, self._saved = self._saved, None

@@ -109,7 +109,7 @@ def table(results: list[Result], notes: list[str], width: int | None) -> str:
     console = Console(file=file, width=width or 10_000, color_system=None, markup=False, highlight=False)
     computed = dict.fromkeys(f"{result.model} in {result.facts['precision']}" for result in results)
     console.print(f"{results[0].text}: perplexity, {', '.join(computed)}", "", grid, "", *lines, *notes, sep="\n")
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()).rstrip()
+    return "\n".join(line.rstrip() for line in file.getvalue().split("\n")).rstrip()
 
 
 def _cells(compared: list[Result], models: list[str], normaliser: str) -> list[str]:

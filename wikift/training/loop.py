@@ -13,7 +13,7 @@ from wikift.base.errors import EnvironmentFault
 from wikift.base.world import seed
 from wikift.evaluation.score import Score
 from wikift.training.patience import Patience
-from wikift.training.resume import add_to_manifest
+from wikift.training.resume import FOLDER_GONE, add_to_manifest
 from wikift.training.training import Training
 
 
@@ -43,8 +43,9 @@ def run_steps(training: Training, owed: dict[str, Any] | None) -> int:
         if stop:
             if skipped.item() > may_skip:
                 raise EnvironmentFault(diverged(training, step - 1, float(mean), float(norm)))
-            if saved < step - 1 or (plan.save_only_model and step > training.done + 1):
-                training.save(step - 1, score.loss if score is not None else None, patience, stop=True)
+            anew = step > (1 if stop == FOLDER_GONE else training.done + 1)
+            if saved < step - 1 or (anew and (plan.save_only_model or stop == FOLDER_GONE)):
+                training.save(step - 1, score.loss if score is not None else None, patience, stop=stop)
             log.say(f"step {step:,} is discarded: {len(losses)} of its {len(blocks)} micro-batches were computed")
             return stop
         norm = engine.step(plan.schedule.lr_at(step))
@@ -71,7 +72,7 @@ def run_steps(training: Training, owed: dict[str, Any] | None) -> int:
                 log.record(record | training.saved())
                 meter.restart()
             if due.save(step) or stop or patience.spent or (score is not None and patience.is_best):
-                training.save(step, score.loss if score is not None else None, patience, stop=bool(stop))
+                training.save(step, score.loss if score is not None else None, patience, stop=stop)
                 saved = step
         if stop or patience.spent:
             return stop
@@ -128,6 +129,8 @@ def _validate_late(training: Training, owed: dict[str, Any]) -> tuple[Patience, 
         return training.patience, training.stopped()
     patience = training.patience.after(score.loss)
     training.log.record(owed | _scored(score))
+    if training.plan.due.sample(training.done):
+        training.sample(training.done)
     add_to_manifest(
         training.plan.output_dir, training.start, training.world, {"eval_loss": score.loss, **patience.facts()}
     )

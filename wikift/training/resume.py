@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # a dry run does not wait for torch
 Say = Callable[[str], None]
 
 _LOCK_SECONDS = 60
+FOLDER_GONE = 1 << 17  # among the signals that ask for a stop
 _ASIDE = ".before.partial"
 
 
@@ -115,11 +116,11 @@ def _why_finished(plan: RunPlan, start: Checkpoint) -> str:
     return f"{patience.worse} validations were no better; a larger --early-stopping-patience resumes it"
 
 
-def owed_line(plan: RunPlan, start: Checkpoint | None) -> dict[str, Any] | None:
-    """The line of metrics.jsonl of `start`'s step, where early stopping needs a validation that was interrupted."""
-    if start is None or not plan.patience or start.manifest["eval_loss"] is not None:
+def owed_line(plan: RunPlan, store: TokenStore, start: Checkpoint | None) -> dict[str, Any] | None:
+    """The line of metrics.jsonl of `start`'s step where a stop came before its validation; None where none is owed."""
+    if start is None or start.manifest["eval_loss"] is not None or start.manifest["weights_alone"]:
         return None
-    if not plan.due.evaluate(start.step):
+    if not store.has_validation or not plan.due.evaluate(start.step):
         return None
     lines = read_jsonl(plan.output_dir / METRICS)
     return next((values for values in lines if values.get("step") == start.step), {"step": start.step})
@@ -199,3 +200,33 @@ def locked(run: Path, world: World, say: Say) -> Iterator[None]:
                 clear_leftovers(run)
         world.barrier()  # the others look at the folder only now
         yield
+
+
+@contextlib.contextmanager
+def watched(run: Path, world: World, stop_signal: Callable[[], int]) -> Iterator[Callable[[], int]]:
+    """Yields `stop_signal` that also, on rank 0, returns FOLDER_GONE once `run` is there no more.
+
+    Raises EnvironmentFault where another folder has its name.
+    """
+    if world.rank:
+        yield stop_signal
+        return
+    own = os.open(run, os.O_RDONLY)  # held, so that its number goes to no other folder
+
+    def stop_or_gone() -> int:
+        try:
+            if os.path.samestat(os.stat(run), os.fstat(own)):
+                return stop_signal()
+        except (FileNotFoundError, NotADirectoryError):
+            return FOLDER_GONE
+        except OSError:  # a network disk that does not answer
+            return stop_signal()
+        raise EnvironmentFault(
+            f"{run} was deleted or moved while the run was writing to it, and another folder has its name now; move "
+            "that away and the run's back, and run the same command to resume"
+        )
+
+    try:
+        yield stop_or_gone
+    finally:
+        os.close(own)

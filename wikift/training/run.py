@@ -15,6 +15,7 @@ import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, GPT2Config
@@ -23,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from wikift import __version__
 from wikift.base import hub
 from wikift.base.command import command_line
+from wikift.base.errors import EnvironmentFault
 from wikift.base.failure import started_world
 from wikift.base.files import faults_of_writing, read_json, replace_json
 from wikift.base.folders import list_checkpoints
@@ -58,7 +60,8 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
     with started(plan) as (world, stop_signal), resume.locked(folder, world, say):
         check_hosts(folder, store, world)
         start = resume.checkpoint_to_resume(plan, world)
-        if start is not None and (finished := resume.check_resumable(plan, store, start, say)):
+        owed = resume.owed_line(plan, store, start)
+        if start is not None and (finished := resume.check_resumable(plan, store, start, say)) and owed is None:
             say(f"{folder} is finished, step {start.step:,}; {finished}")
             return 0
         training, compiled = prepare(plan, store, world, start, stop_signal, say)
@@ -66,23 +69,18 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
         if world.rank == 0:
             seen = environment(world.device, training.precision.name, compiled)
             _prepare_folder(plan, store, training.config, start, seen)
-        owed = resume.owed_line(plan, start) if store.has_validation else None
-        with open_log(
+        with resume.watched(folder, world, stop_signal) as stop_signal, open_log(
             folder, after_step=(start.step if start else 0) - (owed is not None), steps=plan.steps, epochs=plan.epochs,
             quiet=plan.quiet, trackers=plan.trackers, rank=world.rank,
         ) as log:  # fmt: skip
-            training = dataclasses.replace(training, log=log)
+            training = dataclasses.replace(training, log=log, stop_signal=stop_signal)
             with explained(world.device):
                 stopped = run_steps(training, owed)
             training.saver.finish()
             log.tick(**training.saved())
             log.say(training.memory())
-            if stopped:
-                name, saved = signal.Signals(stopped).name, list_checkpoints(folder)
-                end = (
-                    "and saved; the same command resumes from here" if saved else "in the first step; nothing is saved"
-                )
-                log.say(f"stopped by {name} {end}")
+            if stopped or training.stopped() == resume.FOLDER_GONE:
+                log.say(_end(folder, stopped))
     if not stopped:
         best, newest = best_checkpoint(folder), list_checkpoints(folder)[-1]
         choice = "" if best in (None, newest) else " --best"
@@ -131,6 +129,18 @@ def prepare(
         before, training_bytes(chosen, world.size, gpu=machine.gpu),
     )  # fmt: skip
     return training, compiled.name
+
+
+def _end(folder: Path, stopped: int) -> str:
+    """What to say of a run that `stopped`, a signal, has ended. Raises EnvironmentFault where its folder has gone."""
+    saved = list_checkpoints(folder)
+    if stopped not in set(signal.Signals):
+        kept = f"its state is saved there anew, {saved[-1].name}; the same command resumes from it" if saved else ""
+        raise EnvironmentFault(
+            f"{folder} was deleted or moved while the run was writing to it; {kept or 'move it back, or start again'}"
+        )
+    end = "and saved; the same command resumes from here" if saved else "in the first step; nothing is saved"
+    return f"stopped by {signal.Signals(stopped).name} {end}"
 
 
 def _config(plan: RunPlan, store: TokenStore, start: Checkpoint | None) -> GPT2Config:

@@ -30,7 +30,7 @@ from wikift.training.meter import Meter, memory_gb
 from wikift.training.patience import Patience
 from wikift.watch.metrics import Log
 
-_SAVE_FAILED = 1 << 16  # above every signal's number
+_SAVE_FAILED = 1 << 16  # above every signal's number, below resume.FOLDER_GONE
 
 
 class _Interrupted(Exception):
@@ -120,11 +120,14 @@ class Training:
         self.log.samples(step, self.plan.prompts, texts)
         self.log.tick(now=None)
 
-    def save(self, step: int, eval_loss: float | None, patience: Patience, *, stop: bool = False) -> None:
+    def save(self, step: int, eval_loss: float | None, patience: Patience, *, stop: int = 0) -> None:
         """Begin to write the checkpoint of `step`; `eval_loss` is None where it was not validated.
 
-        `stop`: the run ends here and the same command resumes it, so the optimizer's state is saved in any case.
+        `stop`, a signal: the run ends here and the same command resumes it, so the optimizer's state is saved in any
+        case.
         """
+        if stop == resume.FOLDER_GONE:
+            self.saver.abandon()
         weights_alone = self.plan.save_only_model and not stop
         self.log.tick(now="saving")
         self.log.sync()
@@ -167,7 +170,7 @@ class Training:
         return partial(self._heeded, self.world.ask([self._code(), *numbers]))
 
     def _code(self) -> int:
-        return _SAVE_FAILED if self.saver.fault else self.stop_signal()
+        return max(_SAVE_FAILED if self.saver.fault else 0, self.stop_signal())
 
     def _heeded(self, answer: Callable[[], list[list[float]]]) -> tuple[int, list[list[float]]]:
         rows = answer()
