@@ -4,6 +4,8 @@
 # make test-agreement   evaluation against lm_eval, Trainer and transformers' page, in an environment of its own
 # make bench   the benchmarks in small, in an environment of its own, ten minutes; says what became slower
 # make test-long   what takes longer: offloading, large models, more of the engines
+# make fuzz    a million changed files and command lines, or FUZZ_CASES=N of them, from which nothing may crash; an hour
+# make audit   the pinned packages in the database of known vulnerabilities; needs pypi.org and api.osv.dev, or fails
 # make check   ruff and mypy
 # make picture the README's picture of a report, from the demo's run, by a headless Chromium (Debian: chromium-headless-shell)
 # make docs    the documentation as a website, in site/
@@ -13,7 +15,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: install bench demo picture docs test test-fast test-agreement check pins test-long
+.PHONY: install bench demo picture docs test test-fast test-agreement check pins test-long fuzz audit
 .DELETE_ON_ERROR:
 
 install: .venv/installed
@@ -81,6 +83,15 @@ bench: $(BENCH)/installed
 
 test-long: .venv/test-installed
 	$(BIN)/python -m pytest -q -m long
+
+fuzz: .venv/test-installed
+	FUZZ_CASES=$${FUZZ_CASES:-1000000} $(BIN)/python -m pytest -q tests/fuzz
+
+AUDIT := .venv/audit
+audit:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement requirements.txt
 
 check: .venv/test-installed
 	$(BIN)/ruff check .

@@ -107,6 +107,16 @@ def import_breaches() -> set[str]:
     return found
 
 
+def test_messages_are_printed_without_control_characters() -> None:
+    """By base.console's print. Generated text is as the model wrote it where it does not go to a terminal."""
+    for path in MODULES:
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        prints = any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls)
+        if prints and name_of(path) not in ("__init__", "base.console", "commands.answers"):
+            line = r"from wikift\.base\.console import .*\bprint\b"
+            assert re.search(line, path.read_text()), f"{name_of(path)}: from wikift.base.console import print"
+
+
 def torch_breaches() -> set[str]:
     """Modules that load torch, or transformers, when they are imported, through whatever they import."""
     loads: dict[str, set[str]] = {

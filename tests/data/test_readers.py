@@ -27,6 +27,9 @@ TEXTS = st.lists(
 ).map("".join)
 
 
+FOUND = Path(__file__).parents[1] / "fuzz" / "found"
+
+
 def rows(path: Path, column: str = "text", encoding: str | None = None) -> list[str]:
     files = list(candidates(path, (path.name,), named=True))
     return [text for texts in read_rows([f.file for f in files], files[0].kind, column, encoding) for text in texts]
@@ -305,6 +308,14 @@ def test_faults_of_tables(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(UserError, match=rf"{name}: is damaged or incomplete \(.+\); copy or download it again"):
             rows(written(tmp_path / name, damaged))
+
+
+@pytest.mark.parametrize("path", sorted(FOUND.glob("crash-*")), ids=lambda path: path.name)
+def test_a_file_that_crashes_its_library_is_one_message(path: Path) -> None:
+    """Found by changing bytes: SIGABRT, SIGSEGV and SIGBUS inside of pyarrow."""
+    message = rf"{path.name}: is damaged( or incomplete)? \(.+\); copy or download it again"
+    with pytest.raises(UserError, match=message):
+        rows(path)
 
 
 def test_a_parquet_file_is_read_in_batches_of_bounded_size(tmp_path: Path) -> None:

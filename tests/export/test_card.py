@@ -87,7 +87,7 @@ def test_the_hub_shows_the_validation_of_these_weights(run: Path) -> None:
 
 
 def test_nothing_that_the_card_quotes_breaks_it(run: Path) -> None:
-    odd = "it's\n---\n# a `b` | <i> [c](d)"
+    odd = "it's\n---\n# a `b` | <i> [c](d) _e_ &lt; \x1b[1m"
     command = "wikift train \\\n  --dataset '" + odd + "\n```\n# ````'"
     record(run, command=command, store={"dataset": odd}, settings={"output_dir": odd})
     renamed = run.with_name(odd.replace("/", ""))
@@ -97,10 +97,11 @@ def test_nothing_that_the_card_quotes_breaks_it(run: Path) -> None:
     assert data["model-index"][0]["name"] == flat
     assert data["model-index"][0]["results"][0]["dataset"]["name"] == flat
     export = f"wikift consolidate {shlex.quote(odd)} --step 12 --dtype float32"
-    assert f"\n`````\n{command}\n{export}\n`````\n" in body
-    outside = body.replace(command, "").replace(shlex.quote(odd), "")
+    code = f"{command}\n{export}".replace("\x1b", r"\x1b")
+    assert f"\n`````\n{code}\n`````\n" in body
+    outside = body.replace(code, "")
     headings = [line for line in outside.splitlines() if line.startswith("#")]
-    shown = r"it's --- # a \`b\` \| \<i\> \[c\](d)"
+    shown = r"it's --- # a \`b\` \| \<i\> \[c\](d) \_e\_ \&lt; \x1b\[1m"
     sections = ("Validation", "Use", "Data", "Training", "Reproduce")
     assert headings == [f"# {shown}", *(f"## {name}" for name in sections)]
     assert f"| dataset | {shown} |" in outside

@@ -1,14 +1,29 @@
-"""How far a long task has come: one plain line on stderr. (The live panel of a training is `watch.terminal`.)"""
+"""What is printed: messages, and how far a long task has come. (The live panel of a training is `watch.terminal`.)"""
 
 from __future__ import annotations
 
+import builtins
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 Part = TypeVar("Part")
+# What a terminal obeys instead of showing it: C0 without tab and newline, delete, C1, ends of lines and changes of
+# direction of Unicode's, and halves of surrogate pairs, which cannot be written
+_OBEYED = (*range(9), *range(11, 32), *range(127, 160), *range(0x2028, 0x202F), *range(0x2066, 0x206A))
+_SHOWN = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in (*_OBEYED, *range(0xD800, 0xE000))}
+
+
+def printable(text: str) -> str:
+    """`text` with its control characters spelled out: names, data and models may hold any."""
+    return text.translate(_SHOWN)
+
+
+def print(*values: object, sep: str = " ", end: str = "\n", file: TextIO | None = None, flush: bool = False) -> None:
+    """`print` for messages: no control character reaches a terminal. Every module of wikift takes this one."""
+    builtins.print(*(printable(str(value)) for value in values), sep=sep, end=end, file=file, flush=flush)
 
 
 class Progress:
@@ -60,16 +75,17 @@ class Progress:
         """Print `text`, on a terminal in place of what was shown before."""
         if self.quiet:
             return
+        text = printable(text)
         if self.terminal:
             width = os.get_terminal_size(sys.stderr.fileno()).columns  # a line that wraps could not be rewritten
             text = "\r" + text[: width - 1] + "\x1b[K"
         self.shown = True  # first, as Ctrl-C may come in between
-        print(text, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+        builtins.print(text, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
 
     def clear(self) -> None:
         """Remove the line from a terminal, for what is printed next."""
         if self.shown and self.terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            builtins.print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         self.shown = False
 
 

@@ -10,8 +10,11 @@ Everything else that escapes is a fault of wikift's and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Sequence
+
+from wikift.base.console import print
 
 EXIT_DONE = 0
 EXIT_FAULT = 1
@@ -34,8 +37,13 @@ class EnvironmentFault(Exception):
 
 def one_line(error: BaseException, length: int = 160) -> str:
     """An error's message in one line of at most `length` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = without_password(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def without_password(text: str) -> str:
+    """`text` less the user and password of the addresses in it."""
+    return re.sub(r"(?<=://)[^/\s@]*@", "", text)
 
 
 def report(error: UserError) -> int:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from wikift.base.console import print
 from wikift.base.errors import EXIT_FAULT, EXIT_USER, EnvironmentFault, UserError, report
 from wikift.base.launcher import launch
 from wikift.base.world import COLLECTIVE_TIMEOUT, World, shared_store, start_world, stop_world

@@ -61,6 +61,12 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
+def json_line(content: object) -> str:
+    """JSON on one line, without a character that a terminal obeys, or that cannot be written."""
+    text = json.dumps(content, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
 def replace_json(path: Path, content: Mapping[str, object]) -> None:
     """Write a JSON file aside and rename it into place."""
     replace_text(path, json.dumps(content, indent=1, ensure_ascii=False))

@@ -95,9 +95,12 @@ def newest_run(folder: Path = Path("runs")) -> Path | None:
 
 def train_command(run: Path) -> str:
     """The command that trains the run `run`, or makes it: its own where it has begun."""
-    return as_typed(
-        str(read_json(run / "config.json").get("command") or f"wikift train --output-dir {shlex.quote(str(run))}")
-    )
+    try:  # somebody else's run may record anything
+        recorded = shlex.join(shlex.split(str(read_json(run / "config.json").get("command"))))
+    except ValueError:
+        recorded = ""
+    own = re.match(r"(torchrun --nproc_per_node=\d+ -m )?wikift train\b", recorded)
+    return as_typed(recorded if own else f"wikift train --output-dir {shlex.quote(str(run))}")
 
 
 def is_hub_name(name: str) -> bool:

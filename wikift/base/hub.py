@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from wikift.base import hub_client as client
-from wikift.base.errors import EnvironmentFault, UserError, one_line
+from wikift.base.errors import EnvironmentFault, UserError, one_line, without_password
 from wikift.base.launcher import launch
 
 CONFIG = ("config.json", "generation_config.json")
@@ -122,6 +122,7 @@ def failure(error: Exception, setting: str, instead: str) -> Exception:
     if "OfflineModeIsEnabled" not in kinds:
         kind = "datasets/" if setting.startswith("--dataset") else ""
         page = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/{kind}{name.partition('@')[0]}"
+        page = without_password(page)
         if "GatedRepoError" in kinds:
             return UserError(f"{setting}: is gated; ask for access at {page}, then log in: hf auth login")
         if "RevisionNotFoundError" in kinds:

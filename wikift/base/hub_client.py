@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from wikift.base.console import Progress
+from wikift.base.console import Progress, print
 from wikift.base.errors import one_line
 from wikift.base.launcher import launch
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from wikift.base.console import print
 from wikift.base.launcher import launch
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from wikift.base.console import print
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.launcher import Launch, launch
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wikift import __version__
 from wikift.base import tensorfile
+from wikift.base.console import print
 from wikift.base.errors import EnvironmentFault, UserError, one_line
 from wikift.base.files import parse_object, read_range, remove, sha256_of
 from wikift.base.folders import aside_of, list_checkpoints, step_folder

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from wikift.base import tensorfile
+from wikift.base.console import print
 from wikift.base.errors import EnvironmentFault, one_line
 from wikift.base.files import remove, replace_json, sync
 from wikift.base.folders import aside_of, list_checkpoints, step_folder

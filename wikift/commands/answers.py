@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from wikift.base.console import printable
+from wikift.base.files import json_line
 from wikift.settings.fields import GenerateSettings
 from wikift.settings.generate_checks import SAMPLING, with_defaults
 
 if TYPE_CHECKING:
     from wikift.generation.sampler import Sampling
     from wikift.generation.writer import Answer, Writer
-
-# C0 without tab and newline, delete, C1: a model may make them, and a terminal obeys them
-_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
 
 
 def sampling_of(settings: GenerateSettings) -> Sampling:
@@ -65,9 +63,7 @@ def as_json(answer: Answer, settings: GenerateSettings, source: str) -> str:
     """One answer, with the settings that made it, as one line."""
     values = with_defaults(settings)
     sampling = {name: getattr(values, name) for name in SAMPLING}
-    return json.dumps(
-        {"model": source, **dataclasses.asdict(answer), **sampling, "precision": settings.precision}, ensure_ascii=False
-    )
+    return json_line({"model": source, **dataclasses.asdict(answer), **sampling, "precision": settings.precision})
 
 
 def speed(answers: Iterable[Answer]) -> str:
@@ -77,4 +73,4 @@ def speed(answers: Iterable[Answer]) -> str:
 
 
 def _write(text: str) -> None:
-    print(text.translate(_CONTROLS) if sys.stdout.isatty() else text, end="", flush=True)
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)

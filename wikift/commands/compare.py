@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from wikift.base.command import command_line
+from wikift.base.console import print
 from wikift.base.errors import EXIT_DONE, UserError
 from wikift.commands.report import ROLES_OF_SETTINGS
 from wikift.settings.checks import range_problems

@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     out, data = run(settings, say), ""
     if folders.run_of(str(out)) is None:  # away from its run a model does not know its text
         store = folders.run_config(_run_folder(str(settings.run))).get("store_path", "STORE")
-        data = f" --data {shlex.quote(store)}"
+        data = f" --data {shlex.quote(str(store))}"
     model = shlex.quote(str(out))
     say(f"next:  {command_line('evaluate')} {model}{data}\n       {command_line('generate')} {model}")
     return EXIT_DONE
@@ -86,7 +86,7 @@ def model_source(name: str, say: Say) -> str:
     step, dtype = record.get("step"), record.get("dtype", "float32")
     if steps and isinstance(step, int) and step < steps[-1]:
         command = f"{command_line('consolidate')} {shlex.quote(name)}"
-        command += f" --dtype {dtype}" if dtype != "float32" else ""
+        command += f" --dtype {shlex.quote(str(dtype))}" if dtype != "float32" else ""
         say(f"{target} is of step {step}, the run has come to {steps[-1]}: {command}")
     return str(target)
 

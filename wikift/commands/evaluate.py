@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from wikift.base import folders
 from wikift.base.command import command_line
-from wikift.base.console import Progress
+from wikift.base.console import Progress, print
 from wikift.base.errors import EXIT_DONE, UserError
 from wikift.base.files import read_json
 from wikift.base.model_files import shape_of

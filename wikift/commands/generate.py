@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from wikift.base import folders
 from wikift.base.command import command_line, program_of
+from wikift.base.console import print
 from wikift.base.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 from wikift.base.files import read_lines
 from wikift.base.launcher import launch

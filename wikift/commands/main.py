@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from wikift import __version__
 from wikift.base.command import as_typed
+from wikift.base.console import print
 from wikift.base.errors import (
     EXIT_DONE,
     EXIT_FAULT,
@@ -19,6 +21,7 @@ from wikift.base.errors import (
     EnvironmentFault,
     UserError,
     nearest,
+    one_line,
     report,
 )
 from wikift.base.launcher import Launch, launch
@@ -68,6 +71,9 @@ def start() -> typing.NoReturn:
 def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> typing.NoReturn:
     """Run one command to its exit code, printing the two kinds of expected failure without a traceback."""
     here = Launch()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that it has no letters for does not end a command
+            stream.reconfigure(errors="backslashreplace")
     try:
         here = launch()
         code = command(sys.argv[1:] if argv is None else argv)
@@ -83,6 +89,9 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
         code = EXIT_FAULT
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_FAULT
+    except OSError as error:  # that nobody expected: a disk, a permission, a path
+        print(f"wikift: {one_line(error)}", file=sys.stderr)
         code = EXIT_FAULT
     except KeyboardInterrupt:
         print("wikift: interrupted", file=sys.stderr)

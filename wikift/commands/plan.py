@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wikift.base.command import command_line
+from wikift.base.console import print
 from wikift.base.errors import EXIT_DONE, EXIT_USER, UserError
+from wikift.base.files import json_line
 from wikift.base.launcher import launch
 from wikift.base.names import WIKITEXT
 from wikift.commands.train import checked_files, plan_of, resolved, without_local_rank
@@ -95,8 +96,7 @@ def settings_file(settings: TrainSettings) -> Iterator[str]:
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if value is not None and field.name not in ("config", "dry_run"):
-            # JSON's values are TOML's too, but for the delete character
-            yield f"{field.name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
+            yield f"{field.name} = {json_line(value)}"  # JSON's values are TOML's too
 
 
 def _derived(

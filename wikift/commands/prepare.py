@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from wikift.base import folders
 from wikift.base.command import command_line
+from wikift.base.console import print
 from wikift.base.launcher import launch
 from wikift.base.names import CUT_SEED
 from wikift.base.shape import released_name

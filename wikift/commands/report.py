@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from wikift.base.console import print
 from wikift.base.errors import EXIT_DONE
 from wikift.base.files import faults_of_writing, replace_text
 from wikift.base.folders import REPORT

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wikift.base import folders
+from wikift.base.console import print
 from wikift.base.errors import EXIT_DONE, UserError
 from wikift.base.files import show_bytes
 from wikift.checkpoint.reader import best_checkpoint, prune

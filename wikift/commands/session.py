@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from wikift.base.console import print
 from wikift.base.errors import EXIT_DONE, UserError
 from wikift.commands.answers import print_answer, speed
 from wikift.generation import prompts

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from wikift import __version__
 from wikift.base import folders, hub_client
+from wikift.base.console import print
 from wikift.base.errors import EXIT_DONE, EXIT_INTERRUPTED, EnvironmentFault, UserError
 from wikift.base.launcher import launch, unused_settings
 from wikift.base.model_files import open_model, shape_of

@@ -15,9 +15,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from wikift.base.errors import UserError
+from wikift.data.foreign_tables import table_rows
 from wikift.data.json_rows import json_rows
 from wikift.data.open_file import TextFile, decoded, faults, streams
-from wikift.data.tables import TABLES, read_table, text_of
+from wikift.data.tables import TABLES, text_of
 from wikift.data.texts import Texts
 
 _BATCH_CHARACTERS = 1 << 20
@@ -35,11 +36,11 @@ def read_rows(files: Sequence[TextFile], kind: str, column: str, encoding: str |
 
     `column` is where documents have their text, and has no meaning for lines; `encoding` as in `decoded`.
     """
+    if kind in TABLES:
+        yield from table_rows(files, column)
+        return
     for number, (file, stream) in enumerate(streams(files), 1):
         with faults(file):
-            if kind in TABLES:
-                yield from read_table(file, stream, column)
-                continue
             blocks = decoded(file, stream, encoding)
             if kind == "lines":
                 yield from _lines(blocks if number == len(files) else _ended(blocks))

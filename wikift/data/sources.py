@@ -14,9 +14,10 @@ from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.names import CUT_SEED, WIKITEXT
 from wikift.data.corpus import Corpus, Rows, cut_validation
 from wikift.data.dataset_card import choose, configs_of
+from wikift.data.foreign_tables import table_sizes
 from wikift.data.readers import read_rows
 from wikift.data.splits import SPLITS, Candidate
-from wikift.data.tables import TABLES, check_table
+from wikift.data.tables import TABLES
 from wikift.data.texts import Texts
 from wikift.data.user_files import UserFiles, user_files
 
@@ -115,11 +116,12 @@ def _from_files(source: Source, files: UserFiles) -> Corpus:
 
         return batches
 
+    every = [each.file for of_split in files.splits.values() for each in of_split]
+    tables = [file for file in every if file.in_place] if files.kind in TABLES else []
+    known = dict(zip(tables, table_sizes(tables, column), strict=True))  # problems at once and not after minutes
+
     def size(of_split: list[Candidate]) -> int | None:
-        tables = files.kind in TABLES  # problems are reported at once and not after minutes
-        sizes = [
-            check_table(each.file, column) if tables and each.file.in_place else each.file.size for each in of_split
-        ]
+        sizes = [known.get(each.file, each.file.size) for each in of_split]
         return None if None in sizes else sum(filter(None, sizes))
 
     return Corpus(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -165,7 +166,8 @@ def open_store(path: str | Path, *, verify: bool = False, setting: str = "--data
         damages = {split.file: _damage(store, name, verify) for name, split in store.splits.items()}
     except (FileNotFoundError, NotADirectoryError):
         what = "is no token store, it has no store.json" if path.exists() else "no such folder"
-        made = f"name one that {command_line('prepare')} made, or make it with --out {path} --dataset ..."
+        option = f"--out {shlex.quote(str(path))} --dataset ..."
+        made = f"name one that {command_line('prepare')} made, or make it with {option}"
         raise UserError(f"{where}: {what}; {made}") from None
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.filename}: {error.strerror}); fix its permissions") from None
@@ -220,5 +222,6 @@ def check_tokenizer(store: TokenStore, model: str | Path, *, setting: str = "--m
         name = store.record["tokenizer"].get("name", "another one")
         raise UserError(
             f"{setting} {model}: its tokenizer is not the one that made {store.path} ({name}); "
-            f"prepare the text again with --tokenizer {model}, or use a model with {store.path}/tokenizer"
+            f"prepare the text again with --tokenizer {shlex.quote(str(model))}, or use a model with "
+            f"{store.path}/tokenizer"
         )

@@ -105,6 +105,8 @@ def by_transformers(name: str, setting: str = "--tokenizer") -> Any:
     bare = {"tokenizer_type": "gpt2"} if files == {*_PAIR} else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **bare)
+        special = "".join(map(str, tokenizer.all_special_tokens))
+        ids = tokenizer(special, add_special_tokens=False)["input_ids"]  # a setting of a wrong type shows in its use
     except Exception as error:  # transformers raises OSError, ValueError, ImportError, JSON errors and Rust's own
         models = any(file.endswith(".model") for file in files)
         more = "; for a .model file: pip install sentencepiece tiktoken protobuf" if models else "; copy it again"
@@ -112,9 +114,8 @@ def by_transformers(name: str, setting: str = "--tokenizer") -> Any:
     kind, copied = type(tokenizer).__name__, shlex.quote(f"{name}-copy")
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{where}: is a slow (Python) tokenizer ({kind}); wikift needs a fast one, with {FILE}")
-    special = "".join(map(str, tokenizer.all_special_tokens))
     plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()).encode(special, add_special_tokens=False)
-    if plain.ids != tokenizer(special, add_special_tokens=False)["input_ids"]:
+    if plain.ids != ids:
         raise UserError(f"{where}: {CONFIG} has {kind} split text in another way than {FILE}; remove that setting "
                         "(split_special_tokens, say)")  # fmt: skip
     if tokenizer.eos_token_id is None:

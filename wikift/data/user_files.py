@@ -127,9 +127,8 @@ def _roots(name: str) -> list[tuple[Path, bool]]:
         if not path.is_file() and not path.is_dir():
             raise UserError(f"--dataset {name}: is neither a file nor a folder; save the text in a file")
         if (path / "store.json").is_file():
-            raise UserError(
-                f"--dataset {name}: is a token store, not text; train and evaluate take it as --data {name}"
-            )
+            option = f"--data {shlex.quote(name)}"
+            raise UserError(f"--dataset {name}: is a token store, not text; train and evaluate take it as {option}")
         return [(path, True)]
     matches = [Path(match) for match in sorted(glob.glob(name, recursive=True), key=natural)]
     if "**" in name or Path(name).suffix:  # in a pattern like *.txt a folder is none of them

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wikift.base.files import read_jsonl, replace_text
+from wikift.base.files import json_line, read_jsonl, replace_text
 from wikift.evaluation.protocols import Setup
 from wikift.evaluation.score import Score, difference
 
@@ -53,7 +53,7 @@ def keep(result: Result, file: Path, step: int | None) -> None:
     if len(result.score.nll) <= _DOCUMENTS:
         line["by_document"] = {name: counts.tolist() for name, counts in vars(result.score).items()}
     others = [row for row in read_jsonl(file) if any(row.get(k) != v for k, v in result.about.items() if k != "model")]
-    replace_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*others, line]))
+    replace_text(file, "".join(json_line(row) + "\n" for row in [*others, line]))
 
 
 def as_json(result: Result, results: list[Result]) -> str:
@@ -71,7 +71,7 @@ def as_json(result: Result, results: list[Result]) -> str:
         for normaliser in normalisers:
             mean, error = _difference(first, result, normaliser)
             content["difference"][normaliser] = {"mean": _finite(mean), "standard_error": _finite(error)}
-    return json.dumps(content | result.facts, ensure_ascii=False)
+    return json_line(content | result.facts)
 
 
 def table(results: list[Result], notes: list[str], width: int | None) -> str:
@@ -106,7 +106,7 @@ def table(results: list[Result], notes: list[str], width: int | None) -> str:
         small = ", ".join(sorted({f"{r.model} ({r.setup.context:,})" for r in results if r.setup.scaled}))
         lines.append(f"*: windows scaled to the model's context, which is below the protocol's 1,024: {small}")
     file = io.StringIO()
-    console = Console(file=file, width=width or 10_000, color_system=None, markup=False, highlight=False)
+    console = Console(file=file, width=width or 10_000, color_system=None, markup=False, emoji=False, highlight=False)
     computed = dict.fromkeys(f"{result.model} in {result.facts['precision']}" for result in results)
     console.print(f"{results[0].text}: perplexity, {', '.join(computed)}", "", grid, "", *lines, *notes, sep="\n")
     return "\n".join(line.rstrip() for line in file.getvalue().split("\n")).rstrip()

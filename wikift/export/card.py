@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from wikift.base.console import printable
 from wikift.base.files import read_jsonl
 from wikift.base.folders import METRICS
 from wikift.base.shape import released_name
@@ -35,17 +36,17 @@ def model_card(run: Path, config: dict[str, Any], manifest: dict[str, Any], dtyp
     origin = "Trained from scratch" if settings["from_scratch"] else f"{settings['model']} fine-tuned"
     new_tokens = min(64, manifest["model_config"].get("n_positions", 1024) // 2)
     export = f"wikift consolidate {shlex.quote(str(settings['output_dir']))} --step {step} --dtype {dtype}"
-    return "\n\n".join([
+    return printable("\n\n".join([
         _front_matter(name, settings, store, curve[-1] if curve and curve[-1]["step"] == step else {}),
         f"# {_text(name)}",
-        f"{_text(origin)} on {_text(_dataset(settings, store))} with wikift {config['wikift']}; step {step:,}, "
-        f"{manifest.get('tokens', 0):,} tokens seen, weights in {dtype}.",
+        f"{_text(origin)} on {_text(_dataset(settings, store))} with wikift {_text(str(config['wikift']))}; "
+        f"step {step:,}, {manifest.get('tokens', 0):,} tokens seen, weights in {dtype}.",
         "## Validation", _validation(curve, step),
         "## Use", _code(_USE.replace("{new_tokens}", str(new_tokens)), "python"),
         "## Data", _data(store),
         "## Training", _facts({**shown, **derived, **derived.get("place", {}), **derived.get("shape", {})}),
         *(["## Reproduce", _code(f"{command}\n{export}")] if isinstance(command, str) else []),
-    ]) + "\n"  # fmt: skip
+    ]) + "\n")  # fmt: skip
 
 
 def _front_matter(name: str, settings: dict[str, Any], store: dict[str, Any], scores: dict[str, Any]) -> str:
@@ -119,7 +120,7 @@ def _number(value: Any) -> float | None:
 
 def _text(text: str) -> str:
     """`text` on one line, with nothing that Markdown would take for its own."""
-    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_~&$@\[\]<>|]|:(?=//)|(?<=www)\.)", r"\\\1", " ".join(text.split()))
 
 
 def _code(text: str, language: str = "") -> str:

@@ -35,7 +35,8 @@ def export(path: Path, target: Path, *, dtype: str, shard_bytes: int, say: Calla
     """
     run = path.parent.parent
     config = folders.run_config(run)
-    record: dict[str, Any] = {"format": FORMAT, "run": _identity(run, config), "wikift": __version__}
+    with _reading_config(run):
+        record: dict[str, Any] = {"format": FORMAT, "run": _identity(run, config), "wikift": __version__}
     check_target(target, record["run"], own=target.absolute() == (run / "hf").absolute())
     with _naming_other_checkpoints(path):
         checkpoint = open_checkpoint(path)
@@ -48,7 +49,8 @@ def export(path: Path, target: Path, *, dtype: str, shard_bytes: int, say: Calla
         for check in checks:  # what was written is published only if what was read is as it was saved
             with _naming_other_checkpoints(path):
                 check.result()
-        card = model_card(run, config, checkpoint.manifest, dtype)
+        with _reading_config(run):
+            card = model_card(run, config, checkpoint.manifest, dtype)
         # the generation configuration has no effect here, and like the card it is its owner's to change
         files = [file for file in sorted(partial.glob("*.*")) if file.name != "generation_config.json"]
         sums = pool.map(sha256_of, files)
@@ -56,6 +58,16 @@ def export(path: Path, target: Path, *, dtype: str, shard_bytes: int, say: Calla
         (partial / "README.md").write_text(card, encoding="utf-8")
         _write_json(partial / EXPORT_RECORD, record)
     say(f"{target}: step {checkpoint.step:,} as {dtype}, {show_bytes(size)} of weights")
+
+
+@contextlib.contextmanager
+def _reading_config(run: Path) -> Iterator[None]:
+    """What a damaged config.json raises, as a message for the user."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{run / 'config.json'}: is damaged ({reason}); copy the run again") from None
 
 
 @contextlib.contextmanager

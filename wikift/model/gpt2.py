@@ -134,7 +134,7 @@ def load_config(name: str, setting: str = "--model") -> GPT2Config:
     shape_of(name, setting, fetched=True)  # raises where it is none of GPT-2
     try:
         config = GPT2Config.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers and its dataclasses raise nearly everything
         raise UserError(f"{setting} {name}: config.json cannot be used ({one_line(error)}); fix it") from None
     if config.activation_function not in ACT2FN:
         raise UserError(f"{setting} {name}: config.json says activation_function {config.activation_function!r}, "
@@ -144,10 +144,13 @@ def load_config(name: str, setting: str = "--model") -> GPT2Config:
 
 def load_generation_config(name: str, config: GPT2Config) -> GenerationConfig:
     """The generation configuration that a model by name or folder comes with, or what follows from its own."""
-    try:
-        return GenerationConfig.from_pretrained(hub.fetch(name, "--model", hub.CONFIG))
-    except OSError:
+    folder = hub.fetch(name, "--model", hub.CONFIG)
+    if not (folder / hub.CONFIG[1]).exists():
         return GenerationConfig.from_model_config(config)
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(f"--model {name}: {hub.CONFIG[1]} cannot be used ({one_line(error)}); fix it") from None
 
 
 def load_model(

@@ -52,7 +52,7 @@ def read(path: str | Path) -> tuple[Config, list[str]]:
         content = hjson.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
         if not isinstance(content, dict):
             raise ValueError(f"is a {type(content).__name__}, not an object of settings")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not valid JSON: {error}"
         ours = ", ".join(own_files())
         raise UserError(

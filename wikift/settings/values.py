@@ -36,7 +36,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: cannot be read ({reason}); give a TOML or JSON file") from None
     try:
         content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:  # JSONDecodeError and TOMLDecodeError alike
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and TOMLDecodeError alike
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise UserError(f"--config {path}: not valid {kind} ({error}); fix the file or name another") from None
     if not isinstance(content, dict):
@@ -55,7 +55,7 @@ def convert(value: Any, kind: type, meta: Mapping[str, Any], source: str) -> Any
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if kind is tuple:
-        value = [value] if isinstance(value, str) else value
+        value = value if isinstance(value, (list, tuple)) else [value]
         return tuple(convert(part, str, meta, source) for part in value)
     if kind is bool:
         if isinstance(value, bool):
@@ -72,6 +72,8 @@ def convert(value: Any, kind: type, meta: Mapping[str, Any], source: str) -> Any
             raise ValueError("must not be empty; name something or omit it")
         if not meta["prose"] and value != value.encode("utf-8", "replace").decode("utf-8"):
             raise ValueError("must be UTF-8 text")
+        if not meta["prose"] and max(len(part.encode()) for part in value.split("/")) > 255:
+            raise ValueError("is longer than a file's name can be, 255 bytes; shorten it")
         return os.path.expanduser(value) if meta.get("path") else value
     if source != "line" and isinstance(value, str):
         raise ValueError(f"must be {_article(kind)}, without quotes")
@@ -83,11 +85,13 @@ def convert(value: Any, kind: type, meta: Mapping[str, Any], source: str) -> Any
         raise ValueError("must be a finite number")
     if kind is int and isinstance(value, float) and value != number:
         raise ValueError("must be a whole number")
+    if kind is int and abs(number) >= 1 << 63:
+        raise ValueError("must be a whole number of at most 64 bits")
     return number
 
 
 def _article(kind: type) -> str:
-    return {int: "a whole number", float: "a number"}[kind]
+    return {int: "a whole number", float: "a number", str: "text"}[kind]
 
 
 def show(value: Any) -> str:

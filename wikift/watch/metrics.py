@@ -7,7 +7,6 @@ it. A resumed run first removes the lines after its checkpoint, so no step is th
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from wikift.base.errors import EnvironmentFault
-from wikift.base.files import replace_text
+from wikift.base.files import json_line, replace_text
 from wikift.base.folders import METRICS, SAMPLES
 from wikift.watch.record import read_metrics
 from wikift.watch.terminal import Terminal, open_terminal
@@ -50,7 +49,7 @@ class Log:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with _writing(Path(self.file.name)):
-            self.file.write(json.dumps(finite) + "\n")
+            self.file.write(json_line(finite) + "\n")
             self.file.flush()
         for tracker in self.trackers:
             tracker.record(values)
@@ -70,7 +69,7 @@ class Log:
         rows = [{"step": step, "prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
         path = Path(self.file.name).with_name(SAMPLES)
         with _writing(path), open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json_line(row) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())
         for tracker in self.trackers:
@@ -106,7 +105,7 @@ def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     kept = [values for values in read_metrics(path) if values["step"] <= step]
-    replace_text(path, "".join(json.dumps(values, ensure_ascii=False) + "\n" for values in kept))
+    replace_text(path, "".join(json_line(values) + "\n" for values in kept))
     return kept
 
 

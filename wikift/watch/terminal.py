@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
+from wikift.base.console import print, printable
 from wikift.watch.screen import Values, draw, duration, exp, panel
 
 _LONG, _EVERY = 2.0, 30.0  # seconds until something is worth a word, and between two lines about it in a pipe
@@ -44,7 +45,7 @@ class Terminal:
         if self.live is not None:
             if self.console.width != self.width:
                 self.live.refresh()
-            self.console.print(Text(text, style))
+            self.console.print(Text(printable(text), style))
         else:
             print(text, flush=True)
 
