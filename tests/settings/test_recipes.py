@@ -34,7 +34,9 @@ def test_a_recipe_plans_and_tells_its_score(
     assert facts["source"]
     assert f"`recipes/{path.name}`" in PAGE
     assert re.split(r" \(|;", facts["expected"])[0] in PAGE
-    assert main(["plan", "--config", str(path)]) == 0
+    _, machine = facts["forecast"].strip("()").split(", --")
+    assert main(["plan", "--config", str(path), *f"--{machine}".split()]) == 0
     plan = capsys.readouterr().out
     assert f"\nglobal_batch_size = {settings.global_batch_size}\n" in plan
-    assert "# parameters: " in plan
+    (memory,) = re.findall(r"^# recommended: .* about ([\d.]+) GB of ", plan, re.MULTILINE)
+    assert float(memory) == pytest.approx(float(facts["forecast"].split()[0]), rel=0.1), "its forecast is out of date"
