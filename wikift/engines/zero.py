@@ -88,7 +88,7 @@ class ZeroEngine:
         self.engine.step()
         norm = torch.tensor(float("inf") if self.optimizer.overflow else float(self.engine.get_global_grad_norm()))
         self.loss_scale.update(torch.isfinite(norm))
-        return norm.to(self.world.device)
+        return norm  # on the host: there it is needed, and to copy it to a GPU would be one more wait
 
     def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return self._in_eval(inputs, targets)
