@@ -32,7 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         trained_run(folder / name, store.path, **settings)
     assert main(["evaluate", str(folder / "one"), "--split", "test", "--device", "cpu", "--quiet"]) == 0
     with open(folder / "one" / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": 7, "event": "loss spike", "message": HOSTILE, "loss": 9.5}) + "\n")
+        file.write(json.dumps({"step": 7, "event": "loss spike", "message": HOSTILE + "\ud800", "loss": 9.5}) + "\n")
     return folder
 
 

@@ -36,7 +36,8 @@ def main(argv: Sequence[str]) -> int:
     out = Path(settings.out or (runs[0].path / REPORT if len(runs) == 1 else REPORT))
     with faults_of_writing(out):
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        replace_text(out, as_html(runs, ROLES_OF_SETTINGS))
+        page = as_html(runs, ROLES_OF_SETTINGS)
+        replace_text(out, page.encode("utf-8", "replace").decode("utf-8"))  # a name may be no text
     print(f"report: {out}")
     return EXIT_DONE
 
