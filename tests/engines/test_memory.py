@@ -8,15 +8,21 @@ from __future__ import annotations
 import ctypes
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.engines.test_build import WORK
 from tests.ranks import run_ranks
 from tests.tiny_engines import make_engine
-from wikift.engines.memory import host_bytes
+from wikift.base.errors import EnvironmentFault
+from wikift.base.world import World
+from wikift.engines import memory
+from wikift.engines.base import Choice
+from wikift.engines.memory import available_bytes, explained, host_bytes
 
 RANKS = 4
 # deep, and its vocabulary small, so that no single tensor is more than a twentieth of the model
@@ -151,3 +157,42 @@ def test_available_is_what_the_host_and_each_control_group_leaves(tmp_path: Path
     write("sys/fs/cgroup/memory/memory.usage_in_bytes", "1000000")
     write("sys/fs/cgroup/memory/memory.stat", "total_active_file 1\ntotal_inactive_file 2\nactive_file 99\n")
     assert host_bytes(tmp_path) == 3000003
+
+
+TORCHS = (
+    "CUDA out of memory. Tried to allocate 2.25 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.02 GiB is free"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError(f"{TORCHS}. Process 7 has 3.00 GiB in use."), f"({TORCHS}). By estimate"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "cublasCreate"),
+    ],
+)
+def test_out_of_memory_keeps_torchs_numbers_and_says_what_takes_less(
+    error: RuntimeError, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the estimate that `wikift plan` prints; the micro-batch divides what a rank computes in a step."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70 * 10**9, 80 * 10**9))
+    monkeypatch.setattr(memory, "gpu_bytes", lambda _: 80 * 10**9)
+    world = World(0, 2, device=torch.device("cuda", 0))
+    assert available_bytes(world) == 70 * 10**9  # what is free, not what there is
+    work = replace(WORK, engine=Choice("ddp", ""), micro_batch=12, accumulation=1)
+    with pytest.raises(EnvironmentFault) as told, explained(work, world):
+        raise error
+    text = str(told.value)
+    assert text.startswith("NVIDIA H100 is out of memory (")
+    assert reason in text
+    ways = re.findall(r"(--[a-z-]+(?: \w+)?) (\d+\.\d+) GB", text)
+    names = ["--per-device-train-batch-size 6", "--gradient-checkpointing", "--engine fsdp"]
+    assert [name for name, _ in ways] == names
+    (need,) = re.findall(r"takes (\d+\.\d+) GB per process", text)
+    assert all(float(size) < float(need) for _, size in ways)
+
+
+def test_another_error_stays_itself() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), explained(WORK, World()):
+        raise RuntimeError("shapes do not fit")

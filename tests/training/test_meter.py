@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from wikift.training.meter import Meter
+from wikift.base.shape import released_shape
+from wikift.training.meter import Meter, few_tokens
 
 
 def test_the_time_left_counts_validations_and_saves() -> None:
@@ -32,3 +33,12 @@ def test_the_time_left_counts_validations_and_saves() -> None:
     assert meter.reading(6, 2, rows) == reading, "a look at the numbers between two log lines changes nothing"
     assert reading["seconds_left"] == pytest.approx(6 * 5 + 2 * 16)
     assert reading["tokens_per_second"] == pytest.approx(20)
+
+
+def test_too_few_tokens_per_gpu_are_told_with_numbers() -> None:
+    gpt2 = released_shape("gpt2")
+    assert gpt2 is not None
+    assert not list(few_tokens(16_384, gpt2, 1024, 4))
+    (text,) = few_tokens(8192, gpt2, 1024, 4)
+    assert "8,192 tokens per GPU and step, below 16,384" in text
+    assert "7.0 TFLOP for 497.8 MB of gradients" in text

@@ -1,6 +1,6 @@
 """Checkpoints written while the training continues: a step waits for the copy to host memory and for nothing else.
 
-Every rank copies its fragments into buffers that are reused for each checkpoint (pinned where they come from a GPU),
+Every rank copies its fragments into one buffer that is reused for each checkpoint (pinned where they come from a GPU),
 and a thread writes and checksums them into a folder beside, and tells in a table which ranges they are. Rank 0's thread
 waits for all ranks' tables, checks that every element is in them exactly once, writes the manifest and renames the
 folder. Nothing in a thread is collective: the files themselves tell which rank is ready. At most one checkpoint is in
@@ -49,7 +49,7 @@ class Saver:
 
     def __init__(self, run: Path, world: World, *, keep: int, aside: bool) -> None:
         self.run, self.world, self.keep, self.aside = run, world, keep, aside
-        self._buffers: dict[str, Tensor] = {}
+        self._buffer = torch.empty(0)
         self._thread: threading.Thread | None = None
         self._given_up = threading.Event()
         self._step = 0
@@ -117,13 +117,15 @@ class Saver:
         return saved
 
     def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        on_cuda, sizes = self.world.device.type == "cuda", [data.numel() for data in tensors.values()]
+        if self._buffer.numel() < sum(sizes):  # one for all: to pin memory takes long
+            self._buffer = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=on_cuda)
+        copies = dict(zip(tensors, self._buffer[: sum(sizes)].split(sizes), strict=True))
         for key, data in tensors.items():
-            if key not in self._buffers or self._buffers[key].numel() != data.numel():
-                self._buffers[key] = torch.empty(data.numel(), dtype=torch.float32, pin_memory=data.is_cuda)
-            self._buffers[key].copy_(data, non_blocking=True)
-        if self.world.device.type == "cuda":
+            copies[key].copy_(data, non_blocking=True)
+        if on_cuda:
             torch.cuda.synchronize(self.world.device)
-        return {key: self._buffers[key] for key in tensors}
+        return copies
 
     def _write(self, tensors: dict[str, Tensor], manifest: dict[str, Any], started: float, stall: float | None) -> None:
         """Write this rank's file and, on rank 0, publish; `stall` is None where the training waits for all of it."""

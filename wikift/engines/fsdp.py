@@ -100,7 +100,9 @@ class FSDPEngine:
     def _in_eval(self, *arguments: Tensor | None) -> Tensor:
         device = self.world.device
         result = in_eval(
-            self.model, self.losses, *(None if tensor is None else tensor.to(device) for tensor in arguments)
+            self.model,
+            self.losses,
+            *(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in arguments),
         )
         self._reshard()  # without a backward nothing else frees the weights, nor gathers new ones
         return result

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +18,13 @@ import torch
 from wikift.base.errors import EnvironmentFault
 from wikift.base.files import show_bytes
 from wikift.base.world import World
-from wikift.engines.base import Work
+from wikift.engines.base import Choice, Work
 from wikift.kernels.loss import gpu_bytes, positions_at_once
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h's
 
+# of an error that is no torch.OutOfMemoryError: the CPU's allocator, cuBLAS and cuDNN, the driver
+_OUT_OF_MEMORY = ("can't allocate memory", "_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 FULL = 0.9  # part of the memory that an estimate may fill
 # by the controllers in /proc/self/cgroup, none in version 2: the limit, what is used, and its prefix of the cache
 _GROUP_FILES = {
@@ -186,19 +189,41 @@ def _room(group: Path, limit: str, used: str, files: str) -> list[int]:
 
 
 @contextlib.contextmanager
-def explained(device: torch.device) -> Iterator[None]:
-    """torch's word that memory is used up, as an EnvironmentFault that says what to do."""
+def explained(work: Work, world: World) -> Iterator[None]:
+    """torch's word that memory is used up, as an EnvironmentFault that says what would take less."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in _OUT_OF_MEMORY):
             raise
-        where = f"{torch.cuda.get_device_name(device)} is" if device.type == "cuda" else "this machine is"
-        raise EnvironmentFault(
-            f"{where} out of memory ({str(error).split('. ')[0]}). A smaller --per-device-train-batch-size (the global "
-            "batch stays), --gradient-checkpointing, or --engine fsdp or --deepspeed on several GPUs takes less, and "
-            "the same command with it resumes from the newest checkpoint; else a smaller --model or --block-size"
-        ) from None
+        on_gpu = world.device.type == "cuda"
+        where = f"{torch.cuda.get_device_name(world.device)} is" if on_gpu else "this machine is"
+        reason = ". ".join(str(error).split(". ")[:3]).rstrip(".")  # what was asked for, and what was free
+        raise EnvironmentFault(f"{where} out of memory ({reason}). {_ways_out(work, world)}") from None
+
+
+def _ways_out(work: Work, world: World) -> str:
+    """What takes less memory than `work`, by how much, in words."""
+    gpu, share, half = gpu_bytes(world.device), work.micro_batch * work.accumulation, work.micro_batch // 2
+    ways = {
+        f"--per-device-train-batch-size {n}": replace(work, micro_batch=n, accumulation=share // n)
+        for n in [n for n in range(half, 0, -1) if share % n == 0][:1]
+    }
+    ways["--gradient-checkpointing"] = replace(work, gradient_checkpointing=True)
+    if world.size > 1:
+        ways["--engine fsdp"] = replace(work, engine=Choice("fsdp", ""))
+    need = training_bytes(work, world.size, gpu=gpu)
+    needs = {way: training_bytes(less, world.size, gpu=gpu) for way, less in ways.items()}
+    less = [f"{way} {show_bytes(size)}" for way, size in needs.items() if size < need]
+    return (
+        f"By estimate this run takes {show_bytes(need)} per process"
+        + (
+            f", with {' or '.join(less)}; the same command with it resumes from the newest checkpoint, else use"
+            if less
+            else "; use"
+        )
+        + " a smaller --model or --block-size"
+    )
 
 
 def keep_freed_memory() -> None:

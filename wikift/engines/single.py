@@ -60,7 +60,8 @@ class SingleEngine:
         return norm
 
     def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return in_eval(self.model, self.losses, inputs.to(self.device), targets.to(self.device))
+        inputs, targets = (tensor.to(self.device, non_blocking=True) for tensor in (inputs, targets))
+        return in_eval(self.model, self.losses, inputs, targets)
 
     def next_logits(self, inputs: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         inputs, mask, positions = (tensor.to(self.device) for tensor in (inputs, mask, positions))

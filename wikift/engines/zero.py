@@ -99,7 +99,9 @@ class ZeroEngine:
     def _in_eval(self, *arguments: Tensor | None) -> Tensor:
         device = self.world.device
         return in_eval(
-            self.engine, self.engine, *(None if tensor is None else tensor.to(device) for tensor in arguments)
+            self.engine,
+            self.engine,
+            *(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in arguments),
         )
 
     def fragments(self) -> Iterator[Fragment]:

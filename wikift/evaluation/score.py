@@ -19,6 +19,7 @@ import numpy as np
 from wikift.data.store import Split
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from wikift.base.world import World
@@ -192,7 +193,7 @@ def document_sums(
         if own or width:
             longest = max((len(window.ids) - 1 for window in own), default=0)
             inputs, targets, documents, weights = _padded(own, batch if width else len(own), width or longest)
-            loss = losses(torch.from_numpy(inputs), torch.from_numpy(targets))
+            loss = losses(*(_for_copy(torch.from_numpy(ids), world.device) for ids in (inputs, targets)))
             if loss.ndim:
                 sums[0] += np.bincount(documents, loss.double().cpu().numpy() * weights, sums.shape[1])
             else:
@@ -202,6 +203,11 @@ def document_sums(
         progress(done)
     sums[0, 0] += float(total)
     return world.total(torch.from_numpy(sums)).numpy()
+
+
+def _for_copy(ids: Tensor, device: torch.device) -> Tensor:
+    """`ids` in pinned memory where they go to a GPU: it is not waited for, and the next windows are made meanwhile."""
+    return ids.pin_memory() if device.type == "cuda" else ids
 
 
 def _padded(group: list[Window], rows: int, width: int) -> tuple[np.ndarray, ...]:

@@ -45,7 +45,7 @@ from wikift.settings.run_plan import RunPlan
 from wikift.training import resume
 from wikift.training.hosts import check_hosts, environment
 from wikift.training.loop import run_steps
-from wikift.training.meter import Meter, memory_gb, peak_flops
+from wikift.training.meter import Meter, few_tokens, memory_gb, peak_flops
 from wikift.training.resume import Say
 from wikift.training.training import Training
 from wikift.watch.metrics import Log, open_log
@@ -74,7 +74,7 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
             quiet=plan.quiet, trackers=plan.trackers, rank=world.rank,
         ) as log:  # fmt: skip
             training = dataclasses.replace(training, log=log, stop_signal=stop_signal)
-            with explained(world.device):
+            with explained(work_of(plan, training.precision.name), world):
                 stopped = run_steps(training, owed)
             training.saver.finish()
             log.tick(**training.saved())
@@ -114,8 +114,9 @@ def prepare(
         keep_freed_memory()
     with phase(f"loading the {'checkpoint' if start else 'model'}", say):
         config, reader = _start(plan, _config(plan, store, start), start, say)
-    with explained(world.device), phase("building the engine", say):
-        engine, compiled = build_engine(work_of(plan, precision.name), config, reader, world)
+    work = work_of(plan, precision.name)
+    with explained(work, world), phase("building the engine", say):
+        engine, compiled = build_engine(work, config, reader, world)
     for text in _announcement(plan, world, compiled, precision, start):
         say(text)
     say(memory_line(chosen, machine))
@@ -230,5 +231,8 @@ def _announcement(
     if precision.warning:
         yield f"warning: {precision.warning}"
     yield f"{plan.layout.words} = {summary['tokens per step']} tokens; {summary['steps']}"
+    if world.device.type == "cuda" and world.size > 1:
+        tokens, reduced = plan.tokens_per_step // world.size, 4 if plan.engine.reduce_dtype == "fp32" else 2
+        yield from few_tokens(tokens, plan.model.shape, plan.block_size, reduced)
     if start is not None:
         yield f"resuming from {start.path}, after step {start.step:,}"
