@@ -51,7 +51,7 @@ def machine_for(asked: PlanSettings, settings: TrainSettings, ranks: int) -> tup
             raise UserError(f"--gpus {asked.gpus}: no GPU is here to tell its memory; add --gpu-memory 80GB")
         size = parse_size(asked.gpu_memory, "--gpu-memory") if asked.gpu_memory else torch.cuda.mem_get_info()[1]
         machine, name = Machine(ranks, ranks, size, int(size * FULL)), f"GPUs of {show_bytes(size)}"
-        precision = "bf16" if settings.precision == "auto" else settings.precision
+        precision = {"auto": "bf16", "tf32": "fp32"}.get(settings.precision, settings.precision)
     return machine, precision, f"{ranks} x {name}, {precision}, {show_bytes(machine.room)} of it to fill"
 
 
