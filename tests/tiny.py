@@ -14,16 +14,18 @@ VOCABULARY = 97
 SHAPE = "n_layer=2,n_head=2,n_embd=32,n_positions=16"
 
 
-def tiny_store(folder: Path, *, train: int = 409, validation: int = 61, seed: int = 0) -> Path:
+def tiny_store(
+    folder: Path, *, train: int = 409, validation: int = 61, seed: int = 0, vocabulary: int = VOCABULARY
+) -> Path:
     """A published store of random ids with a pattern to learn: 51 blocks of 8 tokens by default."""
     random = np.random.default_rng(seed)
 
     def part(tokens: int) -> list[Encoded]:
-        ids = (np.arange(tokens) * 7 + random.integers(0, 5, tokens)) % VOCABULARY
+        ids = (np.arange(tokens) * 7 + random.integers(0, 5, tokens)) % vocabulary
         return [Encoded(ids.astype(np.uint16), rows=1, words=max(1, tokens // 2), bytes=tokens * 3)]
 
     splits = {"train": part(train), **({"validation": part(validation)} if validation else {})}
-    write_store(folder, splits, vocab_size=VOCABULARY, eos_token_id=0, tokenizer_fingerprint=f"tiny-{VOCABULARY}")
+    write_store(folder, splits, vocab_size=vocabulary, eos_token_id=0, tokenizer_fingerprint=f"tiny-{vocabulary}")
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     return folder

@@ -15,6 +15,7 @@ from wikift.base.launcher import launch
 from wikift.base.names import WIKITEXT
 from wikift.commands.train import checked_files, plan_of, resolved, without_local_rank
 from wikift.settings.batch_layout import batch_layout
+from wikift.settings.checks import range_problems
 from wikift.settings.default_folders import store_path
 from wikift.settings.fields import EXCLUSIVE, TrainSettings
 from wikift.settings.options import Parsed, parse_all
@@ -57,7 +58,7 @@ def plan(parsed: Parsed[PlanSettings], problems: Sequence[str] = ()) -> tuple[st
     """A config file with what follows from it as comments; and whether the run would fit into memory."""
     from wikift.data.store import open_store
 
-    asked, ranks = parsed.settings, parsed.settings.gpus or launch().size
+    asked, ranks = parsed.settings, max(1, parsed.settings.gpus or launch().size)
     of_train = TrainSettings(**{f.name: getattr(asked, f.name) for f in dataclasses.fields(TrainSettings)})
     settings, notes = resolved(Parsed(of_train, parsed.typed, parsed.problems), [*problems, *_problems(asked)], ranks)
     path = Path(settings.data) if settings.data is not None else store_path(settings)
@@ -77,6 +78,7 @@ def plan(parsed: Parsed[PlanSettings], problems: Sequence[str] = ()) -> tuple[st
 
 def _problems(asked: PlanSettings) -> Iterator[str]:
     """What is wrong with the settings of plan alone."""
+    yield from range_problems(asked)
     pretended = [f"--gpus {asked.gpus}"] * (asked.gpus is not None)
     pretended += [f"--gpu-memory {asked.gpu_memory}"] * (asked.gpu_memory is not None)
     for name in pretended:
@@ -105,7 +107,7 @@ def _derived(
     """What follows from the settings, a line each; and whether the run would fit into memory."""
     from wikift.commands import forecast
 
-    ranks = asked.gpus or launch().size
+    ranks = max(1, asked.gpus or launch().size)
     layout, notes, start = batch_layout(settings, ranks), list[str](), None
     known = WIKITEXT.get((settings.dataset or ("",))[0]) if store is None else None
     if store is not None:

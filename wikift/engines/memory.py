@@ -63,7 +63,11 @@ def memory_parts(work: Work, ranks: int, *, gpu: int) -> dict[str, Part]:
     if engine.startswith("zero"):  # 4 of the optimizer's 12 bytes are the weights that it updates
         offload = str(work.zero_config) if gpu else ""
         optimizer, weights = ("offload_" + name in offload for name in ("optimizer", "param"))
-        sizes = (0 if weights else low, 0 if optimizer else 4, 0 if optimizer else 12)
+        sizes = (
+            0 if weights else low,
+            0 if weights else 4,
+            0 if optimizer else 12,
+        )  # stage 2 adds up where it computes
         parts = state_parts(shape.parameters, ranks, int(engine[4]), *sizes)
     else:
         parts = state_parts(shape.parameters, ranks, 3 if engine == "fsdp" else 0)
@@ -103,7 +107,8 @@ def _passes(work: Work, gpu: int) -> dict[str, Part]:
     """
     shape, tokens, wide = work.shape, work.block_size * work.micro_batch, work.precision == "fp32"
     if gpu or work.precision == "fp16":
-        rows, size = min(tokens, positions_at_once(shape.vocab_size, gpu)), 8 if wide else 10
+        chunks = -(-tokens // positions_at_once(shape.vocab_size, gpu))  # of one size
+        rows, size = -(-tokens // chunks), 8 if wide else 10
     else:
         rows, size = min(tokens, 2048), 4 if wide else 2
     logits = Part(size * rows * shape.vocab_size, f"{size}V·{rows:,}")
@@ -131,16 +136,20 @@ def _buffers(work: Work, ranks: int, gpu: int, passes: dict[str, Part]) -> Itera
             yield Part(4 * total, "4P")  # beside DDP's buckets is what it accumulates
     elif engine == "fsdp" and not work.fsdp_reshard:
         yield Part((low + 4) * total, f"{low + 4}P")
-    elif engine in ("zero1", "zero2"):  # the head's gradient, and again where it is moved
-        moved = 4 * (gpu > 0 and "offload" in str(work.zero_config))
-        yield Part((4 + moved) * embedding, f"{4 + moved}Vd")
-    else:  # the embedding, the block at work and the next, and their gradients, these when the logits are gone
-        blocks = max(0, (low + 4) * 24 * shape.n_embd**2 - logits)
-        yield Part((low + 4) * embedding + blocks, f"{low + 4}Vd + max(0, {24 * (low + 4)}d² - logits)")
+    else:  # a GPU pads a copy of the head's weight; its gradient is fp32, and there again where it is offloaded
+        times = 4 + (low if gpu else 0) + 4 * (gpu > 0 and "offload" in str(work.zero_config))
+        if engine in ("fsdp", "zero3"):  # gathered: the embedding, the block at work and the next; and their gradients
+            times += low + 4 * (engine == "zero3" and not gpu)
+            blocks = max(0, (low + 4) * 24 * shape.n_embd**2 - logits)
+            yield Part(blocks, f"max(0, {24 * (low + 4)}d² - logits)")
+        yield Part(times * embedding, f"{times}Vd")
     if not gpu:
         yield Part(8 * embedding + 50_000_000, "8Vd + 50 MB")  # the head's gradient is there twice for a moment
         if work.accumulation > 1:  # gradients that stay lie between what comes and goes
             yield Part((logits + passes["activations"].bytes) // 4, "(activations + logits)/4")
+        if ranks > 1:  # as what is sent does
+            each = low + 4 * (engine == "zero3")
+            yield Part(each * total, f"{each}P")
         if work.save_aside:  # copied, to be written meanwhile
             yield Part(12 * total // ranks, "12P/N")
 

@@ -110,7 +110,7 @@ def prepare(
     layout = plan.layout.with_micro_batch(chosen.micro_batch)
     taken = dataclasses.replace(plan.engine, engine=chosen.engine.name, reason=chosen.engine.reason)
     plan = dataclasses.replace(plan, layout=layout, engine=taken, async_save=chosen.save_aside)
-    if world.device.type == "cpu":
+    if world.device.type == "cpu" and chosen.engine.name in ("single", "ddp"):  # others would keep half as much again
         keep_freed_memory()
     with phase(f"loading the {'checkpoint' if start else 'model'}", say):
         config, reader = _start(plan, _config(plan, store, start), start, say)

@@ -21,7 +21,6 @@ from wikift.training.resume import Say
 from wikift.training.run import prepare, started, work_of
 
 _SETTLING = 3  # steps at the start that are not timed: memory is fetched, kernels are chosen
-_SMOOTHING = 0.98  # fast.ai's, of a range test's losses
 
 
 class Trial(NamedTuple):
@@ -59,11 +58,11 @@ def rising(steps: int, lowest: float = 1e-7, highest: float = 1.0) -> list[float
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """The losses of a range test as fast.ai smooths them, until they are 4 times the lowest or not finite."""
-    mean, curve = 0.0, list[float]()
+    """The losses of a range test as fast.ai smooths 100 of them, until they are 4 times the lowest or not finite."""
+    mean, curve, kept = 0.0, list[float](), max(0.0, 1 - 2 / len(losses))
     for n, loss in enumerate(losses, 1):
-        mean = _SMOOTHING * mean + (1 - _SMOOTHING) * loss
-        value = mean / (1 - _SMOOTHING**n)
+        mean = kept * mean + (1 - kept) * loss
+        value = mean / (1 - kept**n)
         if not math.isfinite(value) or value > 4 * min(curve, default=value):
             break
         curve.append(value)
