@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", ROOT / "ds_configs" / "README.md", *sorted((ROOT / 
 SETTINGS: dict[str, type[Any]] = {
     "prepare": fields.PrepareSettings,
     "train": fields.TrainSettings,
-    "plan": fields.TrainSettings,
+    "plan": run_fields.PlanSettings,
     "consolidate": fields.ConsolidateSettings,
     "evaluate": fields.EvaluateSettings,
     "generate": fields.GenerateSettings,
