@@ -55,4 +55,4 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def curve(run: Path) -> list[tuple[Any, ...]]:
     """What must be the same in two runs of one experiment, to the last bit, a tuple a step."""
     names = ("step", "loss", "grad_norm", "learning_rate", "tokens", "eval_loss")
-    return [tuple(values.get(name) for name in names) for values in metrics(run)]
+    return [tuple(values.get(name) for name in names) for values in metrics(run) if "event" not in values]

@@ -62,7 +62,7 @@ def train(**settings: Any) -> TrainResult:
     output_dir, stopped = command.train(parsed)
     metrics: dict[str, Any] = {}
     for values in read_metrics(output_dir / "metrics.jsonl"):
-        metrics |= values
+        metrics |= {} if "event" in values else values
     return TrainResult(output_dir, metrics, interrupted=bool(stopped))
 
 

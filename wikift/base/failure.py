@@ -19,7 +19,7 @@ import torch.distributed as dist
 from wikift.base.console import print
 from wikift.base.errors import EXIT_FAULT, EXIT_USER, EnvironmentFault, UserError, report
 from wikift.base.launcher import launch
-from wikift.base.world import COLLECTIVE_TIMEOUT, World, shared_store, start_world, stop_world
+from wikift.base.world import COLLECTIVE_SECONDS, World, shared_store, start_world, stop_world
 
 _PREFIX, _FAILED = "wikift", "wikift/failed"
 _GRACE_SECONDS = 5.0
@@ -27,22 +27,22 @@ _TELL_SECONDS = 20
 
 
 @contextlib.contextmanager
-def started_world(device: str = "auto") -> Iterator[World]:
+def started_world(device: str = "auto", seconds: float = COLLECTIVE_SECONDS) -> Iterator[World]:
     """`start_world`, and at the end `stop_world`. A rank that raises says why first, then ends all the others.
 
-    Without this a rank that raised would leave the others in a collective until its timeout of half an hour.
+    Without this a rank that raised would leave the others in a collective until its timeout of `seconds`.
     """
     here = launch()
     if not here.address or here.size == 1:
-        yield start_world(device)
+        yield start_world(device, seconds)
         stop_world()
         return
     with _meeting(here.rank):
-        store = shared_store(_PREFIX, COLLECTIVE_TIMEOUT)
+        store = shared_store(_PREFIX)
     _start_watching(store, here.rank)  # before the others are waited for: one may have failed already
     try:
         with _meeting(here.rank):
-            world = start_world(device)
+            world = start_world(device, seconds)
         yield world
     except Exception as error:
         _fail(error, store, here.rank)

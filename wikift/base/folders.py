@@ -20,7 +20,7 @@ from wikift.base.files import read_json
 from wikift.base.model_files import open_model
 from wikift.base.shape import RELEASED, released_name
 
-METRICS, SAMPLES, WANDB_ID = "metrics.jsonl", "samples.jsonl", "wandb-id.txt"
+METRICS, SAMPLES, WANDB_ID, STACKS = "metrics.jsonl", "samples.jsonl", "wandb-id.txt", "stacks"
 EVALUATIONS, REPORT, TENSORBOARD = "evaluations.jsonl", "report.html", "tensorboard"
 RUN_FILES = ("checkpoints", "model", METRICS, SAMPLES, EVALUATIONS, REPORT, TENSORBOARD, WANDB_ID, "hf", "config.json")
 

@@ -28,7 +28,8 @@ from wikift.base.console import print
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.launcher import Launch, launch
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+COLLECTIVE_SECONDS = 1800.0
+_MEETING = datetime.timedelta(minutes=30)
 _FIRST_RANK_SECONDS = 24 * 3600.0  # a large text is prepared meanwhile
 _NVIDIA_DRIVER = Path("/dev/nvidiactl")
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the old name
@@ -43,9 +44,11 @@ class World:
     local_rank: int = 0
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     local_size: int = 1
+    passed: Callable[[], None] = lambda: None  # told of every collective that the host takes part in
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
         """The sum of `value` over all ranks, the same on each; collective."""
+        self.passed()
         if self.size == 1:
             return value
         summed = value.clone()
@@ -62,6 +65,7 @@ class World:
 
     def ask(self, numbers: Sequence[float]) -> Callable[[], list[list[float]]]:
         """Begin to `exchange`: what this returns waits for the others."""
+        self.passed()
         rows = torch.zeros(self.size, len(numbers), dtype=torch.float64)
         rows[self.rank] = torch.tensor(numbers, dtype=torch.float64)  # a row of its own, so that a sum does
         work = dist.all_reduce(rows, async_op=True) if self.size > 1 else None
@@ -110,10 +114,11 @@ def be_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a pass over each tensor
 
 
-def start_world(device: str = "auto") -> World:
+def start_world(device: str = "auto", seconds: float = COLLECTIVE_SECONDS) -> World:
     """Join the process group that the launcher describes, or one that the caller started already.
 
-    `device` is auto, cpu or cuda. Raises UserError where CUDA is asked for and absent, or has fewer devices than ranks.
+    A collective that takes longer than `seconds` fails, gloo's and NCCL's. `device` is auto, cpu or cuda. Raises
+    UserError where CUDA is asked for and absent, or has fewer devices than ranks.
     """
     here = launch()
     chosen = device_of(device, here)
@@ -126,7 +131,7 @@ def start_world(device: str = "auto") -> World:
     if not here.started:
         return World(device=chosen)
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # else each rank connects to all others at once
-    store = shared_store("wikift/group", COLLECTIVE_TIMEOUT)
+    store = shared_store("wikift/group")
     if chosen.type == "cuda":
         _refuse_shared_gpus(here, chosen, store)
     dist.init_process_group(
@@ -134,7 +139,7 @@ def start_world(device: str = "auto") -> World:
         store=store,
         rank=here.rank,
         world_size=here.size,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=datetime.timedelta(seconds=seconds),
         # for one rank it makes NCCL fail in later groups (deepspeedai/DeepSpeed#8248)
         device_id=chosen if chosen.type == "cuda" and here.size > 1 else None,
     )
@@ -155,7 +160,7 @@ def _refuse_shared_gpus(here: Launch, device: torch.device, store: Any) -> None:
         )
 
 
-def shared_store(prefix: str, timeout: datetime.timedelta) -> Any:
+def shared_store(prefix: str, timeout: datetime.timedelta = _MEETING) -> Any:
     """What the ranks tell each other under `prefix`, by a connection of its own; waits until all can be reached."""
     here = launch()
     if dist.is_initialized() and not here.address:  # whoever started the process group knows
@@ -196,7 +201,7 @@ def _hosts() -> Any:
     if dist.is_initialized():  # the caller's group
         own = torch.distributed.distributed_c10d
         return own.PrefixStore("wikift/hosts", own._get_default_store())
-    return shared_store("wikift/hosts", COLLECTIVE_TIMEOUT)
+    return shared_store("wikift/hosts")
 
 
 def join_group(world: World) -> None:

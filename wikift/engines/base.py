@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -87,6 +87,10 @@ class Engine(Protocol):
 
     def fragments(self) -> Iterator[Fragment]:
         """What this rank owns of weights and optimizer state: over all ranks every element exactly once."""
+        ...
+
+    def replicas(self) -> Iterable[Tensor]:
+        """The weights that every rank has a copy of; none where they are sharded."""
         ...
 
     def restore(self, reader: FragmentReader) -> None:

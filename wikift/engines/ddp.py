@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -68,6 +68,9 @@ class DDPEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         return whole_fragments(self.local, self.world.rank, self.world.size)
+
+    def replicas(self) -> Iterable[Tensor]:
+        return self.local.replicas()
 
     def restore(self, reader: FragmentReader) -> None:
         self.local.restore(_ReadOnce(reader, self.world))

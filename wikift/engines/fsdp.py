@@ -6,7 +6,7 @@ A block's weights are gathered when it is needed, in the precision of the matmul
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -124,6 +124,9 @@ class FSDPEngine:
                 yield Fragment(name, kind, start, shape, state[kind].reshape(-1))
         if self.world.rank == 0:
             yield from scalar_fragments(self.optimizer, self.loss_scale)
+
+    def replicas(self) -> Iterable[Tensor]:
+        return ()
 
     def restore(self, reader: FragmentReader) -> None:
         check_tied(self.model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -69,6 +69,9 @@ class SingleEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         return whole_fragments(self, rank=0, ranks=1)
+
+    def replicas(self) -> Iterable[Tensor]:
+        return list(self.model.parameters())
 
     def restore(self, reader: FragmentReader) -> None:
         """Copy into the live tensors: their memory, and so the rounding of the kernels, stays as it was."""

@@ -12,7 +12,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -110,6 +110,9 @@ class ZeroEngine:
                 yield Fragment(name, state, start, self.shapes[name], data)
         if self.world.rank == 0:
             yield from scalar_fragments(self.adamw, self.loss_scale)
+
+    def replicas(self) -> Iterable[Tensor]:
+        return self.model.parameters() if self.stage < 3 else ()
 
     def restore(self, reader: FragmentReader) -> None:
         check_tied(self.model)

@@ -130,7 +130,7 @@ class _GradedLoss(torch.autograd.Function):
         del ctx.gradients  # the engine adds to this memory
         scale = outer[0] / ctx.factor
         # a GPU does not wait for the number: multiplying costs it less
-        if scale.device.type != "cpu" or abs(scale.item() - 1) > 1e-12:
+        if scale.device.type != "cpu" or not abs(scale.item() - 1) <= 1e-12:  # NaN too
             of_hidden, of_weight = of_hidden.mul_(scale), of_weight.mul_(scale)
         return of_hidden, of_weight, None, None
 

@@ -142,8 +142,9 @@ def _plain(value: float) -> str:
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # rule -> (settings, whether a value holds it)
     "1 or more": (
         "block_size global_batch_size per_device_train_batch_size gradient_accumulation_steps max_steps eval_steps "
-        "save_steps sample_steps logging_steps save_total_limit per_device_eval_batch_size early_stopping_patience "
-        "max_eval_samples workers gpus trial context stride max_new_tokens num_return_sequences batch_size",
+        "save_steps sample_steps logging_steps hang_timeout profile save_total_limit per_device_eval_batch_size "
+        "early_stopping_patience max_eval_samples workers gpus trial context stride max_new_tokens "
+        "num_return_sequences batch_size",
         lambda value: value >= 1,
     ),
     "0 or more": ("weight_decay max_grad_norm seed warmup_steps temperature top_k within", lambda value: value >= 0),

@@ -176,6 +176,16 @@ class TrainSettings(DataSettings):
         None, "validate on the first blocks of the validation split only", "BLOCKS", shown="all", role="experiment"
     )
     sample_prompts: str | None = _run(None, "continue each line of a file now and then: samples.jsonl", "FILE")
+    on_nonfinite: str = _run(
+        "stop",
+        "at a loss or gradient that is not finite: stop, or skip that step and continue",
+        choices=("stop", "skip"),
+        role="schedule",
+    )
+    hang_timeout: int = _run(
+        1800, "end a run that makes no progress for as long, with every process's stacks in stacks/", "SECONDS"
+    )
+    profile: int | None = _run(None, "profile as many steps: profile/trace.json.gz, and where the time goes", "STEPS")
     sample_steps: int | None = _run(None, "steps between samples", "STEPS", shown="as validations")
     resume: str = _run("auto", "resume from the newest checkpoint, never, or from PATH", "auto|never|PATH")
     report_to: str | None = _run(None, "also log to wandb, tensorboard or both", "NAME,...", shown="none")

@@ -81,8 +81,9 @@ class RunPlan:
     prompts: tuple[str, ...]  # of samples
     trackers: tuple[str, ...]
     quiet: bool
+    hang_timeout: float  # seconds
     experiment: dict[str, Any]
-    settings: dict[str, Any]  # by name, resolved: for config.json and views
+    settings: dict[str, Any]  # by name, resolved: for config.json, and what is watched
     command: str  # that starts the run again
 
     @property
@@ -215,6 +216,7 @@ def plan_run(settings: TrainSettings, layout: BatchLayout, shape: Shape, tokens:
         prompts=tuple(read_lines(Path(settings.sample_prompts), "--sample-prompts") if settings.sample_prompts else ()),
         trackers=trackers_of(settings),
         quiet=settings.quiet,
+        hang_timeout=settings.hang_timeout,
         experiment=_experiment(settings, block_size, layout.global_batch),
         settings=dataclasses.asdict(settings),
         command=command_of(settings, layout.ranks),

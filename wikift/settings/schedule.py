@@ -115,6 +115,11 @@ def length_problems(settings: TrainSettings, steps: int) -> list[str]:
             f"--decay-steps {schedule.decay}: and --warmup-steps {schedule.warmup} exceed the run's {steps} "
             "steps; use fewer, or a fraction below 1"
         )
+    if settings.profile is not None and settings.profile > steps - 2:
+        problems.append(
+            f"--profile {settings.profile}: the run has {steps} steps, and the first 2 are not profiled; take "
+            f"{max(1, steps - 2)} or fewer, or a longer run"
+        )
     patience, count = settings.early_stopping_patience, due_of(settings, steps).validations()
     # the first validation is always the best one; after the last the run ends anyway
     if patience is not None and patience > count - 2:

@@ -16,15 +16,16 @@ from wikift.base.world import World, seed
 from wikift.data.store import TokenStore, open_store
 
 
-def check_hosts(run: Path, store: TokenStore, world: World) -> None:
+def check_hosts(run: Path, store: TokenStore, world: World) -> Path:
     """Whether every host sees rank 0's `run` folder, and its text, and the tokens are as they were written; collective.
 
-    Raises UserError where one does not. The stores may be copies, made on each host or not; each is read once.
+    Returns `run`. Raises UserError where one does not. The stores may be copies, made on each host or not; each is read
+    once.
     """
     if world.local_rank == 0:  # 0.6 s per GB (SHA-256)
         open_store(store.path, verify=True)
     if world.local_size == world.size:
-        return
+        return run
     number = world.agreed(int.from_bytes(os.urandom(6), "little"))
     meeting = run / f".meeting-{number:012x}"  # a name that no file system can have in a cache
     if world.rank == 0:
@@ -51,6 +52,7 @@ def check_hosts(run: Path, store: TokenStore, world: World) -> None:
         )
     if problems:
         raise UserError(*problems)
+    return run
 
 
 def environment(device: torch.device, precision: str, compiled: str) -> dict[str, Any]:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wikift.base.errors import EnvironmentFault
 from wikift.base.world import seed
 from wikift.evaluation.score import Score
 from wikift.training.patience import Patience
 from wikift.training.resume import FOLDER_GONE, add_to_manifest
+from wikift.training.skips import Skips
 from wikift.training.training import Training
+from wikift.watch.profile import Profiler
 
 
-def run_steps(training: Training, owed: dict[str, Any] | None) -> int:
+def run_steps(training: Training, owed: dict[str, Any] | None, profiler: Profiler) -> int:
     """Train to the last step, or until patience is spent; returns the signal that stopped it, else 0.
 
     Everything random comes from (seed, step, rank). A stop comes after a micro-batch, discards a step that is not
@@ -30,9 +30,8 @@ def run_steps(training: Training, owed: dict[str, Any] | None) -> int:
         patience, stop = _validate_late(training, owed)
         if stop or patience.spent:
             return stop
-    skipped = torch.tensor(float(training.skipped), device=world.device)
-    may_skip = math.inf if training.precision.name == "fp16" else training.skipped  # where a gradient may overflow
-    mean = norm = torch.tensor(math.nan)
+    skips = Skips(training)
+    mean = norm = torch.tensor(0.0)
     batches, saved, score, watched = training.batches(), training.done, None, False
     for step in range(training.done + 1, due.steps + 1):
         torch.manual_seed(seed(plan.seed, "dropout", step, world.rank))
@@ -41,23 +40,23 @@ def run_steps(training: Training, owed: dict[str, Any] | None) -> int:
             blocks = next(batches)
         losses, stop = accumulate(training, step, blocks)
         if stop:
-            if skipped.item() > may_skip:
-                raise EnvironmentFault(diverged(training, step - 1, float(mean), float(norm)))
+            skips.check(step - 1, [float(mean)], float(norm))
             anew = step > (1 if stop == FOLDER_GONE else training.done + 1)
             if saved < step - 1 or (anew and (plan.save_only_model or stop == FOLDER_GONE)):
                 training.save(step - 1, score.loss if score is not None else None, patience, stop=stop)
             log.say(f"step {step:,} is discarded: {len(losses)} of its {len(blocks)} micro-batches were computed")
             return stop
         norm = engine.step(plan.schedule.lr_at(step))
-        skipped += ~torch.isfinite(norm)
+        skips.count(norm, step)
         meter.step(plan.tokens_per_step)
         mean = torch.stack(losses).mean()
         stop, watched, rows = _exchange(training, mean, asked)
+        with meter.paused(False):
+            profiler.step()
         record: dict[str, Any] = {"step": step}
         if rows:
+            skipped = skips.check(step, [row[0] for row in rows], float(norm))
             record |= _measured(training, step, rows, skipped) | {"grad_norm": float(norm)}
-            if not math.isfinite(record["loss"]) or skipped.item() > may_skip:
-                raise EnvironmentFault(diverged(training, step, record["loss"], record["grad_norm"]))
         log.tick(**record)
         with meter.paused(due.evaluate(step)):
             score = training.validate() if due.evaluate(step) and not stop else None
@@ -68,6 +67,7 @@ def run_steps(training: Training, owed: dict[str, Any] | None) -> int:
                 training.sample(step)
             if due.evaluate(step):  # it may have come in the meantime, and cut the validation short
                 stop = stop or training.stopped()
+                training.check_replicas(step)
             if due.log(step):
                 log.record(record | training.saved())
                 meter.restart()
@@ -105,9 +105,9 @@ def _exchange(
     return stop, bool(rows[0][0]), training.agree(training.meter.own(float(mean)))[1] if stop else []
 
 
-def _measured(training: Training, step: int, rows: list[list[float]], skipped: Tensor) -> dict[str, Any]:
+def _measured(training: Training, step: int, rows: list[list[float]], skipped: int) -> dict[str, Any]:
     plan, due = training.plan, training.plan.due
-    overflows = {"skipped_steps": int(skipped)} if training.precision.name == "fp16" else {}
+    overflows = {"skipped_steps": skipped} if skipped or training.precision.name == "fp16" else {}
     reading = training.meter.reading(due.steps - step, due.validations(step - 1), rows)
     fixed = {"learning_rate": plan.schedule.lr_at(step), "tokens": step * plan.tokens_per_step}
     return fixed | overflows | reading
@@ -135,11 +135,3 @@ def _validate_late(training: Training, owed: dict[str, Any]) -> tuple[Patience, 
         training.plan.output_dir, training.start, training.world, {"eval_loss": score.loss, **patience.facts()}
     )
     return patience, 0
-
-
-def diverged(training: Training, step: int, loss: float, norm: float) -> str:
-    lr = training.plan.schedule.lr_at(step)
-    return (
-        f"the loss is {loss} and the gradient's norm {norm} at step {step}, learning rate {lr:g}: training has "
-        "diverged. Restart with a lower --learning-rate or more --warmup-steps; the checkpoints are as they were"
-    )

@@ -6,14 +6,16 @@ import contextlib
 import re
 import resource
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
 
 from wikift.base.files import show_bytes
 from wikift.base.shape import Shape
+from wikift.watch.profile import DATA
 
 # Dense bf16/fp16 FLOP/s, from NVIDIA's data sheets, SXM parts where there are several; first match.
 _PEAK_FLOPS = (
@@ -48,7 +50,8 @@ def few_tokens(tokens: int, shape: Shape, block_size: int, reduced: int) -> Iter
         )
 
 
-_BY_RANK = ("memory_gb", "data_wait")
+_BY_RANK = ("memory_gb", "data_wait", "matmul_ms")
+_MATMUL_SECONDS = 10.0  # from one measurement of a rank's speed to the next
 
 
 class Meter:
@@ -61,9 +64,12 @@ class Meter:
         peak: float | None,
         clock: Callable[[], float] = time.perf_counter,
         eval_tokens: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.device, self.flops_per_token, self.peak, self.clock = device, flops_per_token, peak, clock
-        self.eval_tokens = eval_tokens
+        self.eval_tokens, self.ranks = eval_tokens, ranks
+        self.matmuls = deque[float](maxlen=5)  # milliseconds of the last ones
+        self.next_matmul = 0.0
         self.pauses: list[float] = []  # seconds of each validation so far, its samples and its save included
         self.tokens = self.steps = 0
         self.away = 0.0  # seconds spent on other things since the last reading
@@ -72,7 +78,11 @@ class Meter:
 
     def own(self, loss: float) -> list[float]:
         """This rank's numbers, for the others: `loss` and what `by_rank` names."""
-        return [loss, memory_gb(self.device), self.waited / self._seconds()]
+        if self.ranks > 1 and self.clock() >= self.next_matmul:
+            self.matmuls.append(matmul_ms(self.device))
+            self.next_matmul = self.clock() + _MATMUL_SECONDS
+        matmul = median(self.matmuls) if len(self.matmuls) == self.matmuls.maxlen else 0.0  # one alone is chance
+        return [loss, memory_gb(self.device), self.waited / self._seconds(), matmul]
 
     def _seconds(self) -> float:
         return max(1e-9, self.clock() - self.since - self.away)
@@ -95,7 +105,8 @@ class Meter:
     def waiting(self) -> Iterator[None]:
         """What happens inside is waiting for data."""
         start = self.clock()
-        yield
+        with torch.profiler.record_function(DATA):
+            yield
         self.waited += self.clock() - start
 
     def reading(self, steps_left: int, pauses_left: int, rows: list[list[float]]) -> dict[str, Any]:
@@ -111,7 +122,7 @@ class Meter:
         reading: dict[str, Any] = {
             "loss": fmean(row[0] for row in rows),
             "tokens_per_second": tokens_per_second,
-            **{name: values[0] for name, values in each.items()},
+            **{name: each[name][0] for name in ("memory_gb", "data_wait")},
             **({"ranks": each} if ranks > 1 else {}),
             "seconds_left": seconds / max(1, self.steps) * steps_left + pause * pauses_left,
         }
@@ -122,6 +133,22 @@ class Meter:
     def restart(self) -> None:
         """Measure from now on."""
         self.since, self.away, self.waited, self.tokens, self.steps = self.clock(), 0.0, 0.0, 0, 0
+
+
+def matmul_ms(device: torch.device) -> float:
+    """Milliseconds of the same piece of work on every rank, some five on a core: in a step all wait for the slowest."""
+    on_gpu = device.type == "cuda"
+    square = torch.ones(
+        (4096, 4096) if on_gpu else (512, 512), dtype=torch.half if on_gpu else torch.float, device=device
+    )
+    for _ in range(2):  # the first one loads what it needs
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        square @ square
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    return 1000 * (time.perf_counter() - start)
 
 
 def memory_gb(device: torch.device) -> float:

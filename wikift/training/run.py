@@ -48,7 +48,9 @@ from wikift.training.loop import run_steps
 from wikift.training.meter import Meter, few_tokens, memory_gb, peak_flops
 from wikift.training.resume import Say
 from wikift.training.training import Training
+from wikift.watch.hang import signs_of_life
 from wikift.watch.metrics import Log, open_log
+from wikift.watch.profile import Profiler
 from wikift.watch.terminal import phase
 
 
@@ -57,8 +59,12 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
     folder = plan.output_dir
     if not store.has_validation:
         say(f"{store.path} has no validation text: no validation, no best checkpoint")
-    with started(plan) as (world, stop_signal), resume.locked(folder, world, say):
-        check_hosts(folder, store, world)
+    with (
+        started(plan) as (world, stop_signal),
+        resume.locked(folder, world, say),
+        signs_of_life(check_hosts(folder, store, world), world.rank, world.size, plan.hang_timeout) as pulse,
+    ):
+        world = dataclasses.replace(world, passed=pulse.mark)
         start = resume.checkpoint_to_resume(plan, world)
         owed = resume.owed_line(plan, store, start)
         if start is not None and (finished := resume.check_resumable(plan, store, start, say)) and owed is None:
@@ -73,9 +79,13 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
             folder, after_step=(start.step if start else 0) - (owed is not None), steps=plan.steps, epochs=plan.epochs,
             quiet=plan.quiet, trackers=plan.trackers, rank=world.rank,
         ) as log:  # fmt: skip
+            log.pulse = pulse
             training = dataclasses.replace(training, log=log, stop_signal=stop_signal)
             with explained(work_of(plan, training.precision.name), world):
-                stopped = run_steps(training, owed)
+                steps = 0 if world.rank else plan.settings["profile"] or 0
+                profiler = Profiler(folder, steps, world.device.type == "cuda", log.say)
+                stopped = run_steps(training, owed, profiler)
+                profiler.finish()
             training.saver.finish()
             log.tick(**training.saved())
             log.say(training.memory())
@@ -96,7 +106,8 @@ def started(plan: RunPlan) -> Iterator[tuple[World, Callable[[], int]]]:
     transformers_logging.disable_progress_bar()
     if plan.engine.deterministic:
         be_deterministic()  # before NCCL starts, which would take sums in NVLink's switches otherwise
-    with started_world(plan.engine.device) as world, stop_requests() as stop_signal:
+    seconds = plan.hang_timeout + 60  # `signs_of_life` is first, and says more
+    with started_world(plan.engine.device, seconds) as world, stop_requests() as stop_signal:
         yield world, stop_signal
 
 
@@ -123,7 +134,8 @@ def prepare(
     tokens = store.splits["validation"].tokens if store.has_validation else 0
     tokens = min(tokens, plan.eval_blocks * plan.block_size or tokens)
     peak = peak_flops(world.device, precision.name)
-    meter = Meter(world.device, plan.model.shape.flops_per_token(plan.block_size), peak, eval_tokens=tokens)
+    flops = plan.model.shape.flops_per_token(plan.block_size)
+    meter = Meter(world.device, flops, peak, eval_tokens=tokens, ranks=world.size)
     training = Training(
         plan, store, world, precision, config, shapes_of(config), engine, Log(),
         Saver(plan.output_dir, world, keep=plan.save_total_limit, aside=plan.async_save), meter, stop_signal, start,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config
 
@@ -28,8 +29,10 @@ from wikift.settings.run_plan import RunPlan
 from wikift.training import resume
 from wikift.training.meter import Meter, memory_gb
 from wikift.training.patience import Patience
+from wikift.watch.health import drift
 from wikift.watch.metrics import Log
 
+_BITS = {2: torch.int16, 4: torch.int32}  # bytes of an element: the integer of as many
 _SAVE_FAILED = 1 << 16  # above every signal's number, below resume.FOLDER_GONE
 
 
@@ -151,6 +154,14 @@ class Training:
                 f"{patience.best:.4f}"
             )
 
+    def check_replicas(self, step: int) -> None:
+        """Whether what every rank holds a copy of is the same on all, to the bit."""
+        if self.world.size == 1 or not (copies := list(self.engine.replicas())):
+            return
+        checksums = [row[0] for row in self.world.exchange([checksum(copies)])]
+        for event in drift(step, checksums):
+            self.log.event(event)
+
     def saved(self) -> dict[str, Any]:
         """What to log of a checkpoint that was published meanwhile; not collective."""
         saved = self.saver.take_saved()
@@ -186,3 +197,9 @@ class Training:
     def stopped_midway(self) -> int:
         """`stopped` between two micro-batches, for which ranks with GPUs do not wait: their steps take seconds."""
         return self.stopped() if self.world.size == 1 or self.world.device.type == "cpu" else 0
+
+
+def checksum(tensors: Sequence[Tensor]) -> float:
+    """A number of every bit of `tensors`, below 2**48, so that a float64 holds it."""
+    sums = [t.detach().reshape(-1).view(_BITS[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
+    return float(sum(number * value for number, value in enumerate(torch.stack(sums).tolist(), 1)) % 2**48)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,6 +17,8 @@ from typing import Any, TextIO
 from wikift.base.errors import EnvironmentFault
 from wikift.base.files import json_line, replace_text
 from wikift.base.folders import METRICS, SAMPLES
+from wikift.watch import health
+from wikift.watch.hang import Pulse
 from wikift.watch.record import read_metrics
 from wikift.watch.terminal import Terminal, open_terminal
 from wikift.watch.trackers import Tracker, open_trackers
@@ -25,9 +28,14 @@ class Log:
     """What a run tells. Without a file (other ranks) and views every method does nothing."""
 
     def __init__(
-        self, file: TextIO | None = None, terminal: Terminal | None = None, trackers: Sequence[Tracker] = ()
+        self,
+        file: TextIO | None = None,
+        terminal: Terminal | None = None,
+        trackers: Sequence[Tracker] = (),
+        earlier: Sequence[dict[str, Any]] = (),
     ) -> None:
-        self.file, self.terminal, self.trackers = file, terminal, trackers
+        self.file, self.terminal, self.trackers, self.pulse = file, terminal, trackers, Pulse()
+        self.recent, self.logged = deque(earlier, maxlen=health.WINDOW), len(earlier)
 
     def say(self, text: str) -> None:
         """A line for the user."""
@@ -39,7 +47,9 @@ class Log:
         return self.terminal is not None and self.terminal.impatient()
 
     def tick(self, **values: Any) -> None:
-        """Refresh the live view."""
+        """Refresh the live view; `now`, what this rank does, is a sign of life."""
+        if "now" in values:
+            self.pulse.mark(values["now"])
         if self.terminal is not None:
             self.terminal.tick(values)
 
@@ -47,14 +57,30 @@ class Log:
         """One step's line, into the file and every view. Raises EnvironmentFault where the disk is full."""
         if self.file is None:
             return
+        self._write(values)
+        if self.terminal is not None:
+            self.terminal.record(values)
+        for event in health.events(list(self.recent), values, self.logged):
+            self.event(event)
+        self.recent.append(values)
+        self.logged += 1
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Something to worry about: a line of its own in the file, and a warning."""
+        if self.file is None:
+            return
+        self._write(event)
+        if self.terminal is not None:
+            self.terminal.warn(f"step {event['step']:,}: {event['message']}")
+
+    def _write(self, values: dict[str, Any]) -> None:
+        assert self.file is not None
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with _writing(Path(self.file.name)):
             self.file.write(json_line(finite) + "\n")
             self.file.flush()
         for tracker in self.trackers:
             tracker.record(values)
-        if self.terminal is not None:
-            self.terminal.record(values)
 
     def sync(self) -> None:
         """Put what was recorded on the disk, before a checkpoint from which a run resumes after it."""
@@ -92,12 +118,12 @@ def open_log(
     path = run / METRICS
     with contextlib.ExitStack() as stack:
         with _writing(path):
-            earlier = keep_until(path, after_step)
+            earlier = [row for row in keep_until(path, after_step) if "event" not in row]
             keep_until(run / SAMPLES, after_step)
             file = stack.enter_context(open(path, "a", encoding="utf-8"))
         views = stack.enter_context(open_trackers(run, trackers, quiet))
         terminal = None if quiet else stack.enter_context(open_terminal(steps, epochs, earlier))
-        yield Log(file, terminal, views)
+        yield Log(file, terminal, views, earlier)
 
 
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from wikift.watch.health import slowest
+
 Values = dict[str, Any]
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -32,7 +34,7 @@ _CELLS: tuple[tuple[str, str, Callable[[Values], str]], ...] = (
     ("tokens/s", "tokens_per_second", lambda v: f"{v['tokens_per_second']:,.0f}"),
     ("data wait", "data_wait", lambda v: _highest(v, "data_wait", "{:.1%}")),
     ("memory", "memory_gb", lambda v: _highest(v, "memory_gb", "{:.2f} GB")),
-    ("slowest", "slowest", lambda v: f"rank {v['slowest'][0]}, {v['slowest'][1]:.2f}x"),
+    ("slowest", "ranks", lambda v: _slowest(v["ranks"]["matmul_ms"])),
     ("saved", "saved_step", lambda v: f"step {v['saved_step']:,}"),
     ("stall", "save_stall_seconds", lambda v: f"{v['save_stall_seconds']:.2f} s"),
     ("skipped", "skipped_steps", lambda v: f"{v['skipped_steps']:,}"),
@@ -98,6 +100,10 @@ def _times(values: Values) -> str:
         ends = f"{datetime.datetime.now() + datetime.timedelta(seconds=left):%a %H:%M}"
     told = _ABSENT if left is None else duration(left)
     return f"elapsed {duration(values.get('elapsed', 0)):<10}left {told:<10}ends {ends}"
+
+
+def _slowest(times: Sequence[float]) -> str:
+    return "rank {}, {:.2f}x".format(*slowest(times)) if all(times) else _ABSENT
 
 
 def _highest(values: Values, name: str, form: str) -> str:
