@@ -60,7 +60,7 @@ def train_one_step(kind: str, folder: str, whole: bool) -> tuple[int, int, int]:
 
     world = start_world("cpu")
     config = model_config(SHAPES[kind])
-    # two blocks, as `most` has it; the 50M elements of the file are two of gpt2-xl's, four of these
+    # two blocks, as `most` has it; the 150M elements of the file are a third of this model
     live = {"zero_optimization.stage3_max_live_parameters": 2 * 12 * SHAPES[kind]["n_embd"] ** 2}
     ds_config = {**dsconfig.read("zero3")[0], **live}
     give_back_what_is_freed()
