@@ -4,8 +4,8 @@
 # make test-agreement   evaluation against lm_eval, Trainer and transformers' page, in an environment of its own
 # make bench   the benchmarks in small, in an environment of its own, ten minutes; says what became slower
 # make test-long   what takes longer: offloading, large models, more of the engines
-# make fuzz    a million changed files and command lines, or FUZZ_CASES=N of them, from which nothing may crash; an hour
-# make audit   the pinned packages in the database of known vulnerabilities; needs pypi.org and api.osv.dev, or fails
+# make fuzz    a million changed files and command lines, or FUZZ_CASES=N of them, from which nothing may crash; hours
+# make audit   the pinned packages in the databases of known vulnerabilities, by pip-audit; fails where these are out of reach
 # make check   ruff and mypy
 # make picture the README's picture of a report, from the demo's run, by a headless Chromium (Debian: chromium-headless-shell)
 # make docs    the documentation as a website, in site/

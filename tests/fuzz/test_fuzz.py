@@ -6,6 +6,7 @@ pytest tests/fuzz, or `make fuzz` for a million cases. What was found is kept: a
 from __future__ import annotations
 
 import contextlib
+import copy
 import gzip
 import io
 import itertools
@@ -82,7 +83,7 @@ def replaced(data: bytes, changes: list[tuple[int, Any]]) -> bytes:
     for number, value in changes:
         if every := list(nodes(content)):
             container, key = every[number % len(every)]
-            container[key] = value
+            container[key] = copy.deepcopy(value)
     return json.dumps(content).encode()
 
 

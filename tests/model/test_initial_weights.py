@@ -205,6 +205,10 @@ def damaged(change: Callable[[bytes], bytes], name: str = "model.safetensors") -
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
+def misled(index: Path) -> None:
+    index.write_text(index.read_text().replace('"model-00002', '"../model-00002'))
+
+
 def renamed(name: str) -> Callable[[Path], object]:
     return lambda folder: (folder / "model.safetensors").rename(folder / name)
 
@@ -240,6 +244,10 @@ WAYS_OUT: list[tuple[Callable[[Path], object], str]] = [
     (damaged(lambda b: b"{", "config.json"), "config.json cannot be read"),
     (lambda f: in_several_files(f)[1].unlink(), r"missing: model-00002-of-\d+.safetensors; .*hf download"),
     (lambda f: (in_several_files(f), (f / "model.safetensors.index.json").unlink()), "without model.safetensors.index"),
+    (
+        lambda f: (in_several_files(f), misled(f / "model.safetensors.index.json")),
+        r"model.safetensors.index.json cannot be read \(it names '../model-00002.*', which is no file of the folder\)",
+    ),
     (renamed("my.safetensors"), "run: mv .*/my.safetensors .*/model.safetensors"),
     (renamed("tf_model.h5"), f"{IN_FOUR}.*python -c '.*from_tf=True"),
     (renamed("flax_model.msgpack"), f"{IN_FOUR}.*python -c '.*from_flax=True"),

@@ -129,7 +129,10 @@ def _headers(model: str, folder: Path, where: str) -> list[tuple[Path, Header]]:
         if not index.exists():
             raise _lacking(model, folder, where, SINGLE)
         try:
-            files = [folder / name for name in sorted(set(parse_object(index.read_bytes())["weight_map"].values()))]
+            names = sorted(set(parse_object(index.read_bytes())["weight_map"].values()))
+            if outside := [name for name in names if Path(name).name != name]:
+                raise ValueError(f"it names {outside[0]!r}, which is no file of the folder")
+            files = [folder / name for name in names]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise _unreadable(index, where, error) from None
     if missing := [file.name for file in files if not file.exists()]:

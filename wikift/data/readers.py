@@ -123,13 +123,13 @@ def _csv_rows(file: TextFile, blocks: Iterable[str], column: str) -> Iterator[st
     def fields(delimiter: str) -> list[str]:
         return [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
 
-    delimiter = max(_DELIMITERS, key=lambda each: (column in fields(each), len(fields(each))))
-    names = fields(delimiter)
     if not first:
         return
     csv.field_size_limit(1 << 27)
-    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    rows = csv.reader(())
     try:
+        delimiter = max(_DELIMITERS, key=lambda each: (column in fields(each), len(fields(each))))
+        names, rows = fields(delimiter), csv.reader(lines, delimiter=delimiter, strict=True)
         text_of(dict.fromkeys(names, ""), column, f"{file}, line 1")
         index = names.index(column)
         for row in rows:

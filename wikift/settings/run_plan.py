@@ -164,7 +164,7 @@ def resolve(settings: TrainSettings, ranks: int) -> TrainSettings:
         changes["num_train_epochs"] = 3.0
     if settings.output_dir is None:
         model = "scratch" if settings.from_scratch else slug(settings.model)
-        names = (settings.data,) if settings.data else settings.dataset or changes["dataset"]
+        names = (settings.data,) if settings.data else settings.dataset or changes.get("dataset", ())
         config = f"-{settings.dataset_config}" if settings.dataset_config else ""
         changes["output_dir"] = f"runs/{model}-{dataset_slug(names)}{config}"
     return dataclasses.replace(settings, **changes)
