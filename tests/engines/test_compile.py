@@ -15,8 +15,8 @@ from tests.tiny import VOCABULARY
 from tests.tiny_engines import BLOCK, make_engine, random_start, tiny_config
 
 
-def steps(kind: str, compile: bool, dropout: float = 0.1) -> tuple[list[float], int, int]:
-    """Losses and norms of three steps with validation between them; graphs compiled in the first step, and after it."""
+def steps(kind: str, compile: bool, dropout: float = 0.1) -> tuple[list[float], int, int, dict[str, int]]:
+    """Losses and norms of three steps with validation between them; graphs of the first step, of later ones, breaks."""
     from torch._dynamo.utils import counters
 
     from wikift.base.world import start_world
@@ -40,7 +40,7 @@ def steps(kind: str, compile: bool, dropout: float = 0.1) -> tuple[list[float], 
         ones = torch.ones(1, 5, dtype=torch.int64)
         engine.next_logits(ones, ones, torch.arange(5)[None])
         graphs.append(counters["stats"]["unique_graphs"])
-    return numbers, graphs[0], graphs[-1] - graphs[0]
+    return numbers, graphs[0], graphs[-1] - graphs[0], dict(counters["graph_break"])
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,9 @@ def test_compiled_once_and_the_same_run(kind: str) -> None:
     ranks = 1 if kind == "single" else 2
     eager = run_ranks(steps, ranks, kind, False, timeout_seconds=200)
     compiled = run_ranks(steps, ranks, kind, True, timeout_seconds=200)
-    for (right, none, _), (found, first, later) in zip(eager, compiled, strict=True):
+    for (right, none, *_), (found, first, later, breaks) in zip(eager, compiled, strict=True):
         assert found == pytest.approx(right, rel=1e-5)
         assert none == 0
         assert first == 1, "a block was compiled for itself: torch stops doing so after eight, and they have twelve"
         assert later == 0, "compiled again"
+        assert not breaks
