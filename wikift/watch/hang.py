@@ -63,7 +63,7 @@ def signs_of_life(run: Path, rank: int, size: int, seconds: float) -> Iterator[P
         faulthandler.unregister(signal.SIGUSR2)
         file.close()
         with contextlib.suppress(OSError):  # another rank's files, or the folder has gone
-            (folder / f"rank-{rank}.beat").unlink()
+            (folder / f"rank-{rank}.beat").unlink(missing_ok=True)  # a run that ends within a beat
             if not (folder / f"rank-{rank}.txt").stat().st_size:
                 (folder / f"rank-{rank}.txt").unlink()
             folder.rmdir()
