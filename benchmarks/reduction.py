@@ -1,4 +1,4 @@
-"""What adding up the gradients in bf16 does to the loss: docs/explanation/experiments.md.
+"""What adding up the gradients, or the residual, in bf16 does to the loss: docs/explanation/experiments.md.
 
     python -m benchmarks.reduction [--steps 150] [--seeds 1 2 3]
 
@@ -23,6 +23,7 @@ RUNS: dict[str, tuple[int, list[str]]] = {  # ranks, options
     "ddp, 2 ranks, --reduce-dtype bf16": (2, ["--engine", "ddp", "--reduce-dtype", "bf16"]),
     "fsdp, 2 ranks, --reduce-dtype bf16": (2, ["--engine", "fsdp", "--reduce-dtype", "bf16"]),
     "ddp, 2 ranks, --precision bf16": (2, ["--engine", "ddp"]),
+    "ddp, 2 ranks, --precision bf16 --residual-dtype bf16": (2, ["--engine", "ddp", "--residual-dtype", "bf16"]),
 }  # fmt: skip
 
 

@@ -41,6 +41,7 @@ def make_engine(
     reshard: bool = True,
     checkpointing: bool = False,
     reduce_dtype: str = "fp32",
+    residual_dtype: str = "fp32",
     ds_config: dict[str, Any] | None = None,
 ) -> Engine:
     """An engine whose weights are open: restore it from something."""
@@ -52,7 +53,7 @@ def make_engine(
     from wikift.settings import deepspeed as dsconfig
 
     make = partial(make_model, config, gradient_checkpointing=checkpointing)
-    compute = Compute(accumulation, precision, compile, reduce_dtype)
+    compute = Compute(accumulation, precision, compile, reduce_dtype, residual_dtype)
     if kind.startswith("zero"):
         stage = int(kind.removeprefix("zero"))
         whole = dsconfig.engine_config(

@@ -164,6 +164,7 @@ optimizer.type "Lamb" in no-zero.json: must be one of Adam, AdamW | \
 --reduce-dtype fp16 --engine fsdp -> --reduce-dtype fp16: small gradients would underflow without a loss scale
 --reduce-dtype bf16 --engine fsdp --no-fsdp-reshard --gradient-accumulation-steps 2 \
 -> --reduce-dtype bf16: with --no-fsdp-reshard the 2 micro-batches of a step would be added up in bf16 too
+--residual-dtype bf16 -> --residual-dtype bf16: has no effect without --precision bf16; add it
 --resume run -> --resume run: must be auto, never or a checkpoint
 --output-dir a-file/run -> --output-dir a-file/run: a-file is a file; name a folder
 --max-step 5 --learning-rate -1 -> --max-step: unknown option (did | --learning-rate -1: must be above 0

@@ -125,6 +125,7 @@ class Case(NamedTuple):
     checkpointing: bool = False
     shape: Shape = Shape(n_layer=2)
     accumulation: int = 2
+    residual: str = "fp32"
 
 
 def held_by_steps(case: Case) -> int:
@@ -145,6 +146,7 @@ def held_by_steps(case: Case) -> int:
             accumulation=case.accumulation,
             precision=case.precision,
             checkpointing=case.checkpointing,
+            residual_dtype=case.residual,
             **options,
         )
         engine.restore(Zeros())
@@ -158,7 +160,12 @@ def held_by_steps(case: Case) -> int:
 
 
 ENGINES = ("ddp", "fsdp", "fsdp whole", "zero1", "zero2", "zero3")
-FEW = [Case(), Case(checkpointing=True), *(Case(engine, 8) for engine in ("ddp", "fsdp", "zero2"))]
+FEW = [
+    Case(),
+    Case(checkpointing=True),
+    Case(micro_batch=32, residual="bf16"),
+    *(Case(engine, 8) for engine in ("ddp", "fsdp", "zero2")),
+]
 MORE = [Case(precision="fp32"), *(Case(engine, 8) for engine in ("fsdp whole", "zero1", "zero3"))]
 MORE += [Case(engine, ranks, shape=Shape()) for engine in ENGINES for ranks in (8, 512)]
 MORE += [Case(shape=Shape()), Case(micro_batch=2, shape=Shape(n_layer=24, n_head=25, n_embd=1600))]
@@ -175,6 +182,7 @@ def test_the_forecast_is_what_is_held(case: Case) -> None:
         micro_batch=case.micro_batch,
         precision=case.precision,
         gradient_checkpointing=case.checkpointing,
+        residual_dtype=case.residual,
         accumulation=case.accumulation,
         fsdp_reshard=case.engine != "fsdp whole",
     )

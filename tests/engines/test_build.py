@@ -19,8 +19,9 @@ from wikift.engines.optim import AdamSettings
 
 WORK = Work(
     engine=Choice("auto", ""), compile="auto", shape=Shape(), block_size=512, micro_batch=32, accumulation=2,
-    may_shrink=True, steps=10, precision="fp32", gradient_checkpointing=False, fsdp_reshard=True, reduce_dtype="fp32",
-    adam=AdamSettings(0.0, 0.9, 0.999, 1e-8, 1.0), zero_config={}, save_aside=True,
+    may_shrink=True, steps=10, precision="fp32", gradient_checkpointing=False, fsdp_reshard=True,
+    residual_dtype="fp32", reduce_dtype="fp32", adam=AdamSettings(0.0, 0.9, 0.999, 1e-8, 1.0), zero_config={},
+    save_aside=True,
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ranks import run_ranks
+from tests.ranks import each, run_ranks
 from tests.tiny import VOCABULARY, arguments, curve, tiny_store
 from tests.tiny_engines import ADAM, BLOCK, ENGINES, make_engine, random_start, tiny_config
 from wikift.engines.optim import LossScale, ScaleRule
@@ -326,6 +326,32 @@ def test_dropout_repeats_bit_for_bit_and_differs_between_ranks(kind: str) -> Non
     assert once[0].norms == again[0].norms
     assert all(np.array_equal(w, again[0].weights[n]) for n, w in once[0].weights.items())
     assert once[0].own[0] != once[1].own[0]
+
+
+def residual(kind: str, dtype: str) -> tuple[set[torch.dtype], float]:
+    """The types of what the blocks return, and the loss of a micro-batch, with matmuls in bf16."""
+    from wikift.base.world import join_group, start_world
+
+    world, config = start_world("cpu"), tiny_config()
+    join_group(world)
+    engine: Any = make_engine(kind, world, config, precision="bf16", residual_dtype=dtype)
+    engine.restore(random_start(config))
+    types = set[torch.dtype]()
+    for block in (engine.local if kind == "ddp" else engine).model.transformer.h:
+        block.register_forward_hook(lambda module, inputs, output: types.add(output.dtype))
+    loss = engine.forward_backward(torch.arange(BLOCK + 1)[None], last=True)
+    return types, float(loss)
+
+
+def test_the_residual_is_rounded_where_it_is_asked_for() -> None:
+    """Under every engine, whatever it holds the weights in."""
+    kinds = ["single", "ddp", "fsdp", "zero2", "zero3"]
+    (found,) = run_ranks(each, 1, residual, [(kind, dtype) for kind in kinds for dtype in ("fp32", "bf16")])
+    assert [types for types, _ in found] == [{torch.float32}, {torch.bfloat16}] * len(kinds)
+    losses = [loss for _, loss in found]
+    assert all(
+        wide != low == pytest.approx(wide, rel=0.01) for wide, low in zip(losses[::2], losses[1::2], strict=True)
+    )
 
 
 def test_bf16_under_every_engine_is_as_near_to_fp32_as_hugging_faces_own(reference: Measured) -> None:

@@ -19,8 +19,9 @@ SETTINGS = {
         dry_run early_stopping_patience encoding engine eval_steps from_scratch fsdp_reshard global_batch_size
         gradient_accumulation_steps gradient_checkpointing hang_timeout learning_rate logging_steps lr_scheduler_type
         max_eval_samples max_grad_norm max_steps model num_train_epochs on_nonfinite output_dir
-        per_device_eval_batch_size per_device_train_batch_size precision profile quiet reduce_dtype report_to resume
-        revision sample_prompts sample_steps save_only_model save_steps save_total_limit seed text_column tokenizer
+        per_device_eval_batch_size per_device_train_batch_size precision profile quiet reduce_dtype report_to
+        residual_dtype resume revision sample_prompts sample_steps save_only_model save_steps save_total_limit seed
+        text_column tokenizer
         validation_fraction wandb warmup_steps weight_decay workers
     """,
     "plan": "find_lr gpu gpu_memory gpus mfu trial",

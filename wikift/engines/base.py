@@ -35,6 +35,7 @@ class Work:
     precision: str  # bf16, fp16 or fp32
     gradient_checkpointing: bool
     fsdp_reshard: bool
+    residual_dtype: str
     reduce_dtype: str
     adam: AdamSettings
     zero_config: dict[str, Any]  # complete, for deepspeed.initialize; empty for other engines
@@ -42,12 +43,13 @@ class Work:
 
 
 class Compute(NamedTuple):
-    """How an engine computes a step: micro-batches in it, number format of matmuls and of the gradients' sum."""
+    """How an engine computes a step: micro-batches in it, number format of matmuls, gradients' sum and residual."""
 
     accumulation: int
     precision: str  # bf16, fp16 or fp32
     compile: bool = False
     reduce_dtype: str = "fp32"
+    residual_dtype: str = "fp32"
 
 
 class Engine(Protocol):

@@ -117,7 +117,7 @@ def choose_compile(work: Work, device: torch.device) -> Choice:
 
 def _construct(name: str, work: Work, config: GPT2Config, world: World, *, compile: bool) -> Engine:
     make = partial(make_model, config, gradient_checkpointing=work.gradient_checkpointing)
-    compute = Compute(work.accumulation, work.precision, compile, work.reduce_dtype)
+    compute = Compute(work.accumulation, work.precision, compile, work.reduce_dtype, work.residual_dtype)
     if name.startswith("zero"):
         from wikift.engines.zero import ZeroEngine
 

@@ -21,7 +21,7 @@ from wikift.checkpoint.fragment import MOMENTS, Fragment, FragmentReader
 from wikift.engines.base import Compute
 from wikift.engines.optim import AdamSettings, LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
 from wikift.engines.single import in_eval, restore_scalars, scalar_fragments
-from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, keep_residual_in_fp32, materialize
+from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, materialize, sum_residual_in
 
 
 class FSDPEngine:
@@ -46,7 +46,7 @@ class FSDPEngine:
         self.model = model.train()
         low = DTYPES[precision] if precision != "fp32" else None
         if low is not None:
-            keep_residual_in_fp32(model)
+            sum_residual_in(model, DTYPES[compute.residual_dtype])
         join_group(world)
         mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("ranks",))
         reduce_dtype = DTYPES[compute.reduce_dtype]

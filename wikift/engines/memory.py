@@ -101,10 +101,11 @@ def state_parts(
 def _passes(work: Work, gpu: int) -> dict[str, Part]:
     """Activations, counted tensor by tensor as a GPU would hold them, and logits, which are held of some positions.
 
-    39 bytes a token, layer and width with matmuls in half precision, 66 in fp32 (Korthikanti et al., arXiv:2205.05198,
-    equation 1, have 34 with a residual in half precision), or 4 of each block and one block's all with gradient
-    checkpointing. A CPU keeps the pairs of attention besides.
+    39 bytes a token, layer and width with matmuls in half precision, 35 with the residual too, 66 in fp32 (Korthikanti
+    et al., arXiv:2205.05198, equation 1, have 34 with a residual in half precision), or the residual of each block and
+    one block's all with gradient checkpointing. A CPU keeps the pairs of attention besides.
     """
+    residual = 2 if work.residual_dtype == "bf16" else 4
     shape, tokens, wide = work.shape, work.block_size * work.micro_batch, work.precision == "fp32"
     if gpu or work.precision == "fp16":
         chunks = -(-tokens // positions_at_once(shape.vocab_size, gpu))  # of one size
@@ -112,15 +113,18 @@ def _passes(work: Work, gpu: int) -> dict[str, Part]:
     else:
         rows, size = min(tokens, 2048), 4 if wide else 2
     logits = Part(size * rows * shape.vocab_size, f"{size}V·{rows:,}")
-    per_token = (66 if wide else 39) * shape.n_embd + (0 if gpu else 2 * shape.n_head * work.block_size)
-    block = f"{66 if wide else 39}d" if gpu else f"({66 if wide else 39}d + 2hT)"
-    layers, beside = shape.n_layer, 13 * shape.n_embd  # of the embedding and the head
+    width = 66 if wide else 31 + 2 * residual
+    per_token = width * shape.n_embd + (0 if gpu else 2 * shape.n_head * work.block_size)
+    block = f"{width}d" if gpu else f"({width}d + 2hT)"
+    layers, other = shape.n_layer, 1 + 3 * residual  # of the embedding and the head
+    beside = other * shape.n_embd
     if not work.gradient_checkpointing:
-        activations = Part((layers * per_token + beside) * tokens, f"({block}L + 13d)BT")
+        activations = Part((layers * per_token + beside) * tokens, f"({block}L + {other}d)BT")
     else:  # a block's all is there only when the logits are gone
         more = max(0, per_token * tokens - logits.bytes)
         activations = Part(
-            (4 * layers * shape.n_embd + beside) * tokens + more, f"(4dL + 13d)BT + max(0, {block}BT - logits)"
+            (residual * layers * shape.n_embd + beside) * tokens + more,
+            f"({residual}dL + {other}d)BT + max(0, {block}BT - logits)",
         )
     return {"activations": activations, "logits": logits}
 

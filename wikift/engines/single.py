@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel
 from wikift.checkpoint.fragment import MOMENTS, OPTIMIZER, SCALARS, Fragment, FragmentReader
 from wikift.engines.base import Compute
 from wikift.engines.optim import AdamSettings, LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
-from wikift.model.gpt2 import NextTokenLoss, materialize
+from wikift.model.gpt2 import DTYPES, NextTokenLoss, materialize, sum_residual_in
 
 
 class SingleEngine:
@@ -30,6 +30,8 @@ class SingleEngine:
     ) -> None:
         materialize(model, device)
         self.model = model.train()
+        if compute.residual_dtype != "fp32":
+            sum_residual_in(model, DTYPES[compute.residual_dtype])
         self.device = device
         self.adam = adam
         self.accumulation = compute.accumulation

@@ -24,7 +24,7 @@ from wikift.checkpoint.fragment import MOMENTS, Fragment, FragmentReader
 from wikift.engines.base import Compute
 from wikift.engines.optim import AdamSettings, LossScale, ScaleRule, build_optimizer
 from wikift.engines.single import in_eval, restore_scalars, scalar_fragments
-from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, keep_residual_in_fp32, materialize, parameter_shapes
+from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, materialize, parameter_shapes, sum_residual_in
 
 
 class ZeroEngine:
@@ -62,7 +62,7 @@ class ZeroEngine:
                     self.model = build()
                 materialize(self.model, world.device, dtype)
             if precision != "fp32":
-                keep_residual_in_fp32(self.model)
+                sum_residual_in(self.model, DTYPES[compute.residual_dtype])
             self.model.train()
             self.shapes = parameter_shapes(self.model)
             self.engine, self.optimizer, _, _ = deepspeed.initialize(

@@ -215,23 +215,23 @@ def shapes_of(config: GPT2Config) -> dict[str, tuple[int, ...]]:
         return parameter_shapes(make_model(config))
 
 
-def keep_residual_in_fp32(model: GPT2LMHeadModel) -> None:
-    """For weights held in bf16 or fp16: sum the residual and normalise in fp32, as autocast does with fp32 weights.
+def sum_residual_in(model: GPT2LMHeadModel, dtype: torch.dtype) -> None:
+    """Sum the residual in `dtype`, and normalise what is in it, whatever the weights are held in.
 
-    Sharded engines gather weights in the matmuls' precision. Without this the whole residual stream would be rounded
-    to 8 bits in each block, and bf16 under FSDP2 or ZeRO would be another experiment than bf16 under DDP.
+    In fp32, as autocast does with fp32 weights: sharded engines gather weights in the matmuls' precision. Without this
+    the residual would be rounded to 8 bits in each block, and bf16 under FSDP2 or ZeRO be another experiment than bf16
+    under DDP. In bf16 that is asked for, of every engine: each block's pass over it reads and writes half the bytes.
     """
-    model.transformer.drop.register_forward_pre_hook(_as_float)
+    model.transformer.drop.register_forward_pre_hook(lambda module, inputs: tuple(t.to(dtype) for t in inputs))
     for module in model.modules():
         if type(module) is nn.LayerNorm:
-            module.__class__ = _LayerNormInFp32  # not its `forward`: see dropout.draw_own_masks
+            module.__class__ = _LayerNormOfResidual  # not its `forward`: see dropout.draw_own_masks
 
 
-def _as_float(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(tensor.float() for tensor in inputs)
+class _LayerNormOfResidual(nn.LayerNorm):
+    """In its input's type, where autocast would convert it to fp32; its sums are in fp32 in any case."""
 
-
-class _LayerNormInFp32(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
+        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+        with torch.autocast(input.device.type, enabled=False):
+            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)

@@ -45,6 +45,8 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
         other = "--deepspeed" if settings.deepspeed else f"--engine {settings.engine}"
         problems.append(f"--no-fsdp-reshard: has no effect under {other}; remove it, or use --engine fsdp")
     problems += _reduction_problems(settings, ranks, layout)
+    if settings.residual_dtype != "fp32" and settings.precision != "bf16":
+        problems.append(f"--residual-dtype {settings.residual_dtype}: has no effect without --precision bf16; add it")
     if settings.sample_prompts is not None:
         problems += problems_of(lambda: read_lines(Path(str(settings.sample_prompts)), "--sample-prompts"))
     elif settings.sample_steps is not None:

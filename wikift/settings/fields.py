@@ -133,6 +133,12 @@ class TrainSettings(DataSettings):
         "fp32 whose matmuls a GPU rounds to 10 bits",
         choices=(*PRECISIONS, "tf32"),
     )
+    residual_dtype: str = _speed(
+        "fp32",
+        "number format of the residual, the sum that each block adds to, under --precision bf16; bf16: less memory and "
+        "traffic on a GPU, rounded to 8 bits in each block",
+        choices=("fp32", "bf16"),
+    )
     gradient_checkpointing: bool = _speed(False, "less memory, a third more time")
     compile: bool | None = _speed(
         None,

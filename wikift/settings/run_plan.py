@@ -48,6 +48,7 @@ class EnginePlan:
     reason: str
     compile: str
     precision: str
+    residual_dtype: str
     device: str
     gradient_checkpointing: bool
     deterministic: bool
@@ -232,6 +233,7 @@ def engine_plan(settings: TrainSettings) -> EnginePlan:
         reason=f"stage {stage} in {settings.deepspeed}" if config else "asked for",
         compile={None: "auto", True: "yes", False: "no"}[settings.compile],
         precision=settings.precision,
+        residual_dtype=settings.residual_dtype,
         device=settings.device,
         gradient_checkpointing=settings.gradient_checkpointing,
         deterministic=settings.deterministic,

@@ -184,6 +184,7 @@ def work_of(plan: RunPlan, precision: str) -> Work:
         precision=precision,
         gradient_checkpointing=asked.gradient_checkpointing,
         fsdp_reshard=asked.fsdp_reshard,
+        residual_dtype=asked.residual_dtype,
         reduce_dtype=asked.reduce_dtype,
         adam=AdamSettings(**dataclasses.asdict(plan.adam)),
         zero_config=plan.zero_config(precision),
