@@ -95,7 +95,7 @@ def test_a_gpu_pads_the_vocabulary_and_holds_a_few_rows_logits(
         shapes.append((tuple(logits.shape), logits.is_contiguous()))
         return head._to_gradient(logits, targets, share)
 
-    monkeypatch.setattr(head, "positions_at_once", lambda entries, gpu: 100)
+    monkeypatch.setattr(head, "_LOGIT", (2 << 30) // (100 * 5000))  # of 100 rows at most
     hidden, weight, targets = numbers(positions)
     head.graded_loss(hidden.requires_grad_(), weight, targets, torch.float32, seen)
     assert shapes == [((chunk, 5056), True)] * (positions // chunk)

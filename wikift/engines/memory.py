@@ -108,8 +108,7 @@ def _passes(work: Work, gpu: int) -> dict[str, Part]:
     residual = 2 if work.residual_dtype == "bf16" else 4
     shape, tokens, wide = work.shape, work.block_size * work.micro_batch, work.precision == "fp32"
     if gpu or work.precision == "fp16":
-        chunks = -(-tokens // positions_at_once(shape.vocab_size, gpu))  # of one size
-        rows, size = -(-tokens // chunks), 8 if wide else 10
+        rows, size = positions_at_once(tokens, shape.vocab_size, gpu), 8 if wide else 10
     else:
         rows, size = min(tokens, 2048), 4 if wide else 2
     logits = Part(size * rows * shape.vocab_size, f"{size}V·{rows:,}")

@@ -157,17 +157,16 @@ def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _chunks(hidden: Tensor, targets: Tensor, weight: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """Rows and their targets, halved until their logits fit: one shape to compile for any number of powers of two."""
-    together = len(hidden)
-    while together > positions_at_once(len(weight), gpu_bytes(hidden.device)):
-        together = -(-together // 2)
+    together = positions_at_once(len(hidden), len(weight), gpu_bytes(hidden.device))
     return zip(hidden.split(together), targets.split(together), strict=True)
 
 
-def positions_at_once(entries: int, gpu: int) -> int:
-    """Positions whose logits take a sixteenth of a GPU's `gpu` bytes, or 2 GB (0)."""
-    # of all, not of those that are free: a resumed run rounds alike
-    return (gpu // 16 or 2 << 30) // (_LOGIT * entries) or 1
+def positions_at_once(positions: int, entries: int, gpu: int) -> int:
+    """Of `positions` those whose logits take a sixteenth of a GPU's `gpu` bytes, or 2 GB (0); halved, for one shape."""
+    # of all its bytes, not of those that are free: a resumed run rounds alike
+    while positions * _LOGIT * entries > (gpu // 16 or 2 << 30) and positions > 1:
+        positions = -(-positions // 2)
+    return positions
 
 
 def gpu_bytes(device: torch.device) -> int:
