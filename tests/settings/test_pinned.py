@@ -21,8 +21,7 @@ SETTINGS = {
         max_eval_samples max_grad_norm max_steps model num_train_epochs on_nonfinite output_dir
         per_device_eval_batch_size per_device_train_batch_size precision profile quiet reduce_dtype report_to
         residual_dtype resume revision sample_prompts sample_steps save_only_model save_steps save_total_limit seed
-        text_column tokenizer
-        validation_fraction wandb warmup_steps weight_decay workers
+        text_column tokenizer validation_fraction wandb warmup_steps weight_decay workers
     """,
     "plan": "find_lr gpu gpu_memory gpus mfu trial",
     "consolidate": """
