@@ -118,7 +118,7 @@ class TrainSettings(DataSettings):
         0.0, "steps over which the learning rate rises from 0; below 1: a fraction of the run", "STEPS", shown="0"
     )
     decay_steps: float | None = _optimizer(
-        None, "steps of warmup_stable_decay's fall to 0; below 1: a fraction of the run", "STEPS", shown="0.2"
+        None, "warmup_stable_decay's fall; below 1: a fraction", "STEPS", shown="0.2"
     )
     weight_decay: float = _optimizer(0.0, "AdamW's, of matrices and embeddings; others have none", "DECAY")
     adam_beta1: float = _optimizer(0.9, "AdamW's decay of the mean gradient", "0..1")
@@ -133,12 +133,7 @@ class TrainSettings(DataSettings):
         "fp32 whose matmuls a GPU rounds to 10 bits",
         choices=(*PRECISIONS, "tf32"),
     )
-    residual_dtype: str = _speed(
-        "fp32",
-        "number format of the residual, the sum that each block adds to, under --precision bf16; bf16: less memory and "
-        "traffic on a GPU, rounded to 8 bits in each block",
-        choices=("fp32", "bf16"),
-    )
+    residual_dtype: str = _speed("fp32", "bf16: residual rounded, less memory and traffic", choices=("fp32", "bf16"))
     gradient_checkpointing: bool = _speed(False, "less memory, a third more time")
     compile: bool | None = _speed(
         None,

@@ -228,19 +228,15 @@ def engine_plan(settings: TrainSettings) -> EnginePlan:
     """What the settings say of who computes."""
     config = deepspeed.read(settings.deepspeed)[0] if settings.deepspeed else {}
     stage = deepspeed_checks.stage(config)
-    return EnginePlan(
-        engine=f"zero{stage}" if config else settings.engine,
-        reason=f"stage {stage} in {settings.deepspeed}" if config else "asked for",
-        compile={None: "auto", True: "yes", False: "no"}[settings.compile],
-        precision=settings.precision,
-        residual_dtype=settings.residual_dtype,
-        device=settings.device,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        deterministic=settings.deterministic,
-        fsdp_reshard=settings.fsdp_reshard,
-        reduce_dtype=settings.reduce_dtype,
-        deepspeed=config,
-    )
+    values = dataclasses.asdict(settings)
+    same = {field.name: values[field.name] for field in dataclasses.fields(EnginePlan) if field.name in values}
+    own = {
+        "engine": f"zero{stage}" if config else settings.engine,
+        "reason": f"stage {stage} in {settings.deepspeed}" if config else "asked for",
+        "compile": {None: "auto", True: "yes", False: "no"}[settings.compile],
+        "deepspeed": config,
+    }
+    return EnginePlan(**{**same, **own})
 
 
 def _experiment(settings: TrainSettings, block_size: int, global_batch: int) -> dict[str, Any]:
