@@ -117,9 +117,7 @@ class TrainSettings(DataSettings):
     warmup_steps: float = _optimizer(
         0.0, "steps over which the learning rate rises from 0; below 1: a fraction of the run", "STEPS", shown="0"
     )
-    decay_steps: float | None = _optimizer(
-        None, "warmup_stable_decay's fall; below 1: a fraction", "STEPS", shown="0.2"
-    )
+    decay_steps: float | None = _optimizer(None, "warmup_stable_decay's fall, or a fraction", "STEPS", shown="0.2")
     weight_decay: float = _optimizer(0.0, "AdamW's, of matrices and embeddings; others have none", "DECAY")
     adam_beta1: float = _optimizer(0.9, "AdamW's decay of the mean gradient", "0..1")
     adam_beta2: float = _optimizer(0.999, "AdamW's decay of the mean squared gradient", "0..1")
