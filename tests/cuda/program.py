@@ -37,6 +37,8 @@ def train(ranks: int, lines: Sequence[Sequence[str]]) -> list[list[Part]]:
     from wikift.training import run, training
 
     training.SAMPLING = dataclasses.replace(training.SAMPLING, max_new_tokens=2)  # each is the same once more
+    # by AdamW's count, a number of the device's, which is 0
+    training.Training.skipped = property(lambda self: 0)  # type: ignore[method-assign, assignment]
     build = run.build_engine
     runs = []
     with pretended(ranks=ranks) as seen:
