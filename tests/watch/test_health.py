@@ -127,9 +127,8 @@ def test_a_poisoned_batch_stops_the_run_by_default(tmp_path: Path) -> None:
     assert "--on-nonfinite skip" in message
 
 
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("zero1", marks=SLOW)])
-def test_drifting_weights_are_told_at_the_next_validation(engine: str, tmp_path: Path) -> None:
+def test_drifting_weights_are_told_at_the_next_validation(tmp_path: Path) -> None:
     store, run = tiny_store(tmp_path / "store"), tmp_path / "run"
-    words = line(Place(engine, 2), store, run, max_steps=8, save_steps=8, eval_steps=4)
+    words = line(Place("ddp", 2), store, run, max_steps=8, save_steps=8, eval_steps=4)
     assert run_ranks(poisoned, 2, words, 1, "drift") == ["", ""]
     assert [(row["step"], row["event"]) for row in metrics(run) if "event" in row] == [(8, "drift")]
