@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.commands import compare, consolidate, evaluate, generate, log, prepare, report, runs, train
+from wikift.commands import compare, consolidate, evaluate, generate, log, plan, prepare, report, runs, train
 from wikift.commands import main as exits
 from wikift.settings import run_fields
 from wikift.settings.fields import (
@@ -35,6 +35,7 @@ LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 Main = Callable[[Sequence[str]], int]
 COMMANDS: dict[str, tuple[Main, type]] = {
     "train": (train.main, TrainSettings),
+    "plan": (plan.main, run_fields.PlanSettings),
     "prepare": (prepare.main, PrepareSettings),
     "consolidate": (consolidate.main, ConsolidateSettings),
     "evaluate": (evaluate.main, EvaluateSettings),
