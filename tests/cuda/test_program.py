@@ -26,7 +26,7 @@ GLOBAL_BATCH = 1024  # blocks, so that 512 ranks have two micro-batches each
 LAYERS, WIDTH, POSITIONS = 2, 768, 1024
 # of a step of two micro-batches without a line of the log; DeepSpeed's own, and its norm (docs/reference/deepspeed.md)
 WAITS = {"single": 0, "ddp": 0, "fsdp": 0, "fsdp whole": 0, "zero1": 8, "zero2": 9, "zero3": 7}
-LAUNCHES = {"single": 418, "ddp": 446, "fsdp": 439, "fsdp whole": 446, "zero1": 631, "zero2": 631, "zero3": 611}
+LAUNCHES = {"single": 423, "ddp": 451, "fsdp": 444, "fsdp whole": 451, "zero1": 636, "zero2": 636, "zero3": 616}
 
 
 class Case(NamedTuple):
