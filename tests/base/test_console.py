@@ -6,6 +6,8 @@ pytest tests/base/test_console.py
 from __future__ import annotations
 
 import json
+import os
+import pty
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,13 @@ def test_no_control_character_is_printed(odd: str, tmp_path: Path, capsys: pytes
 
 def test_a_password_in_an_address_is_not_told() -> None:
     assert one_line(OSError("no answer of http://me:secret@host/a@b")) == "no answer of http://host/a@b"
+
+
+def test_a_closed_terminal_is_no_fault() -> None:
+    ours, theirs = pty.openpty()
+    with open(theirs, "w", buffering=1) as terminal, open(os.devnull, "w") as nowhere:
+        os.close(ours)
+        with pytest.raises(OSError, match="Input/output error"):
+            terminal.write("text\n")
+        console.print("text", file=terminal, flush=True)
+        os.dup2(nowhere.fileno(), theirs)  # for what is still to be written when it closes

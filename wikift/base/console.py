@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import os
 import sys
 import time
@@ -23,7 +24,11 @@ def printable(text: str) -> str:
 
 def print(*values: object, sep: str = " ", end: str = "\n", file: TextIO | None = None, flush: bool = False) -> None:
     """`print` for messages: no control character reaches a terminal. Every module of wikift takes this one."""
-    builtins.print(*(printable(str(value)) for value in values), sep=sep, end=end, file=file, flush=flush)
+    try:
+        builtins.print(*(printable(str(value)) for value in values), sep=sep, end=end, file=file, flush=flush)
+    except OSError as error:
+        if error.errno != errno.EIO:  # the terminal was closed, and a run saves at the signal that tells of it
+            raise
 
 
 class Progress:
