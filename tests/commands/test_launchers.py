@@ -36,8 +36,8 @@ PHASE = r".* (\.\.\.|took \d+ s)$|  first step: micro-batch .*"  # of what lasts
 # what a run of four steps says on a terminal, from the first line to the last
 WORDS = (
     "wikift ",
-    "gpt2 from scratch: ", "engine ", "fp32 on cpu (", "8 blocks per step = 2 processes x ", "step 1/4  loss ",
-    "step 2/4  loss ", "step 3/4  loss ", "step 4/4  loss ", "done: ", "  {} ", "  {} ",
+    "gpt2 from scratch: ", "engine ", "fp32 on cpu (", "8 blocks per step = 2 processes x ", "memory: about ",
+    "step 1/4  loss ", "step 2/4  loss ", "step 3/4  loss ", "step 4/4  loss ", "memory: ", "done: ", "  {} ", "  {} ",
 )  # fmt: skip
 
 

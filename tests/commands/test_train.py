@@ -199,7 +199,7 @@ def test_deterministic_is_said_before_the_ranks_meet(
     """NCCL reads it when it starts, and takes sums in NVLink's switches otherwise."""
     told = []
 
-    def meet(device: str) -> None:
+    def meet(device: str, timeout_seconds: float) -> None:
         told.append(torch.are_deterministic_algorithms_enabled())
         raise EnvironmentFault("met")
 

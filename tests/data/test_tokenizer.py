@@ -140,7 +140,7 @@ def test_a_fingerprint_changes_with_what_decides_ids(tmp_path: Path) -> None:
 
 
 BROKEN = {  # files -> message
-    "empty": ({}, r"has no tokenizer, .* \(there: nothing\); copy .*python -c '.*from_pretrained\(\"gpt2\"\)"),
+    "empty": ({}, r"has no tokenizer, .* \(there: nothing\); copy .*python -c '.*\"gpt2\", trust_remote_code=False\)"),
     "half": ({"vocab.json": "{}"}, r"has no tokenizer, .* \(there: vocab.json\)"),
     "bad": ({"tokenizer.json": '{"version": "1.0", "model"'}, r"cannot be loaded \(.+\); copy it again$"),
     "pointer": ({"tokenizer.json": "version https://git-lfs.github.com/spec/v1"}, "tokenizer.json is a Git LFS"),

@@ -235,7 +235,7 @@ def test_a_model_folder(tmp_path: Path) -> None:
     assert shape_of(folder(json.dumps({"model_type": "gpt2", "resid_pdrop": 0.1, **kept}))) == Shape(**kept)
     for content, expected in (
         ("{", "config.json cannot be read"),
-        ("[]", "model_type None"),
+        ("[]", "config.json cannot be read (no JSON object)"),
         ('{"model_type": "bert"}', "model_type 'bert'; wikift knows gpt2 models only"),
         ('{"model_type": "gpt2", "n_layer": "two"}', "n_layer 'two', which must be a whole number"),
         ('{"model_type": "gpt2", "n_embd": 0}', "n_embd 0, which must be"),

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -66,7 +67,12 @@ def signs_of_life(run: Path, rank: int, size: int, seconds: float) -> Iterator[P
             (folder / f"rank-{rank}.beat").unlink(missing_ok=True)  # a run that ends within a beat
             if not (folder / f"rank-{rank}.txt").stat().st_size:
                 (folder / f"rank-{rank}.txt").unlink()
-            folder.rmdir()
+        for _ in range(1 if rank else 20):  # rank 0 comes last: a run that never began leaves no folder
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+            if rank or not folder.exists():
+                break
+            time.sleep(0.05)
 
 
 @dataclass(frozen=True)
