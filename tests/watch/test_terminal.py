@@ -29,7 +29,7 @@ FULL: dict[str, Any] = {
     "tokens_per_second": 1_234_567.0, "memory_gb": 39.99, "seconds_left": 100_000.0, "mfu": 0.41, "skipped_steps": 3,
     "eval_loss": 3.1, "eval_perplexity": 22.19, "eval_word_perplexity": 37.5, "now": "validating 1,234/5,678",
     "saved_step": 1_234_500, "save_seconds": 34.5, "save_stall_seconds": 0.25, "data_wait": 0.01,
-    "ranks": {"memory_gb": [39.99, 41.5], "data_wait": [0.01, 0.0]},
+    "ranks": {"memory_gb": [39.99, 41.5], "data_wait": [0.01, 0.0], "matmul_ms": [0.0, 0.0]},
 }  # fmt: skip
 SHOWN = (
     "loss 3.2100", "ppl 24.78", "eval loss 3.1000", "eval ppl 22.19", "norm 0.987", "lr 4.80e-05", "tok/s 1,234,567",

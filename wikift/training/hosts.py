@@ -33,10 +33,12 @@ def check_hosts(run: Path, store: TokenStore, world: World) -> Path:
             meeting.mkdir()
         except OSError as error:
             raise UserError(f"--output-dir {run}: cannot be written ({error.strerror}); name another folder") from None
-    world.barrier()
-    other_folder = _ranks(world, not meeting.is_dir())
-    if world.rank == 0:
-        meeting.rmdir()
+    try:
+        world.barrier()
+        other_folder = _ranks(world, not meeting.is_dir())
+    finally:
+        if world.rank == 0:
+            meeting.rmdir()
     text = seed(0, store.fingerprint)
     other_text = _ranks(world, text != world.agreed(text))
     problems = []

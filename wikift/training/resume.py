@@ -180,6 +180,7 @@ def clear_leftovers(run: Path) -> None:
 @contextlib.contextmanager
 def locked(run: Path, world: World, say: Say) -> Iterator[None]:
     """One writer per run folder: a killed launcher's ranks may still be saving when the command is typed again."""
+    world.barrier()  # all are there: where one failed at its start, no folder is made
     with contextlib.ExitStack() as stack:
         if world.rank == 0:
             with faults_of_writing(run):
