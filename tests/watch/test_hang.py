@@ -32,7 +32,8 @@ def stuck(line: list[str], kind: str) -> None:
     forward = NextTokenLoss.forward
 
     def endless(self: Any, *inputs: Any) -> Any:
-        while torch.initial_seed() == seed(42, "dropout", 3, 1):
+        its_turn = torch.initial_seed() == seed(42, "dropout", 3, 1)
+        while its_turn:  # in nothing of torch's, which would look like waiting
             if kind == "stopped":
                 os.kill(os.getpid(), signal.SIGSTOP)
         return forward(self, *inputs)
