@@ -27,6 +27,8 @@ LAYERS, WIDTH, POSITIONS = 2, 768, 1024
 # of a step of two micro-batches without a line of the log; DeepSpeed's own, and its norm (docs/reference/deepspeed.md)
 WAITS = {"single": 0, "ddp": 0, "fsdp": 0, "fsdp whole": 0, "zero1": 8, "zero2": 9, "zero3": 7}
 LAUNCHES = {"single": 423, "ddp": 451, "fsdp": 444, "fsdp whole": 451, "zero1": 636, "zero2": 636, "zero3": 616}
+# FSDP2 and DeepSpeed on one rank take tensors one by one
+LAUNCHES_ALONE = {**LAUNCHES, "fsdp": 579, "zero1": 1004, "zero2": 1016}
 
 
 class Case(NamedTuple):
@@ -115,7 +117,8 @@ def test_a_step_without_a_line_of_the_log_waits_for_no_device(case: Case, step: 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_step_launches_no_more_than_it_did(case: Case, step: list[Part]) -> None:
     if case.plain:
-        assert sum(part.launches for part in step) <= LAUNCHES[case.kind]
+        most = LAUNCHES if case.ranks > 1 else LAUNCHES_ALONE
+        assert sum(part.launches for part in step) <= most[case.kind]
 
 
 def model_size(vocabulary: int, rows_of: int) -> Size:

@@ -133,7 +133,7 @@ def _buffers(work: Work, ranks: int, gpu: int, passes: dict[str, Part]) -> Itera
     shape, engine, low = work.shape, work.engine.name, 4 if work.precision == "fp32" else 2
     total, embedding, logits = shape.parameters, shape.vocab_size * shape.n_embd, passes["logits"].bytes
     if engine in ("single", "ddp"):
-        if low == 2 and not work.gradient_checkpointing:
+        if low == 2 and not (gpu and work.gradient_checkpointing):
             yield Part(2 * total, "2P")  # autocast's
         if engine == "ddp" and work.accumulation > 1:
             yield Part(4 * total, "4P")  # beside DDP's buckets is what it accumulates
@@ -147,9 +147,9 @@ def _buffers(work: Work, ranks: int, gpu: int, passes: dict[str, Part]) -> Itera
             yield Part(blocks, f"max(0, {24 * (low + 4)}d² - logits)")
         yield Part(times * embedding, f"{times}Vd")
     if not gpu:
-        yield Part(8 * embedding + 50_000_000, "8Vd + 50 MB")  # the head's gradient is there twice for a moment
-        if work.accumulation > 1:  # gradients that stay lie between what comes and goes
-            yield Part((logits + passes["activations"].bytes) // 4, "(activations + logits)/4")
+        yield Part(4 * embedding + 50_000_000, "4Vd + 50 MB")  # the head's gradient is there twice for a moment
+        if work.accumulation > 1 and engine != "ddp":  # beside the one that stays, which lies in DDP's buckets
+            yield Part(8 * embedding, "8Vd")
         if ranks > 1:  # as what is sent does
             each = low + 4 * (engine == "zero3")
             yield Part(each * total, f"{each}P")
