@@ -1,5 +1,5 @@
 # make demo    everything once, in two minutes on two cores: tokenizer, store, training, evaluation, prompts
-# make test    the whole test suite
+# make test    the whole test suite, by two processes
 # make test-fast   what starts hardly any process: two minutes
 # make test-agreement   evaluation against lm_eval, Trainer and transformers' page, in an environment of its own
 # make bench   the benchmarks in small, in an environment of its own, ten minutes; says what became slower
@@ -53,7 +53,7 @@ picture:
 	  --screenshot=docs/report.png "file://$(CURDIR)/$(DEMO)/run/report.html"
 
 test: .venv/test-installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 FAST := tests/base tests/data/test_batches.py tests/data/test_store.py tests/kernels tests/model tests/settings \
   tests/test_api.py tests/test_architecture.py tests/test_readme.py tests/test_wheel.py

@@ -154,7 +154,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 ranges.append(stored_range(key, shape[0], name, offset))
         check_complete(ranges, manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is damaged ({one_line(error)}); use an older checkpoint") from None
+        raise UserError(f"{path}: is damaged ({one_line(error, 400)}); use an older checkpoint") from None
     return Checkpoint(path, manifest, ranges)
 
 
