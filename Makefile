@@ -7,7 +7,7 @@
 # make fuzz    a million changed files and command lines, or FUZZ_CASES=N of them, from which nothing may crash; hours
 # make audit   the pinned packages in the databases of known vulnerabilities, by pip-audit; fails where these are out of reach
 # make check   ruff and mypy
-# make picture the README's picture of a report, from the demo's run, by a headless Chromium (Debian: chromium-headless-shell)
+# make picture the README's pictures, from a demo's run of their own (Debian: tmux chromium-headless-shell)
 # make docs    the documentation as a website, in site/
 # make pins    requirements.txt anew from setup.cfg
 
@@ -47,10 +47,8 @@ demo: install
 	@echo "  $(BIN)/wikift plan                                # what fine-tuning gpt2 would do"
 	@echo "  $(BIN)/torchrun --nproc_per_node=2 -m wikift train --dataset YOUR.txt --model distilgpt2"
 
-CHROMIUM ?= chromium-headless-shell
-picture:
-	$(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1000,1060 --virtual-time-budget=3000 \
-	  --screenshot=docs/report.png "file://$(CURDIR)/$(DEMO)/run/report.html"
+picture: install
+	$(BIN)/python docs/make_pictures.py
 
 test: .venv/test-installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

@@ -69,6 +69,9 @@ def test_runs_on_different_tokens_have_nothing_to_compare(runs: Path) -> None:
 def test_the_runs_of_a_folder_and_what_is_pruned(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["runs"]) == 0
+    assert capsys.readouterr().out.startswith("no run in runs; ")
     shutil.copytree(runs, tmp_path / "runs")
     folder, ran = tmp_path / "runs", tmp_path / "runs" / "b"
     config = json.loads((ran / "config.json").read_text())

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.trained import text_store, trained_run
+from wikift.base.errors import UserError
 from wikift.commands.main import main
 
 HOSTILE = "</script><script>document.title = 'taken'</script><b>&amp;"
@@ -97,8 +98,6 @@ def test_a_long_run_is_thinned_and_keeps_its_spikes(
 
 
 def test_what_is_no_run_is_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from wikift.base.errors import UserError
-
     with pytest.raises(UserError) as caught:
         main(["report", str(tmp_path), "nothing", "--text", "--out", "a.html"])
     assert len(caught.value.problems) == 3
@@ -137,14 +136,31 @@ setTimeout(() => {
 </script>"""
 
 
+def browser() -> str:
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    return program or pytest.skip(f"needs a browser: {', '.join(BROWSERS)} (Debian: chromium-headless-shell)")
+
+
+def test_a_picture_is_made_by_a_browser_that_is_there(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["report", str(runs / "two"), "--png", "--out", str(tmp_path / "two.html")]
+    browser()
+    assert main(words) == 0
+    picture = (tmp_path / "two.png").read_bytes()
+    assert picture[:4] == b"\x89PNG"
+    assert (int.from_bytes(picture[16:20], "big"), int.from_bytes(picture[20:24], "big")) == (1000, 1060)
+    assert len(picture) > 20_000, "an empty page"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"--png: needs one of .*apt install chromium-headless-shell"):
+        main(words)
+
+
 @pytest.mark.parametrize(("width", "dark"), [(390, 0), (1280, 1)])
 def test_a_browser_draws_it_without_a_complaint(
     runs: Path, tmp_path: Path, width: int, dark: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None:
-        pytest.skip(f"needs a browser: {', '.join(BROWSERS)} (Debian: chromium-headless-shell)")
-    page = written(capsys, runs / "one", runs / "two", "--out", tmp_path / "report.html")
+    program, page = browser(), written(capsys, runs / "one", runs / "two", "--out", tmp_path / "report.html")
     (tmp_path / "probe.html").write_text(page.replace("</body>", PROBE + "</body>"), encoding="utf-8")
     done = subprocess.run(
         [

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wikift.base import folders
+from wikift.base.command import command_line
 from wikift.base.console import print
 from wikift.base.errors import EXIT_DONE, UserError
 from wikift.base.files import show_bytes
@@ -28,7 +29,11 @@ def main(argv: Sequence[str]) -> int:
     )
     runs, settings = parsed.checked(_check), parsed.settings
     head = ("run", "state", "step", "best loss", "size", "last sign of life")
-    print(aligned([head, *map(_row, runs)]) if runs else f"no run in {settings.folder}")
+    print(
+        aligned([head, *map(_row, runs)])
+        if runs
+        else f"no run in {settings.folder}; {command_line('train')} makes one, and FOLDER names another folder"
+    )
     if settings.prune:
         _prune(runs, settings)
     return EXIT_DONE
@@ -36,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _check(settings: RunsSettings) -> list[RunRecord]:
     folder, problems = Path(settings.folder), []
-    if not folder.is_dir():
+    if not folder.is_dir() and settings.folder != RunsSettings().folder:
         problems.append(f"FOLDER {folder}: no such folder; name the one that the runs' folders are in")
     if settings.yes and not settings.prune:
         problems.append("--yes: has no effect without --prune; omit it")
@@ -44,7 +49,7 @@ def _check(settings: RunsSettings) -> list[RunRecord]:
         problems.append("--prune: asks before it removes anything, and nobody is there to answer; add --yes")
     if problems:
         raise UserError(*problems)
-    found_runs = [path for path in (folder, *sorted(folder.iterdir())) if folders.is_run(path)]
+    found_runs = [path for path in (folder, *sorted(folder.glob("*"))) if folders.is_run(path)]
     return [read_run(path, str(path)) for path in found_runs]
 
 

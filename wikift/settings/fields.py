@@ -117,7 +117,12 @@ class TrainSettings(DataSettings):
     warmup_steps: float = _optimizer(
         0.0, "steps over which the learning rate rises from 0; below 1: a fraction of the run", "STEPS", shown="0"
     )
-    decay_steps: float | None = _optimizer(None, "warmup_stable_decay's fall, or a fraction", "STEPS", shown="0.2")
+    decay_steps: float | None = _optimizer(
+        None,
+        "with warmup_stable_decay: last steps, over which the learning rate falls to 0; below 1: a fraction of the run",
+        "STEPS",
+        shown="0.2",
+    )
     weight_decay: float = _optimizer(0.0, "AdamW's, of matrices and embeddings; others have none", "DECAY")
     adam_beta1: float = _optimizer(0.9, "AdamW's decay of the mean gradient", "0..1")
     adam_beta2: float = _optimizer(0.999, "AdamW's decay of the mean squared gradient", "0..1")
@@ -131,7 +136,11 @@ class TrainSettings(DataSettings):
         "fp32 whose matmuls a GPU rounds to 10 bits",
         choices=(*PRECISIONS, "tf32"),
     )
-    residual_dtype: str = _speed("fp32", "bf16: residual rounded, less memory and traffic", choices=("fp32", "bf16"))
+    residual_dtype: str = _speed(
+        "fp32",
+        "number format in which the layers' outputs are added up; bf16: less memory and traffic on a GPU, 8-bit sums",
+        choices=("fp32", "bf16"),
+    )
     gradient_checkpointing: bool = _speed(False, "less memory, a third more time")
     compile: bool | None = _speed(
         None,
@@ -167,9 +176,7 @@ class TrainSettings(DataSettings):
     logging_steps: int = _run(10, "steps between lines of metrics.jsonl", "STEPS")
     async_save: bool = _run(True, "write checkpoints while training continues")
     save_total_limit: int = _run(2, "newest checkpoints kept, beside the best")
-    save_only_model: bool = _run(
-        False, "checkpoints of the weights alone: a third as large, and no run resumes from them"
-    )
+    save_only_model: bool = _run(False, "checkpoints of weights alone, a third in size; no run resumes from them")
     per_device_eval_batch_size: int = _run(8, "blocks per forward pass in validation", "BLOCKS")
     max_eval_samples: int | None = _run(
         None, "validate on the first blocks of the validation split only", "BLOCKS", shown="all", role="experiment"
@@ -181,9 +188,7 @@ class TrainSettings(DataSettings):
         choices=("stop", "skip"),
         role="schedule",
     )
-    hang_timeout: int = _run(
-        1800, "end a run that makes no progress for as long, with every process's stacks in stacks/", "SECONDS"
-    )
+    hang_timeout: int = _run(1800, "end a run without progress for so long; every rank's stacks: stacks/", "SECONDS")
     profile: int | None = _run(None, "profile as many steps: profile/trace.json.gz, and where the time goes", "STEPS")
     sample_steps: int | None = _run(None, "steps between samples", "STEPS", shown="as validations")
     resume: str = _run("auto", "resume from the newest checkpoint, never, or from PATH", "auto|never|PATH")
@@ -239,9 +244,7 @@ class EvaluateSettings:
     )
     stride: int | None = option(None, "tokens between windows", "TOKENS", shown="the protocol's; of free, the context")
     per_device_eval_batch_size: int = option(8, "windows per forward pass")
-    precision: str = option(
-        "auto", "number format of the matmuls; auto: that of the stored weights", choices=PRECISIONS
-    )
+    precision: str = option("auto", "number format of matmuls; auto: the stored weights'", choices=PRECISIONS)
     device: str = option("auto", "auto: cuda where there is one", choices=DEVICES)
     json: bool = option(False, "print JSON, one object per model, split and protocol")
     quiet: bool = option(False, "no progress")
@@ -251,9 +254,7 @@ class EvaluateSettings:
 class GenerateSettings:
     """The generate command: prompts to text. None stands for the default that follows from `temperature`."""
 
-    model: str | None = _argument(
-        None, "a Hugging Face directory, a run or a name", "MODEL", shown="the newest of runs/"
-    )
+    model: str | None = _argument(None, "a Hugging Face directory, run or name", "MODEL", shown="the newest of runs/")
     prompt: str | None = _prompts(None, "generate from this prompt and exit", "TEXT")
     prompts_file: str | None = _prompts(None, "generate from each line of a file and exit", "FILE")
     examples: bool = _prompts(False, "generate from five built-in prompts and exit")
@@ -261,9 +262,7 @@ class GenerateSettings:
     temperature: float = _sampling(0.8, "0 takes the likeliest token each time, as do_sample=False", "T")
     top_k: int | None = _sampling(None, "sample from the K likeliest tokens; 0 is all", "K", shown="50")
     top_p: float | None = _sampling(None, "sample from the likeliest tokens that make up P", "P", shown="0.95")
-    repetition_penalty: float | None = _sampling(
-        None, "above 1 repeats less", "R", shown="1.1; at temperature 0 none, which is 1"
-    )
+    repetition_penalty: float | None = _sampling(None, "above 1 repeats less", "R", shown="1.1; 1 at temperature 0")
     seed: int | None = _sampling(None, "same seed, same text", shown="42")
     stop: tuple[str, ...] = _sampling((), "end before this text; may be repeated, \\n is a new line", "TEXT")
     num_return_sequences: int = _sampling(1, "answers to each prompt")

@@ -30,6 +30,7 @@ class ReportSettings:
 
     runs: tuple[str, ...] = _argument((), "runs' folders; several are laid over each other", "RUN")
     out: str | None = option(None, "the file to write", "FILE", shown="RUN/report.html; report.html for several runs")
+    png: bool = option(False, "also a picture of its beginning, FILE with .png, by a Chromium that is installed")
     text: bool = option(False, "print the tables as text, write no file")
 
 
