@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ def rows(count: int, course: Callable[[int], float], **changed: Callable[[int], 
         {
             "step": 10 * n, "loss": course(n) + noise.gauss(0, 0.03), "grad_norm": 0.8 + abs(noise.gauss(0, 0.2)),
             "learning_rate": 5e-5, "tokens": 10_000 * n, "tokens_per_second": 1000.0,
-            "ranks": {"memory_gb": [1.0] * 3, "data_wait": [0.01] * 3, "matmul_ms": [5.0, 5.5, 5.2]},
+            "ranks": {"memory_gb": [1.0] * 3, "data_wait": [0.01] * 3, "matmul_ms": [5.0, 5.5, 5.2],
+                      "busy": [0.3, 0.4, 0.35]},
             **{key: value(n) for key, value in changed.items()},
         }
         for n in range(1, count + 1)
@@ -61,6 +63,7 @@ def falling(n: int) -> float:
         (rows(40, falling, ranks=lambda n: {"matmul_ms": [5.0, 12.0]}), [(5, "late rank")]),  # once
         (rows(40, falling, ranks=lambda n: {"data_wait": [0.0, 0.3]}, tokens=lambda n: 500 * n), [(21, "late rank")]),
         (rows(40, falling, ranks=lambda n: {"data_wait": [0.0, 0.3 if n % 5 else 0.0]}), []),
+        (rows(40, falling, ranks=lambda n: {"busy": [0.3, 0.8 if n > 20 else 0.3, 0.2]}), [(25, "late rank")]),
         (rows(40, falling, ranks=lambda n: {"data_wait": [0.0, 0.3 if n > 9 else 0.0]}), [(14, "late rank")]),
     ],
 )  # fmt: skip
@@ -118,6 +121,40 @@ def test_a_poisoned_batch_is_skipped_where_that_is_asked_for(place: Place, tmp_p
     assert [row["loss"] is None for row in logged] == [False, False, True, False]
     assert [row.get("skipped_steps") for row in logged] == [None, None, 1, 1]
     assert logged[-1]["eval_loss"] < 4.6
+
+
+def sleepy(line: list[str]) -> int:
+    """A training whose rank 1 sleeps in each step; signs of it are gathered in a second, not in twenty."""
+    import torch.distributed as dist
+
+    from wikift.commands.train import main
+    from wikift.model.gpt2 import NextTokenLoss
+    from wikift.watch import hang, health
+
+    forward, hang._SAMPLES, hang._KEPT_SAMPLES, health._LEAST_SECONDS = NextTokenLoss.forward, 100, 100, 1.0
+
+    def slow(self: Any, *inputs: Any) -> Any:
+        time.sleep(0.05 * dist.get_rank())
+        return forward(self, *inputs)
+
+    NextTokenLoss.forward = slow  # type: ignore[method-assign]
+    return main(line)
+
+
+LATE = [
+    Place("ddp", 2),
+    *(pytest.param(Place(engine, 2), marks=SLOW) for engine in ("fsdp", "zero1", "zero2", "zero3")),
+]
+
+
+@pytest.mark.parametrize("place", LATE, ids=str)
+def test_a_rank_that_sleeps_in_its_step_is_named(place: Place, tmp_path: Path) -> None:
+    store, run = tiny_store(tmp_path / "store"), tmp_path / "run"
+    words = line(place, store, run, per_device_train_batch_size=6, max_steps=80, save_steps=80, eval_steps=80)
+    assert run_ranks(sleepy, 2, words) == [0, 0]
+    events = [row for row in metrics(run) if "event" in row]
+    assert [row["event"] for row in events] == ["late rank"]
+    assert events[0]["message"].startswith("rank 1 is at work while others wait for it")
 
 
 def test_a_poisoned_batch_stops_the_run_by_default(tmp_path: Path) -> None:

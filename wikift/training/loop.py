@@ -98,11 +98,12 @@ def _exchange(
 
     Where they are not, it was `asked` as the step began, and nothing waits for a device, or another rank's host.
     """
+    log = training.log
     if asked is None:
-        stop, rows = training.agree([training.log.impatient(), *training.meter.own(float(mean))])
+        stop, rows = training.agree([log.impatient(), *training.meter.own(float(mean), log.pulse.busy())])
         return stop, bool(rows[0][0]), [row[1:] for row in rows]
     stop, rows = asked()
-    return stop, bool(rows[0][0]), training.agree(training.meter.own(float(mean)))[1] if stop else []
+    return stop, bool(rows[0][0]), training.agree(training.meter.own(float(mean), log.pulse.busy()))[1] if stop else []
 
 
 def _measured(training: Training, step: int, rows: list[list[float]], skipped: int) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def few_tokens(tokens: int, shape: Shape, block_size: int, reduced: int) -> Iter
         )
 
 
-_BY_RANK = ("memory_gb", "data_wait", "matmul_ms")
+_BY_RANK = ("memory_gb", "data_wait", "matmul_ms", "busy")
 _MATMUL_SECONDS = 10.0  # from one measurement of a rank's speed to the next
 
 
@@ -76,13 +76,13 @@ class Meter:
         self.waited = 0.0  # seconds spent waiting for batches
         self.since = clock()
 
-    def own(self, loss: float) -> list[float]:
-        """This rank's numbers, for the others: `loss` and what `by_rank` names."""
+    def own(self, loss: float, busy: float) -> list[float]:
+        """This rank's numbers, for the others: `loss` and what `_BY_RANK` names."""
         if self.ranks > 1 and self.clock() >= self.next_matmul:
             self.matmuls.append(matmul_ms(self.device))
             self.next_matmul = self.clock() + _MATMUL_SECONDS
         matmul = median(self.matmuls) if len(self.matmuls) == self.matmuls.maxlen else 0.0  # one alone is chance
-        return [loss, memory_gb(self.device), self.waited / self._seconds(), matmul]
+        return [loss, memory_gb(self.device), self.waited / self._seconds(), matmul, busy]
 
     def _seconds(self) -> float:
         return max(1e-9, self.clock() - self.since - self.away)

@@ -13,10 +13,11 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import TextIO
 
 from wikift.base.console import print
@@ -25,6 +26,10 @@ from wikift.base.files import faults_of_writing
 from wikift.base.folders import STACKS
 
 _BEAT_SECONDS = 1  # so that beats are seconds
+_SAMPLES = 20  # of what the main thread does, in a beat
+_KEPT_SAMPLES = 200
+# files of functions in which a rank waits for others, or for its batches; a backward pass looks so too
+_WAITING = ("/torch/", "/deepspeed/", "/base/world.py", "/threading.py")
 _SILENT_BEATS = 10  # at most, until a rank without news is stopped, or its host is gone
 _SPEAK_BEATS = 3  # after the stacks: until every rank has seen what the others do
 
@@ -34,6 +39,12 @@ class Pulse:
 
     def __init__(self) -> None:
         self.count, self.doing = 0, "starting"
+        self.samples = deque[bool](maxlen=_KEPT_SAMPLES)  # whether this rank was at work of its own
+
+    def busy(self) -> float:
+        """The fraction of the last seconds in which this rank did not wait for others; 0 until that is known."""
+        samples = list(self.samples)
+        return sum(samples) / len(samples) if len(samples) == self.samples.maxlen else 0.0
 
     def mark(self, doing: str | None = None) -> None:
         """Progress: `doing` begins, or what was begun goes on."""
@@ -77,7 +88,7 @@ def signs_of_life(run: Path, rank: int, size: int, seconds: float) -> Iterator[P
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known of a rank: the marks it passed, what it does, whether that is torch's, and for how long no news."""
+    """What is known of a rank: the marks it passed, what it does, whether that is waiting, and for how long no news."""
 
     marks: int
     waits: bool
@@ -96,7 +107,12 @@ class _Watch:
         self.sizes: dict[int, int] = {}  # of the stacks' files
 
     def run(self, ended: threading.Event) -> None:
-        while not ended.wait(_BEAT_SECONDS):
+        samples = 0
+        while not ended.wait(_BEAT_SECONDS / _SAMPLES * (0.5 + samples * 0.618 % 1)):  # not in step with the steps
+            samples += 1
+            self.pulse.samples.append(not _waits(_main_frame()))
+            if samples % _SAMPLES:
+                continue
             # in C, for where this thread cannot run because another one keeps Python's lock
             faulthandler.dump_traceback_later(self.seconds + _SPEAK_BEATS, file=self.file)
             with contextlib.suppress(OSError):  # a full disk is not what this is for
@@ -112,10 +128,9 @@ class _Watch:
         self.beats += 1
         self.idle = self.idle + 1 if self.marks == self.pulse.count else 0
         self.marks = self.pulse.count
-        frame = sys._current_frames()[threading.main_thread().ident or 0]
+        frame = _main_frame()
         where = f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
-        waits = int("/torch/" in frame.f_code.co_filename)
-        text = f"{self.beats} {self.marks} {waits} {self.pulse.doing}, in {where}"
+        text = f"{self.beats} {self.marks} {int(_waits(frame))} {self.pulse.doing}, in {where}"
         (self.folder / f"rank-{self.rank}.beat").write_text(text, encoding="utf-8")
         for rank in range(self.size):
             with contextlib.suppress(FileNotFoundError):
@@ -150,6 +165,14 @@ class _Watch:
                 flush=True,
             )
         os._exit(EXIT_FAULT)
+
+
+def _main_frame() -> FrameType:
+    return sys._current_frames()[threading.main_thread().ident or 0]
+
+
+def _waits(frame: FrameType) -> bool:
+    return any(part in frame.f_code.co_filename for part in _WAITING)
 
 
 def told(seen: Mapping[int, Seen], silent: Sequence[int]) -> str:

@@ -17,7 +17,7 @@ _LEAST_NATS = 0.1  # of a spike of the loss
 _LEAST_TIMES = 3.0  # of the mean, of a gradient norm that explodes
 _IN_A_ROW, _LEAST_SECONDS = 5, 10.0  # lines and their time, of what may be chance in one
 _SLOW_TIMES = 2.0  # the median of the ranks' times
-_DATA_WAIT = 0.2  # of the time
+_DATA_WAIT = _BUSIER = 0.2  # of the time
 MOST_SKIPPED = 50  # steps in a row that may be skipped: the weights are beyond repair, or a loss scale is at its end
 
 
@@ -70,6 +70,8 @@ def _late(rows: Sequence[Row]) -> Iterator[Row]:
          "temperature and at what else runs there"),
         ("data_wait", _DATA_WAIT, "waits {:.0%} of the time for its batches, and all others for it; put the store on "
          "a faster disk, or look at what else uses the processor"),
+        ("busy", _BUSIER, "is at work while others wait for it, {:.0%} of the time more than the median rank; kill "
+         "-USR2 its process writes what it does to stacks/, and look at what else runs on its host"),
     ):  # fmt: skip
         for rank in sorted(_late_ranks(rows, key, limit) - _late_ranks(rows[:-1], key, limit)):
             yield _event(rows[-1], "late rank", f"rank {rank} {text.format(_shares(rows[-1], key)[rank])}")
@@ -87,8 +89,10 @@ def _late_ranks(rows: Sequence[Row], key: str, limit: float) -> set[int]:
 
 def _shares(row: Row, key: str) -> list[float]:
     values: list[float] = row.get("ranks", {}).get(key, [])
-    middle = median_low(values) if values and key == "matmul_ms" else 1.0
-    return [value / max(middle, 1e-9) for value in values]
+    middle = median_low(values) if values else 0.0
+    if key == "busy":
+        return [value - middle for value in values]
+    return [value / max(middle, 1e-9) for value in values] if key == "matmul_ms" else values
 
 
 def slowest(times: Sequence[float]) -> tuple[int, float]:
