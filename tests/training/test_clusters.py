@@ -182,17 +182,38 @@ def test_a_host_dies_and_the_run_goes_on(
     assert curve(run) == curve(whole)
 
 
-def test_a_host_without_the_store_ends_all(hosts: list[Host], tmp_path: Path) -> None:
-    """By a bare srun: it says what it lacks; the others, which wait for it, end soon instead of in half an hour."""
-    store = tiny_store(tmp_path / "store")
-    line = [sys.executable, TRAIN, *arguments(store, tmp_path / "run")]
-    lacking = ["sh", "-c", f'mount -t tmpfs none "{store}" && exec "$@"', "sh"]  # a mount of this host alone
+def bare_srun(hosts: list[Host], line: list[str], logs: Path, before: list[str]) -> list[subprocess.Popen[bytes]]:
+    """A rank on each host, as Slurm starts them; `before` is put before the second one's command."""
     place = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
     place |= {"SLURM_STEP_NODELIST": "10.77.0.[1-2]", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
     processes = []
     for n, host in enumerate(hosts):
         own = {**place, "SLURM_PROCID": str(n), "SLURM_NODEID": str(n)}
-        processes.append(host.start([*(lacking if n else []), *line], tmp_path / f"host-{n}.log", **own))
+        words = [*(before if n else []), sys.executable, TRAIN, *line]
+        processes.append(host.start(words, logs / f"host-{n}.log", **own))
+    return processes
+
+
+def test_a_host_that_is_cut_off_is_named_after_the_hang_timeout(hosts: list[Host], tmp_path: Path) -> None:
+    """Its cable is pulled and its power goes: no connection is closed, so that nothing but its silence tells."""
+    run = tmp_path / "run"
+    words = {"max_steps": 10**6, "save_steps": 20, "eval_steps": 10**6, "engine": "ddp", "hang_timeout": 6}
+    processes = bare_srun(hosts, arguments(tiny_store(tmp_path / "store"), run, **words), tmp_path, [])
+    wait_for_a_checkpoint(run, processes, tmp_path)
+    assert ip("-n", hosts[1].namespace, "link", "set", hosts[1].interface, "down").returncode == 0
+    hosts[1].kill()
+    assert processes[0].wait(60) == 1
+    text = (tmp_path / "host-0.log").read_text()
+    assert "no progress for 6 s (--hang-timeout): rank 1 shows no sign of life (stopped, or its host is gone)" in text
+    assert "in _engine_run_backward" in (run / "stacks" / "rank-0.txt").read_text() or "in answer" in text
+    assert "no sign of life" in (run / "stacks" / "rank-1.txt").read_text()
+
+
+def test_a_host_without_the_store_ends_all(hosts: list[Host], tmp_path: Path) -> None:
+    """By a bare srun: it says what it lacks; the others, which wait for it, end soon instead of in half an hour."""
+    store = tiny_store(tmp_path / "store")
+    lacking = ["sh", "-c", f'mount -t tmpfs none "{store}" && exec "$@"', "sh"]  # a mount of this host alone
+    processes = bare_srun(hosts, arguments(store, tmp_path / "run"), tmp_path, lacking)
     assert [process.wait(60) for process in processes] == [1, 2], shown(tmp_path)
     assert (tmp_path / "host-1.log").read_text().startswith(f"wikift: one problem\n  --data {store}: ")
     assert "wikift: rank 0 stops, rank 1 failed" in (tmp_path / "host-0.log").read_text()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.matrix import Place, line
+from tests.matrix import Place, line, train_all
 from tests.ranks import run_ranks
 from tests.tiny import metrics, tiny_store
 from wikift.base.errors import EnvironmentFault
@@ -86,14 +86,18 @@ def poisoned(arguments: list[str], sick: int, kind: str) -> str:
     from wikift.commands.train import main
     from wikift.model.gpt2 import NextTokenLoss
 
-    forward, bad = NextTokenLoss.forward, seed(42, "dropout", 6, sick)
+    forward, bad, times = NextTokenLoss.forward, seed(42, "dropout", 6, sick), 0
 
     def broken(self: Any, *inputs: Any) -> Any:
+        nonlocal times
         here = self.training and torch.initial_seed() == bad
+        times += here
         if here and kind == "drift":
             with torch.no_grad():
                 next(self.parameters()).view(-1)[0] += 1e-3
-        return forward(self, *inputs) * (math.nan if here and kind == "nan" else 1.0)
+        return forward(self, *inputs) * (
+            math.nan if here and (kind == "nan" or (kind == "nan once" and times == 1)) else 1.0
+        )
 
     NextTokenLoss.forward = broken  # type: ignore[method-assign]
     try:
@@ -155,6 +159,27 @@ def test_a_rank_that_sleeps_in_its_step_is_named(place: Place, tmp_path: Path) -
     events = [row for row in metrics(run) if "event" in row]
     assert [row["event"] for row in events] == ["late rank"]
     assert events[0]["message"].startswith("rank 1 is at work while others wait for it")
+
+
+@pytest.mark.parametrize("place", ENGINES, ids=str)
+def test_a_rewind_leaves_out_the_blocks_up_to_the_poisoned_step(place: Place, tmp_path: Path) -> None:
+    """At a learning rate at which nothing is learned, a step's loss tells which blocks it read."""
+    store, run, whole = tiny_store(tmp_path / "store"), tmp_path / "run", tmp_path / "whole"
+    slow = {"learning_rate": 1e-12, "lr_scheduler_type": "constant", "weight_decay": 0, "eval_steps": 4}
+    assert train_all([line(Place("single", 1), store, whole, max_steps=11, **slow)]) == [0]
+    words = [line(place, store, run, max_steps=last, **slow, on_nonfinite="rewind") for last in (8, 9)]
+    assert run_ranks(poisoned_once, place.ranks, words, place.ranks - 1) == [["", ""]] * place.ranks
+    events = [(row["step"], row["event"]) for row in metrics(run) if "event" in row]
+    assert events == [(4, "rewind")]
+    losses = {row["step"]: row["loss"] for row in metrics(whole)}
+    logged = [row for row in metrics(run) if "event" not in row]
+    assert [row["step"] for row in logged] == list(range(1, 10))
+    for row in logged:  # step 6 was bad: 5 and 6 are left out, and by the resumed run too
+        assert row["loss"] == pytest.approx(losses[row["step"] + 2 * (row["step"] > 4)], abs=1e-5)
+
+
+def poisoned_once(lines: list[list[str]], sick: int) -> list[str]:
+    return [poisoned(words, sick, kind) for words, kind in zip(lines, ("nan once", "none"), strict=True)]
 
 
 def test_a_poisoned_batch_stops_the_run_by_default(tmp_path: Path) -> None:

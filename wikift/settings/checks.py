@@ -177,6 +177,10 @@ def _schedule_problems(settings: TrainSettings) -> list[str]:
             f"--max-steps {settings.max_steps}: the length of training is set twice, --num-train-epochs "
             f"{settings.num_train_epochs:g} too; remove one"
         )
+    if settings.on_nonfinite == "rewind" and settings.save_only_model:
+        problems.append(
+            "--on-nonfinite rewind: resumes a checkpoint, and --save-only-model writes none that can be; omit one"
+        )
     if settings.decay_steps is not None and settings.lr_scheduler_type != "warmup_stable_decay":
         problems.append(
             f"--decay-steps {_plain(settings.decay_steps)}: has no effect with --lr-scheduler-type "

@@ -184,8 +184,9 @@ class TrainSettings(DataSettings):
     sample_prompts: str | None = _run(None, "continue each line of a file now and then: samples.jsonl", "FILE")
     on_nonfinite: str = _run(
         "stop",
-        "at a loss or gradient that is not finite: stop, or skip that step and continue",
-        choices=("stop", "skip"),
+        "at a loss or gradient that is not finite: stop; skip that step; or rewind to the checkpoint before it and "
+        "continue without the blocks up to it",
+        choices=("stop", "skip", "rewind"),
         role="schedule",
     )
     hang_timeout: int = _run(1800, "end a run without progress for so long; every rank's stacks: stacks/", "SECONDS")

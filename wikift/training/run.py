@@ -47,8 +47,10 @@ from wikift.training.hosts import check_hosts, environment
 from wikift.training.loop import run_steps
 from wikift.training.meter import Meter, few_tokens, memory_gb, peak_flops
 from wikift.training.resume import Say
+from wikift.training.rewind import rewound
+from wikift.training.skips import Diverged
 from wikift.training.training import Training
-from wikift.watch.hang import signs_of_life
+from wikift.watch.hang import Pulse, signs_of_life
 from wikift.watch.metrics import Log, open_log
 from wikift.watch.profile import Profiler
 from wikift.watch.terminal import phase
@@ -71,31 +73,46 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
             say(f"{folder} is finished, step {start.step:,}; {finished}")
             return 0
         training, compiled = prepare(plan, store, world, start, stop_signal, say)
-        plan = training.plan
         if world.rank == 0:
             seen = environment(world.device, training.precision.name, compiled)
-            _prepare_folder(plan, store, training.config, start, seen)
-        with resume.watched(folder, world, stop_signal) as stop_signal, open_log(
-            folder, after_step=(start.step if start else 0) - (owed is not None), steps=plan.steps, epochs=plan.epochs,
-            quiet=plan.quiet, trackers=plan.trackers, rank=world.rank,
-        ) as log:  # fmt: skip
-            log.pulse = pulse
-            training = dataclasses.replace(training, log=log, stop_signal=stop_signal)
-            with explained(work_of(plan, training.precision.name), world):
-                steps = 0 if world.rank else plan.settings["profile"] or 0
-                profiler = Profiler(folder, steps, world.device.type == "cuda", log.say)
-                stopped = run_steps(training, owed, profiler)
-                profiler.finish()
-            training.saver.finish()
-            log.tick(**training.saved())
-            log.say(training.memory())
-            if stopped or training.stopped() == resume.FOLDER_GONE:
-                log.say(_end(folder, stopped))
+            _prepare_folder(training.plan, store, training.config, start, seen)
+        stopped, rewinds = None, list[dict[str, Any]]()
+        while stopped is None:
+            try:
+                stopped = _train(training, owed, pulse, rewinds[-1:])
+            except Diverged as diverged:
+                times = sum(event["step"] == training.done for event in rewinds)
+                training, event = rewound(training, diverged, times)
+                rewinds, owed = [*rewinds, event], None
     if not stopped:
         best, newest = best_checkpoint(folder), list_checkpoints(folder)[-1]
         choice = "" if best in (None, newest) else " --best"
         consolidate, generate, quoted = command_line("consolidate"), command_line("generate"), shlex.quote(str(folder))
         say(f"done: {folder}\n  {consolidate} {quoted}{choice}\n  {generate} {quoted}")
+    return stopped
+
+
+def _train(training: Training, owed: dict[str, Any] | None, pulse: Pulse, events: list[dict[str, Any]]) -> int:
+    """Train, with a log of its own that begins with `events`. Returns the signal that stopped it, else 0."""
+    plan, world, folder = training.plan, training.world, training.plan.output_dir
+    with resume.watched(folder, world, training.stop_signal) as stop_signal, open_log(
+        folder, after_step=training.done - (owed is not None), steps=plan.steps, epochs=plan.epochs,
+        quiet=plan.quiet, trackers=plan.trackers, rank=world.rank,
+    ) as log:  # fmt: skip
+        log.pulse = pulse
+        for event in events:
+            log.event(event)
+        training = dataclasses.replace(training, log=log, stop_signal=stop_signal)
+        with explained(work_of(plan, training.precision.name), world):
+            steps = 0 if world.rank else plan.settings["profile"] or 0
+            profiler = Profiler(folder, steps, world.device.type == "cuda", log.say)
+            stopped = run_steps(training, owed, profiler)
+            profiler.finish()
+        training.saver.finish()
+        log.tick(**training.saved())
+        log.say(training.memory())
+        if stopped or training.stopped() == resume.FOLDER_GONE:
+            log.say(_end(folder, stopped))
     return stopped
 
 
@@ -139,7 +156,7 @@ def prepare(
     training = Training(
         plan, store, world, precision, config, shapes_of(config), engine, Log(),
         Saver(plan.output_dir, world, keep=plan.save_total_limit, aside=plan.async_save), meter, stop_signal, start,
-        before, training_bytes(chosen, world.size, gpu=machine.gpu),
+        before, training_bytes(chosen, world.size, gpu=machine.gpu), start.manifest.get("left_out", 0) if start else 0,
     )  # fmt: skip
     return training, compiled.name
 

@@ -14,6 +14,14 @@ from wikift.training.training import Training
 from wikift.watch.health import MOST_SKIPPED, not_finite
 
 
+class Diverged(EnvironmentFault):
+    """Training has, with `step`: the last one that was not finite."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class Skips:
     """How many steps were skipped, how many of them in a row, and which was the last."""
 
@@ -30,7 +38,7 @@ class Skips:
     def check(self, step: int, losses: Sequence[float], norm: float) -> int:
         """The steps skipped so far; an event where there are new ones. `losses` are the ranks' at `step`.
 
-        Raises EnvironmentFault where training has diverged. A gradient may overflow in fp16, which moves its scale.
+        Raises Diverged where training has. A gradient may overflow in fp16, which moves its scale.
         """
         training, loss = self.training, fmean(losses)
         skipped, in_row, last = map(int, self.counts.tolist())
@@ -39,7 +47,7 @@ class Skips:
         applied = not math.isfinite(loss) and math.isfinite(norm)
         lost = not math.isfinite(loss) and not skip
         if in_row > MOST_SKIPPED or applied or lost or (new and not fp16 and not skip):
-            raise EnvironmentFault(_diverged(training, step, loss, norm, new, last))
+            raise Diverged(_diverged(training, step, loss, norm, new, last), last if new else step)
         if new and not (fp16 and math.isfinite(loss)):
             training.log.event(not_finite(step, losses, new, last))
         return skipped
@@ -48,12 +56,9 @@ class Skips:
 def _diverged(training: Training, step: int, loss: float, norm: float, new: int, last: int) -> str:
     lr = training.plan.schedule.lr_at(step)
     since = f", the gradient of step {last} not finite" if new and last != step else ""
-    skip = (
-        ""
-        if training.plan.settings["on_nonfinite"] == "skip"
-        else "; --on-nonfinite skip continues without single bad steps"
-    )
+    skip = "; --on-nonfinite skip continues without single bad steps, rewind without the blocks that led to them"
     return (
         f"the loss is {loss} and the gradient's norm {norm} at step {step}{since}, learning rate {lr:g}: training has "
-        f"diverged. Restart with a lower --learning-rate or more --warmup-steps; the checkpoints are as they were{skip}"
+        f"diverged. Restart with a lower --learning-rate or more --warmup-steps; the checkpoints are as they were"
+        + ("" if training.plan.settings["on_nonfinite"] != "stop" else skip)
     )

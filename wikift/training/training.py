@@ -58,6 +58,7 @@ class Training:
     start: Checkpoint | None
     held_before: float  # GB
     forecast: int  # bytes that a process takes beside these
+    left_out: int  # steps whose blocks were passed over, see rewind.py
 
     @property
     def done(self) -> int:
@@ -81,7 +82,7 @@ class Training:
         assert len(items) == plan.blocks
         world, placed = self.world, plan.layout
         layout = BatchLayout(plan.block_size, placed.micro_batch, placed.accumulation, world.rank, world.size)
-        stream = micro_batches(tokens, items, layout, run_seed=plan.seed, first_step=self.done)
+        stream = micro_batches(tokens, items, layout, run_seed=plan.seed, first_step=self.done + self.left_out)
         return ahead(stream, self.world.device)
 
     def memory(self) -> str:
@@ -142,6 +143,7 @@ class Training:
             "layout": [self.world.size, self.plan.engine.engine, self.plan.layout.micro_batch],
             "experiment": resume.experiment(self.plan, self.store),
             "weights_alone": weights_alone,
+            "left_out": self.left_out,
             "model_config": json.loads(self.config.to_json_string(use_diff=False)),
         }
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
