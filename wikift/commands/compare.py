@@ -49,7 +49,10 @@ def main(argv: Sequence[str]) -> int:
         same = "yes" if abs(difference) <= within else "no"
         rows.append([name, f"{first:.4f}", f"{second:.4f}", f"{difference:+.4f}{spread}", same])
     print(aligned(rows))
-    print("\nThe difference is of losses, of ln(perplexity) or of bits per byte; +- its standard error over documents.")
+    print(
+        "\nThe difference is of losses, of ln(perplexity) or of bits per byte; +- is its standard error over\nthe "
+        "text's documents, or stretches of 1,024 tokens. Without: kept as one number, as validation losses are."
+    )
     return EXIT_DONE if all(row[-1] == "yes" for row in rows[1:]) else _DIFFERENT
 
 
