@@ -36,7 +36,7 @@ SETTINGS = {
         precision prompt prompts_file quiet repetition_penalty seed stop temperature top_k top_p train
     """,
     "report": """
-        out runs text
+        out png runs text
     """,
     "compare": """
         runs within

@@ -20,11 +20,12 @@ def test_the_time_left_counts_validations_and_saves() -> None:
             meter.step(100)
 
     steps(2, 5.0)  # 20 tokens a second: a validation of 600, forward only, may take 10 s
-    rows = [[3.0, 1.5, 0.0, 5.0], [4.0, 2.5, 0.5, 6.0]]  # each rank's loss, memory, wait and matmul
+    rows = [[3.0, 1.5, 0.0, 5.0, 0.4], [4.0, 2.5, 0.5, 6.0, 0.4]]  # each rank's loss, memory, wait, matmul and work
     assert meter.reading(10, 3, rows[:1])["seconds_left"] == pytest.approx(10 * 5 + 3 * 10)
-    meter.restart()
     with meter.paused(True):
-        now += 16.0
+        now += 9.0
+        meter.restart()  # a line is written after the validation, before the save
+        now += 7.0
     with meter.paused(False):  # nothing was due
         pass
     steps(4, 5.0)

@@ -97,7 +97,7 @@ class Meter:
         """What happens inside is not training; `due`: a validation, of which more will come."""
         start = self.clock()
         yield
-        self.away += self.clock() - start
+        self.away += self.clock() - max(start, self.since)  # since `restart`, where that was inside
         if due:
             self.pauses.append(self.clock() - start)
 
