@@ -24,7 +24,6 @@ _NOT_HERE = {getattr(errno, name) for name in _NAMES.split()}
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in blocks of a megabyte."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(_BLOCK_BYTES):
@@ -68,7 +67,6 @@ def json_line(content: object) -> str:
 
 
 def replace_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write a JSON file aside and rename it into place."""
     replace_text(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 

@@ -26,12 +26,10 @@ RUN_FILES = ("checkpoints", "model", METRICS, SAMPLES, EVALUATIONS, REPORT, TENS
 
 
 def is_model(folder: Path) -> bool:
-    """Whether `folder` is a Hugging Face model directory."""
     return "model_type" in read_json(folder / "config.json")
 
 
 def is_run(folder: Path) -> bool:
-    """Whether `folder` is the output directory of a training, finished or not."""
     return "wikift" in read_json(folder / "config.json")
 
 
@@ -48,7 +46,6 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def step_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is, or will be."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
@@ -58,7 +55,6 @@ def aside_of(checkpoint: Path) -> Path:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step of a checkpoint's folder."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -69,7 +65,6 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def checkpoint_steps(run: Path) -> list[int]:
-    """The steps of a run's complete checkpoints, oldest first."""
     return [step_of(path) for path in list_checkpoints(run)]
 
 

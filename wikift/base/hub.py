@@ -138,7 +138,6 @@ def failure(error: Exception, setting: str, instead: str) -> Exception:
 
 
 def reason_of(error: Exception) -> str:
-    """Why the Hub was of no use, in a few words."""
     kinds, status = _kinds(error), status_of(error)
     if any(isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT) for link in _chain(error)):
         return "the disk with the Hugging Face cache is full"

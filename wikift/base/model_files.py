@@ -123,7 +123,6 @@ def _read_config(model: str, folder: Path, setting: str) -> Shape:
 
 
 def _headers(model: str, folder: Path, where: str) -> list[tuple[Path, Header]]:
-    """The header of each file of weights."""
     index, files = folder / INDEX, [folder / SINGLE]
     if not files[0].exists():
         if not index.exists():

@@ -95,7 +95,6 @@ def released_name(model: str) -> str | None:
 
 
 def released_shape(model: str) -> Shape | None:
-    """The shape that is known by the name of a released model."""
     return Shape(*_RELEASED[name]) if (name := released_name(model)) else None
 
 
@@ -124,7 +123,6 @@ def shape_of_config(config: dict[str, Any], where: str) -> Shape:
 
 
 def head_problems(shape: Shape, setting: str) -> list[str]:
-    """Whether the width is that of whole heads."""
     if shape.n_embd % shape.n_head == 0:
         return []
     fits = math.gcd(shape.n_embd, shape.n_head)
@@ -132,7 +130,6 @@ def head_problems(shape: Shape, setting: str) -> list[str]:
 
 
 def with_overrides(shape: Shape, overrides: dict[str, Any]) -> Shape:
-    """`shape` with those of `overrides` that are dimensions."""
     names = {f.name for f in dataclasses.fields(Shape)}
     return dataclasses.replace(shape, **{k: v for k, v in overrides.items() if k in names})
 

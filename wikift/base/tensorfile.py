@@ -6,11 +6,10 @@ tensor's dtype, shape and byte range, then the bytes. The library's own writer w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-_CHUNK_BYTES = 1 << 20
 _HEADER_BYTES = 100_000_000  # at most, as the library has it
 
 
@@ -37,22 +35,9 @@ class Entry(NamedTuple):
 
 
 def torch_dtype(code: str) -> torch.dtype:
-    """The torch dtype of F32, F16 or BF16. Raises KeyError for another."""
     import torch  # here: who only moves bytes does not wait a second and a half for it
 
     return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[code]
-
-
-def write_tensors(
-    path: Path, entries: Sequence[Entry], read: Callable[[str], torch.Tensor], metadata: dict[str, str] | None = None
-) -> tuple[int, str]:
-    """Write `entries`, each fetched by `read(name)` when its turn comes; gives (bytes, sha256) of the file.
-
-    As `write_pieces` otherwise.
-    """
-    digest = hashlib.sha256()
-    written = write_pieces(path, entries, lambda entry: _bytes_of(entry, read(entry.name).detach()), metadata, digest)
-    return written, digest.hexdigest()
 
 
 def write_pieces(
@@ -100,15 +85,6 @@ def write_pieces(
     if path.stat().st_size != written:
         raise OSError(f"{path} is {path.stat().st_size} bytes on the disk, {written} were written")
     return written
-
-
-def _bytes_of(entry: Entry, tensor: torch.Tensor) -> Iterator[memoryview]:
-    import torch
-
-    assert tuple(tensor.shape) == entry.shape, (entry, tensor.shape)
-    flat = tensor.to("cpu", torch_dtype(entry.dtype)).contiguous().reshape(-1).view(torch.uint8).numpy()
-    for start in range(0, flat.size, _CHUNK_BYTES):
-        yield flat[start : start + _CHUNK_BYTES].data
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], dict[str, str]]:

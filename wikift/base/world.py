@@ -78,7 +78,6 @@ class World:
         return answer
 
     def barrier(self) -> None:
-        """Wait for all ranks, on the host."""
         self.total(torch.zeros(1))
 
     def agreed(self, number: int) -> int:
@@ -227,7 +226,6 @@ def stop_world() -> None:
 
 
 def device_of(requested: str, here: Launch) -> torch.device:
-    """The device of this process; `requested` is auto, cpu or cuda."""
     newer = "install a torch for an older CUDA (https://pytorch.org/get-started/locally), or use --device cpu"
     if requested == "cpu":
         return torch.device("cpu")

@@ -9,12 +9,13 @@ flight; a failure is known to all ranks at the next step, and the checkpoints be
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wikift.base import tensorfile
 from wikift.base.console import print
 from wikift.base.errors import EnvironmentFault, one_line
 from wikift.base.files import remove, replace_json, sync
 from wikift.base.folders import aside_of, list_checkpoints, step_folder
-from wikift.base.tensorfile import Entry
+from wikift.base.tensorfile import Entry, write_pieces
 from wikift.base.world import World
 from wikift.checkpoint.fragment import Fragment
 from wikift.checkpoint.reader import FORMAT, StoredRange, check_complete, prune, sealed, stored_range
 
 _POLL_SECONDS = 0.05
+_PIECE = 1 << 18  # elements, 1 MiB: hashed and written while it is in the cache
 
 
 @dataclass(frozen=True)
@@ -181,10 +182,16 @@ class Saver:
 def _write_rank(tensors: dict[str, Tensor], folder: Path, rank: int) -> None:
     entries = [Entry(key, "F32", (data.numel(),)) for key, data in tensors.items()]
     name = f"rank-{rank:05d}.safetensors"
-    size, sha256 = tensorfile.write_tensors(folder / name, entries, tensors.__getitem__)
+    digest = hashlib.sha256()
+    size = write_pieces(folder / name, entries, lambda entry: _pieces(tensors[entry.name]), digest=digest)
     ranges = [stored_range(key, data.numel(), name) for key, data in tensors.items()]
-    facts = {"files": {name: {"bytes": size, "sha256": sha256}}, "ranges": ranges}
+    facts = {"files": {name: {"bytes": size, "sha256": digest.hexdigest()}}, "ranges": ranges}
     replace_json(folder / f"rank-{rank:05d}.json", facts)
+
+
+def _pieces(data: Tensor) -> Iterator[memoryview]:
+    for piece in data.cpu().split(_PIECE):
+        yield memoryview(piece.view(torch.uint8).numpy().data)
 
 
 def _publish(partial: Path, final: Path, manifest: dict[str, Any], ranks: int) -> None:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 
 def sampling_of(settings: GenerateSettings) -> Sampling:
-    """The settings that shape a text, as the writer takes them."""
     from wikift.generation.sampler import Sampling
 
     values = with_defaults(settings)
@@ -60,7 +59,6 @@ def print_answers(
 
 
 def as_json(answer: Answer, settings: GenerateSettings, source: str) -> str:
-    """One answer, with the settings that made it, as one line."""
     values = with_defaults(settings)
     sampling = {name: getattr(values, name) for name in SAMPLING}
     return json_line({"model": source, **dataclasses.asdict(answer), **sampling, "precision": settings.precision})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from wikift.base import folders, hub
 from wikift.base.command import command_line
+from wikift.base.console import print
 from wikift.base.conversions import third_party
 from wikift.base.errors import EXIT_DONE, UserError
 from wikift.base.files import parse_size, read_json, read_jsonl
@@ -16,6 +17,7 @@ from wikift.base.names import EXPORT_RECORD
 from wikift.checkpoint.reader import best_checkpoint
 from wikift.export.export import export
 from wikift.export.push import push, push_problems
+from wikift.settings.checks import problems_of
 from wikift.settings.fields import ConsolidateSettings
 from wikift.settings.options import parse_all
 
@@ -23,7 +25,6 @@ Say = Callable[[str], None]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
     parsed = parse_all(
         ConsolidateSettings,
         argv,
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parsed.checked(check)
     settings = parsed.settings
-    say = _silent if settings.quiet else print
+    say = (lambda text: None) if settings.quiet else print
     out, data = run(settings, say), ""
     if folders.run_of(str(out)) is None:  # away from its run a model does not know its text
         store = folders.run_config(_run_folder(str(settings.run))).get("store_path", "STORE")
@@ -44,11 +45,7 @@ def main(argv: Sequence[str]) -> int:
     return EXIT_DONE
 
 
-def _silent(text: str) -> None:
-    pass
-
-
-def run(settings: ConsolidateSettings, say: Say = _silent) -> Path:
+def run(settings: ConsolidateSettings, say: Say = lambda text: None) -> Path:
     """Make the directory and return it; `say` is called with what was chosen and made.
 
     Raises UserError for every problem of the settings and for a damaged checkpoint, EnvironmentFault where the disk is
@@ -92,7 +89,6 @@ def model_source(name: str, say: Say) -> str:
 
 
 def _run_folder(name: str) -> Path:
-    """The run that `name`, a run or a checkpoint of one, is about."""
     return Path(name).parent.parent if folders.is_checkpoint(Path(name)) else Path(name)
 
 
@@ -101,10 +97,7 @@ def check(settings: ConsolidateSettings) -> None:
     problems = []
     if launch().size > 1:
         problems.append(f"torchrun: started {launch().size} processes, this command is one; start it with python")
-    try:
-        parse_size(settings.max_shard_size)
-    except UserError as error:
-        problems += error.problems
+    problems += problems_of(lambda: parse_size(settings.max_shard_size))
     if settings.step is not None and settings.best:
         problems.append(f"--step {settings.step}: has no effect with --best; omit one of the two")
     if settings.push_to_hub is not None:
@@ -129,11 +122,7 @@ def _source_problems(source: Path, settings: ConsolidateSettings) -> list[str]:
         return [f"{source}: no such folder; name a run, runs/NAME, or one checkpoint of it"]
     if (text := third_party(source)) is not None:
         return [f"{source}: {text}"]
-    try:
-        folders.run_config(source)
-    except UserError as error:
-        return list(error.problems)
-    return []
+    return problems_of(lambda: folders.run_config(source))
 
 
 def _choose(folder: Path, settings: ConsolidateSettings, say: Say) -> Path:

@@ -56,7 +56,6 @@ def machine_for(asked: PlanSettings, settings: TrainSettings, ranks: int) -> tup
 
 
 def _work(settings: TrainSettings, run: RunPlan, precision: str, **changes: Any) -> Work:
-    """What an engine would have to compute with `changes` of the settings."""
     from wikift.training.run import work_of
 
     return work_of(dataclasses.replace(run, engine=engine_plan(dataclasses.replace(settings, **changes))), precision)
@@ -156,7 +155,6 @@ def speed_by_mfu(asked: PlanSettings, run: RunPlan, precision: str) -> tuple[flo
 
 
 def duration_of(run: RunPlan, store: TokenStore | None, speed: float) -> str:
-    """The time of the whole run."""
     from wikift.watch.screen import duration
 
     validations = run.due.validations()

@@ -44,7 +44,6 @@ EPILOG = """examples:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
     arguments = list(argv)
     end = arguments.index("--") if "--" in arguments else len(arguments)
     training = arguments[end + 1 :] if end < len(arguments) else None

@@ -19,7 +19,6 @@ from wikift.watch.trackers import open_trackers, send_model, wandb_disabled
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
     parsed = parse_all(
         LogSettings,
         argv,

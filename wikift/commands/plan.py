@@ -43,7 +43,6 @@ _MANY = 10**12  # tokens of a text of unknown length
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
     options, problems = without_local_rank(argv)
     parsed = parse_all(
         PlanSettings, options, prog="wikift plan", description=DESCRIPTION, epilog=EPILOG, exclusive=EXCLUSIVE
@@ -77,7 +76,6 @@ def plan(parsed: Parsed[PlanSettings], problems: Sequence[str] = ()) -> tuple[st
 
 
 def _problems(asked: PlanSettings) -> Iterator[str]:
-    """What is wrong with the settings of plan alone."""
     yield from range_problems(asked)
     pretended = [f"--gpus {asked.gpus}"] * (asked.gpus is not None)
     pretended += [f"--gpu-memory {asked.gpu_memory}"] * (asked.gpu_memory is not None)
@@ -93,7 +91,6 @@ def _problems(asked: PlanSettings) -> Iterator[str]:
 
 
 def settings_file(settings: TrainSettings) -> Iterator[str]:
-    """The settings as a file that `--config` takes."""
     yield "# settings: a file that --config takes"
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -170,7 +167,6 @@ def _time(
 
 
 def _curve(lrs: Sequence[float], losses: Sequence[float]) -> Iterator[str]:
-    """The losses of a range test as bars, and the learning rate to take."""
     lowest, highest = min(losses), max(losses)
     yield f"loss by learning rate, smoothed, {lowest:.4f} to {highest:.4f}:"
     for lr, loss in [*zip(lrs, losses, strict=False)][:: max(1, -(-len(losses) // _BARS))]:

@@ -35,7 +35,6 @@ DEFAULT_TOKENIZER = "gpt2"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
     parsed = parse_all(PrepareSettings, argv, prog="wikift prepare", description=DESCRIPTION)
     if launch().rank:  # rank 0 tells
         parsed = dataclasses.replace(parsed, settings=dataclasses.replace(parsed.settings, quiet=True))
@@ -67,14 +66,12 @@ def make(parsed: Parsed[PrepareSettings]) -> Path:
 
 
 def request_of(settings: DataSettings, seed: int) -> Request:
-    """The store that (resolved) settings ask for, its validation cut by `seed`."""
     from wikift.data.prepare import Request
 
     return Request(source_of(settings, seed), str(settings.tokenizer), settings.append_eos, settings.workers)
 
 
 def source_of(settings: DataSettings, seed: int = CUT_SEED) -> Source:
-    """The text that settings name."""
     from wikift.data.sources import Source
 
     dataset, *more = settings.dataset or ("",)
@@ -96,7 +93,6 @@ def data_problems(settings: DataSettings, out: Path | None = None) -> list[str]:
 def make_store(
     settings: DataSettings, seed: int, out: Path, *, quiet: bool, say: Callable[[str], None], setting: str = "the store"
 ) -> None:
-    """Make the store of (resolved) settings at `out` where it is missing."""
     from wikift.base.console import Progress
     from wikift.data.prepare import ensure_store
 

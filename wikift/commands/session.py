@@ -89,7 +89,6 @@ class _Session:
         return False
 
     def answer(self, prompt: str) -> None:
-        """Print the text that continues `prompt`."""
         if prompt == self.last and self.settings.temperature == 0:
             self.say("the same prompt gives the same text at temperature 0; /set temperature 0.8 samples")
         with _interruptible() if self.terminal else contextlib.nullcontext(lambda: False) as stopped:

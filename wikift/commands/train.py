@@ -47,7 +47,6 @@ Say = Callable[[str], None]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
     options, problems = without_local_rank(argv)
     parsed = parse_all(
         TrainSettings, options, prog="wikift train", description=DESCRIPTION, epilog=EPILOG, exclusive=EXCLUSIVE

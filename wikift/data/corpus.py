@@ -43,7 +43,6 @@ class Corpus:
     notes: list[str] = field(default_factory=list)
 
     def texts(self, split: str) -> Iterator[str]:
-        """The rows of `split`, in order."""
         return (text for texts in self.splits[split]() for text in texts)
 
 

@@ -64,7 +64,6 @@ def choose(configs: dict[str, Patterns], config: str | None) -> tuple[str, Patte
 
 
 def config_problem(config: str | None, names: list[str]) -> str:
-    """The problem of a `--dataset-config` that is missing, or none of `names`."""
     wrong = (
         ": required, the dataset has several" if config is None else f" {config}: the dataset has no such configuration"
     )

@@ -111,7 +111,6 @@ class _Scanner:
                 return value
 
     def items(self) -> Iterator[Any]:
-        """The items of the list that comes next, one by one."""
         yield from (self.value() for _ in self.between("[", "]"))
 
     def names(self) -> Iterator[str]:

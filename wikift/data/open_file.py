@@ -164,7 +164,6 @@ def _marked(head: bytes) -> str | None:
 
 
 def is_text(head: bytes) -> bool:
-    """Whether a file that starts so may be text."""
     return bool(_marked(head) or _unmarked_utf16(head)) or not any(byte < 9 for byte in head)
 
 

@@ -46,7 +46,6 @@ def request_problems(request: Request) -> list[str]:
 
 
 def out_problems(out: Path) -> list[str]:
-    """Whether a store may be made at (or taken from) `out`."""
     if (out / "store.json").exists():
         return []
     if out.is_symlink():
@@ -97,7 +96,6 @@ def ensure_store(request: Request, out: Path, *, say: Say, progress: Progress, s
 
 
 def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> None:
-    """Write the store into `folder`."""
     began, source = time.perf_counter(), request.source
     if progress.quiet:
         hub_client.be_quiet()

@@ -75,7 +75,6 @@ def _lines(blocks: Iterable[str]) -> Iterator[Texts]:
 
 
 def _without_returns(blocks: Iterable[str]) -> Iterator[str]:
-    """With "\r\n" as "\n"."""
     held = ""
     for block in blocks:
         text = held + block
@@ -93,7 +92,6 @@ def _split(text: str) -> Texts:
 
 
 def _packed(file: TextFile, rows: Iterable[str]) -> Iterator[Texts]:
-    """Texts one by one, in batches."""
     rows, number = iter(rows), 0
     while True:
         batch: list[str] = []

@@ -94,7 +94,6 @@ def _checksum(files: FileList) -> str:
 
 
 def recipe_of(store: TokenStore) -> Recipe:
-    """The recipe in `store.json`."""
     record = store.record
     path = record.get("dataset_path") or record.get("dataset")
     dataset, *more = path if isinstance(path, list) else [str(path)]

@@ -73,7 +73,6 @@ def open_source(source: Source, *, cut: bool = True) -> Corpus:
 
 
 def unused_fraction(source: Source, validation: bool) -> str:
-    """The problem of a `--validation-fraction` where nothing is cut."""
     has = "a validation split of its own" if validation else "no train split to cut"
     return f"--validation-fraction {source.validation_fraction:g}: has no effect, {source.dataset} has {has}; omit it"
 

@@ -82,16 +82,13 @@ class TokenStore:
         return "validation" in self.splits and self.splits["validation"].tokens > 1
 
     def tokens(self, split: str) -> Ids:
-        """The ids of `split`, 1-D, read-only and memory-mapped. Raises UserError where there is no such split."""
-        if split not in self.splits:
-            raise UserError(f"split {split}: {self.path} has no such split; it has {', '.join(self.splits)}")
+        """The ids of `split`, 1-D, read-only and memory-mapped."""
         if not self.splits[split].tokens:  # nothing cannot be mapped
             return np.empty(0, DTYPES[self.dtype])
         return np.memmap(self.path / self.splits[split].file, DTYPES[self.dtype], "r")
 
 
 def dtype_for(vocab_size: int) -> str:
-    """The narrowest data type that holds every id."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
@@ -195,7 +192,6 @@ def _from_record(path: Path, record: dict[str, Any]) -> TokenStore:
 
 
 def _damage(store: TokenStore, name: str, verify: bool) -> str | None:
-    """What is wrong with the file of a split."""
     split = store.splits[name]
     path, wanted = store.path / split.file, split.tokens * DTYPES[store.dtype].itemsize
     if not path.is_file():

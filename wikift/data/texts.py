@@ -54,7 +54,6 @@ class Texts:
 
     @classmethod
     def joined(cls, parts: Sequence[Texts]) -> Texts:
-        """The texts of all `parts`, in order."""
         if len(parts) == 1:
             return parts[0]
         ends = np.cumsum([0, *(len(part.data) for part in parts)])
@@ -76,11 +75,9 @@ class Texts:
 
     @property
     def ends_with_newline(self) -> bool:
-        """Whether the last text does."""
         return len(self.data) > 0 and self.data[-1] == ord("\n")
 
     def kept(self, which: npt.NDArray[np.bool_]) -> Texts:
-        """Only those that `which` says."""
         if which.all():
             return self
         lengths = self.lengths

@@ -229,7 +229,6 @@ def _by_split(files: Iterable[Candidate], where: str) -> tuple[Splits, list[Cand
 
 
 def files_of_card(folder: Path, configs: dict[str, Patterns], config: str | None, where: str) -> UserFiles:
-    """The files of a configuration that the card of `folder` lists."""
     config, patterns = choose(configs, config)
     splits: Splits = {}
     for split, each in patterns.items():

@@ -33,13 +33,7 @@ class FSDPEngine:
     """
 
     def __init__(
-        self,
-        model: GPT2LMHeadModel,
-        adam: AdamSettings,
-        world: World,
-        compute: Compute,
-        *,
-        reshard: bool,
+        self, model: GPT2LMHeadModel, adam: AdamSettings, world: World, compute: Compute, *, reshard: bool
     ) -> None:
         self.world, self.adam, self.accumulation, self.reshard = world, adam, compute.accumulation, reshard
         precision = compute.precision

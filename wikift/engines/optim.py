@@ -29,7 +29,7 @@ class AdamSettings:
 
 def build_optimizer(parameters: Iterable[nn.Parameter], settings: AdamSettings) -> torch.optim.Optimizer:
     """Decay for matrices and embeddings, none for biases and LayerNorm gains (nanoGPT, the Trainer)."""
-    trained = [p for p in parameters if p.requires_grad]
+    trained = list(parameters)
 
     def is_matrix(parameter: nn.Parameter) -> bool:
         return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2  # ZeRO-3 leaves an empty vector in its place

@@ -21,12 +21,7 @@ class SingleEngine:
     """
 
     def __init__(
-        self,
-        model: GPT2LMHeadModel,
-        adam: AdamSettings,
-        device: torch.device,
-        compute: Compute,
-        ranks: int = 1,
+        self, model: GPT2LMHeadModel, adam: AdamSettings, device: torch.device, compute: Compute, ranks: int = 1
     ) -> None:
         materialize(model, device)
         self.model = model.train()

@@ -156,7 +156,6 @@ def _counted(source: Iterator[Piece], counts: Counts) -> Iterator[Piece]:
 
 
 def protocol_windows(setup: Setup, source: Iterator[Piece], eos_token_id: int) -> Iterator[Window]:
-    """The windows of a protocol over all of `source`."""
     protocol, width = setup.protocol, setup.context + setup.protocol.extra
     if not protocol.by_page:
         yield from windows(source, width, setup.stride, like_the_page=protocol.counts_like_the_page)

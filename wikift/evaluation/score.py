@@ -125,7 +125,6 @@ def score_split(
 
 
 def too_short(split: str, text: str) -> str:
-    """The problem of a split that has no perplexity."""
     return f"--split {split}: {text} has fewer than two tokens there, so none to predict; use another split"
 
 

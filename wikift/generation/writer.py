@@ -40,8 +40,6 @@ class Answer:
 
 @dataclass
 class _Row:
-    """One sequence that is being written."""
-
     prompt: str
     prompt_tokens: int
     window: list[int]  # the prompt's tokens that are read

@@ -76,7 +76,6 @@ def read_arguments(
 def make_parser(
     fields: Fields, kinds: dict[str, type], prog: str, description: str, epilog: str
 ) -> argparse.ArgumentParser:
-    """The parser of these settings, for its help."""
     width = max(60, min(shutil.get_terminal_size().columns, 120))
     positional = [
         f"[{field.metadata['metavar']}{' ...' if kinds[name] is tuple else ''}]"
@@ -112,6 +111,5 @@ def make_parser(
 
 
 def _wrapped(text: str, width: int) -> str:
-    """`text` with its lines broken to `width`."""
     wrap = textwrap.TextWrapper(width, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False)
     return "\n".join(map(wrap.fill, text.splitlines()))

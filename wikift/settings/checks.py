@@ -83,7 +83,6 @@ def tracker_problems(setting: str, names: Sequence[str]) -> list[str]:
 
 
 def _reduction_problems(settings: TrainSettings, ranks: int, layout: BatchLayout | None) -> list[str]:
-    """What --reduce-dtype cannot go with."""
     asked, problems = f"--reduce-dtype {settings.reduce_dtype}", []
     if settings.reduce_dtype == "fp32":
         return []
@@ -109,7 +108,6 @@ def problems_of(attempt: Callable[[], object]) -> list[str]:
 
 
 def check_data(settings: DataSettings) -> list[str]:
-    """Problems of the settings that say which text and how it is tokenized."""
     problems = []
     data = getattr(settings, "data", None)
     if data is not None:
@@ -161,7 +159,6 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # rule -> (settings, 
 
 
 def range_problems(settings: Any) -> list[str]:
-    """What is out of its range in the settings of any command."""
     return [
         f"{flag(name)} {_plain(value)}: must be {rule}"
         for rule, (names, holds) in _RANGES.items()

@@ -201,7 +201,6 @@ class TrainSettings(DataSettings):
 
 
 def trackers_of(settings: TrainSettings) -> tuple[str, ...]:
-    """The names of --report-to, and --wandb's."""
     names = [name.strip() for name in (settings.report_to or "none").split(",")] + ["wandb"] * settings.wandb
     return tuple(dict.fromkeys(name for name in names if name != "none"))
 

@@ -101,7 +101,6 @@ class RunPlan:
 
     @property
     def summary(self) -> dict[str, str]:
-        """The derived numbers, for people."""
         times = -(-self.layout.global_batch // self.blocks)  # above 1: the global batch is larger than the data
         repeated = f", each read up to {times:,} times in one step: lower --global-batch-size, or add text"
         return {
@@ -114,7 +113,6 @@ class RunPlan:
         }
 
     def record(self) -> dict[str, Any]:
-        """The derived numbers as config.json keeps them."""
         return {
             "place": dataclasses.asdict(self.layout),
             "shape": dataclasses.asdict(self.model.shape),
@@ -225,7 +223,6 @@ def plan_run(settings: TrainSettings, layout: BatchLayout, shape: Shape, tokens:
 
 
 def engine_plan(settings: TrainSettings) -> EnginePlan:
-    """What the settings say of who computes."""
     config = deepspeed.read(settings.deepspeed)[0] if settings.deepspeed else {}
     stage = deepspeed_checks.stage(config)
     values = dataclasses.asdict(settings)
@@ -249,7 +246,6 @@ def _experiment(settings: TrainSettings, block_size: int, global_batch: int) -> 
 
 
 def block_problems(settings: TrainSettings, shape: Shape) -> list[str]:
-    """Whether the block is longer than the model's context."""
     if settings.block_size is None or settings.block_size <= shape.n_positions:
         return []
     return [f"--block-size {settings.block_size}: --model {settings.model} has only {shape.n_positions} positions"]
@@ -266,7 +262,6 @@ def _fit_problems(settings: TrainSettings, shape: Shape, block_size: int, tokens
 
 
 def vocabulary_problems(settings: TrainSettings, shape: Shape, vocab_size: int) -> list[str]:
-    """Whether the store's tokenizer has more tokens than the model."""
     if shape.vocab_size >= vocab_size:
         return []
     return [

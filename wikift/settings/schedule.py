@@ -84,7 +84,6 @@ def schedule_of(settings: TrainSettings, steps: int) -> Schedule:
 
 
 def due_of(settings: TrainSettings, steps: int) -> Due:
-    """When the run of `steps` steps logs, validates, saves and samples."""
     eval_steps = settings.eval_steps or settings.save_steps
     sample_steps = (settings.sample_steps or eval_steps) if settings.sample_prompts else 0
     return Due(settings.logging_steps, eval_steps, settings.save_steps, steps, sample_steps)
@@ -102,7 +101,6 @@ def _of_run(asked: float, steps: int) -> int:
 
 
 def length_problems(settings: TrainSettings, steps: int) -> list[str]:
-    """What does not fit into a run of `steps` steps."""
     problems = []
     schedule = schedule_of(settings, steps)
     if schedule.warmup >= steps:

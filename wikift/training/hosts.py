@@ -44,12 +44,12 @@ def check_hosts(run: Path, store: TokenStore, world: World) -> Path:
     problems = []
     if other_folder:
         problems.append(
-            f"--output-dir {run}: is a different folder on rank {_words(other_folder)} than on rank 0; name one on "
+            f"--output-dir {run}: is a different folder on rank {other_folder} than on rank 0; name one on "
             "a disk that all hosts share (docs/how-to/several-machines.md)"
         )
     if other_text:
         problems.append(
-            f"--data {store.path}: has different tokens on rank {_words(other_text)} than on rank 0; copy rank 0's "
+            f"--data {store.path}: has different tokens on rank {other_text} than on rank 0; copy rank 0's "
             "there, or prepare it from the same text with the same tokenizer"
         )
     if problems:
@@ -71,12 +71,8 @@ def environment(device: torch.device, precision: str, compiled: str) -> dict[str
     return facts
 
 
-def _ranks(world: World, wrong: bool) -> list[int]:
-    """The ranks on which something is `wrong`; collective."""
+def _ranks(world: World, wrong: bool) -> str:
+    """The ranks on which something is `wrong`, listed; collective."""
     flags = torch.zeros(world.size)
     flags[world.rank] = float(wrong)
-    return [rank for rank, value in enumerate(world.total(flags).tolist()) if value]
-
-
-def _words(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks))
+    return ", ".join(str(rank) for rank, value in enumerate(world.total(flags).tolist()) if value)

@@ -131,7 +131,6 @@ class Meter:
         return reading
 
     def restart(self) -> None:
-        """Measure from now on."""
         self.since, self.away, self.waited, self.tokens, self.steps = self.clock(), 0.0, 0.0, 0, 0
 
 

@@ -113,7 +113,6 @@ class Training:
             raise _Interrupted  # torchrun waits 30 s after a signal, a validation on a CPU may take minutes
 
     def sample(self, step: int) -> None:
-        """Let the model continue each prompt."""
         self.log.tick(now="writing samples")
         tokenizer = AutoTokenizer.from_pretrained(self.store.path / "tokenizer", trust_remote_code=False)
         sampling = dataclasses.replace(SAMPLING, seed=self.plan.seed)
