@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pty
 import re
 import select
+import struct
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -19,9 +22,10 @@ SCRIPT = "Hänsch — 東京 🜚 ﷺ…\nend"
 class Terminal:
     """A command on a pseudo-terminal."""
 
-    def __init__(self, command: list[str], **environment: str) -> None:
+    def __init__(self, command: list[str], columns: int = 80, **environment: str) -> None:
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:
+            fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
             os.environ.update({"TERM": "xterm", **environment})
             os.execv(command[0], command)
         self.raw = b""
@@ -39,6 +43,13 @@ class Terminal:
             assert time.monotonic() < deadline, f"no {pattern!r} in {self.raw.decode(errors='replace')!r}"
         before, self.raw = self.raw[: found.end()], self.raw[found.end() :]
         return before.decode()
+
+    def rest(self) -> str:
+        """Everything to the end of the command."""
+        with contextlib.suppress(OSError):  # the other end is closed
+            while data := os.read(self.descriptor, 65536):
+                self.raw += data
+        return self.raw.decode()
 
     def exit_code(self) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])

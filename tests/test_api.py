@@ -1,7 +1,4 @@
-"""The Python API: public names, results in place of prints, exceptions in place of exit codes.
-
-pytest tests/test_api.py
-"""
+"""The Python API: public names, results in place of prints, exceptions in place of exit codes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""README and docs: every command parses, every file named exists, the settings page is up to date.
-
-pytest tests/test_readme.py
-"""
+"""README and docs: every command parses, every file named exists, the settings page is up to date."""
 
 from __future__ import annotations
 

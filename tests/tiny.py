@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from wikift.base.errors import EnvironmentFault, UserError
 from wikift.data.store import Encoded, write_store
 
 VOCABULARY = 97
@@ -45,6 +46,24 @@ def arguments(store: Path, run: Path, **settings: Any) -> list[str]:
         elif value is not None and value is not False:
             line += [f"--{name}", str(value)]
     return line
+
+
+def train(command_line: list[str]) -> int:
+    """wikift train, imported where it runs: in a rank."""
+    from wikift.commands.train import main
+
+    return main(command_line)
+
+
+def problems_of_training(command_line: list[str]) -> list[str]:
+    """The problems of a command line that is refused; of a fault of the environment "fault" and its message."""
+    try:
+        train(command_line)
+    except UserError as error:
+        return list(error.problems)
+    except EnvironmentFault as fault:
+        return ["fault", str(fault)]
+    return []
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

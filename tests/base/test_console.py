@@ -1,7 +1,4 @@
-"""How far a long task has come, as one line; what a terminal would obey is spelled out.
-
-pytest tests/base/test_console.py
-"""
+"""How far a long task has come, as one line; what a terminal would obey is spelled out."""
 
 from __future__ import annotations
 
@@ -37,12 +34,7 @@ def test_no_control_character_is_printed(odd: str, tmp_path: Path, capsys: pytes
     shown = f"\\x{ord(odd[0]):02x}{odd[1:]}" if ord(odd[0]) < 256 else f"\\u{ord(odd):04x}"
     readme = tmp_path / "README.md"
     readme.write_bytes(f"---\nconfigs:\n- data_files: {{'a\u00e9 {odd}': b}}".encode("utf-8", "surrogateescape"))
-    for line in (
-        ["evaluate", f"a{odd}"],
-        ["train", f"--{odd}"],
-        [f"p{odd}"],
-        ["prepare", "--dataset", str(tmp_path)],
-    ):
+    for line in (["evaluate", f"a{odd}"], ["train", f"--{odd}"], [f"p{odd}"], ["prepare", "--dataset", str(tmp_path)]):
         with pytest.raises(SystemExit) as left:
             run(main, line)
         assert left.value.code == 2

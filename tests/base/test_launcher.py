@@ -1,7 +1,4 @@
-"""What each launcher's environment means.
-
-pytest tests/base/test_launcher.py
-"""
+"""What each launcher's environment means."""
 
 from __future__ import annotations
 

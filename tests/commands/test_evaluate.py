@@ -12,13 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.trained import text_store, trained_run
 from wikift.base.errors import UserError
 from wikift.commands.evaluate import main, run
-from wikift.data.store import Encoded, TokenStore, write_store
+from wikift.data.store import TokenStore
 from wikift.model.gpt2 import load_model
 from wikift.settings.fields import EvaluateSettings
 
@@ -162,37 +161,3 @@ def test_a_flip_in_an_exported_model_or_in_the_store_is_refused(made: tuple[Toke
             main(words)
         path.write_bytes(sound)
     assert main(words) == 0
-
-
-def test_what_is_wrong_is_refused(made: tuple[TokenStore, Path], tmp_path: Path) -> None:
-    """What depends on a run and its store; all else is in test_wrong.py."""
-    store, run = made
-    empty = tmp_path / "empty"
-    (empty / "checkpoints").mkdir(parents=True)
-    (empty / "config.json").write_text('{"wikift": "0", "settings": {}, "store_path": "nowhere"}')
-    one = write_store(
-        tmp_path / "one",
-        {"validation": [Encoded(np.array([5], np.uint16), 1, 2, 1)]},
-        vocab_size=store.vocab_size,
-        eos_token_id=0,
-        tokenizer_fingerprint=store.tokenizer_fingerprint,
-    )
-    lines: list[tuple[list[Any], list[str]]] = [
-        ([run, "--split", "train2"], ["--split train2", "train, validation, test"]),
-        ([run, "--per-device-eval-batch-size", "-1"], ["--per-device-eval-batch-size -1"]),
-        (["no/such/model", "--data", store.path], ["no/such/model"]),
-        ([empty], [str(empty), "wikift train"]),
-        ([store.path], [str(store.path), "has no config.json"]),
-        ([run / "checkpoints" / "step-00000012"], ["is a checkpoint", "consolidate"]),
-        ([run, "--data", one.path], ["--data: no split of", "two tokens or more"]),
-        ([run, "--protocol", "lm-eval", "--stride", "8"], ["--stride 8: has no effect"]),
-        ([run, "--protocol", "paper"], ["--protocol paper: needs the text", "--dataset"]),
-        ([run, run], ["is named twice"]),
-        ([run, "--text-column", "x"], ["--text-column x: has no effect without --dataset"]),
-        ([run, "--dataset", "demo", "--data", store.path], ["--data", "has no effect, --dataset demo is set"]),
-    ]
-    for line, expected in lines:
-        with pytest.raises(UserError) as raised:
-            main([str(word) for word in line])
-        for part in expected:
-            assert part in str(raised.value), line

@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from tests.terminal import Terminal
+from tests.terminal import GENERATE, SCRIPT, Terminal
 from tests.tiny import arguments
-from tests.trained import text_store, trained_run
+from tests.trained import text_store
 from wikift.base import folders
-from wikift.base.errors import EnvironmentFault, UserError
+from wikift.base.errors import UserError
 from wikift.commands.generate import main
 from wikift.data.tokenizer import train
 from wikift.generation import prompts
@@ -31,19 +31,7 @@ from wikift.generation.stream import Stream
 from wikift.generation.writer import Answer, Writer, load_writer
 
 ROOT = Path(__file__).resolve().parents[2]
-GENERATE = [sys.executable, str(ROOT / "launch" / "generate.py")]
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
-SCRIPT = "Hänsch — 東京 🜚 ﷺ…\nend"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 12 steps with positions for 64 tokens, exported."""
-    folder = tmp_path_factory.mktemp("generate")
-    shape = "n_layer=2,n_head=2,n_embd=32,n_positions=64"
-    run = trained_run(folder / "runs" / "small", text_store(folder / "store").path, config_overrides=shape)
-    assert main([str(run), "--prompt", "", "--max-new-tokens", "1", "--device", "cpu", "--quiet"]) == 0
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -353,17 +341,6 @@ def test_user_errors_come_before_torch(tmp_path: Path) -> None:
         )
         assert done.stdout == "2 False\n", done.stderr
         assert done.stderr.startswith("wikift: ")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_name_of_the_hub_that_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(EnvironmentFault, match="wikift-nobody/none"):
-        main(["wikift-nobody/none", "--prompt", "a"])
     assert list(tmp_path.iterdir()) == []
 
 

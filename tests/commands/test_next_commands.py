@@ -1,7 +1,4 @@
-"""The commands that wikift prints are run as they are printed, where names have spaces and quotes.
-
-pytest tests/commands/test_next_commands.py
-"""
+"""The commands that wikift prints are run as they are printed, where names have spaces and quotes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What plan forecasts: published figures, peaks of real processes, the command to type.
-
-pytest tests/commands/test_plan.py
-"""
+"""What plan forecasts: published figures, peaks of real processes, the command to type."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.tiny import arguments, tiny_store
-from wikift.base.errors import UserError
 from wikift.base.files import parse_size
 from wikift.commands.plan import main
 from wikift.engines.memory import state_parts
@@ -84,33 +80,6 @@ def test_where_it_does_not_fit_the_plan_names_what_does(
     assert "wikift train --model gpt2-xl --deepspeed zero2_offload\n" in text
     text = derived(capsys, "--model", "gpt2-large", "--gpus", "1", "--gpu-memory", "24GB", "--max-steps", "9")
     assert "# steps: 9 steps" in text
-
-
-@pytest.mark.parametrize(
-    ("options", "problems"),
-    [
-        (["--gpus", "0"], ["--gpus 0: must be 1 or more"]),
-        (["--gpus", "8"], ["--gpus 8: no GPU is here to tell its memory; add --gpu-memory 80GB"]),
-        (["--gpus", "1", "--gpu-memory", "much"], ["--gpu-memory much: must be a number and KB, MB"]),
-        ([*GPUS, "--mfu", "0.4"], ["--mfu 0.4: is a part of a GPU's peak in half precision, and no GPU is here"]),
-        ([*GPUS, "--mfu", "0.4", "--gpu", "H1"], ["--mfu 0.4: is a part of a GPU's peak in half precision, and of H1"]),
-        (["--gpu", "H100", "--trial", "0"], ["--trial 0: must be", "--gpu H100: has no effect without --mfu"]),
-        (
-            ["--gpus", "2", "--trial", "5", "--device", "cpu"],
-            ["--gpus 2: has no effect with", "--gpus 2: a trial runs"],
-        ),
-        (["--mfu", "0.4", "--trial", "5"], ["--mfu 0.4: has no effect with --trial"]),
-        (["--find-lr"], ["--find-lr: there is no token store yet"]),
-    ],
-)
-def test_settings_of_plan_that_have_no_effect(
-    options: list[str], problems: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as error:
-        main(options)
-    for problem, expected in zip(error.value.problems, problems, strict=True):
-        assert problem.startswith(expected)
 
 
 def tried(options: list[str]) -> None:

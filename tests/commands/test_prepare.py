@@ -1,19 +1,15 @@
-# python -m pytest tests/commands/test_prepare.py
 """wikift prepare as its users meet it: stores, odd files, wrong settings, signals, a second process, a full disk."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import pty
 import re
 import resource
+import shlex
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +19,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.real import GPT2_TOKENIZER, ROOT, WIKITEXT_MIRROR, needs_data
+from tests.terminal import Terminal
 from wikift.base.errors import UserError
 from wikift.commands import main as exits
 from wikift.commands import prepare
@@ -236,34 +233,6 @@ def test_a_fault_late_in_another_split_leaves_nothing(tmp_path: Path) -> None:
 # --- settings ----------------------------------------------------------------------------------------------------
 
 
-def test_every_problem_at_once(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("")
-    words = ["--dataset", "gone.txt", "--tokenizer", "./gone", "--out", tmp_path / "out", "--workers", "0"]
-    code, problems = run(*words, "--seed", "-1", "--validation-fraction", "1", "--encoding", "hex")
-    assert code == 2
-    assert {problem.split(":")[0] for problem in problems} == {
-        "--validation-fraction 1", "--workers 0", "--encoding hex", "--dataset gone.txt", "--tokenizer ./gone",
-        f"--out {tmp_path / 'out'}", "--seed -1",
-    }  # fmt: skip
-    assert everything(tmp_path) == ["out", "out/thesis.tex"]
-
-
-def test_out_that_is_something_else(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    assert run("--dataset", "demo", "--tokenizer", "train:300", "--out", tmp_path / "file") == (
-        2, [f"--out {tmp_path}/file: is a file; name a folder"]
-    )  # fmt: skip
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "store.json").write_text('{"format": "mine"}')
-    code, (problem,) = run("--dataset", "demo", "--tokenizer", "train:300", "--out", tmp_path / "foreign")
-    assert code == 2
-    assert "store.json has format mine, this version" in problem
-    below = tmp_path / "file" / "far" / "below"
-    code, problems = run("--dataset", "demo", "--tokenizer", "train:300", "--out", below)
-    assert (code, problems) == (2, [f"--out {below}: {tmp_path}/file is a file, not a folder; name another folder"])
-
-
 @pytest.fixture
 def recipe(tmp_path: Path) -> tuple[Path, list[Any]]:
     source = tmp_path / "a.jsonl"
@@ -301,6 +270,7 @@ def test_another_recipe_is_refused(recipe: tuple[Path, list[Any]], more: list[st
 def test_the_same_recipe_is_known_by_content(recipe: tuple[Path, list[Any]], tmp_path: Path) -> None:
     source, words = recipe
     before = (tmp_path / "out" / "store.json").stat()
+    assert run("--out", tmp_path / "out", "--verify") == (0, [])
     same: list[tuple[Callable[[], Any], list[Any]]] = [
         (lambda: None, []),
         (lambda: os.utime(source, (1, 1)), []),
@@ -363,27 +333,6 @@ def test_being_there_already_is_quick_and_light(recipe: tuple[Path, list[Any]]) 
     )
     command = [sys.executable, "-c", code, *map(str, recipe[1])]
     subprocess.run(command, cwd=ROOT, check=True, timeout=60, capture_output=True)
-
-
-def test_verify_alone_checks_the_store_at_out(recipe: tuple[Path, list[Any]], tmp_path: Path) -> None:
-    assert run("--out", tmp_path / "out", "--verify") == (0, [])
-    with open(tmp_path / "out" / "train.bin", "r+b") as file:
-        file.write(b"\1\0")
-    code, (problem,) = run("--out", tmp_path / "out", "--verify")
-    assert code == 2
-    assert problem.startswith(f"--out {tmp_path}/out: train.bin is damaged")
-
-
-def test_help_is_instant() -> None:
-    start = time.monotonic()
-    out = subprocess.run([*LAUNCH, "--help"], capture_output=True, text=True, timeout=60, check=True)
-    assert time.monotonic() - start < 3, "under half a second, on a machine with nothing else to do"
-    assert "--dataset" in out.stdout
-    modules = "import sys; import wikift.commands.prepare; print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", modules], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert not {"numpy", "torch", "tokenizers", "yaml"} & set(loaded.split())
 
 
 # --- processes ---------------------------------------------------------------------------------------------------
@@ -473,29 +422,16 @@ def test_of_two_prepares_one_works_and_one_waits(long_text: Path, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long.txt", "out"]
 
 
-def on_a_terminal(source: Path, out: Path, *, interrupt: bool = False) -> tuple[int, str]:
-    """The exit code, and what a terminal of 40 columns gets on stderr."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+def on_a_terminal(source: Path, out: Path) -> Terminal:
+    """Whose 40 columns get stderr."""
     words = ["--dataset", str(source), "--tokenizer", "train:300", "--out", str(out), "--workers", "2"]
-    with subprocess.Popen([*SLOW_LAUNCH, *words], stderr=theirs, stdout=subprocess.PIPE) as process:
-        os.close(theirs)
-        shown = b""
-        while True:
-            try:
-                shown += os.read(ours, 4096)
-            except OSError:  # the other end is closed
-                break
-            if interrupt and b"train: " in shown:
-                process.send_signal(signal.SIGINT)
-                interrupt = False
-    os.close(ours)
-    return process.returncode, shown.decode()
+    return Terminal(["/bin/sh", "-c", f"exec {shlex.join([*SLOW_LAUNCH, *words])} >/dev/null"], columns=40)
 
 
 def test_a_terminal_gets_one_line_that_fits(long_text: Path, tmp_path: Path) -> None:
-    code, shown = on_a_terminal(long_text, tmp_path / "out")
-    assert code == 0
+    terminal = on_a_terminal(long_text, tmp_path / "out")
+    shown = terminal.rest()
+    assert terminal.exit_code() == 0
     rates = [part.removesuffix("\x1b[K") for part in shown.split("\r") if part.startswith("train: ")]
     assert rates
     assert all("MB/s" in line and "\n" not in line for line in rates)
@@ -504,9 +440,11 @@ def test_a_terminal_gets_one_line_that_fits(long_text: Path, tmp_path: Path) -> 
 
 
 def test_an_interrupted_terminal_is_left_clean(long_text: Path, tmp_path: Path) -> None:
-    code, shown = on_a_terminal(long_text, tmp_path / "out", interrupt=True)
-    assert code == 130
-    assert shown.endswith("\r\x1b[Kwikift: interrupted\r\n")
+    terminal = on_a_terminal(long_text, tmp_path / "out")
+    terminal.wait_for("train: ")
+    terminal.send("\x03")
+    assert terminal.rest().endswith("\r\x1b[Kwikift: interrupted\r\n")
+    assert terminal.exit_code() == 130
 
 
 def limit_file_size() -> None:

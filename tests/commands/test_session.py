@@ -12,23 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.terminal import Terminal
-from tests.trained import text_store, trained_run
 from wikift.base.errors import UserError
 from wikift.commands.generate import main
 from wikift.commands.session import set_value
 from wikift.settings.fields import GenerateSettings
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 12 steps with positions for 64 tokens, exported."""
-    folder = tmp_path_factory.mktemp("generate")
-    shape = "n_layer=2,n_head=2,n_embd=32,n_positions=64"
-    run = trained_run(folder / "runs" / "small", text_store(folder / "store").path, config_overrides=shape)
-    assert main([str(run), "--prompt", "", "--max-new-tokens", "1", "--device", "cpu", "--quiet"]) == 0
-    return run
 
 
 def in_a_pipe(made: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, *words: str) -> int:

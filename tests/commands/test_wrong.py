@@ -1,7 +1,4 @@
-"""Wrong command lines and wrong files: exit code 2, a line for each problem, no traceback, nothing written.
-
-pytest tests/commands/test_wrong.py
-"""
+"""Wrong command lines and wrong files: exit code 2, a line for each problem, no traceback, nothing written."""
 
 from __future__ import annotations
 
@@ -15,12 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.settings.test_options import COMMANDS, LAUNCH
 from tests.tiny import SHAPE, tiny_store
 from tests.trained import text_store, trained_run
 from wikift.commands import main as exits
+from wikift.data.store import Encoded, write_store
 
 FITS = (
     f"--data store --from-scratch --config-overrides {SHAPE} --block-size 8 --global-batch-size 8 --max-steps 12 "
@@ -48,8 +47,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         "no-store/notes.txt": "nothing",
         "foreign/store.json": '{"format": "mosaic-1", "splits": {}}',
-        "newer/store.json": '{"format": "wikift-store-99", "wikift": "9.9"}',
-        "broken-store/store.json": '{"format": "wikift-store-1", ',
         "garbled-store/store.json": '{"format": "wikift-store-1", "splits": {}}',
         "empty.txt": "",
         "blank.txt": "\n \n\n",
@@ -73,12 +70,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(work / "store", work / "truncated")
     with open(work / "truncated" / "train.bin", "r+b") as file:
         file.truncate(100)
-    shutil.copytree(work / "store", work / "binless")
-    (work / "binless" / "validation.bin").unlink()
     shutil.copytree(work / "store", work / "damaged")
     with open(work / "damaged" / "train.bin", "r+b") as file:
         file.write(b"\xff\xff")
-    text_store(work / "text")
+    text = text_store(work / "text")
+    one = {"validation": [Encoded(np.array([5], np.uint16), 1, 2, 1)]}
+    same = {"vocab_size": text.vocab_size, "eos_token_id": 0, "tokenizer_fingerprint": text.tokenizer_fingerprint}
+    write_store(work / "one-token", one, **same)
     trained_run(work / "run", work / "text")
     return work
 
@@ -113,8 +111,6 @@ def merged(defaults: str, line: str) -> str:
 def refused(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs a command in this process and checks that it is refused, with what words, and writes nothing."""
     monkeypatch.chdir(work)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
 
     def run(command: str, line: str, *expected: str) -> None:
         before = listing(work)
@@ -154,9 +150,7 @@ optimizer.type "Lamb" in no-zero.json: must be one of Adam, AdamW | \
 --per-device-train-batch-size 3 -> --per-device-train-batch-size 3: must divide the 8 blocks
 --per-device-train-batch-size 2 --gradient-accumulation-steps 3 \
 -> --global-batch-size 8: is not 1 process x 2 (--per-device-train-batch-size) x 3 (--gradient-accumulation-steps) = 6
---config-overrides n_layer -> --config-overrides n_layer: must be NAME=VALUE
 --config-overrides n_layer=many -> --config-overrides n_layer=many: n_layer must be a whole number
---config-overrides n_head=3,n_embd=32,n_positions=16 -> --config-overrides n_head=3: must divide n_embd=32
 --config-overrides n_layer=2,n_head=2,n_embd=32,n_positions=16,vocab_size=10 \
 -> --config-overrides vocab_size=10: the store's tokenizer has 97
 --engine ddp -> --engine ddp: needs a launcher
@@ -179,16 +173,20 @@ optimizer.type "Lamb" in no-zero.json: must be one of Adam, AdamW | \
 --data a-file -> --data a-file: is no token store
 --data no-store -> --data no-store: is no token store
 --data foreign -> --data foreign: store.json has format mosaic-1, this
---data newer -> --data newer: store.json has format wikift-store-99
---data broken-store -> --data broken-store: store.json is damaged (JSON
 --data garbled-store -> --data garbled-store: store.json is damaged (KeyError: 'tokenizer')
 --data truncated -> --data truncated: train.bin is damaged: 100 bytes, store.json says 818
---data binless -> --data binless: validation.bin is damaged: it is missing
 --data damaged -> --data damaged: train.bin is damaged: id 65535
 --data short --block-size 8 -> --block-size 8: the train split has 8 tokens, too few for one block
---data no-validation --eval-steps 4 -> --eval-steps 4: has no effect, no-validation has no validation text
---dataset demo -> --dataset demo: has no effect, --data store is tokenized already
---tokenizer gpt2 --workers 2 -> --tokenizer gpt2: has no effect | --workers 2: has no effect
+--data no-validation --eval-steps 4 --early-stopping-patience 2 \
+-> --eval-steps 4: has no effect, no-validation has no validation text | --early-stopping-patience 2: has no effect
+--eval-steps 4 --early-stopping-patience 2 \
+-> --early-stopping-patience 2: has no effect, the run has 3 validations; take 1 or less
+--early-stopping-patience 0 -> --early-stopping-patience 0: must be 1 or more
+--decay-steps 0.3 -> --decay-steps 0.3: has no effect with --lr-scheduler-type linear
+--decay-steps 2.5 --lr-scheduler-type warmup_stable_decay -> --decay-steps 2.5: must be a whole number, or a fraction
+--dataset demo --tokenizer gpt2 --no-append-eos --text-column body --workers 2 \
+-> --dataset demo: has no effect, --data store is tokenized already | --text-column body: has no effect | \
+--tokenizer gpt2: has no effect | --no-append-eos: has no effect | --workers 2: has no effect
 --learning-rate -1 --max-steps 0 --model gpt3 --data none --engine ddp --resume nowhere --output-dir a-file \
 -> --learning-rate -1 | --max-steps 0 | --model gpt3 | --data none | --engine ddp | --resume | --output-dir
 """
@@ -226,10 +224,14 @@ TEXT = r"""
 
 PREPARE = r"""
 --out a-file -> --out a-file: is a file; name a folder
+--out a-file/far/below -> --out a-file/far/below: a-file is a file, not a folder; name another folder
 --out no-store -> --out no-store: is a folder that contains other files
+--out foreign -> store.json has format mosaic-1, this version
 --out text -> text: was made with other settings
 --out new --dataset-nme x --seed -1 -> --dataset-nme: unknown option (did | --seed -1: must be 0 or more
---out a-file --seed -1 --workers 0 -> --out a-file | --seed -1 | --workers 0
+--out no-store --dataset gone.txt --tokenizer ./gone --workers 0 --seed -1 --validation-fraction 1 --encoding hex \
+-> --out no-store | --dataset gone.txt | --tokenizer ./gone | --workers 0 | --seed -1 | --validation-fraction 1 | \
+--encoding hex
 """
 
 CONSOLIDATE = r"""
@@ -259,7 +261,28 @@ no-config --data text -> no-config: has no config.json
 a-file --data text -> a-file: is a file
 bert --data text -> bert: config.json says model_type 'bert'
 run --splt test --context 0 -> --splt: unknown option (did you mean --split?) | --context 0: must be 1 or more
+run --per-device-eval-batch-size -1 -> --per-device-eval-batch-size -1: must be 1 or more
+run run -> run: is named twice
+run --protocol lm-eval --stride 8 -> --stride 8: has no effect
+run --protocol paper -> --protocol paper: needs the text, not only its tokens; name it with --dataset
+run --text-column x -> --text-column x: has no effect without --dataset
+run --dataset demo --data text -> --data text: has no effect, --dataset demo is set
+run --data one-token -> --data: no split of one-token has two tokens or more
+runs/empty --data text -> runs/empty: has no checkpoint yet
+store --data text -> store: has no config.json
 a-file no-config --data none --stride 0 -> --stride 0: must | --data none: no such | a-file: is | no-config: has no
+"""
+
+PLAN = r"""
+--gpus 0 -> --gpus 0: must be 1 or more
+--gpus 8 -> --gpus 8: no GPU is here to tell its memory; add --gpu-memory 80GB
+--gpus 1 --gpu-memory much -> --gpu-memory much: must be a number and KB, MB
+--gpus 8 --gpu-memory 80GB --mfu 0.4 -> --mfu 0.4: is a part of a GPU's peak in half precision, and no GPU is here
+--gpus 8 --gpu-memory 80GB --mfu 0.4 --gpu H1 -> --mfu 0.4: is a part of a GPU's peak in half precision, and of H1
+--gpu H100 --trial 0 -> --trial 0: must be | --gpu H100: has no effect without --mfu
+--gpus 2 --trial 5 --device cpu -> --gpus 2: has no effect with | --gpus 2: a trial runs
+--mfu 0.4 --trial 5 -> --mfu 0.4: has no effect with --trial
+--find-lr -> --find-lr: there is no token store yet
 """
 
 GENERATE = r"""
@@ -296,6 +319,7 @@ TABLES = {
     "train on text": ("train", f"{FITS.replace('--data store ', '')} --tokenizer train:300 --quiet", TEXT),
     "prepare text": ("prepare", "--tokenizer train:300 --out new --quiet", TEXT),
     "prepare": ("prepare", "--dataset good.txt --tokenizer train:300", PREPARE),
+    "plan": ("plan", "", PLAN),
     "consolidate": ("consolidate", "", CONSOLIDATE),
     "evaluate": ("evaluate", "", EVALUATE),
     "generate": ("generate", "", GENERATE),
@@ -326,9 +350,7 @@ def test_another_experiment_in_a_runs_folder(refused: Any) -> None:
 AS_PROCESSES: list[tuple[str, str, int, list[str]]] = [  # command, line, processes that a launcher started, expected
     ("train", FITS, 3, ["--global-batch-size 8: must be a multiple of the 3 processes; take 6 or 9"]),
     ("train", f"{FITS} --engine single", 2, ["--engine single: uses one process, but"]),
-    ("consolidate", "", 0, ["RUN_OR_CHECKPOINT"]),
     ("consolidate", "run", 2, ["torchrun: started 2 processes"]),
-    ("evaluate", "run --context 8 --stride 9", 2, ["--stride 9: must be at most --context 8"]),
     ("generate", "run --prompt a", 2, ["torchrun: started 2 processes"]),
 ]
 
@@ -336,9 +358,7 @@ AS_PROCESSES: list[tuple[str, str, int, list[str]]] = [  # command, line, proces
 @pytest.mark.parametrize(("command", "line", "ranks", "expected"), AS_PROCESSES)
 def test_as_a_process(work: Path, command: str, line: str, ranks: int, expected: list[str]) -> None:
     before = listing(work)
-    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    if ranks:
-        env |= {"RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(ranks)}
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(ranks)}
     words = [sys.executable, str(LAUNCH / f"{command}.py"), *line.split()]
     done = subprocess.run(words, capture_output=True, text=True, cwd=work, env=env, timeout=60)
     check(done.returncode, done.stdout, done.stderr, expected)

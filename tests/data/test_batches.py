@@ -1,7 +1,4 @@
-"""The stream of blocks: every one once an epoch, the same for every placement, from any step at once.
-
-pytest tests/data/test_batches.py
-"""
+"""The stream of blocks: every one once an epoch, the same for every placement, from any step at once."""
 
 from __future__ import annotations
 
@@ -74,12 +71,7 @@ def test_every_block_once_an_epoch_over_all_ranks(blocks: int, ranks: int, epoch
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    rows=st.integers(1, 40),
-    batch=st.sampled_from([1, 4, 6, 12, 24]),
-    first_step=st.integers(0, 30),
-    data=st.data(),
-)
+@given(rows=st.integers(1, 40), batch=st.sampled_from([1, 4, 6, 12, 24]), first_step=st.integers(0, 30), data=st.data())
 def test_a_step_is_the_same_blocks_in_the_same_places_however_it_is_split(
     rows: int, batch: int, first_step: int, data: st.DataObject
 ) -> None:

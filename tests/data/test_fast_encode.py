@@ -1,4 +1,3 @@
-# python -m pytest tests/data/test_fast_encode.py
 """gigatoken's ids are those of `tokenizers`, or it is not believed: on hostile rows, cuts, threads and a false one."""
 
 from __future__ import annotations
@@ -174,7 +173,7 @@ WHITE = [c for c in map(chr, range(0x110000)) if c.isspace()]
             | st.characters(exclude_categories=["Cs"])
         ).map("".join),
         max_size=8,
-    ),
+    )
 )
 def test_words_are_those_of_split(texts: list[str]) -> None:
     assert count_words(Texts.of(texts)) == sum(len(text.split()) for text in texts)

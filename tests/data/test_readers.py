@@ -1,4 +1,3 @@
-# python -m pytest tests/data/test_readers.py
 """Readers of the user's files: the rows they yield, compressed or not, and one message for each fault."""
 
 from __future__ import annotations
@@ -210,10 +209,7 @@ def test_json_faults(tmp_path: Path, line: bytes, message: str) -> None:
     ("content", "message"),
     [
         ('{"text": "a"}\n{"text": "\\ud83d"}', "row 2: holds half of a surrogate pair"),
-        (
-            '{"train": [{"text": "a"}], "test": [{"text": "b"}]}',
-            "is an object with 2 lists; save each",
-        ),
+        ('{"train": [{"text": "a"}], "test": [{"text": "b"}]}', "is an object with 2 lists; save each"),
         ('[{"text": "a"}, {"text": "b"}', r"line 1: is not JSON \(expecting '\]'\); copy or download the file again"),
         ('["a", "b"]', "line 1: is a text, not an object"),
         ('[{"text": "a"}, {"text": 1}]', "line 1, row 2: 'text' is a number"),

@@ -1,4 +1,3 @@
-# python -m pytest tests/data/test_sources.py
 """Names and paths to rows: files, folders, the Hub's layout, a Hub cache, the demo, the cut of a validation split."""
 
 from __future__ import annotations
@@ -149,7 +148,6 @@ DOUBLING = f"---\na: &a [b]\n{DOUBLED}configs:\n- config_name: *z\n  data_files:
 CARD = "---\nconfigs:\n- config_name: x\n  data_files: x/train-*\n---\n"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
-    "nothing of that name": ({}, "none.txt", {}, r"--dataset \S*none.txt: no such file or folder; fix the path"),
     "nothing of that pattern": ({"a.txt": ""}, "*.csv", {}, r"--dataset \S*csv: no file matches; fix it"),
     "nothing fitting": (
         {"README.md": "", "b.pdf": ""}, "", {},
@@ -177,11 +175,9 @@ PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
         {"a.txt": POINTER, "train-0-of-1.parquet": POINTER}, "", {},
         "parquet: is a Git LFS pointer and not the file itself; fetch it with git lfs pull, or download it",
     ),
-    "config of a file": ({"a.txt": "x"}, "a.txt", {"config": "c"}, "-config c: has no effect, .* is one file"),
     "config of a folder": (
         {"train.txt": "x"}, "", {"config": "c"}, "-config c: has no effect, .* has no configurations"
     ),
-    "column of text": ({"a.txt": "x"}, "a.txt", {"text_column": "c"}, "-column c: has no effect, .* has no columns"),
     "encoding of a table": (
         {"a.parquet": "PAR1"}, "a.parquet", {"encoding": "cp1252"}, "cp1252: has no effect, .* is not a text file"
     ),
@@ -264,13 +260,6 @@ def test_archives_that_cannot_be_unpacked(tmp_path: Path) -> None:
     (problem,) = source_problems(Source(str(path)))
     assert "cannot be unpacked here" in problem
     assert "unpack it and name the folder" in problem
-
-
-def test_names_that_are_nearly_right() -> None:
-    for name, meant in (("wikitext-103", "wikitext-103-v1"), ("wikitext-2-raw", "wikitext-2-raw-v1"), ("dmeo", "demo")):
-        (problem,) = source_problems(Source(name))
-        assert problem == f"--dataset {name}: no such file, folder or dataset; did you mean {meant}?"
-    assert source_problems(Source("someone/corpus", config="any")) == []
 
 
 # --- the Hub -----------------------------------------------------------------------------------------------------
@@ -383,14 +372,6 @@ def test_one_row_is_cut_by_length_before_white_space(tmp_path: Path, fraction: f
         f"one.txt is one row: the last {len(validation):,} of its characters are the validation split"
     ]
     assert rows_of(opened(written(tmp_path, two__txt="a " + "b" * 99) / "two.txt"), "train") == ["a"]
-
-
-@pytest.mark.parametrize(("text", "rows"), [("word", "one word"), ("word\n", "one word"), ("", "no text")])
-def test_one_word_is_not_cut_and_it_is_said(tmp_path: Path, text: str, rows: str) -> None:
-    corpus = opened(written(tmp_path, one__txt=text) / "one.txt")
-    assert list(corpus.splits) == ["train"]
-    assert corpus.notes == [f"one.txt has {rows}, so no validation split is cut from it"]
-    assert corpus.cut is None
 
 
 def test_a_file_of_one_long_line_can_be_cut(tmp_path: Path) -> None:

@@ -1,7 +1,4 @@
-"""--compile: the same run, compiled once and not again for validation, short windows or samples.
-
-pytest tests/engines/test_compile.py
-"""
+"""--compile: the same run, compiled once and not again for validation, short windows or samples."""
 
 from __future__ import annotations
 

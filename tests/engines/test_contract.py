@@ -1,7 +1,5 @@
 """The rank contract: engine and number of ranks place the work, they never change it.
 
-    pytest tests/engines/test_contract.py
-
 Compared with the single process: losses, gradient norms, weights on every rank, final weights. A falling loss proves
 nothing: two of the faults put in below end with a lower one.
 """
@@ -23,7 +21,7 @@ import pytest
 import torch
 
 from tests.ranks import each, run_ranks
-from tests.tiny import VOCABULARY, arguments, curve, tiny_store
+from tests.tiny import VOCABULARY, arguments, curve, tiny_store, train
 from tests.tiny_engines import ADAM, BLOCK, ENGINES, make_engine, random_start, tiny_config
 from wikift.engines.optim import LossScale, ScaleRule
 
@@ -253,11 +251,7 @@ def norms_of_repeats(kind: str) -> list[float]:
 
 
 def measure_all(kind: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {
-        **measure_each(kind, cases),
-        "validation": nll_side_effects(kind),
-        "repeats": norms_of_repeats(kind),
-    }
+    return {**measure_each(kind, cases), "validation": nll_side_effects(kind), "repeats": norms_of_repeats(kind)}
 
 
 @functools.cache
@@ -466,12 +460,6 @@ def save_stock_model(folder: str) -> None:
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 16, "vocab_size": VOCABULARY}
     rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     GPT2LMHeadModel(GPT2Config(**shape, **rates, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
-
-
-def train(command_line: list[str]) -> int:
-    from wikift.commands.train import main
-
-    return main(command_line)
 
 
 def test_equal_to_a_plain_loop_on_one_and_two_ranks(tmp_path: Path) -> None:

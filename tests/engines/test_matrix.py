@@ -1,7 +1,4 @@
-"""Any engine to any other: a part of tests/matrix.py, in which each engine writes, each reads, and the ranks change.
-
-pytest tests/engines/test_matrix.py
-"""
+"""Any engine to any other: a part of tests/matrix.py, in which each engine writes, each reads, and the ranks change."""
 
 from __future__ import annotations
 
@@ -48,6 +45,7 @@ def test_the_same_engine_and_ranks_go_on_bit_for_bit_with_dropout(folder: Path, 
     assert list(read(tmp_path, [place], place, dropout=0.2)) == [(place, 0.0)]
 
 
+@pytest.mark.long
 def test_a_chain_of_engines_is_one_run(tmp_path: Path) -> None:
     """ZeRO-3 on 4, FSDP2 on 2, one process, ZeRO-1 on 3: three steps each, against 12 steps of one process."""
     tiny_store(tmp_path / "store")

@@ -1,7 +1,4 @@
-"""AdamW, clipping, the loss scale and the learning rate, against torch's and transformers' own.
-
-pytest tests/engines/test_optim.py
-"""
+"""AdamW, clipping, the loss scale and the learning rate, against torch's and transformers' own."""
 
 from __future__ import annotations
 
@@ -15,14 +12,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from wikift.engines.optim import (
-    AdamSettings,
-    LossScale,
-    ScaleRule,
-    build_optimizer,
-    clip_and_step,
-    total_norm,
-)
+from wikift.engines.optim import AdamSettings, LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
 
 CPU = torch.device("cpu")
 
@@ -68,13 +58,6 @@ def test_what_decays_is_what_the_trainer_decays() -> None:
     assert all(group["betas"] == (0.9, 0.99) and group["eps"] == 1e-8 for group in optimizer.param_groups)
 
 
-def test_a_frozen_parameter_is_left_out() -> None:
-    model = small_model()
-    model.transformer.wpe.weight.requires_grad = False
-    optimizer = build_optimizer(model.parameters(), adam())
-    assert all(p is not model.transformer.wpe.weight for group in optimizer.param_groups for p in group["params"])
-
-
 # --- norm and update ---------------------------------------------------------------------------------------------
 
 
@@ -89,11 +72,6 @@ def test_the_norm_is_that_of_float64() -> None:
     assert float(total_norm([large])) == pytest.approx(float(large.double().norm()), rel=2e-7)
     large *= torch.exp(3 * torch.randn(20_000_000, generator=random))  # as gradients are: few large, most small
     assert float(total_norm([large])) == pytest.approx(float(large.double().norm()), rel=2e-7)
-
-
-def test_the_norm_of_what_is_not_finite_is_not_finite() -> None:
-    for bad in (math.inf, -math.inf, math.nan):
-        assert not torch.isfinite(total_norm([torch.ones(3), torch.tensor([1.0, bad])]))
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0], ids=["not clipped", "clipped"])
@@ -192,19 +170,6 @@ def test_the_scale_grows_after_2000_good_steps_as_grad_scalers() -> None:
         assert (float(ours.scale), float(ours.good_steps)) == (float(scale), float(tracker))
         seen.add(float(scale))
     assert len(seen) >= 3
-    growing = LossScale(ScaleRule(), CPU)
-    for _ in range(1999):
-        growing.update(torch.tensor(True))
-    assert float(growing.scale) == 65536
-    growing.update(torch.tensor(True))
-    assert (float(growing.scale), float(growing.good_steps)) == (131072, 0)
-
-
-def test_a_fixed_scale_stays_1() -> None:
-    fixed = LossScale(None, CPU)
-    for finite in (True, False, True):
-        fixed.update(torch.tensor(finite))
-    assert float(fixed.scale) == 1
 
 
 def course(rule: ScaleRule, overflows: str) -> list[float]:

@@ -1,7 +1,4 @@
-"""What the ranks exchange: how much, when, in which format; counted on two real ranks.
-
-pytest tests/engines/test_traffic.py
-"""
+"""What the ranks exchange: how much, when, in which format; counted on two real ranks."""
 
 from __future__ import annotations
 

@@ -17,16 +17,7 @@ from tests.ranks import run_ranks
 from tests.trained import text_store
 from wikift.base.world import World, start_world
 from wikift.data.store import TokenStore, open_store
-from wikift.evaluation.score import (
-    IGNORED,
-    Piece,
-    Score,
-    difference,
-    document_sums,
-    score_split,
-    stored,
-    windows,
-)
+from wikift.evaluation.score import IGNORED, Piece, Score, difference, document_sums, score_split, stored, windows
 from wikift.model.gpt2 import NextTokenLoss, make_model, model_config
 
 Call = tuple[tuple[int, ...], int, float]  # shape, targets to score, sum

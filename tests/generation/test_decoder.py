@@ -258,19 +258,6 @@ def test_near_ties_are_decided_by_the_text_alone(tokenizer: Any) -> None:
     assert doubts > 50
 
 
-def test_greedy_tokens_are_those_of_generate(model: GPT2LMHeadModel, writer: Writer) -> None:
-    for _, prompt in texts(12, longest=30):
-        inputs = torch.tensor([writer.tokenizer(prompt)["input_ids"] or [writer.end_of_text]])
-        with torch.no_grad():
-            generated: Any = model.generate(
-                inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=16, do_sample=False, pad_token_id=0,
-                repetition_penalty=1.2,
-            )  # fmt: skip
-        expected = writer.tokenizer.decode(generated[0, inputs.shape[1] :], skip_special_tokens=True)
-        answer = alone(writer, prompt, drawing(max_new_tokens=16, temperature=0, repetition_penalty=1.2))
-        assert answer.text == expected.removesuffix("\ufffd")
-
-
 def test_several_sequences_of_a_prompt(writer: Writer) -> None:
     one = writer.answers([(0, "The"), (1, "Maria")], drawing(max_new_tokens=8))
     three = writer.answers([(0, "The"), (1, "Maria")], drawing(max_new_tokens=8, num_return_sequences=3))

@@ -1,7 +1,4 @@
-"""Attention in training on a CPU: torch's but for the masks, and its own gradient.
-
-pytest tests/kernels/test_attention.py
-"""
+"""Attention in training on a CPU: torch's but for the masks, and its own gradient."""
 
 from __future__ import annotations
 

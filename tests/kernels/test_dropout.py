@@ -1,7 +1,4 @@
-"""Dropout on a CPU: its rate, its scale, its repetition.
-
-pytest tests/kernels/test_dropout.py
-"""
+"""Dropout on a CPU: its rate, its scale, its repetition."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The head's loss and its gradients are those of torch's linear and cross_entropy.
-
-pytest tests/kernels/test_loss.py
-"""
+"""The head's loss and its gradients are those of torch's linear and cross_entropy."""
 
 from __future__ import annotations
 

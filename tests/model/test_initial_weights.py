@@ -1,7 +1,4 @@
-"""No answer from weights that were not loaded: one reader for train, its --dry-run, evaluate and generate.
-
-pytest tests/model/test_initial_weights.py
-"""
+"""No answer from weights that were not loaded: one reader for train, its --dry-run, evaluate and generate."""
 
 from __future__ import annotations
 

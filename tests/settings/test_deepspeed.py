@@ -1,7 +1,4 @@
-"""A DeepSpeed config file as settings, and completed for DeepSpeed: the Trainer's own files, clashes, errors.
-
-pytest tests/settings/test_deepspeed.py
-"""
+"""A DeepSpeed config file as settings, and completed for DeepSpeed: the Trainer's own files, clashes, errors."""
 
 from __future__ import annotations
 
@@ -418,19 +415,12 @@ def test_a_file_of_wikift_is_found_by_name(tmp_path: Path, monkeypatch: pytest.M
 # --- the command -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    return monkeypatch
-
-
-def test_what_is_wrong_with_a_setting_of_the_file_names_its_key(alone: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_setting_names_its_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = with_key("train_batch_size", 32, with_key("train_micro_batch_size_per_gpu", 4))
     config = with_key("gradient_accumulation_steps", 2, with_key("optimizer.params.lr", 0, config))
     path = written(config, tmp_path)
-    alone.setenv("WORLD_SIZE", "2")
-    alone.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError) as caught:
         main(["--deepspeed", path, "--dry-run", "--dataset", "demo"])
     batch, rate = sorted(caught.value.problems)
@@ -440,7 +430,7 @@ def test_what_is_wrong_with_a_setting_of_the_file_names_its_key(alone: pytest.Mo
 
 
 def test_a_dry_run_is_a_config_file_that_says_the_same_again(
-    alone: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = with_key("optimizer.params.lr", 3e-5, TRAINER["zero3"])
     path = written(with_key("scheduler.params.total_num_steps", 50, with_key("fp16.enabled", True, config)), tmp_path)
@@ -468,10 +458,10 @@ def test_a_dry_run_is_a_config_file_that_says_the_same_again(
     ],
 )
 def test_the_launchers_local_rank_is_dropped_or_a_mistake(
-    alone: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str, own: str | None, expected: str | None
+    line: str, own: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     if own is not None:
-        alone.setenv("LOCAL_RANK", own)
+        monkeypatch.setenv("LOCAL_RANK", own)
     words = ["--dataset", "demo", "--max-steps", "7", "--dry-run", *line.split()]
     if expected is None:
         assert main(words) == 0

@@ -1,7 +1,4 @@
-"""Names of other tools: each is answered by an option that exists, or by a sentence.
-
-pytest tests/settings/test_habits.py
-"""
+"""Names of other tools: each is answered by an option that exists, or by a sentence."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The command line: how words and config files become settings, what --help shows, how a command ends.
-
-pytest tests/settings/test_options.py
-"""
+"""The command line: how words and config files become settings, what --help shows, how a command ends."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ from wikift.settings.fields import (
     PrepareSettings,
     TrainSettings,
 )
-from wikift.settings.options import flag, option, parse, parse_all
+from wikift.settings.options import flag, parse, parse_all
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 Main = Callable[[Sequence[str]], int]
@@ -305,10 +302,12 @@ def test_help_as_a_process_is_instant(command: str, tmp_path: Path) -> None:
     imported = {row.rsplit("|", 1)[1].strip() for row in done.stderr.splitlines() if row.startswith("import time:")}
     assert "wikift.settings.options" in imported
     assert not imported & {"torch", "transformers", "datasets", "tokenizers", "pyarrow", "rich", "wandb"}
-    # processor time, which other work on the machine does not change; the best of three
-    seconds = min(processor_seconds([sys.executable, str(LAUNCH / f"{command}.py"), "--help"]) for _ in range(3))
-    assert seconds < 0.5
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_takes_half_a_second_of_the_processor() -> None:
+    """Which other work on the machine does not change; the best of three."""
+    assert min(processor_seconds([sys.executable, str(LAUNCH / "train.py"), "--help"]) for _ in range(3)) < 0.5
 
 
 def processor_seconds(line: list[str]) -> float:
@@ -359,21 +358,3 @@ def test_a_pipe_that_is_closed_early_is_no_traceback(tmp_path: Path) -> None:
     line = f"{sys.executable} {LAUNCH / 'train.py'} --dry-run | true"
     done = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=tmp_path)
     assert done.stderr == ""
-
-
-def test_an_option_without_a_value_in_a_class_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
-    """What `option` documents, on a class that no command has: percent signs, 0 as a default, a switch that is on."""
-
-    @dataclasses.dataclass(frozen=True)
-    class Settings:
-        part: float = option(0.0, "100% of it")
-        on: bool = option(True, "a switch")
-        name: str | None = option(None, "a name", shown="50%")
-
-    with pytest.raises(SystemExit):
-        parse(Settings, ["-h"], prog="x", description="d")
-    text = " ".join(capsys.readouterr().out.split())
-    assert "100% of it (default: 0.0)" in text
-    assert "--on, --no-on a switch (default: yes)" in text
-    assert "a name (default: 50%)" in text
-    assert parse(Settings, ["--no-on"], prog="x", description="d").on is False

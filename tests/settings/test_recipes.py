@@ -1,7 +1,4 @@
-"""recipes/: each is a config of wikift train that plans, with its source and score.
-
-pytest tests/settings/test_recipes.py
-"""
+"""recipes/: each is a config of wikift train that plans, with its source and score."""
 
 from __future__ import annotations
 

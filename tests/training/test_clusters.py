@@ -149,7 +149,7 @@ def on_one_host(line: list[str]) -> None:
     ("options", "killed", "launcher", "launcher_again"),
     [
         ({"engine": "ddp"}, 1, torchrun, torchrun),
-        ({"deepspeed": ROOT / "ds_configs" / "zero2.json"}, 0, torchrun, deepspeed),
+        pytest.param({"deepspeed": "zero2"}, 0, torchrun, deepspeed, marks=pytest.mark.long),
     ],
     ids=["ddp", "zero2"],
 )

@@ -1,7 +1,4 @@
-"""--early-stopping-patience: when a run ends by itself, what it keeps, and that a resume ends where a whole run does.
-
-pytest tests/training/test_early_stopping.py
-"""
+"""--early-stopping-patience: when a run ends by itself, what it keeps, and that a resumed one ends there too."""
 
 from __future__ import annotations
 
@@ -18,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.ranks import run_ranks
-from tests.tiny import arguments, curve, metrics, tiny_store
-from tests.training.test_resume import assert_same_run, failing_train, forget_after, train
+from tests.tiny import arguments, curve, metrics, train
+from tests.training.test_resume import assert_same_run, forget_after
 from wikift.base.folders import list_checkpoints, step_folder
 from wikift.checkpoint.reader import best_checkpoint
 from wikift.settings.schedule import Due
@@ -33,11 +30,6 @@ WORDS: dict[str, Any] = {
     "learning_rate": 0.05,
     "save_total_limit": 2,
 }
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_store(tmp_path_factory.mktemp("early") / "store")
 
 
 @pytest.fixture(scope="module")
@@ -145,24 +137,6 @@ def test_a_validation_that_a_stop_left_out_is_made_up_for(store: Path, tmp_path:
         assert_same_run(run, undisturbed)
         (expected,) = (values["eval_loss"] for values in metrics(undisturbed) if values["step"] == step)
         assert json.loads(manifest.read_text())["eval_loss"] == expected, "the checkpoint may be the best"
-
-
-def test_what_cannot_act_is_refused(store: Path, tmp_path: Path) -> None:
-    words = {"max_steps": 12, "eval_steps": 4, "save_steps": 4}
-    problems = failing_train(arguments(store, tmp_path / "run", **words, early_stopping_patience=2))
-    assert problems == [
-        "--early-stopping-patience 2: has no effect, the run has 3 validations; take 1 or less, or validate more often "
-        "with --eval-steps"
-    ]
-    assert failing_train(arguments(store, tmp_path / "run", **words, early_stopping_patience=0)) == [
-        "--early-stopping-patience 0: must be 1 or more"
-    ]
-    blind = tiny_store(tmp_path / "blind", validation=0)
-    words |= {"max_steps": 40, "early_stopping_patience": 2, "eval_steps": 2}
-    asked = failing_train(arguments(blind, tmp_path / "run", **words))
-    assert [problem.split(": ")[0] for problem in asked] == ["--eval-steps 2", "--early-stopping-patience 2"]
-    assert all("no validation text" in problem for problem in asked)
-    assert not (tmp_path / "run").exists()
 
 
 @given(losses=st.lists(st.sampled_from([0.5, 1.0, 2.0, math.nan, math.inf])), limit=st.integers(1, 3))

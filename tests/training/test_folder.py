@@ -23,18 +23,13 @@ import pytest
 import torch
 
 from tests.ranks import _CONTEXT, run_ranks
-from tests.tiny import arguments, curve, tiny_store
+from tests.tiny import arguments, curve
 from tests.training.test_resume import state, train
 from wikift.base.folders import list_checkpoints
 from wikift.base.publish import publish_folder
 from wikift.base.world import World
 from wikift.checkpoint.reader import open_sound, prune
 from wikift.training.resume import clear_leftovers, set_aside
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_store(tmp_path_factory.mktemp("folder") / "store")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,4 @@
-"""What must be the same on all hosts: ranks that believe to be on hosts of their own.
-
-pytest tests/training/test_hosts.py
-"""
+"""What must be the same on all hosts: ranks that believe to be on hosts of their own."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A run that was stopped, killed or damaged goes on as if nothing had happened, to the last bit.
-
-pytest tests/training/test_resume.py
-"""
+"""A run that was stopped, killed or damaged goes on as if nothing had happened, to the last bit."""
 
 from __future__ import annotations
 
@@ -18,24 +15,12 @@ import pytest
 import torch
 
 from tests.ranks import _CONTEXT, each, run_ranks
-from tests.tiny import arguments, curve, metrics, tiny_store
-from wikift.base.errors import UserError
+from tests.tiny import arguments, curve, metrics, problems_of_training, tiny_store, train
 from wikift.base.folders import list_checkpoints, step_folder
 from wikift.base.world import World
 from wikift.checkpoint.fragment import STATES
 from wikift.checkpoint.reader import open_checkpoint, open_sound
 from wikift.training.resume import set_aside
-
-
-def train(command_line: list[str]) -> int:
-    from wikift.commands.train import main
-
-    return main(command_line)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_store(tmp_path_factory.mktemp("resume") / "store")
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +29,6 @@ def on_two(store: Path) -> Path:
     run = store.parent / "on-two"
     assert run_ranks(train, 2, arguments(store, run, save_total_limit=9)) == [0, 0]
     return run
-
-
-def failing_train(command_line: list[str]) -> list[str]:
-    """The problems of a command line that must be refused."""
-    try:
-        train(command_line)
-    except UserError as error:
-        return list(error.problems)
-    return []
 
 
 def state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
@@ -96,19 +72,6 @@ def test_resume_from_every_step_is_bit_for_bit(store: Path, tmp_path: Path, rank
     assert run_ranks(each, ranks, train, lines) == [[0] * len(runs)] * ranks
     for run in runs:
         assert_same_run(run, whole)
-
-
-def test_resume_on_other_ranks_goes_on_within_rounding(store: Path, tmp_path: Path) -> None:
-    words: dict[str, Any] = {"dropout": 0, "learning_rate": 1e-3, "save_total_limit": 12}
-    assert run_ranks(train, 1, arguments(store, tmp_path / "alone", **words)) == [0]
-    for first, second in ((1, 2), (2, 4), (4, 1)):
-        run = tmp_path / f"{first}to{second}"
-        run_ranks(train, first, arguments(store, run, **words))
-        forget_after(run, 4)
-        run_ranks(train, second, arguments(store, run, **words))
-        for got, expected in zip(curve(run), curve(tmp_path / "alone"), strict=True):
-            assert got[1] == pytest.approx(expected[1], abs=1e-5)
-            assert got[2] == pytest.approx(expected[2], rel=1e-5)
 
 
 def test_sigkill_at_random_moments(store: Path, tmp_path: Path) -> None:
@@ -235,7 +198,7 @@ def test_ranks_stop_after_the_same_step_the_one_after_the_signal(store: Path, tm
     assert_same_run(run, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "one bit", "header", "no manifest", "torn manifest", "half a folder"])
+@pytest.mark.parametrize("damage", ["truncated", "half a folder"])  # a bit anywhere: tests/checkpoint/test_reader.py
 def test_a_damaged_newest_checkpoint_is_passed_over(
     store: Path, on_two: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,14 +209,6 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     file = newest / "rank-00001.safetensors"
     if damage == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
-    elif damage in ("one bit", "header"):
-        content = bytearray(file.read_bytes())
-        content[-50 if damage == "one bit" else 11] ^= 4
-        file.write_bytes(content)
-    elif damage == "no manifest":
-        (newest / "manifest.json").unlink()
-    elif damage == "torn manifest":
-        (newest / "manifest.json").write_text((newest / "manifest.json").read_text()[:200])
     else:
         shutil.rmtree(newest)
         (newest.with_name("." + newest.name + ".partial")).mkdir()
@@ -261,7 +216,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
         torn.write('{"step": 13, "lo')
     capsys.readouterr()
     assert run_ranks(train, 2, arguments(store, run)) == [0, 0]
-    if damage in ("truncated", "one bit", "header", "torn manifest"):
+    if damage == "truncated":
         assert "skipping a damaged checkpoint" in capsys.readouterr().out
     assert_same_run(run, on_two)
 
@@ -271,7 +226,7 @@ def test_no_sound_checkpoint_is_an_error_with_a_way_out(store: Path, tmp_path: P
     assert run_ranks(train, 1, line) == [0]
     file = step_folder(tmp_path / "run", 4) / "rank-00000.safetensors"
     file.write_bytes(b"")
-    ((problem,),) = run_ranks(failing_train, 1, line)
+    ((problem,),) = run_ranks(problems_of_training, 1, line)
     assert "--resume never" in problem
     assert run_ranks(train, 1, [*line, "--resume", "never"]) == [0]
     assert (tmp_path / "run" / "before-1" / "checkpoints" / "step-00000004").is_dir()
@@ -284,10 +239,10 @@ def test_what_would_break_the_run_is_refused_and_the_rest_is_said(
     assert run_ranks(train, 1, arguments(store, run, max_steps=4)) == [0]
     before = sorted(run.rglob("*"))
     wrong = {"seed": 7, "global_batch_size": 4, "block_size": 4, "data_fraction": 0.5, "dropout": 0.0}
-    (problems,) = run_ranks(failing_train, 1, arguments(store, run, max_steps=8, **wrong))
+    (problems,) = run_ranks(problems_of_training, 1, arguments(store, run, max_steps=8, **wrong))
     for name in wrong:
         assert any(p.startswith("--" + name.replace("_", "-")) and "--resume never" in p for p in problems), name
-    ((problem,),) = run_ranks(failing_train, 1, arguments(other, run, max_steps=8))
+    ((problem,),) = run_ranks(problems_of_training, 1, arguments(other, run, max_steps=8))
     assert problem.startswith(f"--data {other}")
     assert sorted(run.rglob("*")) == before
     capsys.readouterr()
@@ -308,7 +263,7 @@ def test_a_finished_run_says_so_and_resume_never_keeps_the_old_one(
     assert run_ranks(train, 1, line) == [0]
     assert "is finished" in capsys.readouterr().out
     for changed in ({"learning_rate": 1e-3}, {"max_steps": 8}, {"eval_steps": 2, "early_stopping_patience": 3}):
-        (problems,) = run_ranks(failing_train, 1, arguments(store, tmp_path / "run", **changed))
+        (problems,) = run_ranks(problems_of_training, 1, arguments(store, tmp_path / "run", **changed))
         assert len(problems) == len(changed)
         assert all("--output-dir, or --resume never" in problem for problem in problems)
     assert curve(tmp_path / "run") == first, "nothing was trained"
@@ -340,11 +295,11 @@ def test_a_dry_run_says_where_the_run_would_start_and_refuses_what_it_would(
     assert "--weight-decay 0.0 -> 0.5" in changed
     assert start(resume="never") == ["# starts: at step 1; what is in the output folder is moved aside"]
     assert start(resume=step_folder(run, 4))[0].startswith("# starts: after step 4 of ")
-    (problem,) = failing_train([*line, "--weight-decay", "0.5", "--dry-run"])
+    (problem,) = problems_of_training([*line, "--weight-decay", "0.5", "--dry-run"])
     assert problem.startswith(f"--weight-decay 0.5: trains nothing, {run} is finished with 0.0; use the old value")
-    (problem,) = failing_train([*line, "--seed", "7", "--dry-run"])
+    (problem,) = problems_of_training([*line, "--seed", "7", "--dry-run"])
     assert problem.startswith("--seed 7: this run was started with 42")
-    (problem,) = failing_train([*line, "--resume", str(run), "--dry-run"])
+    (problem,) = problems_of_training([*line, "--resume", str(run), "--dry-run"])
     assert problem.startswith(f"--resume {run}: must be")
     file = step_folder(run, 8) / "rank-00000.safetensors"
     file.write_bytes(b"")
