@@ -149,7 +149,7 @@ def test_a_picture_is_made_by_a_browser_that_is_there(
     assert main(words) == 0
     picture = (tmp_path / "two.png").read_bytes()
     assert picture[:4] == b"\x89PNG"
-    assert (int.from_bytes(picture[16:20], "big"), int.from_bytes(picture[20:24], "big")) == (1000, 1060)
+    assert (int.from_bytes(picture[16:20], "big"), int.from_bytes(picture[20:24], "big")) == (1000, 1400)
     assert len(picture) > 20_000, "an empty page"
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"--png: needs one of .*apt install chromium-headless-shell"):

@@ -67,14 +67,14 @@ def _browser() -> str | None:
 
 
 def _picture(page: Path) -> Path:
-    """The page's first 1,000 x 1,060 pixels, beside it."""
+    """The page's first 1,000 x 1,400 pixels, beside it."""
     picture = page.with_suffix(".png")
     picture.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="wikift-browser-") as profile:
         done = subprocess.run(
             [
                 *(str(_browser()), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
-                *("--window-size=1000,1060", "--virtual-time-budget=3000", f"--user-data-dir={profile}"),
+                *("--window-size=1000,1400", "--virtual-time-budget=3000", f"--user-data-dir={profile}"),
                 *(f"--screenshot={picture.absolute()}", page.absolute().as_uri()),
             ],
             capture_output=True,

@@ -100,7 +100,7 @@ def table(results: list[Result], notes: list[str], width: int | None) -> str:
     if len(models) > 1:
         lines.append(
             f"below a number: ln(perplexity), or bits per byte, above {models[0]}'s; +- the standard error of the "
-            f"paired difference over {len(results[0].score.nll):,} documents, of 1,024 tokens where the text has none"
+            "paired difference over the text's documents, or over stretches of 1,024 tokens of a store that has none"
         )
     if any(result.setup.scaled for result in results):
         small = ", ".join(sorted({f"{r.model} ({r.setup.context:,})" for r in results if r.setup.scaled}))
