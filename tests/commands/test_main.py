@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -131,8 +132,10 @@ from wikift.base.errors import UserError
 
 def main(argv):
     from wikift.base.failure import started_world
-    with started_world("cpu") as world:
+    with started_world("cpu", 8) as world:
         world.barrier()
+        if world.rank == 1 and argv == ["sleep"]:
+            import time; time.sleep(60)
         if world.rank == 1 and argv == ["raise"]:
             raise ValueError("the cause of it all")
         if world.rank == 1 and argv == ["kill"]:
@@ -148,7 +151,13 @@ run(main)
 
 
 @pytest.mark.parametrize(
-    ("how", "first_word"), [("raise", "wikift: rank 1 failed:"), ("kill", None), ("user", "wikift: one problem")]
+    ("how", "first_word"),
+    [
+        ("raise", "wikift: rank 1 failed:"),
+        ("kill", None),
+        ("sleep", None),
+        ("user", "wikift: one problem"),
+    ],
 )
 def test_a_rank_that_fails_ends_all_within_seconds(tmp_path: Path, how: str, first_word: str | None) -> None:
     script = tmp_path / "failing.py"
@@ -161,7 +170,11 @@ def test_a_rank_that_fails_ends_all_within_seconds(tmp_path: Path, how: str, fir
     if first_word is not None:
         assert output.startswith(first_word), output
     if how == "kill":  # though torchrun has seen it die too and sends SIGTERM at once
-        assert "lost the connection to another process" in output
+        assert " lost the connection to rank 1" in output
+    if how == "sleep":
+        assert re.search(
+            r"wikift: rank [02] waited 8 s for rank 1, since \d\d:\d\d:\d\d in total \(world.py:\d+\)", output
+        )
     if how == "raise":
         assert output.index("the cause of it all") < output.index("stops, rank 1 failed")
     if how == "user":

@@ -206,8 +206,7 @@ def _pretend_cuda(seen: Seen) -> None:
     }
     for name, value in values.items():
         setattr(torch.cuda, name, lambda *_, value=value, **__: value)
-    for name in ("stream", "device"):
-        setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
+    torch.cuda.stream = torch.cuda.device = contextlib.nullcontext  # type: ignore[misc, assignment]
     for name in ("memory_allocated", "memory_reserved"):
         setattr(torch.cuda, name, lambda *_: seen.now)
         setattr(torch.cuda, f"max_{name}", lambda *_: max(part.most for part in seen.parts))

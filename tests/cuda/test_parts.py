@@ -168,7 +168,8 @@ FEW = [
 ]
 MORE = [Case(precision="fp32"), *(Case(engine, 8) for engine in ("fsdp whole", "zero1", "zero3"))]
 MORE += [Case(engine, ranks, shape=Shape()) for engine in ENGINES for ranks in (8, 512)]
-MORE.remove(Case("zero3", 512, shape=Shape()))  # four minutes
+# four minutes: DeepSpeed cuts each tensor into the ranks' parts one by one
+MORE[MORE.index(Case("zero3", 512, shape=Shape()))] = Case("zero3", 512)
 MORE += [Case(shape=Shape()), Case(micro_batch=2, shape=Shape(n_layer=24, n_head=25, n_embd=1600))]
 
 

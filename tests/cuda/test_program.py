@@ -47,11 +47,9 @@ FEW = [
     Case("zero2", 8),
     Case("zero3", 8),
 ]
-# not zero3's: beyond its plain case DeepSpeed waits for the host in other places in one step than in the next, and why
-# is not understood yet
-MORE = [Case(kind, 512) for kind in WAITS if kind not in ("single", "zero3")]
-MORE += [Case(kind, 8, plain=False) for kind in WAITS if kind not in ("single", "zero3")]
-MORE += [Case(kind, 1) for kind in WAITS if kind not in ("single", "ddp", "fsdp whole", "zero3")]
+MORE = [Case(kind, 512) for kind in WAITS if kind != "single"]
+MORE += [Case(kind, 8, plain=False) for kind in WAITS if kind != "single"]
+MORE += [Case(kind, 1) for kind in WAITS if kind not in ("single", "ddp", "fsdp whole")]
 CASES = [*FEW, *(pytest.param(case, marks=pytest.mark.long) for case in MORE)]
 SEVERAL = [case for case in CASES if (case if isinstance(case, Case) else case.values[0]).ranks > 1]
 measured: dict[Case, list[list[Part]]] = {}
@@ -94,17 +92,18 @@ def step(case: Case, store: TokenStore, start: Path, tmp_path: Path) -> list[Par
     """The parts of a step after a validation, samples and a checkpoint, itself without any, nor a line of the log."""
     if case not in measured:
         shutil.copytree(start, tmp_path / "run", copy_function=os.link)
-        every = {"logging_steps": 5, "save_steps": 5, "eval_steps": 5}
-        (parts,) = run_ranks(train, 1, case.ranks, [words(case, store, tmp_path / "run", max_steps=7, **every)])[0]
+        every = {"logging_steps": 6, "save_steps": 6, "eval_steps": 6}
+        line = words(case, store, tmp_path / "run", max_steps=8, **every)
+        (parts,) = run_ranks(train, 1, case.ranks, [line], timeout_seconds=300)[0]
         measured[case] = steps(parts)
-    _, second, full, plain, _ = measured[case]
+    _, _, before, full, plain, _ = measured[case]  # ZeRO-3 notes in two passes what it fetches, and compares notes
     assert sum(len(part.waits) for part in full) > 5, "the loss, the validation, samples and the checkpoint are read"
-    for before, after in zip(
-        second, plain, strict=True
-    ):  # nothing is left behind, but what ZeRO-3 has gathered already
-        same = [c for c in before.collectives if (case.kind, c.name) != ("zero3", "all_gather")]
-        assert (after.name, after.waits) == (before.name, before.waits)
-        assert [c for c in after.collectives if (case.kind, c.name) != ("zero3", "all_gather")] == same
+    gathers = ("zero3", "all_gather")  # what ZeRO-3 has gathered already for a sample, it gathers not again
+    for one, other in zip(before, plain, strict=True):
+        assert one.name == other.name
+        assert other.waits <= one.waits if case.kind == "zero3" else other.waits == one.waits
+        kept, again = ([c for c in p.collectives if (case.kind, c.name) != gathers] for p in (one, other))
+        assert again == kept, "something is left behind"
     return plain
 
 

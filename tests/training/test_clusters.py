@@ -170,7 +170,7 @@ def test_a_host_dies_and_the_run_goes_on(
     hosts[killed].kill()
     assert processes[killed].wait(SECONDS) == -signal.SIGKILL
     assert processes[1 - killed].wait(SECONDS) != 0
-    assert "lost the connection to another process" in shown(tmp_path)
+    assert "lost the connection to " in shown(tmp_path)
     done = metrics(run)[-1]["step"]
     assert 50 <= done < STEPS, "it was to be killed in the middle"
 

@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 from wikift.base.console import print
 from wikift.base.errors import EXIT_FAULT, EXIT_USER, EnvironmentFault, UserError, report
-from wikift.base.launcher import launch
+from wikift.base.launcher import Launch, launch
 from wikift.base.world import COLLECTIVE_SECONDS, World, shared_store, start_world, stop_world
 
-_PREFIX, _FAILED = "wikift", "wikift/failed"
+_PREFIX, _FAILED, _WAITED = "wikift", "wikift/failed", "wikift/waited"
 _GRACE_SECONDS = 5.0
 _TELL_SECONDS = 20
 
@@ -45,7 +45,7 @@ def started_world(device: str = "auto", seconds: float = COLLECTIVE_SECONDS) -> 
             world = start_world(device, seconds)
         yield world
     except Exception as error:
-        _fail(error, store, here.rank)
+        _fail(error, store, here, seconds)
     stop_world()
 
 
@@ -98,20 +98,19 @@ def _failed_rank(store: Any) -> int | None:
     return int(store.get(_FAILED)) if store.check([_FAILED]) else None
 
 
-def _fail(error: Exception, store: Any, rank: int) -> NoReturn:
+def _fail(error: Exception, store: Any, here: Launch, seconds: float) -> NoReturn:
     """Say why, tell the others, leave at once: destructors of a broken process group may wait for ever."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher that notices must not end it before it has spoken
-    expected = isinstance(error, (UserError, EnvironmentFault))
+    rank, expected = here.rank, isinstance(error, (UserError, EnvironmentFault))
     lost_peer = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    if lost_peer:
+        with contextlib.suppress(Exception):  # the store went with its host
+            store.set(f"{_WAITED}/{rank}", "")
     # A lost peer has a cause elsewhere, and a wrong setting is wrong on every rank: let the one speak that knows.
     first = _first_failure(store, rank, wait=lost_peer or (expected and rank != 0))
     if lost_peer and first is None:
-        text = (
-            f"rank {rank} lost the connection to another process; out of memory is likely: lower "
-            "--per-device-train-batch-size or --block-size, or use --gradient-checkpointing or --engine fsdp. The same "
-            "command resumes from the newest checkpoint"
-        )
+        text = _lost(error, store, here, seconds)
     elif first not in (None, rank):
         text = "" if expected else f"rank {rank} stops, rank {first} failed"
     else:
@@ -125,6 +124,25 @@ def _fail(error: Exception, store: Any, rank: int) -> NoReturn:
     if first != rank:
         time.sleep(1.0)  # the launcher names the rank that left first as the cause
     os._exit(EXIT_USER if isinstance(error, UserError) else EXIT_FAULT)
+
+
+def _lost(error: Exception, store: Any, here: Launch, seconds: float) -> str:
+    """Whom this rank waited for: those that do not say that they waited, too; and where, if it was for too long."""
+    others = "another process"
+    with contextlib.suppress(Exception):
+        if absent := [rank for rank in range(here.size) if not store.check([f"{_WAITED}/{rank}"])]:
+            others = f"rank {', '.join(map(str, absent))}"
+    if "timed out" in str(error).lower():
+        frame = [one for one in traceback.extract_tb(error.__traceback__) if "/wikift/" in one.filename][-1]
+        since = time.strftime("%H:%M:%S", time.localtime(time.time() - seconds - _GRACE_SECONDS))
+        where = f"{frame.name} ({os.path.basename(frame.filename)}:{frame.lineno})"
+        why = f"waited {seconds:g} s for {others}, since {since} in {where}; see what it does"
+    else:
+        why = (
+            f"lost the connection to {others}; out of memory is likely: lower --per-device-train-batch-size or "
+            "--block-size, or use --gradient-checkpointing or --engine fsdp"
+        )
+    return f"rank {here.rank} {why}. The same command resumes from the newest checkpoint"
 
 
 def _first_failure(store: Any, rank: int, *, wait: bool) -> int | None:

@@ -81,6 +81,8 @@ class NextTokenLoss(nn.Module):
         self.model, self.precision = model, precision
         fuse_loss(model.lm_head, compile=compile)
         if compile:
+            # DDPOptimizer would cut each block's graph in several, which a block's own bucket makes needless
+            torch._dynamo.config.optimize_ddp = False
             for block in model.transformer.h:
                 block.compile(dynamic=False)
         draw_own_masks(model)
