@@ -11,6 +11,6 @@ def guard() -> None:
         pytest.skip("pretends CUDA in a CPU build of torch, and this one is for CUDA")
     if shutil.which("g++") is None:
         pytest.skip("needs g++ once, to compile tests/cuda/guard.cpp")
-    from tests.cuda.pretended import built_guard
+    from tests.cuda.stand_ins import built_guard
 
     built_guard()

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.cuda.pretended import Part, Seen, pretended
+from tests.cuda.pretended import pretended
+from tests.cuda.seen import Part, Seen
 from tests.tiny import arguments
 
 

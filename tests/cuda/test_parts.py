@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from tests.cuda.pretended import DEVICE, MEMORY, pretended
+from tests.cuda.pretended import pretended
+from tests.cuda.stand_ins import DEVICE, MEMORY
 from tests.engines.test_build import WORK
 from tests.ranks import each, run_ranks
 from tests.tiny_engines import make_engine, tiny_config
 from wikift.base.errors import UserError
 from wikift.base.shape import Shape
-from wikift.engines.base import Choice
+from wikift.engines.base import Choice, Work
 from wikift.engines.memory import training_bytes
 from wikift.generation.decoder import Decoder
 from wikift.kernels.loss import summed_loss
 from wikift.model.gpt2 import make_model, resolve_precision
+from wikift.settings import deepspeed
 
 VOCABULARY = 50257
 
@@ -128,18 +130,31 @@ class Case(NamedTuple):
     residual: str = "fp32"
 
 
+def work_of(case: Case) -> Work:
+    kind = case.engine[:5] if case.engine.startswith("zero") else case.engine.split()[0]
+    return replace(
+        WORK,
+        engine=Choice(kind, ""),
+        block_size=1024,
+        shape=case.shape,
+        micro_batch=case.micro_batch,
+        precision=case.precision,
+        gradient_checkpointing=case.checkpointing,
+        residual_dtype=case.residual,
+        accumulation=case.accumulation,
+        fsdp_reshard=case.engine != "fsdp whole",
+        zero_config=deepspeed.read(case.engine)[0] if kind.startswith("zero") else {},
+    )
+
+
 def held_by_steps(case: Case) -> int:
     """Bytes that two steps hold at most, state included."""
-    from wikift.settings import deepspeed
-
-    options: dict[str, Any] = {"reshard": case.engine != "fsdp whole"}
-    if case.engine.startswith("zero"):
-        options["ds_config"] = deepspeed.read(case.engine)[0]
+    work = work_of(case)
     with pretended(ranks=case.ranks) as seen:
         from wikift.base.world import start_world
 
         engine = make_engine(
-            case.engine.split()[0],
+            work.engine.name,
             start_world("cuda"),
             tiny_config(0.1, **dataclasses.asdict(case.shape)),
             micro=case.micro_batch,
@@ -147,7 +162,8 @@ def held_by_steps(case: Case) -> int:
             precision=case.precision,
             checkpointing=case.checkpointing,
             residual_dtype=case.residual,
-            **options,
+            reshard=work.fsdp_reshard,
+            ds_config=work.zero_config,
         )
         engine.restore(Zeros())
         seen.begin("steps")
@@ -176,17 +192,5 @@ MORE += [Case(shape=Shape()), Case(micro_batch=2, shape=Shape(n_layer=24, n_head
 @pytest.mark.parametrize("case", [*FEW, *(pytest.param(case, marks=pytest.mark.long) for case in MORE)], ids=str)
 def test_the_forecast_is_what_is_held(case: Case) -> None:
     """The forecast that --engine auto decides by, and `wikift plan` shows."""
-    work = replace(
-        WORK,
-        engine=Choice(case.engine.split()[0], ""),
-        block_size=1024,
-        shape=case.shape,
-        micro_batch=case.micro_batch,
-        precision=case.precision,
-        gradient_checkpointing=case.checkpointing,
-        residual_dtype=case.residual,
-        accumulation=case.accumulation,
-        fsdp_reshard=case.engine != "fsdp whole",
-    )
     held = run_ranks(held_by_steps, 1, case, timeout_seconds=240)[0]
-    assert held == pytest.approx(training_bytes(work, case.ranks, gpu=MEMORY), rel=0.1), case
+    assert held == pytest.approx(training_bytes(work_of(case), case.ranks, gpu=MEMORY), rel=0.1), case

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tests.cuda.pretended import DEVICE, pretended
+from tests.cuda.pretended import pretended
+from tests.cuda.stand_ins import DEVICE
 from tests.ranks import run_ranks
 
 

@@ -49,10 +49,10 @@ def until(true: Callable[[], Any], seconds: float) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("kind", ["stopped", "loops"])
-def test_a_rank_that_hangs_is_named_and_the_run_ends(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "engine"), [("stopped", "ddp"), ("stopped", "fsdp"), ("loops", "ddp")])
+def test_a_rank_that_hangs_is_named_and_the_run_ends(kind: str, engine: str, tmp_path: Path) -> None:
     run, meeting = tmp_path / "run", tmp_path / "meeting"
-    words = arguments(tiny_store(tmp_path / "store"), run, hang_timeout=SECONDS)
+    words = arguments(tiny_store(tmp_path / "store"), run, hang_timeout=SECONDS, engine=engine)
     children = [start(stuck, rank, 2, meeting, words, kind) for rank in range(2)]
     stacks = [run / "stacks" / f"rank-{rank}.txt" for rank in range(2)]
     try:
@@ -72,7 +72,8 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(kind: str, tmp_path: Path) 
             process.kill()
             process.join()
             connection.close()
-    assert "in _engine_run_backward" in stacks[0].read_text()
+    waits = {"ddp": "in _engine_run_backward", "fsdp": "in forward_backward"}[engine]  # FSDP gathers in the forward
+    assert waits in stacks[0].read_text()
     message = (tmp_path / "meeting.0").read_text()
     named = {"stopped": "rank 1 shows no sign of life", "loops": "rank 1 does not do what the others wait for"}[kind]
     assert f"wikift: no progress for {SECONDS} s (--hang-timeout): {named}" in message
