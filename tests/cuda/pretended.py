@@ -114,7 +114,9 @@ class _Routes(TorchDispatchMode):
     def _on_host(self, fake: Tensor, dtype: torch.dtype) -> Tensor:
         """What the host gets of `fake`: what it sent, where that is known, else zeros."""
         numbers = self._numbers.get(fake)
-        return torch.zeros(fake.shape, dtype=dtype) if numbers is None else numbers.to(dtype).view(fake.shape)
+        if numbers is None:  # not torch.zeros, which ZeRO-3 replaces by one on the device
+            return torch.ops.aten.zeros(fake.shape, dtype=dtype, device="cpu")
+        return numbers.to(dtype).view(fake.shape)
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()

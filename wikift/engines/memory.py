@@ -108,7 +108,9 @@ def _passes(work: Work, gpu: int) -> dict[str, Part]:
     residual = 2 if work.residual_dtype == "bf16" else 4
     shape, tokens, wide = work.shape, work.block_size * work.micro_batch, work.precision == "fp32"
     if gpu or work.precision == "fp16":
-        rows, size = positions_at_once(tokens, shape.vocab_size, gpu), 8 if wide else 10
+        # a GPU's softmax reads fp16 as it is, and bf16 converted
+        size = 8 if wide else 6 if gpu and work.precision == "fp16" else 10
+        rows = positions_at_once(tokens, shape.vocab_size, gpu)
     else:
         rows, size = min(tokens, 2048), 4 if wide else 2
     logits = Part(size * rows * shape.vocab_size, f"{size}V·{rows:,}")
