@@ -1,7 +1,6 @@
 """--compile on a pretended GPU: one graph for all blocks, compiled once, and what Inductor makes of it.
 
 Its passes and its scheduler run to the end, which takes no triton; that would write the kernels, which nobody runs.
-pytest tests/cuda/test_compile.py
 """
 
 from __future__ import annotations
