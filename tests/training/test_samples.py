@@ -13,6 +13,7 @@ from tests.ranks import run_ranks
 from tests.real import ROOT
 from tests.tiny import arguments, curve
 from tests.trained import text_store
+from tests.training.test_resume import stopped_in
 from wikift.data.store import TokenStore
 from wikift.watch.record import read_metrics
 
@@ -79,3 +80,15 @@ def test_a_resumed_run_has_no_sample_twice(store: TokenStore, tmp_path: Path) ->
     assert run_ranks(train_all, 1, [line("single", store, run, **asked)]) == [[0]]
     assert samples(run) == whole
     assert [values["step"] for values in read_metrics(run / "samples.jsonl")] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("step", [3, 8])
+def test_a_sample_that_a_stop_omitted_is_made_up_for(store: TokenStore, tmp_path: Path, step: int) -> None:
+    """In the midst of a run, and at its last step, where nothing else is left to do."""
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
+    asked = {"sample_prompts": tmp_path / "prompts.txt", "sample_steps": 3, "save_steps": 8, "eval_steps": 8}
+    run, whole = (line("single", store, tmp_path / name, **asked) for name in ("run", "whole"))
+    assert run_ranks(stopped_in, 1, step, "single", run) == [75]
+    assert run_ranks(train_all, 1, [run, whole]) == [[0, 0]]
+    assert samples(tmp_path / "run") == samples(tmp_path / "whole")
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")

@@ -18,12 +18,12 @@ import torch.distributed as dist
 
 from wikift.base.console import print
 from wikift.base.errors import EXIT_FAULT, EXIT_USER, EnvironmentFault, UserError, report
-from wikift.base.launcher import Launch, launch
+from wikift.base.launcher import Launch, end_restarts, launch
 from wikift.base.world import COLLECTIVE_SECONDS, World, shared_store, start_world, stop_world
 
 _PREFIX, _FAILED, _WAITED = "wikift", "wikift/failed", "wikift/waited"
 _GRACE_SECONDS = 5.0
-_TELL_SECONDS = 20
+TELL_SECONDS = 20
 
 
 @contextlib.contextmanager
@@ -67,10 +67,10 @@ def tell_other_hosts() -> None:
     """
     here = launch()
     host, _, port = here.address.rpartition(":")
-    deadline = time.monotonic() + _TELL_SECONDS
+    deadline = time.monotonic() + TELL_SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(Exception), socket.create_connection((host.strip("[]"), int(port)), timeout=1.0):
-            _first_failure(shared_store(_PREFIX, datetime.timedelta(seconds=_TELL_SECONDS)), here.rank, wait=False)
+            _first_failure(shared_store(_PREFIX, datetime.timedelta(seconds=TELL_SECONDS)), here.rank, wait=False)
             return
         time.sleep(0.5)
 
@@ -123,6 +123,8 @@ def _fail(error: Exception, store: Any, here: Launch, seconds: float) -> NoRetur
     sys.stderr.flush()
     if first != rank:
         time.sleep(1.0)  # the launcher names the rank that left first as the cause
+    if isinstance(error, UserError):
+        end_restarts(launch())
     os._exit(EXIT_USER if isinstance(error, UserError) else EXIT_FAULT)
 
 

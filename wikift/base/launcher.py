@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import time
+import uuid
 from dataclasses import dataclass
+from typing import Any
 
 from wikift.base.errors import UserError
 
@@ -33,7 +37,8 @@ _ACCELERATE = {
 class Launch:
     """`rank` of `size`, `local_rank` (None where it is not known) of `local_size` on its host.
 
-    `address` is rank 0's, HOST:PORT; empty without a launcher.
+    `address` is rank 0's, HOST:PORT; empty without a launcher. torchrun restarts failing ranks at most `restarts`
+    times, and has done so `restarted` times.
     """
 
     rank: int = 0
@@ -42,6 +47,8 @@ class Launch:
     local_size: int = 1
     address: str = ""
     started: bool = False  # by a launcher: others may wait for this process
+    restarts: int = 0
+    restarted: int = 0
 
 
 def launch() -> Launch:
@@ -72,7 +79,38 @@ def launch() -> Launch:
     job = env.get("SLURM_JOB_ID", "") if names != _USUAL else ""
     port = 15000 + (int(job) + 7 * (_number("SLURM_STEP_ID") or 0)) % 15000 if job.isdecimal() else 29500
     address = f"{f'[{host}]' if ':' in host else host}:{env.get('MASTER_PORT', port)}" if host else ""
-    return Launch(rank, size, local_rank, local_size, address, started=True)
+    restarts, restarted = (_number(f"TORCHELASTIC_{name}") or 0 for name in ("MAX_RESTARTS", "RESTART_COUNT"))
+    return Launch(rank, size, local_rank, local_size, address, True, restarts, restarted)
+
+
+def end_restarts(here: Launch) -> None:
+    """Where a restart has no use: ask torchrun to end, which restarts its ranks whatever their exit code."""
+    if here.restarts and not here.local_rank:
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
+def name_of_start(store: Any, here: Launch, seconds: float) -> str:
+    """A name that all ranks of this start share: torchrun's store keeps what those before a restart wrote.
+
+    Rank 0 makes it, and hands it to each rank under a key that nobody has used before. Raises RuntimeError where one
+    does not come.
+    """
+    own, deadline = uuid.uuid4().hex, time.monotonic() + seconds
+    if here.rank:
+        store.set(f"wikift/rank/{here.rank}", own)
+        name = str(store.get(own).decode())
+        store.set(f"{name}/{here.rank}", "has it")
+        return name
+    missing = set(range(1, here.size))
+    while missing:
+        for rank in missing:
+            if store.check([f"wikift/rank/{rank}"]):  # it may be one of a start before: its answer is read by nobody
+                store.set(store.get(f"wikift/rank/{rank}").decode(), own)
+        missing = {rank for rank in missing if not store.check([f"{own}/{rank}"])}
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank {min(missing)} did not come within {seconds:g} s")
+        time.sleep(0.02)
+    return own
 
 
 def unused_settings() -> list[str]:

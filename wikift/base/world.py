@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from wikift.base.console import print
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.base.launcher import Launch, launch
+from wikift.base.launcher import Launch, launch, name_of_start
 
 COLLECTIVE_SECONDS = 1800.0
 _MEETING = datetime.timedelta(minutes=30)
@@ -166,8 +166,18 @@ def shared_store(prefix: str, timeout: datetime.timedelta = _MEETING) -> Any:
         return torch.distributed.distributed_c10d.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
     if not here.address:
         raise UserError("MASTER_ADDR: is not set beside RANK; it is the host of rank 0, which torchrun sets")
-    store = next(iter(rendezvous(f"tcp://{here.address}", here.rank, here.size, timeout=timeout)))[0]
-    return torch.distributed.distributed_c10d.PrefixStore(prefix, store)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        prefix = f"{_name_of_start()}/{prefix}"
+    return torch.distributed.distributed_c10d.PrefixStore(prefix, _connect(here, timeout))
+
+
+def _connect(here: Launch, timeout: datetime.timedelta) -> Any:
+    return next(iter(rendezvous(f"tcp://{here.address}", here.rank, here.size, timeout=timeout)))[0]
+
+
+@functools.cache
+def _name_of_start() -> str:
+    return name_of_start(_connect(launch(), _MEETING), launch(), _MEETING.total_seconds())
 
 
 def first_on_each_host(work: Callable[[], None]) -> None:

@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import sys
+import threading
 import time
 import typing
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from wikift.base.errors import (
     one_line,
     report,
 )
-from wikift.base.launcher import Launch, launch
+from wikift.base.launcher import Launch, end_restarts, launch
 
 COMMANDS = {  # name: its module, what it does
     "prepare": ("wikift.commands.prepare", "text to a token store"),
@@ -97,9 +98,13 @@ def run(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
         print("wikift: interrupted", file=sys.stderr)
         code = 130
     if code not in (EXIT_DONE, EXIT_INTERRUPTED) and here.address and here.size != here.local_size:
-        from wikift.base.failure import tell_other_hosts
+        from wikift.base.failure import TELL_SECONDS, tell_other_hosts
 
-        tell_other_hosts()
+        telling = threading.Thread(target=tell_other_hosts, daemon=True)
+        telling.start()
+        telling.join(TELL_SECONDS)  # they may be gone
+    if code == EXIT_USER:
+        end_restarts(here)
     if here.started:  # a process group's destructors may never end: see world.stop_world
         sys.stdout.flush()
         sys.stderr.flush()

@@ -85,6 +85,11 @@ def resolved(parsed: Parsed[TrainSettings], problems: Sequence[str], ranks: int)
     merged = deepspeed.merge(asked, parsed.typed)
     settings = resolve(merged.settings, ranks)
     checks = check_train(settings, ranks, launched=launch().started or ranks > 1) + _data_problems(settings, asked)
+    if launch().restarts and settings.resume != "auto":
+        checks.append(
+            f"--resume {settings.resume}: would go back at each restart (torchrun --max-restarts {launch().restarts}); "
+            "start once without --max-restarts, or remove it"
+        )
     parsed.refuse([*problems, *merged.problems, *deepspeed.with_keys(checks, merged)])
     notes = list(merged.notes)
     if wandb_disabled() and "wandb" in trackers_of(settings):

@@ -22,12 +22,12 @@ def run_steps(training: Training, owed: dict[str, Any] | None, profiler: Profile
 
     Everything random comes from (seed, step, rank). A stop comes after a micro-batch, discards a step that is not
     complete and saves without validating. `owed` is the line of the step before this start, where a stop interrupted
-    its validation. Raises EnvironmentFault where the loss or the gradient is no longer finite.
+    its validation or its sample. Raises EnvironmentFault where the loss or the gradient is no longer finite.
     """
     plan, engine, world = training.plan, training.engine, training.world
     due, meter, log, patience = plan.due, training.meter, training.log, training.patience
     if owed is not None:
-        patience, stop = _validate_late(training, owed)
+        patience, stop = _make_up(training, owed)
         if stop or patience.spent:
             return stop
     skips = Skips(training)
@@ -122,17 +122,19 @@ def _scored(score: Score) -> dict[str, Any]:
     }
 
 
-def _validate_late(training: Training, owed: dict[str, Any]) -> tuple[Patience, int]:
-    """Run the validation that a stop interrupted; returns the signal that interrupts it again, else 0."""
-    score = training.validate()
-    if score is None:
+def _make_up(training: Training, owed: dict[str, Any]) -> tuple[Patience, int]:
+    """Do the validation and the sample that a stop interrupted; returns the signal that interrupts again, else 0."""
+    start, due, patience = training.start, training.plan.due, training.patience
+    late = start is not None and start.manifest["eval_loss"] is None and due.evaluate(start.step)
+    score = training.validate() if late else None
+    if score is not None:
+        patience, owed = patience.after(score.loss), owed | _scored(score)
+    if len(owed) > 1:
         training.log.record(owed)
-        return training.patience, training.stopped()
-    patience = training.patience.after(score.loss)
-    training.log.record(owed | _scored(score))
-    if training.plan.due.sample(training.done):
+    if score is not None:
+        facts = {"eval_loss": score.loss, **patience.facts()}
+        add_to_manifest(training.plan.output_dir, start, training.world, facts)
+    stop = training.stopped()
+    if due.sample(training.done) and not stop:
         training.sample(training.done)
-    add_to_manifest(
-        training.plan.output_dir, training.start, training.world, {"eval_loss": score.loss, **patience.facts()}
-    )
-    return patience, 0
+    return patience, stop

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.base.files import faults_of_writing, read_jsonl, remove, replace_json, sync
-from wikift.base.folders import METRICS, RUN_FILES, SAMPLES, WANDB_ID, list_checkpoints, step_folder, step_of
+from wikift.base.files import faults_of_writing, json_line, read_jsonl, remove, replace_json, replace_text, sync
+from wikift.base.folders import METRICS, RUN_FILES, SAMPLES, STACKS, WANDB_ID, list_checkpoints, step_folder, step_of
+from wikift.base.launcher import launch
 from wikift.base.publish import folder_lock, folders_above
 from wikift.checkpoint import reader
 from wikift.checkpoint.reader import Checkpoint
 from wikift.settings.run_plan import RunPlan, changed_settings
 from wikift.training.patience import Patience
+from wikift.watch.record import read_metrics
 
 if TYPE_CHECKING:  # a dry run does not wait for torch
     from wikift.base.world import World
@@ -27,6 +29,7 @@ Say = Callable[[str], None]
 _LOCK_SECONDS = 60
 FOLDER_GONE = 1 << 17  # among the signals that ask for a stop
 _ASIDE = ".before.partial"
+_MOST_DEATHS = 3  # after the same step: a restart helps no more
 
 
 def checkpoint_to_resume(plan: RunPlan, world: World) -> Checkpoint | None:
@@ -117,20 +120,51 @@ def _why_finished(plan: RunPlan, start: Checkpoint) -> str:
 
 
 def owed_line(plan: RunPlan, store: TokenStore, start: Checkpoint | None) -> dict[str, Any] | None:
-    """The line of metrics.jsonl of `start`'s step where a stop came before its validation; None where none is owed."""
-    if start is None or start.manifest["eval_loss"] is not None or start.manifest["weights_alone"]:
+    """The line of metrics.jsonl of `start`'s step where a stop came before its validation or its sample; else None."""
+    if start is None or start.manifest["weights_alone"]:
         return None
-    if not store.has_validation or not plan.due.evaluate(start.step):
+    score = store.has_validation and plan.due.evaluate(start.step) and start.manifest["eval_loss"] is None
+    samples = [row for row in read_jsonl(plan.output_dir / SAMPLES) if row.get("step") == start.step]
+    sample = plan.due.sample(start.step) and len(samples) < len(plan.prompts) and _is_own(plan.output_dir, start)
+    if not score and not sample:
         return None
     lines = read_jsonl(plan.output_dir / METRICS)
     return next((values for values in lines if values.get("step") == start.step), {"step": start.step})
 
 
+def count_deaths(run: Path, world: World, after_step: int) -> None:
+    """Where torchrun has restarted the ranks, say so in metrics.jsonl, with the last step before. Collective.
+
+    Raises UserError where they have died after this step too often in a row.
+    """
+    here = launch()
+    if not here.restarts:
+        return
+    reached = times = 0
+    if here.restarted and world.rank == 0:
+        lines = read_metrics(run / METRICS)
+        reached = max([0, *(line["step"] for line in lines), *map(step_of, list_checkpoints(run))])
+        before = [line.get("after") for line in lines if line.get("event") == "restart"][1 - _MOST_DEATHS :]
+        times = 1 + before.count(reached)
+        text = f"restart {here.restarted} of {here.restarts}, on {world.size} processes, after step {reached:,}"
+        event = {"step": after_step, "event": "restart", "message": text, "after": reached}
+        with faults_of_writing(run):
+            replace_text(run / METRICS, "".join(json_line(line) + "\n" for line in [*lines, event]))
+    if world.agreed(times) >= _MOST_DEATHS:
+        raise UserError(
+            f"--max-restarts {here.restarts}: the run died {_MOST_DEATHS} times in a row after step {reached:,}, a "
+            f"restart does not help; see why it died first, above or in {run / STACKS}; the same command resumes"
+        )
+
+
 def add_to_manifest(run: Path, start: Checkpoint | None, world: World, facts: dict[str, Any]) -> None:
     """Write `facts` into the manifest of the run's own checkpoint `start`, by one rename."""
-    own = start is not None and start.path.absolute() == step_folder(run, start.step).absolute()
-    if start is not None and own and world.rank == 0:
+    if start is not None and world.rank == 0 and _is_own(run, start):
         replace_json(start.path / "manifest.json", reader.sealed({**start.manifest, **facts}))
+
+
+def _is_own(run: Path, start: Checkpoint) -> bool:
+    return start.path.absolute() == step_folder(run, start.step).absolute()
 
 
 def set_aside(run: Path, start: Checkpoint | None) -> None:
@@ -174,7 +208,8 @@ def clear_leftovers(run: Path) -> None:
                     os.rename(path, target)
     names = (".model.partial", ".model.old", *(f"{name}.partial" for name in (METRICS, SAMPLES, "config.json")))
     manifests = (path / "manifest.json.partial" for path in list_checkpoints(run) if not path.is_symlink())
-    remove(aside, *(run / name for name in names), *run.glob("checkpoints/.step-*.partial"), *manifests)
+    partial = (*run.glob("checkpoints/.step-*.partial"), *run.glob(f"{STACKS}/rank-*.beat"))
+    remove(aside, *(run / name for name in names), *partial, *manifests)
 
 
 @contextlib.contextmanager

@@ -61,6 +61,9 @@ def signs_of_life(run: Path, rank: int, size: int, seconds: float) -> Iterator[P
     folder, pulse, ended = run / STACKS, Pulse(), threading.Event()
     with faults_of_writing(run):
         folder.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # the stacks of a hang that the launcher's restart followed
+            if (own := folder / f"rank-{rank}.txt").stat().st_size:
+                own.rename(folder / f"rank-{rank}.before.txt")
         file = open(folder / f"rank-{rank}.txt", "w", encoding="utf-8")  # noqa: SIM115  # for signals, until the end
     watch = _Watch(folder, rank, size, seconds, pulse, file)
     thread = threading.Thread(target=watch.run, args=(ended,), name="wikift-pulse", daemon=True)
