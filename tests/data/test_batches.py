@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler
 
-from tests.tiny import tiny_store
+from tests.tiny import VOCABULARY, arguments, metrics, tiny_store
+from wikift.base.files import sha256_of
+from wikift.commands.train import main
 from wikift.data.batches import (
     BatchLayout,
     ResumableSampler,
@@ -163,6 +166,29 @@ def test_a_mapped_store_is_read_like_an_array_and_stays_as_it_is(tmp_path: Path)
     assert torch.equal(blocks, read_blocks(block_windows(np.array(ids), 8), numbers))
     blocks += 1  # a copy of its own
     assert ids.tolist() == before
+
+
+@pytest.mark.long
+def test_a_store_above_31_bits_is_read_to_its_end(tmp_path: Path) -> None:
+    """More than 2**31 tokens, 4 GiB: a sparse file, zeros but for its last block. It trains, too."""
+    path, block = tiny_store(tmp_path / "store"), 1024
+    record = json.loads((path / "store.json").read_text())
+    tokens = record["splits"]["train"]["tokens"] = 2**31 + 3 * block + 1
+    last = np.arange(block + 1, dtype="<u2") % VOCABULARY
+    with open(path / "train.bin", "wb") as file:
+        file.truncate(2 * tokens)
+        file.seek(2 * (tokens - len(last)))
+        file.write(last.tobytes())
+    record["splits"]["train"]["sha256"] = sha256_of(path / "train.bin")
+    (path / "store.json").write_text(json.dumps(record))
+    ids = open_store(path).tokens("train")
+    count = count_blocks(len(ids), block)
+    assert count == 2**21 + 3
+    ((micro_batch,),) = islice(micro_batches(ids, np.array([count - 1]), BatchLayout(block, 1), run_seed=0), 1)
+    assert micro_batch.tolist() == [last.tolist()]
+    line = {"block_size": block, "config_overrides": "n_layer=1,n_head=1,n_embd=8,n_positions=1024", "max_steps": 2}
+    assert main(arguments(path, tmp_path / "run", **line)) == 0
+    assert [row["tokens"] for row in metrics(tmp_path / "run")] == [8 * block, 16 * block]
 
 
 def test_it_is_a_distributed_sampler_that_a_loader_takes() -> None:

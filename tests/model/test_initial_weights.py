@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from tests.tiny import arguments
 from tests.tiny_engines import tiny_config
@@ -25,7 +25,7 @@ from wikift.base.errors import UserError
 from wikift.base.shape import EMBEDDING, HEAD
 from wikift.commands import evaluate, generate, train
 from wikift.data.store import TokenStore
-from wikift.model.gpt2 import load_config, load_model
+from wikift.model.gpt2 import load_config, load_model, shapes_of
 from wikift.model.initial_weights import trained_weights
 
 FC = "transformer.h.1.mlp.c_fc.weight"
@@ -317,3 +317,22 @@ def test_the_counts_are_the_real_ones(folder: Path, store: TokenStore, capsys: p
     assert f"parameters: {count:,}" in capsys.readouterr().out
     assert generate.main([str(folder), "--prompt", "The", "--device", "cpu", "--max-new-tokens", "1"]) == 0
     assert f"{count:,} parameters" in capsys.readouterr().err
+
+
+def test_weights_behind_4_gib_of_a_file_are_read(tmp_path: Path) -> None:
+    """A sparse file, zeros but for what ends it: an embedding of 4 GiB, the last norm after it."""
+    config = GPT2Config(vocab_size=2**27 + 8, n_embd=8, n_layer=1, n_head=1, n_positions=4, tie_word_embeddings=True)
+    config.save_pretrained(tmp_path)
+    header, end = dict[str, object](), 0
+    for name, shape in sorted(shapes_of(config).items(), key=lambda entry: -math.prod(entry[1])):
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+        file.seek(8 + len(text) + 2**32)  # the last eight rows of the embedding, and all behind them
+        file.write(torch.arange(end // 4 - 2**30, dtype=torch.float32).numpy().tobytes())
+    read = trained_weights(str(tmp_path), load_config(str(tmp_path)), "--model", print).read
+    assert read(EMBEDDING, 2**30 - 1, 2**30 + 64).tolist() == [0, *range(64)]
+    assert read(name, 0, 8).tolist() == list(range(end // 4 - 2**30 - 8, end // 4 - 2**30))

@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -151,6 +152,40 @@ def test_a_replay_into_tensorboard_or_a_table_is_whole_and_the_same_twice(tmp_pa
     assert [(int(row["step"]), float(row["loss"])) for row in table] == [
         (r["step"], r["loss"]) for r in metrics(replayed)
     ]
+
+
+def test_a_run_goes_on_without_wandbs_service_and_with_a_full_home(tmp_path: Path, small_home: Path) -> None:
+    run = tmp_path / "run"
+    words = arguments(tiny_store(tmp_path / "store"), run, report_to="wandb", max_steps=400, save_steps=100)
+    environment = os.environ | {"HOME": str(small_home), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with open(tmp_path / "printed", "w") as printed:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _TRAIN, *words], env=environment, stdout=printed, stderr=printed, cwd=tmp_path
+        )
+    deadline = time.monotonic() + 120
+    while len(read_jsonl(run / "metrics.jsonl")) < 50 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (service,) = [pid for pid in children if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(int(service), signal.SIGKILL)
+    assert process.wait(120) == 0
+    text = (tmp_path / "printed").read_text()
+    assert text.count("wikift: warning: Weights & Biases failed (") == 1
+    assert "Traceback" not in text
+    assert main(["log", str(run), "--to", "wandb"]) == 0
+    assert [step for step, _ in history(wandb_files(run)[-1])] == list(range(1, 401))
+
+
+@pytest.fixture
+def small_home(tmp_path: Path) -> Iterator[Path]:
+    """A home folder on a disk that is full."""
+    (tmp_path / "home").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path / "home"]).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    with pytest.raises(OSError, match="No space left"):
+        (tmp_path / "home" / "large").write_bytes(bytes(1 << 17))
+    yield tmp_path / "home"
+    subprocess.run(["umount", "-l", tmp_path / "home"], check=True)
 
 
 def test_what_log_cannot_do_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from wikift.base.console import print
 from wikift.base.errors import EnvironmentFault
 from wikift.base.files import json_line, replace_text
 from wikift.base.folders import METRICS, SAMPLES
@@ -121,7 +123,9 @@ def open_log(
             earlier = [row for row in keep_until(path, after_step) if "event" not in row]
             keep_until(run / SAMPLES, after_step)
             file = stack.enter_context(open(path, "a", encoding="utf-8"))
-        views = stack.enter_context(open_trackers(run, trackers, quiet))
+        views = stack.enter_context(
+            open_trackers(run, trackers, quiet, lambda text: print(f"wikift: warning: {text}", file=sys.stderr))
+        )
         terminal = None if quiet else stack.enter_context(open_terminal(steps, epochs, earlier))
         yield Log(file, terminal, views, earlier)
 

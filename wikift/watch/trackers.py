@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import shutil
 import typing
 import uuid
@@ -15,8 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from wikift.base.command import command_line
 from wikift.base.errors import EnvironmentFault, one_line
 from wikift.base.files import read_json
 from wikift.base.folders import METRICS, SAMPLES, TENSORBOARD, WANDB_ID
@@ -27,6 +29,7 @@ _LOWEST = ("train/loss", "eval/loss", "eval/perplexity", "eval/word_perplexity")
 
 Samples = Sequence[dict[str, Any]]  # lines of samples.jsonl
 Send = Callable[[int, dict[str, float], Samples], None]  # takes a step's numbers and samples, in order
+Failed = Callable[[str], None]  # is told why nothing more is sent
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,23 @@ class Tracker:
         self.send(step, {"train/global_step": step}, rows)
 
 
+def _refuse(text: str) -> NoReturn:
+    raise EnvironmentFault(text)
+
+
 @contextlib.contextmanager
-def open_trackers(run: Path, names: Sequence[str], quiet: bool) -> Iterator[list[Tracker]]:
-    """The trackers `names`, with all that the run's folder has. Raises EnvironmentFault where one does not start."""
+def open_trackers(run: Path, names: Sequence[str], quiet: bool, failed: Failed = _refuse) -> Iterator[list[Tracker]]:
+    """The trackers `names`, with all that the run's folder has. Raises EnvironmentFault where one does not start.
+
+    `failed` is told of one that fails later.
+    """
     config, by_step = read_json(run / "config.json"), dict[int, list[dict[str, Any]]]()
     for row in read_metrics(run / SAMPLES):
         by_step.setdefault(row["step"], []).append(row)
     lines = sorted([*({"step": step} for step in by_step), *read_metrics(run / METRICS)], key=lambda line: line["step"])
     with contextlib.ExitStack() as stack:
         wanted = [name for name in names if name != "wandb" or not wandb_disabled()]
-        senders = [stack.enter_context(_OPEN[name](run, config, quiet)) for name in wanted]
+        senders = [stack.enter_context(_OPEN[name](run, config, quiet, failed)) for name in wanted]
         trackers = [Tracker(send, tokens_of_epoch(config)) for send in senders]
         for tracker in trackers:
             for values in lines:
@@ -87,7 +97,7 @@ def send_model(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _open_wandb(run: Path, config: dict[str, Any], quiet: bool) -> Iterator[Send]:
+def _open_wandb(run: Path, config: dict[str, Any], quiet: bool, failed: Failed) -> Iterator[Send]:
     """Start or continue the folder's run; WANDB_RUN_ID names another. Its library reads WANDB_TAGS and the like."""
     import wandb
 
@@ -125,23 +135,40 @@ def _open_wandb(run: Path, config: dict[str, Any], quiet: bool) -> Iterator[Send
     started.define_metric("*", step_metric="train/global_step", step_sync=True)
     for name in _LOWEST:
         started.define_metric(name, step_metric="train/global_step", summary="min")
-    next_step, code = started.step, 1  # the server has what is before
+    next_step, code, lost = started.step, 1, False  # the server has what is before
 
     def send(step: int, numbers: dict[str, float], samples: Samples) -> None:
-        if step >= next_step:
+        def log() -> None:
             rows = [list(row.values()) for row in samples]
             table = {"samples": wandb.Table(columns=["step", "prompt", "text"], data=rows)} if rows else {}
             started.log({**numbers, **table}, step=step)
+
+        if step >= next_step and not lost:
+            attempt(log)
+
+    def attempt(call: Callable[[], None]) -> None:
+        nonlocal lost
+        try:
+            call()
+        except Exception as error:  # its service is another process, which may be killed
+            lost = True
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # else it complains at the end
+            failed(
+                f"Weights & Biases failed ({one_line(error)}), and gets nothing more; the next start, or "
+                f"{command_line('log')} {shlex.quote(str(run))} --to wandb, sends all of it"
+            )
 
     try:
         yield send
         code = 0
     finally:
-        started.finish(exit_code=code)
+        if not lost:
+            attempt(lambda: started.finish(exit_code=code))
 
 
 @contextlib.contextmanager
-def _open_tensorboard(run: Path, config: dict[str, Any], quiet: bool) -> Iterator[Send]:
+def _open_tensorboard(run: Path, config: dict[str, Any], quiet: bool, failed: Failed) -> Iterator[Send]:
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(run / TENSORBOARD, ignore_errors=True)
@@ -158,7 +185,7 @@ def _open_tensorboard(run: Path, config: dict[str, Any], quiet: bool) -> Iterato
         yield send
 
 
-_OPEN: dict[str, Callable[[Path, dict[str, Any], bool], AbstractContextManager[Send]]]
+_OPEN: dict[str, Callable[[Path, dict[str, Any], bool, Failed], AbstractContextManager[Send]]]
 _OPEN = {"wandb": _open_wandb, "tensorboard": _open_tensorboard}
 
 
