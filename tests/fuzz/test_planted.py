@@ -10,13 +10,17 @@ import json
 import os
 import pickle
 import shlex
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from tests.fuzz.test_fuzz import bounded
 from tests.trained import text_store, trained_run
-from wikift.commands import consolidate, evaluate, generate, main, prepare, train
+from wikift.commands import consolidate, evaluate, generate, main, prepare, report, train
 
 SECRETS = {"HF_TOKEN": "hf_canary0token", "WANDB_API_KEY": "canary1key", "HF_ENDPOINT": "http://me:canary2@127.0.0.1:1"}
 
@@ -68,7 +72,7 @@ def test_no_code_of_a_model_runs(
         (train, f"--data {store} {scratch} {short} --output-dir third"),
     ):
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as left, bounded():
             main.run(command.main, shlex.split(line))
         out, err = capsys.readouterr()
         assert left.value.code == 0, (line, out, err)
@@ -82,8 +86,18 @@ def test_no_secret_is_written(
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    run = trained_run(tmp_path / "run", text_store(tmp_path / "store").path, quiet=False)
+    run = tmp_path / "run"
+
+    def ask_for_stacks() -> None:
+        while not (run / "metrics.jsonl").exists():
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    threading.Thread(target=ask_for_stacks, daemon=True).start()
+    trained_run(run, text_store(tmp_path / "store").path, quiet=False)
+    assert (run / "stacks" / "rank-0.txt").stat().st_size
     assert consolidate.main([str(run)]) == 0
+    assert report.main([str(run)]) == 0
     with pytest.raises(SystemExit):
         main.run(evaluate.main, ["some/model", "--data", str(tmp_path / "store")])
     printed = "".join(capsys.readouterr())
