@@ -89,7 +89,8 @@ AUDIT := .venv/audit
 audit:
 	$(PYTHON) -m venv $(AUDIT)
 	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
-	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement requirements.txt
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement requirements.txt || { echo \
+	  "make audit: failed; if no vulnerability is listed above, the database is out of reach, and nothing is audited"; exit 1; }
 
 check: .venv/test-installed
 	$(BIN)/ruff check .
