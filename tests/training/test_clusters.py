@@ -102,11 +102,11 @@ def hosts() -> Iterator[list[Host]]:
                 ip("netns", "delete", host.namespace)
 
 
-def torchrun(host: Host, line: list[str]) -> list[str]:
+def torchrun(host: Host, line: list[str], nodes: str = "2", conf: str = "", *options: str) -> list[str]:
     where = ["--rdzv-backend=c10d", "--rdzv-id=run", "--rdzv-endpoint=10.77.0.1:29400"]
     # no host name leads to the address here, so that torchrun cannot find out which host it names
-    who = [f"--rdzv-conf=is_host={int(host.number == 0)}", f"--local-addr={host.address}"]
-    words = ["--nnodes=2", "--nproc-per-node=1", *where, *who, TRAIN, *line]
+    who = [f"--rdzv-conf=is_host={int(host.number == 0)}{conf}", f"--local-addr={host.address}"]
+    words = [f"--nnodes={nodes}", "--nproc-per-node=1", *where, *who, *options, TRAIN, *line]
     return [sys.executable, "-m", "torch.distributed.run", *words]
 
 
@@ -180,6 +180,32 @@ def test_a_host_dies_and_the_run_goes_on(
     run_ranks(on_one_host, 2, arguments(store, whole, **{**words, "quiet": True}))
     assert len(curve(run)) == STEPS
     assert curve(run) == curve(whole)
+
+
+@pytest.mark.long
+def test_torchrun_goes_on_without_a_host_whose_cable_is_cut(hosts: list[Host], tmp_path: Path) -> None:
+    """No connection breaks, nobody says a word: it is the signs of life that end. Then one rank does what two did."""
+    store, run, whole = tiny_store(tmp_path / "store"), tmp_path / "shared" / "run", tmp_path / "whole"
+    words = {"max_steps": STEPS, "save_steps": 50, "eval_steps": 100, "dropout": 0, "learning_rate": 1e-3}
+    line = arguments(store, run, hang_timeout=6, **words)
+    conf = ",keep_alive_interval=1,last_call_timeout=4"
+    processes = [
+        host.start(
+            torchrun(host, line, "1:2", conf, "--max-restarts=3"), tmp_path / f"host-{host.number}.log",
+            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+        )
+        for host in hosts
+    ]  # fmt: skip
+    wait_for_a_checkpoint(run, processes, tmp_path)
+    assert ip("-n", hosts[1].namespace, "link", "set", hosts[1].interface, "down").returncode == 0
+    hosts[1].kill()
+    assert processes[0].wait(SECONDS) == 0, shown(tmp_path)
+    assert "rank 1 shows no sign of life" in shown(tmp_path)
+    (event,) = [row for row in metrics(run) if row.get("event") == "restart"]
+    assert event["message"] == f"restart 1 of 3, after step {event['after']}; processes: 1"
+    run_ranks(on_one_host, 2, arguments(store, whole, **words))
+    for ours, expected in zip(curve(run), curve(whole), strict=True):
+        assert ours[1:3] == pytest.approx(expected[1:3], abs=1e-5), ours
 
 
 def bare_srun(hosts: list[Host], line: list[str], logs: Path, before: list[str]) -> list[subprocess.Popen[bytes]]:

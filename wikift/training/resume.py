@@ -146,7 +146,7 @@ def count_deaths(run: Path, world: World, after_step: int) -> None:
         reached = max([0, *(line["step"] for line in lines), *map(step_of, list_checkpoints(run))])
         before = [line.get("after") for line in lines if line.get("event") == "restart"][1 - _MOST_DEATHS :]
         times = 1 + before.count(reached)
-        text = f"restart {here.restarted} of {here.restarts}, on {world.size} processes, after step {reached:,}"
+        text = f"restart {here.restarted} of {here.restarts}, after step {reached:,}; processes: {world.size}"
         event = {"step": after_step, "event": "restart", "message": text, "after": reached}
         with faults_of_writing(run):
             replace_text(run / METRICS, "".join(json_line(line) + "\n" for line in [*lines, event]))

@@ -69,8 +69,7 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
         world = dataclasses.replace(world, passed=pulse.mark)
         start = resume.checkpoint_to_resume(plan, world)
         owed = resume.owed_line(plan, store, start)
-        after_step = (start.step if start else 0) - (owed is not None)
-        resume.count_deaths(folder, world, after_step)
+        resume.count_deaths(folder, world, (start.step if start else 0) - (owed is not None))
         if start is not None and (finished := resume.check_resumable(plan, store, start, say)) and owed is None:
             say(f"{folder} is finished, step {start.step:,}; {finished}")
             return 0
