@@ -135,7 +135,8 @@ def _open_wandb(run: Path, config: dict[str, Any], quiet: bool, failed: Failed) 
     started.define_metric("*", step_metric="train/global_step", step_sync=True)
     for name in _LOWEST:
         started.define_metric(name, step_metric="train/global_step", summary="min")
-    next_step, code, lost = started.step, 1, False  # the server has what is before
+    next_step, code = started.step, 1  # the server has what is before
+    attempt = _until_it_fails(run, failed)
 
     def send(step: int, numbers: dict[str, float], samples: Samples) -> None:
         def log() -> None:
@@ -143,14 +144,28 @@ def _open_wandb(run: Path, config: dict[str, Any], quiet: bool, failed: Failed) 
             table = {"samples": wandb.Table(columns=["step", "prompt", "text"], data=rows)} if rows else {}
             started.log({**numbers, **table}, step=step)
 
-        if step >= next_step and not lost:
+        if step >= next_step:
             attempt(log)
+
+    try:
+        yield send
+        code = 0
+    finally:
+        attempt(lambda: started.finish(exit_code=code))
+
+
+def _until_it_fails(run: Path, failed: Failed) -> Callable[[Callable[[], None]], None]:
+    """What calls a function of wandb's, whose service is another process, until one raises; that is told once."""
+    lost = False
 
     def attempt(call: Callable[[], None]) -> None:
         nonlocal lost
         try:
-            call()
-        except Exception as error:  # its service is another process, which may be killed
+            if not lost:
+                call()
+        except Exception as error:
+            import wandb
+
             lost = True
             with contextlib.suppress(Exception):
                 wandb.teardown()  # else it complains at the end
@@ -159,12 +174,7 @@ def _open_wandb(run: Path, config: dict[str, Any], quiet: bool, failed: Failed) 
                 f"{command_line('log')} {shlex.quote(str(run))} --to wandb, sends all of it"
             )
 
-    try:
-        yield send
-        code = 0
-    finally:
-        if not lost:
-            attempt(lambda: started.finish(exit_code=code))
+    return attempt
 
 
 @contextlib.contextmanager
