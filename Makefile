@@ -3,6 +3,7 @@
 # make test-fast   what starts hardly any process: two minutes
 # make test-agreement   evaluation against lm_eval, Trainer and transformers' page, in an environment of its own
 # make bench   the benchmarks in small, in an environment of its own, ten minutes; says what became slower
+# make gpu     what wants a GPU, where there is one: tests, losses, resume, speed, memory; 12 minutes, then once more for the rest
 # make test-long   what takes longer: offloading, large models, more of the engines
 # make fuzz    a million changed files and command lines, or FUZZ_CASES=N of them, from which nothing may crash; hours
 # make audit   the pinned packages in the databases of known vulnerabilities, by pip-audit; fails where these are out of reach
@@ -15,7 +16,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: install bench demo picture docs test test-fast test-agreement check pins test-long fuzz audit
+.PHONY: install bench gpu demo picture docs test test-fast test-agreement check pins test-long fuzz audit
 .DELETE_ON_ERROR:
 
 install: .venv/installed
@@ -78,6 +79,9 @@ $(BENCH)/installed: .venv/installed tests/requirements.txt benchmarks/requiremen
 
 bench: $(BENCH)/installed
 	$(BENCH)/bin/python -m benchmarks.bench
+
+gpu: $(BENCH)/installed
+	$(BENCH)/bin/python -m benchmarks.gpu
 
 test-long: .venv/test-installed
 	$(BIN)/python -m pytest -q -m long

@@ -6,22 +6,31 @@
 Both begin with the same weights, take the same blocks in the same order, with the Trainer's own AdamW, clipping and
 linear schedule, and are scored by one function on one validation text. Dropout on, only its masks differ, so the
 curves should differ by less than two seeds do; dropout off, by rounding. The Trainer is given each block whole
-(block + 1 tokens, of which it predicts all but the first), so that both predict the same tokens.
+(block + 1 tokens, of which it predicts all but the first), so that both predict the same tokens. The text is the tests'
+stand-in for WikiText (WIKIFT_TEST_DATA, see tests/real.py): Wikipedia's summaries to train on, 1.4M tokens, and the
+first 400 rows of WikiText's own validation split, 37,000 tokens, to validate on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import multiprocessing
+import os
 import statistics
+import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import small
-from benchmarks.harness import RESULTS, Figures, machine, write
-from benchmarks.small import BLOCK, Curve
+from benchmarks.harness import RESULTS, Figures, cores, machine, write
+from tests.real import WIKITEXT_MIRROR
 
+VOCABULARY = 4096
+BLOCK = 128  # tokens
+Curve = dict[int, float]  # step -> validation loss
 BATCH = 16  # blocks a step
 RATE, WARMUP, EVERY = 2e-3, 25, 25  # learning rate, steps, steps between validations
 
@@ -32,13 +41,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "wikift-parity")
     given = parser.parse_args()
-    small.store(given.folder / "store")
+    store(given.folder / "store")
     for seed in given.seeds:
-        small.initial(given.folder / f"initial-{seed}", seed)
+        initial(given.folder / f"initial-{seed}", seed)
     jobs = [Job(given.folder, given.steps, name, seed, 0.1) for seed in given.seeds for name in ("wikift", "Trainer")]
     jobs += [Job(given.folder, given.steps, name, given.seeds[0], 0.0) for name in ("wikift", "Trainer")]
     figures: Figures = {}
-    for job, curve in zip(jobs, small.side_by_side(trained, jobs), strict=True):
+    for job, curve in zip(jobs, side_by_side(jobs), strict=True):
         values = figures.setdefault(job.name + ("" if job.dropout else ", dropout 0"), {})
         for step, loss in curve.items():
             values.setdefault(str(step), []).append(loss)
@@ -65,10 +74,60 @@ class Job(NamedTuple):
     dropout: float
 
 
+def store(folder: Path) -> Path:
+    """Prepare the text, once, with a tokenizer of its own."""
+    import pyarrow.parquet
+
+    from wikift.commands.prepare import main
+
+    if not (folder / "store.json").exists():
+        text = folder.with_name("text")
+        text.mkdir(parents=True, exist_ok=True)
+        for split, rows in (("train", None), ("validation", 400)):
+            (file,) = (WIKITEXT_MIRROR / "wikitext-103-v1").glob(f"{split}-*.parquet")
+            pyarrow.parquet.write_table(pyarrow.parquet.read_table(file).slice(0, rows), text / f"{split}.parquet")
+        asked = ["--dataset", str(text), "--tokenizer", f"train:{VOCABULARY}", "--no-append-eos", "--out", str(folder)]
+        assert main([*asked, "--workers", "1", "--quiet"]) == 0
+    return folder
+
+
+def initial(folder: Path, seed: int) -> Path:
+    """Random weights, as a Hugging Face directory; one position more than a block, for who feeds blocks whole."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 128, "n_positions": BLOCK + 1, "vocab_size": VOCABULARY}
+    GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    return folder
+
+
+def train(run: Path, *words: str) -> Curve:
+    """Run `launch/train.py` in this process; gives its validation losses."""
+    from wikift.commands.train import main
+
+    assert main([*words, "--output-dir", str(run), "--resume", "never", "--precision", "fp32", "--quiet"]) == 0
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {values["step"]: values["eval_loss"] for values in lines if "eval_loss" in values}
+
+
+def side_by_side(jobs: list[Job]) -> list[Curve]:
+    """Each job's curve, on as many processes of one thread as there are cores: time is not asked for."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # the processes take them over
+    curves = []
+    with ProcessPoolExecutor(cores(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        for job, curve in zip(jobs, pool.map(trained, jobs), strict=True):
+            print(f"{job}: {curve}", file=sys.stderr, flush=True)
+            curves.append(curve)
+    return curves
+
+
 def trained(job: Job) -> Curve:
     if job.name == "Trainer":
         return trainer_curve(job.folder, job.seed, job.dropout, job.steps)
-    return small.train(
+    return train(
         job.folder / f"run-{job.seed}-{job.dropout}", "--data", str(job.folder / "store"),
         "--model", str(job.folder / f"initial-{job.seed}"), "--block-size", str(BLOCK), "--seed", str(job.seed),
         "--global-batch-size", str(BATCH), "--per-device-train-batch-size", str(BATCH), "--dropout", str(job.dropout),
@@ -89,8 +148,8 @@ def trainer_curve(folder: Path, seed: int, dropout: float, steps: int) -> Curve:
     from wikift.evaluation.score import score_split
     from wikift.model.gpt2 import NextTokenLoss
 
-    store = open_store(folder / "store")
-    tokens = store.tokens("train")
+    text = open_store(folder / "store")
+    tokens = text.tokens("train")
     items = np.arange(count_blocks(len(tokens), BLOCK))
     stream = micro_batches(tokens, items, BatchLayout(BLOCK, BATCH), run_seed=seed)
     blocks = torch.cat([step[0] for step in islice(stream, steps)])  # (steps * BATCH, BLOCK + 1), in order
@@ -110,8 +169,8 @@ def trainer_curve(folder: Path, seed: int, dropout: float, steps: int) -> Curve:
             losses = NextTokenLoss(model)
             with torch.no_grad():
                 score = score_split(
-                    lambda inputs, targets: losses(inputs, targets).double().sum(), store.tokens("validation"),
-                    store.splits["validation"], context=BLOCK, batch=8, world=World(),
+                    lambda inputs, targets: losses(inputs, targets).double().sum(), text.tokens("validation"),
+                    text.splits["validation"], context=BLOCK, batch=8, world=World(),
                 )  # fmt: skip
             model.train()
             curve[state.global_step] = score.loss

@@ -67,6 +67,7 @@ def test_a_plan_for_gpus_that_are_not_here(
     assert "# time: about 19:5" in text  # 3 epochs of 119,804 blocks
     assert text.count("engine ddp, 8 processes, about") == 1
     assert "torchrun --nproc_per_node=8 -m wikift train --model gpt2-xl\n" in text
+    assert "\n# recommended: engine zero2, " in derived(capsys, "--deepspeed", "zero2", *GPUS)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -145,3 +146,12 @@ def _bare(value: Any) -> Any:
     if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
     return value
+
+
+if __name__ == "__main__":  # python -m tests.cuda.pretended MODULE ARGUMENTS: as python -m MODULE ARGUMENTS
+    import runpy
+
+    del sys.argv[0]
+    with pretended():
+        torch.cuda.device_count = lambda: 1
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -59,7 +59,8 @@ def plan(parsed: Parsed[PlanSettings], problems: Sequence[str] = ()) -> tuple[st
 
     asked, ranks = parsed.settings, max(1, parsed.settings.gpus or launch().size)
     of_train = TrainSettings(**{f.name: getattr(asked, f.name) for f in dataclasses.fields(TrainSettings)})
-    settings, notes = resolved(Parsed(of_train, parsed.typed, parsed.problems), [*problems, *_problems(asked)], ranks)
+    typed = {name: how for name, how in parsed.typed.items() if hasattr(of_train, name)}
+    settings, notes = resolved(Parsed(of_train, typed, parsed.problems), [*problems, *_problems(asked)], ranks)
     path = Path(settings.data) if settings.data is not None else store_path(settings)
     store = open_store(path) if settings.data is not None or (path / "store.json").exists() else None
     shape, comments = checked_files(settings, store)
