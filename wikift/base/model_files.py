@@ -136,9 +136,7 @@ def _headers(model: str, folder: Path, where: str) -> list[tuple[Path, Header]]:
             raise _unreadable(index, where, error) from None
     if missing := [file.name for file in files if not file.exists()]:
         command = shlex.join(["hf", "download", "OWNER/NAME", *missing, "--local-dir", str(folder)])
-        raise UserError(
-            f"{where}: {INDEX} names files that are missing: {_few(missing)}; copy them there, or {command}"
-        )
+        raise UserError(f"{where}: {INDEX} names files that are missing: {_few(missing)}; copy them, or {command}")
     headers = []
     for file in files:
         try:

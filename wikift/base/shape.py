@@ -26,20 +26,9 @@ _ALIASES = {
 }  # of transformers' GPT2Config
 
 # What --config-overrides may set, with the type of each (the names of transformers' GPT2Config).
-OVERRIDES: dict[str, type] = {
-    "n_layer": int,
-    "n_head": int,
-    "n_embd": int,
-    "n_inner": int,
-    "n_positions": int,
-    "vocab_size": int,
-    "activation_function": str,
-    "layer_norm_epsilon": float,
-    "initializer_range": float,
-    "resid_pdrop": float,
-    "embd_pdrop": float,
-    "attn_pdrop": float,
-}
+_INTEGERS = ("n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size")
+_NUMBERS = ("layer_norm_epsilon", "initializer_range", "resid_pdrop", "embd_pdrop", "attn_pdrop")
+OVERRIDES = {**dict.fromkeys(_INTEGERS, int), "activation_function": str, **dict.fromkeys(_NUMBERS, float)}
 ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh", "relu", "silu", "tanh")  # of transformers' ACT2FN
 
 

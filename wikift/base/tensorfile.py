@@ -56,11 +56,8 @@ def write_pieces(
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for entry in entries:
-        header[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [offset, offset + entry.bytes],
-        }
+        span = [offset, offset + entry.bytes]
+        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": span}
         offset += entry.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data to eight bytes

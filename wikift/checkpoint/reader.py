@@ -117,9 +117,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = parse_object((path / "manifest.json").read_bytes())
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: is not a checkpoint (no manifest.json); name OUTPUT_DIR/checkpoints/step-..."
-        ) from None
+        raise UserError(f"{path}: is no checkpoint (no manifest.json); name OUTPUT_DIR/checkpoints/step-...") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: manifest.json cannot be read ({one_line(error)}); use an older checkpoint") from None
     if (form := manifest.get("format")) != FORMAT:

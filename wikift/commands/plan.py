@@ -129,12 +129,8 @@ def _derived(
     lines += ["", f"memory of a process in GB, {about}:"]
     lines += [*forecast.table(settings, run, machine, precision), "", *forecast.disk(settings, run, known)]
     lines += [*_time(asked, run, store, precision, summary)]
-    return [
-        *lines,
-        "",
-        f"recommended: {choice.reason}",
-        *([f"  {choice.command}"] if choice.command else []),
-    ], choice.fits
+    lines += ["", f"recommended: {choice.reason}", *([f"  {choice.command}"] if choice.command else [])]
+    return lines, choice.fits
 
 
 def _time(

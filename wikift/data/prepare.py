@@ -183,9 +183,7 @@ def _tokenizer(request: Request, corpus: Corpus, folder: Path, say: Say, progres
     if not name.startswith("train:"):
         return tokenizer.load_tokenizer(name, folder)
     if "train" not in corpus.splits:
-        raise UserError(
-            f"--tokenizer {name}: {request.source.dataset} has no train split to train on; name a tokenizer"
-        )
+        raise UserError(f"--tokenizer {name}: {request.source.dataset} has no train split; name a tokenizer")
     size = int(name.removeprefix("train:"))
     say(f"training a byte-level BPE of {size:,} tokens on the train split")
     texts = (piece for piece, _ in pieces((text, True) for text in corpus.texts("train")))

@@ -193,7 +193,5 @@ def open_again(store: TokenStore) -> Corpus:
     check_recipe(recipe_asked(source, str(store.path / "tokenizer"), recipe.append_eos, store), store)
     corpus = open_source(source)
     if "files" not in record and corpus.revision != record.get("revision"):
-        raise UserError(
-            f"{source.dataset} is at revision {corpus.revision} now, the store was made from {record.get('revision')}"
-        )
+        raise UserError(f"{source.dataset} is now at {corpus.revision}, the store is of {record.get('revision')}")
     return corpus

@@ -257,14 +257,12 @@ def _checked(splits: Splits, config: str | None, where: str, unused: Sequence[Ca
     kinds = {each.kind: each for each in reversed(files) if each.kind}
     if pointer := kinds.pop("pointer", None):
         problems.append(
-            f"{pointer.file}: is a Git LFS pointer and not the file itself; fetch it with git lfs pull, or download it"
+            f"{pointer.file}: is a Git LFS pointer, not the file; fetch it with git lfs pull, or download it"
         )
     if len(kinds) > 1:
         mixed = ", ".join(f"{kind} in {each.shown}" for kind, each in kinds.items())
         some = shlex.quote(str(files[0].file.path.parent / f"*{files[0].file.path.suffix}"))
-        problems.append(
-            f"{where}: mixes kinds of files ({mixed}); name those of one kind, for example --dataset {some}"
-        )
+        problems.append(f"{where}: mixes kinds of files ({mixed}); name those of one kind, say --dataset {some}")
     first: dict[tuple[str, str, bytes], Candidate] = {}
     for split, each in ((split, each) for split, of_split in splits.items() for each in of_split if each.file.head):
         other = first.setdefault((split, plain(each.parts[-1]), each.file.head), each)

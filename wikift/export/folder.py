@@ -24,14 +24,10 @@ def check_target(target: Path, identity: dict[str, Any], *, own: bool) -> None:
         return
     record = read_json(target / EXPORT_RECORD)
     if record.get("format") != FORMAT or not isinstance(record.get("run"), dict):
-        raise UserError(
-            f"--out {target}: contains files that wikift did not export; name another folder, or move them away"
-        )
+        raise UserError(f"--out {target}: contains files that wikift did not export; name another folder, or move them")
     if record["run"] != identity and not own:
         name = record["run"].get("name")
-        raise UserError(
-            f"--out {target}: contains the model of another run ({name}); name another folder, or move it away"
-        )
+        raise UserError(f"--out {target}: contains the model of another run ({name}); name another folder, or move it")
 
 
 @contextlib.contextmanager

@@ -83,9 +83,7 @@ def trained_weights(name: str, config: GPT2Config, setting: str, say: Say) -> Tr
         values = values.float()
         # a sum is one pass without memory; that of large finite numbers may overflow
         if not math.isfinite(values.sum()) and not values.isfinite().all():
-            raise UserError(
-                f"{setting} {name}: {key} holds NaN or infinity: the run that saved it failed; name an earlier one"
-            )
+            raise UserError(f"{setting} {name}: {key} holds NaN or infinity: its run has failed; name an earlier one")
         return values
 
     config = copy.deepcopy(config)

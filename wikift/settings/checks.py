@@ -57,13 +57,9 @@ def check_train(settings: TrainSettings, ranks: int, launched: bool) -> list[str
         if path.exists() and not path.is_dir():
             problems.append(f"--output-dir {output}: {'is' if path == output else f'{path} is'} a file; name a folder")
     if foreign := foreign_in(output):
-        problems.append(
-            f"--output-dir {output}: has {', '.join(foreign)}, not of a wikift run; name a new or empty folder"
-        )
+        problems.append(f"--output-dir {output}: has {', '.join(foreign)}, not of a wikift run; name a new folder")
     if settings.resume not in ("auto", "never") and not (Path(settings.resume) / "manifest.json").is_file():
-        problems.append(
-            f"--resume {settings.resume}: must be auto, never or a checkpoint, OUTPUT_DIR/checkpoints/step-..."
-        )
+        problems.append(f"--resume {settings.resume}: must be auto, never or a checkpoint, RUN/checkpoints/step-...")
     return problems
 
 

@@ -71,9 +71,7 @@ def merge(settings: TrainSettings, typed: Mapping[str, str]) -> Merged:
         return Merged(settings)
     problems = []
     if settings.engine != "auto":
-        problems.append(
-            f"--engine {settings.engine}: has no effect, --deepspeed {path} selects ZeRO; remove one of the two"
-        )
+        problems.append(f"--engine {settings.engine}: has no effect, --deepspeed {path} selects ZeRO; remove one")
     if importlib.util.find_spec("deepspeed") is None:
         fix = 'pip install "wikift[deepspeed]", or use --engine fsdp'
         return Merged(settings, problems=[*problems, f"--deepspeed {path}: DeepSpeed is not installed; {fix}"])

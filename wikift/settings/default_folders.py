@@ -20,10 +20,6 @@ def dataset_slug(names: Sequence[str]) -> str:
 
 def store_path(settings: DataSettings) -> Path:
     """Where prepare writes the store of these (resolved) settings unless told otherwise."""
-    parts = (
-        dataset_slug(settings.dataset or ()),
-        settings.dataset_config,
-        settings.dataset_revision,
-        settings.tokenizer,
-    )
+    dataset = dataset_slug(settings.dataset or ())
+    parts = (dataset, settings.dataset_config, settings.dataset_revision, settings.tokenizer)
     return Path("data") / "-".join(slug(part) for part in parts if part)

@@ -8,15 +8,8 @@ import shlex
 from wikift.settings.fields import TrainSettings
 from wikift.settings.options import flag
 
-_OMITTED = (
-    "resume",
-    "config",
-    "dry_run",
-    "quiet",
-    "wandb",
-    "report_to",
-    "workers",
-)  # they start or show the run, no more
+# they start or show the run, no more
+_OMITTED = ("resume", "config", "dry_run", "quiet", "wandb", "report_to", "workers")
 
 
 def command_of(settings: TrainSettings, ranks: int) -> str:
