@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tests.ranks import run_ranks
-from tests.tiny import arguments, curve, tiny_store
+from tests.tiny import arguments, curve, tiny_store, train
 from wikift.base.folders import step_folder
 from wikift.base.world import World
 from wikift.checkpoint.fragment import STATES
@@ -61,9 +61,7 @@ def line(place: Place, store: Path, run: Path, **settings: Any) -> list[str]:
 
 
 def train_all(lines: Sequence[list[str]]) -> list[int]:
-    from wikift.commands.train import main
-
-    return [main(words) for words in lines]
+    return [train(words) for words in lines]
 
 
 def write(folder: Path, places: Iterable[Place], **settings: Any) -> None:

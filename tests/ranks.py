@@ -6,6 +6,7 @@ traceback is what the test shows.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -75,7 +76,7 @@ def collect(children: list[Child], timeout_seconds: float) -> list[Any]:
                 failures.append(f"rank {rank}:\n{value}")
     if failures:  # the others may have failed because of it: give the first cause a moment to arrive
         for ready in multiprocessing.connection.wait(list(waiting), timeout=1.0):
-            with _quiet():
+            with contextlib.suppress(EOFError, OSError):
                 assert isinstance(ready, Connection)
                 good, value = ready.recv()
                 if not good:
@@ -91,12 +92,6 @@ def collect(children: list[Child], timeout_seconds: float) -> list[Any]:
     if hung:
         raise TimeoutError(f"ranks {hung} had not ended after {timeout_seconds:g} s and were killed")
     return [results[rank] for rank in range(len(children))]
-
-
-def _quiet() -> Any:
-    import contextlib
-
-    return contextlib.suppress(EOFError, OSError)
 
 
 def _child(

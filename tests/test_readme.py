@@ -7,27 +7,14 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from wikift.settings import fields, run_fields
+from tests.settings.test_options import COMMANDS
 from wikift.settings.options import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "ds_configs" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SETTINGS: dict[str, type[Any]] = {
-    "prepare": fields.PrepareSettings,
-    "train": fields.TrainSettings,
-    "plan": run_fields.PlanSettings,
-    "consolidate": fields.ConsolidateSettings,
-    "evaluate": fields.EvaluateSettings,
-    "generate": fields.GenerateSettings,
-    "report": run_fields.ReportSettings,
-    "compare": run_fields.CompareSettings,
-    "runs": run_fields.RunsSettings,
-    "log": run_fields.LogSettings,
-}
 OTHER_PROGRAMS = ("source", "hf", "kubectl")
 
 
@@ -72,7 +59,7 @@ def wikift_command(command: str) -> tuple[str, list[str]] | None:
         program = Path(program).stem
     else:
         return None
-    assert program in SETTINGS, command
+    assert program in COMMANDS, command
     return program, rest
 
 
@@ -81,7 +68,7 @@ def test_every_command_parses(command: str) -> None:
     program, *rest = shlex.split(command)
     found = wikift_command(command)
     if found is not None:
-        settings = parse(SETTINGS[found[0]], found[1], prog=found[0], description="")
+        settings = parse(COMMANDS[found[0]][1], found[1], prog=found[0], description="")
         config = getattr(settings, "deepspeed", None)
         assert config is None or (ROOT / config).is_file() or (ROOT / "ds_configs" / f"{config}.json").is_file()
     elif program == "make":

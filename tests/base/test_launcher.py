@@ -22,18 +22,7 @@ TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", **MASTER}
 
 @pytest.fixture
 def clean(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    starts = (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_",
-        "MASTER_",
-        "SLURM_",
-        "OMPI_",
-        "PMI_",
-        "MPI_",
-        "ACCELERATE_",
-        "ENVIRONMENT",
-    )
+    starts = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "OMPI_", "PMI_", "MPI_", "ACCELERATE_", "ENVIRON")
     for name in [name for name in os.environ if name.startswith(starts)]:
         monkeypatch.delenv(name)
     return monkeypatch

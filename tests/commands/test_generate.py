@@ -156,13 +156,7 @@ def test_same_seed_same_text(made: Path) -> None:
     greedy = {alone(writer, "The", asked(seed=seed, temperature=0, max_new_tokens=12), 0).text for seed in (1, 2)}
     assert len(greedy) == 1
     # settings at their ends still give text
-    for extreme in (
-        {"temperature": 1e-30},
-        {"temperature": 1e30},
-        {"top_k": 0, "top_p": 1.0},
-        {"top_p": 1e-9},
-        {"top_k": 10**6},
-    ):
+    for extreme in ({"temperature": 1e-30}, {"temperature": 1e30}, {"top_k": 10**6, "top_p": 1.0}, {"top_p": 1e-9}):
         assert alone(writer, "The", asked(max_new_tokens=4, **extreme), 0).new_tokens > 0
     assert (
         alone(writer, "The", asked(max_new_tokens=12, top_k=1), 0).text
@@ -312,14 +306,7 @@ def test_the_five_examples(made: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main([str(made), "--examples", "--json", "--max-new-tokens", "2", "--device", "cpu"]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["prompt"] for answer in found] == list(prompts.EXAMPLES)
-    subjects = (
-        "John L. Hall and Theodor W. Hänsch",
-        "Renaissance",
-        "Marie Curie",
-        "Industrial Revolution",
-        "theory of relativity",
-    )
-    assert len(prompts.EXAMPLES) == len(subjects)
+    subjects = ("Theodor W. Hänsch", "Renaissance", "Marie Curie", "Industrial Revolution", "theory of relativity")
     for subject, prompt in zip(subjects, prompts.EXAMPLES, strict=True):
         assert subject in prompt
     assert all(word in prompts.EXAMPLES[0] for word in ("2005", "precision spectroscopy", "optical frequency comb"))

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.tiny import arguments, metrics, tiny_store
+from tests.tiny import arguments, metrics, tiny_store, train
 from wikift.base import world
 from wikift.base.errors import UserError
 
@@ -75,12 +75,6 @@ def srun(words: list[str]) -> str:
     return "".join(outputs)
 
 
-def in_ranks(words: list[str]) -> None:
-    from wikift.commands.train import main
-
-    assert main(words) == 0
-
-
 def check(run: Path, ddp: Path, output: str, engine: str, form: str = f"python {ROOT}/launch/{{}}.py") -> None:
     """`form` is how the next commands are written: as this one was typed."""
     words = [*WORDS[:-2], *(f"  {form.format(name)} " for name in ("consolidate", "generate"))]
@@ -117,7 +111,7 @@ def test_every_file_trains_as_ddp_does(folder: Path, name: str, capfd: pytest.Ca
     if name in LAUNCHERS:
         check(folder / name, folder / "ddp", launched(LAUNCHERS[name], words), name.partition("_")[0])
     else:
-        run_ranks(in_ranks, 2, words)
+        assert run_ranks(train, 2, words) == [0, 0]
         check(folder / name, folder / "ddp", capfd.readouterr().out, name.partition("_")[0], form="wikift {}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.ranks import run_ranks
-from tests.tiny import arguments, tiny_store
+from tests.tiny import arguments, tiny_store, train
 from wikift.base.files import parse_size
 from wikift.commands.plan import main
 from wikift.engines.memory import state_parts
@@ -106,12 +106,6 @@ def test_a_trial_measures_and_proposes_and_keeps_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
 
 
-def trained(line: list[str]) -> None:
-    from wikift.commands.train import main as train
-
-    assert train(line) == 0
-
-
 FORECASTS: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
     (1, {"precision": "bf16", "gradient_checkpointing": True}),
@@ -134,7 +128,7 @@ def test_train_forecasts_its_memory_within_a_tenth(
         "config_overrides": "n_layer=6,n_head=8,n_embd=384", "block_size": 128, "global_batch_size": 4 * ranks,
         "per_device_train_batch_size": 2, "max_steps": 2, "save_steps": 1, "eval_steps": 2, "quiet": None, **settings,
     }  # fmt: skip
-    run_ranks(trained, ranks, arguments(store, tmp_path / "run", **wanted), timeout_seconds=300)
+    run_ranks(train, ranks, arguments(store, tmp_path / "run", **wanted), timeout_seconds=300)
     text = capsys.readouterr().out
     first = re.search(r"memory: about ([\d.]+ [MG]B) a process: weights", text)
     last = re.search(r"memory: ([\d.]+ [MG]B) a process at its peak, ([\d.]+ [MG]B) forecast", text)

@@ -10,12 +10,8 @@ from wikift.data import tokenizer
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.SavedTokenizer:
     """A trained BPE with merges over all that the tests throw at it."""
-    texts = [
-        "the cat's don't we'll  three   spaces a1 b2, (x) the then there\n" * 20,
-        *HANDPICKED * 3,
-        "aaaa" * 9,
-        "=" * 40,
-    ]
+    line = "the cat's don't we'll  three   spaces a1 b2, (x) the then there\n"
+    texts = [line * 20, *HANDPICKED * 3, "aaaa" * 9, "=" * 40]
     return tokenizer.train(texts, 420, tmp_path_factory.mktemp("tokenizer"))
 
 

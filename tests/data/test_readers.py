@@ -58,22 +58,16 @@ def test_lines_end_with_newlines_and_nothing_else(
 @pytest.mark.parametrize("block", [1 << 18, 1 << 20, 1 << 23])
 def test_a_line_of_millions_is_several_rows_before_white_space_where_there_is_some(tmp_path: Path, block: int) -> None:
     """And they depend on the line alone."""
-    path, million = tmp_path / "t.txt", 1 << 20
-    lines = [
-        "short\n",
-        "é" * 3 * million + "\n",
-        "word and " * 300_000 + "\n",
-        "x" * (million + 9) + "\n",
-        "y" * 3 * million,
-    ]
+    path, mega = tmp_path / "t.txt", 1 << 20
+    lines = ["short\n", "é" * 3 * mega + "\n", "word and " * 300_000 + "\n", "x" * (mega + 9) + "\n", "y" * 3 * mega]
     path.write_text("".join(lines))
     with mock.patch.object(open_file, "BLOCK_BYTES", block):
         texts = rows(path)
     assert "".join(texts) == path.read_text()
     first, *others = [len(text) for text in texts]
-    assert [first, *others[:3], *others[6:]] == [6, million, million, million + 1, million + 10, *[million] * 3]
+    assert [first, *others[:3], *others[6:]] == [6, mega, mega, mega + 1, mega + 10, *[mega] * 3]
     assert all(text.startswith(" ") and text.endswith(("word", "and", "\n")) for text in texts[5:7])
-    assert others[3:5] == [million + 4, million + 1]
+    assert others[3:5] == [mega + 4, mega + 1]
 
 
 # --- encodings ---------------------------------------------------------------------------------------------------

@@ -173,11 +173,9 @@ PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
     "twice": ({"train.txt": "x", "train.txt.gz": "x"}, "", {}, "same text twice, .*train.txt and .*txt.gz; remove"),
     "pointer": (
         {"a.txt": POINTER, "train-0-of-1.parquet": POINTER}, "", {},
-        "parquet: is a Git LFS pointer and not the file itself; fetch it with git lfs pull, or download it",
+        "parquet: is a Git LFS pointer, not the file; fetch it with git lfs pull, or download it",
     ),
-    "config of a folder": (
-        {"train.txt": "x"}, "", {"config": "c"}, "-config c: has no effect, .* has no configurations"
-    ),
+    "config of a folder": ({"train.txt": "x"}, "", {"config": "c"}, "c: has no effect, .* has no configurations"),
     "encoding of a table": (
         {"a.parquet": "PAR1"}, "a.parquet", {"encoding": "cp1252"}, "cp1252: has no effect, .* is not a text file"
     ),
@@ -185,9 +183,7 @@ PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
         {"train.txt": "x", "validation.txt": "x"}, "", {"validation_fraction": 0.1},
         "--validation-fraction 0.1: has no effect, .* has a validation split of its own; omit it",
     ),
-    "fraction without train": (
-        {"test.txt": "x"}, "", {"validation_fraction": 0.1}, "has no effect, .* has no train split to cut"
-    ),
+    "fraction without train": ({"test.txt": "x"}, "", {"validation_fraction": 0.1}, "has no train split to cut"),
     "README that reads outside": (
         {"README.md": CARD.replace("x/train-*", "../secret.txt")}, "", {},
         r"README.md: '../secret.txt' leads out of the folder; correct it",
@@ -199,10 +195,7 @@ PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
     "README with a pattern that is none": (
         {"README.md": CARD.replace("x/train-*", "a**")}, "", {}, r"files that are not in the folder \(a\*\*\)",
     ),
-    "README that doubles itself": (
-        {"README.md": DOUBLING, "a.txt": "x"},
-        "", {"config": "c"}, "no such configuration; choose one of default",
-    ),
+    "README that doubles itself": ({"README.md": DOUBLING}, "", {"config": "c"}, "no such configuration; choose one"),
     "broken README": ({"README.md": "---\nconfigs: [\n---\n"}, "", {}, r"front matter cannot be read \(while parsing"),
     "README and a missing shard": (
         {"README.md": CARD, "x/train-0-of-2.txt": "a"}, "", {}, "train-1-of-2.txt: missing, of 2; download it again",

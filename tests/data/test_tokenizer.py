@@ -39,16 +39,9 @@ def test_training_depends_on_the_text_only(tmp_path: Path) -> None:
     here = tokenizer.train(TEXTS, 320, tmp_path / "here")
     assert (here.vocab_size, here.eos_token_id, here.name) == (320, 0, "train:320")
     for number, threads in enumerate(("1", "7")):
-        environment = {
-            **os.environ,
-            "RAYON_NUM_THREADS": threads,
-            "TOKENIZERS_PARALLELISM": "true",
-            "PYTHONHASHSEED": threads,
-        }
-        command = [sys.executable, "-c", code, str(tmp_path / str(number))]
-        out = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=100
-        )
+        own = {"RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true", "PYTHONHASHSEED": threads}
+        command, env = [sys.executable, "-c", code, str(tmp_path / str(number))], os.environ | own
+        out = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True, timeout=100)
         assert out.stdout.strip() == here.fingerprint
         assert (tmp_path / str(number) / "tokenizer.json").read_bytes() == here.file.read_bytes()
 

@@ -27,15 +27,7 @@ from wikift.engines.optim import LossScale, ScaleRule
 
 STEPS, GLOBAL_BATCH = 6, 4
 TOLERANCE = 1e-5
-FAULTS = (
-    "flag after forward",
-    "never sync",
-    "same data",
-    "not divided",
-    "no clipping",
-    "decay everywhere",
-    "rate stands still",
-)
+FAULTS = ("flag after forward", "never sync", "same data", "not divided", "no clipping", "decay everywhere", "one rate")
 DROPOUT = {"fault": "same data", "dropout": 0.3, "micro": 2, "accumulation": 1}
 
 
@@ -83,7 +75,7 @@ def measure(
             last = i == accumulation - 1
             with broken_micro_batch(engine, fault, last):
                 means.append(engine.forward_backward(blocks, last=last))
-        norms.append(float(engine.step(1e-3 if fault == "rate stands still" else 1e-3 * (step + 1))))
+        norms.append(float(engine.step(1e-3 if fault == "one rate" else 1e-3 * (step + 1))))
         own.append(float(torch.stack(means).mean()))
         losses.append(float(world.total(torch.stack(means).mean())) / world.size)
     check_one_head(engine)

@@ -114,10 +114,7 @@ def build_stock(model: nn.Module, chosen: AdamSettings) -> torch.optim.AdamW:
     """torch's AdamW as its documentation builds it, neither fused nor told a scale."""
     named = list(model.named_parameters())
     groups = [
-        {
-            "params": [p for n, p in named if n.endswith(".weight") and "ln_" not in n],
-            "weight_decay": chosen.weight_decay,
-        },
+        {"params": [p for n, p in named if "ln_" not in n and n.endswith("weight")], "weight_decay": 0.1},
         {"params": [p for n, p in named if n.endswith(".bias") or "ln_" in n], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, betas=(chosen.beta1, chosen.beta2), eps=chosen.epsilon, foreach=False)

@@ -55,13 +55,8 @@ def test_train_goes_on_from_a_trainers_weights(tmp_path: Path) -> None:
             disable_tqdm=True, dataloader_pin_memory=False,
         )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(store.path / "tokenizer")
-        Trainer(
-            model=model,
-            args=settings,
-            train_dataset=Rows(),
-            processing_class=tokenizer,
-            data_collator=default_data_collator,
-        ).train()
+        data: dict[str, Any] = {"train_dataset": Rows(), "data_collator": default_data_collator}
+        Trainer(model=model, args=settings, processing_class=tokenizer, **data).train()
     saved = tmp_path / "trainer" / "checkpoint-2"
     words = {"from_scratch": None, "config_overrides": None, "model": saved, "block_size": 8, "learning_rate": 1e-30}
     assert train(arguments(store.path, tmp_path / "run", **{**words, "max_steps": 1})) == 0

@@ -386,10 +386,7 @@ def test_a_folder_for_the_nvme_disk_exists(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (
-            "[1, 2]",
-            "cannot be read (not valid JSON: is a list, not an object of settings); name a DeepSpeed config file",
-        ),
+        ("[1, 2]", "cannot be read (not valid JSON: is a list, not an object of settings); name a DeepSpeed config"),
         ('{"zero_optimization": {"stage": 2}', "or one of zero1, zero2, zero2_offload, zero3, zero3_offload"),
         ('{"zero_optimization": {"stage": 2, "stage": 3}}', "stage is there twice"),
         ('{"zero_optimization": {"stage": 3, "max_reuse_distance": 1, "stage3_max_reuse_distance": 2}}', "there twice"),

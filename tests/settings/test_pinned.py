@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from wikift.settings import fields, run_fields
+from tests.settings.test_options import COMMANDS
 
 SETTINGS = {
     "prepare": """
@@ -52,8 +52,6 @@ SETTINGS = {
 
 @pytest.mark.parametrize("command", SETTINGS)
 def test_the_set_of_settings(command: str) -> None:
-    name = f"{command.title()}Settings"
-    settings_class = getattr(fields, name, None) or getattr(run_fields, name)
-    names = {field.name for field in dataclasses.fields(settings_class)}
+    names = {field.name for field in dataclasses.fields(COMMANDS[command][1])}
     inherited = SETTINGS["train"].split() if command == "plan" else []
     assert sorted(names.difference(inherited)) == SETTINGS[command].split()

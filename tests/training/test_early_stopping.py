@@ -23,13 +23,7 @@ from wikift.settings.schedule import Due
 from wikift.training.patience import Patience
 
 # at this rate the validation loss of the tiny model falls and then rises
-WORDS: dict[str, Any] = {
-    "max_steps": 40,
-    "eval_steps": 2,
-    "save_steps": 4,
-    "learning_rate": 0.05,
-    "save_total_limit": 2,
-}
+WORDS = {"max_steps": 40, "eval_steps": 2, "save_steps": 4, "learning_rate": 0.05, "save_total_limit": 2}
 
 
 @pytest.fixture(scope="module")
