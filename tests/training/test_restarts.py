@@ -6,6 +6,7 @@ pytest tests/training/test_restarts.py
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -19,7 +20,10 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.tiny import arguments, curve, metrics, tiny_store
+from wikift.base.errors import UserError
 from wikift.base.folders import list_checkpoints
+from wikift.base.world import World
+from wikift.training.resume import count_deaths
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = str(ROOT / "launch" / "train.py")
@@ -121,7 +125,24 @@ def test_three_deaths_at_a_step_end_torchrun(torchrun: Launch, tmp_path: Path) -
     assert launcher.wait(SECONDS) == 1
     printed = (tmp_path / "log").read_text()
     assert printed.count("--max-restarts 9: the run died 3 times in a row after step 2, ") == 1, printed
+    assert printed.count("(exitcode: -9)") == 3, printed  # and not of what the start before left in torchrun's store
     assert restarts(tmp_path / "run") == 3
+
+
+def test_the_same_command_typed_again_counts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    died = {"step": 0, "event": "restart", "after": 2}
+    lines = [{"step": 2}, died, died]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_MAX_RESTARTS": "9"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    count_deaths(tmp_path, World(), 0)
+    assert metrics(tmp_path)[-1]["after"] == 2
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    count_deaths(tmp_path, World(), 0)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
+    with pytest.raises(UserError, match="died 3 times in a row after step 2,"):
+        count_deaths(tmp_path, World(), 0)
 
 
 def test_a_wrong_setting_is_not_tried_again(torchrun: Launch, tmp_path: Path) -> None:

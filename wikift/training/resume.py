@@ -129,7 +129,8 @@ def owed_line(plan: RunPlan, store: TokenStore, start: Checkpoint | None) -> dic
     if not score and not sample:
         return None
     lines = read_jsonl(plan.output_dir / METRICS)
-    return next((values for values in lines if values.get("step") == start.step), {"step": start.step})
+    rows = (values for values in lines if values.get("step") == start.step and "event" not in values)
+    return next(rows, {"step": start.step})
 
 
 def count_deaths(run: Path, world: World, after_step: int) -> None:
@@ -144,8 +145,9 @@ def count_deaths(run: Path, world: World, after_step: int) -> None:
     if here.restarted and world.rank == 0:
         lines = read_metrics(run / METRICS)
         reached = max([0, *(line["step"] for line in lines), *map(step_of, list_checkpoints(run))])
-        before = [line.get("after") for line in lines if line.get("event") == "restart"][1 - _MOST_DEATHS :]
-        times = 1 + before.count(reached)
+        before = [line.get("after") for line in lines if line.get("event") == "restart"]
+        own = min(here.restarted, _MOST_DEATHS) - 1  # of this launch: the same command typed again counts anew
+        times = 1 + before[len(before) - own :].count(reached)
         text = f"restart {here.restarted} of {here.restarts}, after step {reached:,}; processes: {world.size}"
         event = {"step": after_step, "event": "restart", "message": text, "after": reached}
         with faults_of_writing(run):
