@@ -205,7 +205,7 @@ def test_torchrun_goes_on_without_a_host_whose_cable_is_cut(hosts: list[Host], t
     assert event["message"] == f"restart 1 of 3, after step {event['after']}; processes: 1"
     run_ranks(on_one_host, 2, arguments(store, whole, **words))
     for ours, expected in zip(curve(run), curve(whole), strict=True):
-        assert ours[1:3] == pytest.approx(expected[1:3], abs=1e-5), ours
+        assert ours[1] == pytest.approx(expected[1], abs=1e-5), ours
 
 
 def bare_srun(hosts: list[Host], line: list[str], logs: Path, before: list[str]) -> list[subprocess.Popen[bytes]]:
