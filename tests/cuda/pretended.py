@@ -92,7 +92,7 @@ class _Routes(TorchDispatchMode):
                     return target.copy_(self._on_host(source, target.dtype))
                 return self._on_host(source, kwargs.get("dtype") or source.dtype)
             if source.device.type == "cpu":
-                from_host = source.detach().clone() if source.numel() <= 1024 else None
+                from_host = source.detach().clone() if source.numel() <= 8192 else None
                 if (target is None or source.dim()) and (at_once or not source.is_pinned()):
                     self.seen.wait("copy from the host")
         if op._schema.is_mutable and fakes:

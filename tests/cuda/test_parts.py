@@ -184,10 +184,11 @@ FEW = [
 ]
 MORE = [Case(precision="fp32"), *(Case(engine, 8) for engine in ("fsdp whole", "zero1", "zero3"))]
 MORE += [Case(engine, ranks, shape=Shape()) for engine in ENGINES for ranks in (8, 512)]
-# four minutes: DeepSpeed cuts each tensor into the ranks' parts one by one
-MORE[MORE.index(Case("zero3", 512, shape=Shape()))] = Case("zero3", 512)
+# minutes with more layers: DeepSpeed cuts each tensor into the ranks' parts one by one
+MORE[MORE.index(Case("zero3", 512, shape=Shape()))] = Case("zero3", 512, shape=Shape(n_layer=1))
 MORE += [Case("zero2_offload", 8), Case("zero3_offload", 8), Case("zero3", 8, micro_batch=16)]
 MORE += [Case(engine, ranks, precision="fp16") for engine, ranks in (("single", 1), ("fsdp", 8), ("zero2", 8))]
+MORE += [Case("zero3", 8, micro_batch=2, shape=Shape(n_layer=6, n_head=25, n_embd=1600))]  # gpt2-xl's width
 MORE += [Case(shape=Shape()), Case(micro_batch=2, shape=Shape(n_layer=24, n_head=25, n_embd=1600))]
 
 

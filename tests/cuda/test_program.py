@@ -1,6 +1,7 @@
 """launch/train.py on pretended GPUs: what a step asks of the device, of the host and of the other ranks.
 
-Each case resumes a run of one GPU, trains, validates, samples and saves; a tensor left on the CPU would end it."""
+Each case resumes a run of one GPU, trains, validates, samples and saves; a tensor left on the CPU would end it.
+"""
 
 from __future__ import annotations
 
