@@ -146,8 +146,9 @@ def demo(run: Run) -> Figures:
     length = ["--max-steps", 3 if run.small else 50, "--warmup-steps", 0]
     run("wikift", "train", *line, *length, "--device", "cuda")
     run("wikift", "consolidate", made)
-    scored = run("wikift", "evaluate", made / "hf", "--data", text, "--split", "test", "--json", "--device", "cuda")
-    new = ["--max-new-tokens", 4 if run.small else 48, "--device", "cuda"]
+    on = ["--device", "cpu" if run.pretended else "cuda"]  # scores are numbers
+    scored = run("wikift", "evaluate", made / "hf", "--data", text, "--split", "test", "--json", *on)
+    new = ["--max-new-tokens", 4 if run.small else 48, *on]
     wrote = run("wikift", "generate", made / "hf", "--prompts-file", "launch/demo_prompts.txt", *new)
     return {"evaluated": json.loads(scored.splitlines()[-1]), "text": wrote[-400:]}
 
@@ -175,7 +176,7 @@ def peer(run: Run, name: str) -> Figures:
 
 def kernels(run: Run, what: str) -> Figures:
     """A part of benchmarks/kernels.py."""
-    return dict(json.loads(run("benchmarks.kernels", what, *["--small"] * run.small).splitlines()[-1]))
+    return {"each": json.loads(run("benchmarks.kernels", what, *["--small"] * run.small).splitlines()[-1])}
 
 
 def generation(run: Run) -> Figures:
@@ -187,10 +188,9 @@ def generation(run: Run) -> Figures:
 
 def profiled(run: Run) -> Figures:
     """Three steps of gpt2: kernels by time, those of attention, and how long the GPU had nothing to do."""
-    size = {"global_batch_size": 2, "per_device_train_batch_size": 2} if run.small else {"global_batch_size": 32}
-    length = {"max_steps": 3, "profile": 1} if run.small else {"max_steps": 6, "profile": 3}
+    size = {"global_batch_size": 32, "per_device_train_batch_size": 32, "max_steps": 6, "profile": 3}
     seldom = {"save_steps": 100, "eval_steps": 100, "max_eval_samples": 2, "save_only_model": True}
-    line = run.words("profiled", **size | length | seldom, precision="bf16", quiet=False)
+    line = run.words("profiled", **size | seldom, precision="bf16", quiet=False)
     text = run("wikift", "train", *line)
     with gzip.open(run.folder / "profiled" / "profile" / "trace.json.gz") as file:
         events = [event for event in json.load(file)["traceEvents"] if event.get("cat") == "kernel"]
@@ -218,7 +218,7 @@ def parts() -> dict[str, Part]:
         **{f"losses: {name}": Part(60, partial(losses, most=1e-4, **words), far) for name, words in ENGINES.items()},
         "resume: single": Part(90, resumed, bits),
         "demo": Part(120, demo, ("evaluated", "text")),
-        "profile": Part(90, profiled, ("table", "kernels, ms", "attention, ms", "idle", "launches")),
+        "profile": Part(90, profiled, needs_gpu=True),
         "attention by kernel": Part(60, partial(kernels, what="attention"), needs_gpu=True),
     }
     for size in (32, 8, 64, 16):
@@ -236,17 +236,11 @@ def parts() -> dict[str, Part]:
         every[f"gpt2, 32, {name}"] = Part(60, partial(speed, **words), timed)
     rounded = partial(speed, compile=True, residual_dtype="bf16")
     return every | {
-        "generation": Part(90, generation, needs_gpu=True),  # transformers' reads numbers
-        "head by kernel": Part(60, partial(kernels, what="head"), ("ms", "peak GB", "gradient off")),
+        "generation": Part(90, generation, needs_gpu=True),  # transformers reads numbers
+        "head by kernel": Part(60, partial(kernels, what="head"), ("each",)),
         "gpt2, 32, compiled, residual bf16": Part(120, rounded, needs_gpu=True),
         "resume: fsdp": Part(90, partial(resumed, engine="fsdp"), bits),
     }
-
-
-def without(figures: Figures, unreal: tuple[str, ...]) -> Figures:
-    """`figures` but the `unreal` ones."""
-    kept = {name: value for name, value in figures.items() if name not in unreal}
-    return {name: without(value, unreal) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def measured(run: Run, part: Part) -> Figures:
@@ -257,7 +251,8 @@ def measured(run: Run, part: Part) -> Figures:
     unreal = part.unreal if run.pretended else ()
     try:
         figures = part.measure(run._replace(deadline=begun + part.seconds))
-        answer = {"result": "measured", "figures": without(figures, unreal), "not_measured": unreal}
+        figures = {name: value for name, value in figures.items() if name not in unreal}
+        answer = {"result": "measured", "figures": figures, "not_measured": unreal}
     except subprocess.TimeoutExpired:
         answer = {"result": "failed", "error": f"not through after {part.seconds:g} s"}
     except Exception as error:  # the next part is measured whatever became of this one
