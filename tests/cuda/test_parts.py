@@ -184,7 +184,7 @@ FEW = [
 ]
 MORE = [Case(precision="fp32"), *(Case(engine, 8) for engine in ("fsdp whole", "zero1", "zero3"))]
 MORE += [Case(engine, ranks, shape=Shape()) for engine in ENGINES for ranks in (8, 512)]
-# minutes with more layers: DeepSpeed cuts each tensor into the ranks' parts one by one
+# minutes with more layers: DeepSpeed joins each tensor from the ranks' parts one by one, 512 operations
 MORE[MORE.index(Case("zero3", 512, shape=Shape()))] = Case("zero3", 512, shape=Shape(n_layer=1))
 MORE += [Case("zero2_offload", 8), Case("zero3_offload", 8), Case("zero3", 8, micro_batch=16)]
 MORE += [Case(engine, ranks, precision="fp16") for engine, ranks in (("single", 1), ("fsdp", 8), ("zero2", 8))]
@@ -195,5 +195,5 @@ MORE += [Case(shape=Shape()), Case(micro_batch=2, shape=Shape(n_layer=24, n_head
 @pytest.mark.parametrize("case", [*FEW, *(pytest.param(case, marks=pytest.mark.long) for case in MORE)], ids=str)
 def test_the_forecast_is_what_is_held(case: Case) -> None:
     """The forecast that --engine auto decides by, and `wikift plan` shows."""
-    held = run_ranks(held_by_steps, 1, case, timeout_seconds=240)[0]
+    held = run_ranks(held_by_steps, 1, case, timeout_seconds=400)[0]
     assert held == pytest.approx(training_bytes(work_of(case), case.ranks, gpu=MEMORY), rel=0.1), case
