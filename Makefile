@@ -6,6 +6,7 @@
 # make gpu     what wants a GPU, where there is one: tests, losses, resume, speed, memory; 12 minutes, then once more for the rest
 # make test-long   what takes longer: offloading, large models, more of the engines
 # make fuzz    a million changed files and command lines, or FUZZ_CASES=N of them, from which nothing may crash; hours
+# make soak    faults at every point and signals at random moments, an hour; writes docs/explanation/reliability.md
 # make audit   the pinned packages in the databases of known vulnerabilities, by pip-audit; fails where these are out of reach
 # make check   ruff and mypy
 # make picture the README's pictures, from a demo's run of their own (Debian: tmux chromium-headless-shell)
@@ -16,7 +17,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
+<<<<<<< HEAD
 .PHONY: install bench gpu demo picture docs test test-fast test-agreement check pins test-long fuzz audit
+=======
+.PHONY: install bench demo picture docs test test-fast test-agreement check pins test-long fuzz soak audit
+>>>>>>> 46fb7a3 (tests/faults: a fault at every call that changes or reads the disk, signals at random moments; what they found is mended)
 .DELETE_ON_ERROR:
 
 install: .venv/installed
@@ -88,6 +93,9 @@ test-long: .venv/test-installed
 
 fuzz: .venv/test-installed
 	FUZZ_CASES=$${FUZZ_CASES:-1000000} $(BIN)/python -m pytest -q tests/fuzz
+
+soak: .venv/test-installed
+	$(BIN)/python -m tests.faults.soak --seconds $${SOAK_SECONDS:-3600}
 
 AUDIT := .venv/audit
 audit:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import itertools
@@ -274,17 +273,3 @@ def test_ignored_signals_stay_ignored(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGHUP, before)
     assert (tmp_path / "out" / "store.json").exists()
-
-
-@pytest.mark.parametrize("fault", [None, KeyboardInterrupt()])
-@pytest.mark.parametrize("earlier", ["out", ".out.old"], ids=["whole", "killed between two renames"])
-def test_a_folder_is_replaced_in_full_or_stays(tmp_path: Path, fault: BaseException | None, earlier: str) -> None:
-    out = tmp_path / "out"
-    (tmp_path / earlier).mkdir()
-    (tmp_path / earlier / "old").touch()
-    with contextlib.suppress(KeyboardInterrupt), publish_folder(out, replace=True) as partial:
-        fill(partial)
-        if fault is not None:
-            raise fault
-    assert everything(out) == (["old"] if fault is not None else ["inner", "part", "store.json"])
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]

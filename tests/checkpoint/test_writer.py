@@ -6,11 +6,7 @@ pytest tests/checkpoint/test_writer.py
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +14,6 @@ import pytest
 import torch
 
 from tests.ranks import each, run_ranks
-from tests.real import ROOT
 from tests.tiny import arguments, metrics, tiny_store
 from tests.tiny_engines import ENGINES, make_engine, random_start, tiny_config
 from wikift.base.errors import EnvironmentFault
@@ -148,44 +143,6 @@ def test_stall_and_time_are_logged(tmp_path: Path) -> None:
         manifest = open_checkpoint(run / "checkpoints" / f"step-{values['saved_step']:08d}").manifest
         assert 0 < manifest["save_stall_seconds"] <= manifest["save_seconds"]
         assert values["save_seconds"] == pytest.approx(manifest["save_seconds"], abs=1e-3)
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_sigkill_in_the_middle_of_a_save(tmp_path: Path, ranks: int) -> None:
-    """A model large enough that a save takes a while; all processes are killed as soon as its folder is there."""
-    run = tmp_path / "run"
-    shape = "n_layer=2,n_head=2,n_embd=512,n_positions=16"
-    words = {"config_overrides": shape, "save_steps": 3, "eval_steps": 10**6, "max_steps": 10**6, "learning_rate": 1e-4}
-    line = arguments(tiny_store(tmp_path / "store"), run, **words)
-    launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launcher += ["--nproc_per_node=2"] if ranks > 1 else []
-    command = [*launcher, str(ROOT / "launch" / "train.py"), *line]
-    with open(tmp_path / "output", "w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    folder = run / "checkpoints"
-    deadline = time.monotonic() + 120
-    partial: list[Path] = []
-    while not (partial and list_checkpoints(run)) and time.monotonic() < deadline and process.poll() is None:
-        partial = [p for p in folder.glob(".step-*.partial") if any(p.glob("*.safetensors"))]
-        time.sleep(0.001)
-    kill_all(process)
-    assert partial, (tmp_path / "output").read_text()
-    before = [open_sound(path, World()).step for path in list_checkpoints(run)]
-    assert before, "the one before stands whole"
-    rest = arguments(tmp_path / "store", run, **{**words, "max_steps": before[-1] + 2, "resume": "auto"})
-    assert run_ranks(train, ranks, rest) == [0] * ranks
-    assert not list(folder.glob(".step-*.partial")) or ranks == 1
-    steps = [values["step"] for values in metrics(run)]
-    assert steps == list(range(1, before[-1] + 3))
-
-
-def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to a launcher and everything under it; torchrun's ranks are in sessions of their own."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for child in children:
-        os.kill(int(child), signal.SIGKILL)
-    process.kill()
-    process.wait(60)
 
 
 def restore_and_count(kind: str, path: str, width: int) -> tuple[int, int]:

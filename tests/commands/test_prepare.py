@@ -382,21 +382,6 @@ def test_a_stopped_prepare_leaves_nothing(long_text: Path, tmp_path: Path) -> No
     assert everything(tmp_path) == ["long.txt"]
 
 
-def test_after_a_kill_the_next_prepare_works(long_text: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    process = start(long_text, out)
-    until_writing(process, out)
-    process.kill()
-    process.communicate(timeout=30)
-    assert not out.exists()
-    long_text.write_text("short\n" * 10)
-    process = start(long_text, out)
-    assert process.communicate()[1].count("\n") == 1 + 1  # training the BPE, too small
-    assert process.returncode == 0
-    assert open_store(out, verify=True).splits["train"].rows == 9
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["long.txt", "out"]
-
-
 def test_of_two_prepares_one_works_and_one_waits(long_text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = start(long_text, out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import time
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import _CONTEXT, each, run_ranks
+from tests.ranks import each, run_ranks
 from tests.tiny import arguments, curve, metrics, problems_of_training, tiny_store, train
 from wikift.base.folders import list_checkpoints, step_folder
 from wikift.base.world import World
@@ -72,46 +71,6 @@ def test_resume_from_every_step_is_bit_for_bit(store: Path, tmp_path: Path, rank
     assert run_ranks(each, ranks, train, lines) == [[0] * len(runs)] * ranks
     for run in runs:
         assert_same_run(run, whole)
-
-
-def test_sigkill_at_random_moments(store: Path, tmp_path: Path) -> None:
-    """Every rank is killed, again and again, until the run gets through; then it is the run that was never killed."""
-    words = {"save_steps": 2, "max_steps": 40, "save_total_limit": 2}
-    assert run_ranks(train, 2, arguments(store, tmp_path / "whole", **words)) == [0, 0]
-    number = int.from_bytes(os.urandom(4), "little")
-    moments, run, kills = random.Random(number), tmp_path / "killed", 0
-    while True:
-        meeting = tmp_path / f"meeting{kills}"
-        children = [
-            _CONTEXT.Process(target=_meet_and_train, args=(rank, str(meeting), arguments(store, run, **words)))
-            for rank in range(2)
-        ]
-        for child in children:
-            child.start()
-        # at first early, then later and later: every run gets through in the end
-        deadline = time.monotonic() + moments.uniform(0.2, 0.6) + 0.15 * kills
-        while time.monotonic() < deadline and any(child.is_alive() for child in children):
-            time.sleep(0.01)
-        killed = [child for child in children if child.is_alive()]
-        for child in killed:
-            child.kill()
-        for child in children:
-            child.join(20)
-        if not killed:
-            break
-        kills += 1
-        assert kills < 40, f"seed {number}"
-    assert all(child.exitcode == 0 for child in children), f"seed {number}"
-    assert kills >= 1, f"seed {number}: nothing was killed"
-    assert_same_run(run, tmp_path / "whole")
-
-
-def _meet_and_train(rank: int, meeting: str, command_line: list[str]) -> None:
-    import torch.distributed as dist
-
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    os._exit(train(command_line))
 
 
 def stopped_by(number: int, command_line: list[str]) -> int:

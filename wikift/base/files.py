@@ -58,6 +58,7 @@ def replace_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+    sync(path.parent)
 
 
 def json_line(content: object) -> str:

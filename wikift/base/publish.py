@@ -39,6 +39,9 @@ def make_once(
             while not is_made() and not lock_file(out).exists() and time.monotonic() - start < _HEAD_START_SECONDS:
                 time.sleep(_POLL_SECONDS)
         if is_made():
+            if lock_file(out).exists():  # of a process that was killed after the rename
+                with suppress(OSError), folder_lock(out, timeout_seconds=0):
+                    pass
             return
         with folder_lock(out, on_wait=wait):
             if not is_made():

@@ -205,7 +205,6 @@ def _publish(partial: Path, final: Path, manifest: dict[str, Any], ranks: int) -
         facts.unlink()
     check_complete(ranges, manifest)
     replace_json(partial / "manifest.json", sealed({**manifest, "files": files}))
-    sync(partial)
     remove(final)  # no checkpoint: it has no manifest
     os.rename(partial, final)
     sync(final.parent)

@@ -79,7 +79,7 @@ def plain_tokenizer(file: Path) -> Any:
     from tokenizers import Tokenizer
 
     hub.keep_tokenizers_to_one_thread()
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

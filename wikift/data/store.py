@@ -25,7 +25,7 @@ import numpy.typing as npt
 from wikift import __version__
 from wikift.base.command import command_line
 from wikift.base.errors import UserError
-from wikift.base.files import parse_object, replace_json, sha256_of, sync
+from wikift.base.files import parse_object, replace_json, sha256_of
 
 FORMAT = "wikift-store-1"
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -123,7 +123,6 @@ def write_store(
         "splits": {name: asdict(split) for name, split in written.items()},
     }
     replace_json(path / "store.json", content)
-    sync(path)
     return open_store(path)
 
 

@@ -194,7 +194,8 @@ def set_aside(run: Path, start: Checkpoint | None) -> None:
         if start is not None and (run / METRICS).exists():
             shutil.copyfile(run / METRICS, aside / METRICS)
             sync(aside / METRICS)
-        sync(aside)
+        for folder in (*aside.glob("checkpoints"), aside):
+            sync(folder)
         os.rename(aside, run / f"before-{number}")
         sync(run)
 

@@ -1,0 +1,27 @@
+"""A sample of `make soak`: faults at drawn points of every case, signals at random moments; the seed is printed.
+
+pytest tests/faults
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMPILER = os.environ.get("CC", "cc")
+needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C compiler ({COMPILER}): set CC")
+
+
+@needs_compiler
+@pytest.mark.parametrize("seconds", [30, pytest.param(400, marks=pytest.mark.long)])
+def test_nothing_is_lost_or_left_by_a_fault(seconds: int, tmp_path: Path) -> None:
+    page = tmp_path / "reliability.md"
+    words = ["-m", "tests.faults.soak", "--seconds", str(seconds), "--page", str(page)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=seconds + 200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert page.read_text().count("| 0 |\n") == 18, "rows without a problem"
