@@ -17,11 +17,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 
-<<<<<<< HEAD
-.PHONY: install bench gpu demo picture docs test test-fast test-agreement check pins test-long fuzz audit
-=======
-.PHONY: install bench demo picture docs test test-fast test-agreement check pins test-long fuzz soak audit
->>>>>>> 46fb7a3 (tests/faults: a fault at every call that changes or reads the disk, signals at random moments; what they found is mended)
+.PHONY: install bench gpu demo picture docs test test-fast test-agreement check pins test-long fuzz soak audit
 .DELETE_ON_ERROR:
 
 install: .venv/installed

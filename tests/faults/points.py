@@ -10,7 +10,6 @@ N-th such call below a folder fail, or be the process' last.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import hashlib
 import json
@@ -86,7 +85,8 @@ def _cases() -> Iterator[Case]:
         begun = _train(engine=engine, max_steps=4, save_total_limit=9)
         yield Case(f"resume, save, prune: {engine}", _train(engine=engine, save_steps=3), ranks, (begun,))
     kept = _train(max_steps=4, save_total_limit=9)
-    yield Case("resume an older step", _train(max_steps=4, resume="ROOT/run/checkpoints/step-00000002"), 1, (kept,))
+    older = _train(max_steps=4, save_total_limit=9, resume="ROOT/run/checkpoints/step-00000002")
+    yield Case("resume an older step", older, 1, (kept,))
     export = ["consolidate", "ROOT/run"]
     yield Case("resume never", _train("--resume", "never", max_steps=2), 1, (kept, export))
     yield Case("prune", ["runs", "ROOT", "--prune", "--yes"], 1, (kept,))
@@ -175,6 +175,17 @@ def run(
         os.waitpid(host, 0)
     calls = [[text.split("\t") for text in (logs / f"calls.{rank}").read_text().splitlines()] for rank in range(ranks)]
     return codes, (logs / "output").read_text(errors="replace"), calls
+
+
+def orphans() -> bool:
+    """Whether something that a command started still runs after some seconds."""
+    for _ in range(300):
+        try:
+            if not os.waitpid(-1, os.WNOHANG)[0]:
+                time.sleep(0.01)
+        except ChildProcessError:
+            return False
+    return True
 
 
 def _signal(pids: Sequence[int], number: int) -> None:
@@ -281,9 +292,7 @@ class Bench:
         good = codes == [0] * self.case.ranks
         wrong += self._at_the_end(point) if good else [f"message: the same command {codes} {output}"]
         wrong += [f"left: in /dev/shm {left}"] if (left := set(os.listdir("/dev/shm")) - shared) else []
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(-1, os.WNOHANG)
-            wrong.append("process: one is left")
+        wrong += ["process: one is left"] * orphans()
         return True, [f"{text}; {point} {struck[0]}" for text in wrong]
 
     def _after(self, codes: list[int], output: str, point: Point) -> list[str]:

@@ -22,7 +22,20 @@ from pathlib import Path
 from typing import Any
 
 from tests import matrix
-from tests.faults.points import CASES, HUNG, KINDS, Blow, load, losses, names, preloaded, report, run, strike_all
+from tests.faults.points import (
+    CASES,
+    HUNG,
+    KINDS,
+    Blow,
+    load,
+    losses,
+    names,
+    orphans,
+    preloaded,
+    report,
+    run,
+    strike_all,
+)
 from tests.tiny import tiny_store
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "explanation" / "reliability.md"
@@ -81,12 +94,7 @@ class Nights:
             wrong.append(f"message: {what}: {codes} {output}")
         if number == signal.SIGTERM and set(codes) - {0, 1, 75, 143, -signal.SIGTERM}:
             wrong.append(f"message: {what}: {codes} {output}")
-        try:
-            while os.waitpid(-1, os.WNOHANG):
-                wrong.append(f"process: {what}")
-        except ChildProcessError:
-            return wrong
-        return [*wrong, f"process: {what}"]
+        return wrong + [f"process: {what}"] * orphans()
 
 
 def bits(root: Path) -> tuple[Any, ...]:

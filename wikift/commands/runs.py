@@ -15,6 +15,7 @@ from wikift.base.files import show_bytes
 from wikift.checkpoint.reader import best_checkpoint, prune
 from wikift.settings.options import parse_all
 from wikift.settings.run_fields import RunsSettings
+from wikift.training.resume import clear_leftovers
 from wikift.watch.record import RunRecord, aligned, folder_bytes, is_running, read_run
 
 
@@ -71,6 +72,8 @@ def _age(seconds: float) -> str:
 def _prune(runs: Sequence[RunRecord], settings: RunsSettings) -> None:
     """Show what goes, ask, and remove it; a run that is written to is left alone."""
     idle = [run.path for run in runs if not is_running(run.path)]
+    for path in idle:
+        clear_leftovers(path)  # of this command too, where it was killed
     spare = {run: [p for p in folders.list_checkpoints(run)[:-1] if p != best_checkpoint(run)] for run in idle}
     paths = [path for checkpoints in spare.values() for path in checkpoints]
     if not paths:
