@@ -113,7 +113,7 @@ def nights(folder: Path, seed: int, seconds: float) -> dict[str, dict[str, Any]]
             return rows
         count = bench.random.randint(2, 4)
         strikes, wrong = bench.night([bench.random.choice(places) for _ in range(count)])
-        rows[name]["kinds"] += strikes
+        rows[name]["kinds"].update(strikes)
         report(rows, name, wrong)
     return rows
 
