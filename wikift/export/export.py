@@ -122,4 +122,5 @@ def _write_model_files(run: Path, folder: Path, dtype: str) -> list[str]:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate is JSON's escape then
