@@ -133,6 +133,11 @@ def losses(file: Path) -> list[Any]:
     return rows
 
 
+def _shared() -> set[str]:
+    """Shared memory; semaphores, which other programs on this machine make and remove at any time, aside."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.")}
+
+
 def names(root: Path) -> set[str]:
     return {str(path.relative_to(root)) for path in root.rglob("*")}
 
@@ -282,7 +287,7 @@ class Bench:
         """Strike at `point`, then run the same command; whether it was struck, and what is wrong."""
         shutil.rmtree(self.root)
         shutil.copytree(self.template, self.root)
-        shared = set(os.listdir("/dev/shm"))
+        shared = _shared()
         codes, output, calls = run(self.root, self.case.line, self.case.ranks, point)
         struck = [call for call in calls[point.rank] if call[0].startswith("! ")]
         if not struck:
@@ -291,7 +296,7 @@ class Bench:
         codes, output, _ = run(self.root, self.case.line, self.case.ranks)
         good = codes == [0] * self.case.ranks
         wrong += self._at_the_end(point) if good else [f"message: the same command {codes} {output}"]
-        wrong += [f"left: in /dev/shm {left}"] if (left := set(os.listdir("/dev/shm")) - shared) else []
+        wrong += [f"left: in /dev/shm {left}"] if (left := _shared() - shared) else []
         wrong += ["process: one is left"] * orphans()
         return True, [f"{text}; {point} {struck[0]}" for text in wrong]
 

@@ -5,9 +5,9 @@ pytest tests/watch/test_metrics.py
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +65,13 @@ def test_a_complete_last_line_without_its_end_and_any_text_are_kept(tmp_path: Pa
 
 def test_a_file_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
+    (tmp_path / "full").mkdir()
     with pytest.raises(EnvironmentFault, match=r"metrics\.jsonl cannot be written .* run the same"), a_log(tmp_path):
         pass
-    full = Log(open("/dev/full", "w"))  # noqa: SIM115
-    with pytest.raises(EnvironmentFault, match=r"No space left.*free disk space .* run the same command"):
-        full.record({"step": 1})
-    with contextlib.suppress(OSError):
-        full.file.close()  # type: ignore[union-attr]
+    full_disk = r"No space left.*free disk space .* run the same command"
+    with pytest.raises(EnvironmentFault, match=full_disk), a_log(tmp_path / "full") as log:  # noqa: PT012
+        os.dup2(os.open("/dev/full", os.O_WRONLY), log.file.fileno())
+        log.record({"step": 1})  # and once more when the file is closed
 
 
 def test_a_log_without_views_is_silent(capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,12 +122,19 @@ def open_log(
         with _writing(path):
             earlier = [row for row in keep_until(path, after_step) if "event" not in row]
             keep_until(run / SAMPLES, after_step)
-            file = stack.enter_context(open(path, "a", encoding="utf-8"))
+            file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        stack.callback(_close, file)
         views = stack.enter_context(
             open_trackers(run, trackers, quiet, lambda text: print(f"wikift: warning: {text}", file=sys.stderr))
         )
         terminal = None if quiet else stack.enter_context(open_terminal(steps, epochs, earlier))
         yield Log(file, terminal, views, earlier)
+
+
+def _close(file: TextIO) -> None:
+    """What a full disk had no room for is tried once more."""
+    with _writing(Path(file.name)):
+        file.close()
 
 
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
