@@ -18,7 +18,7 @@ needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no 
 
 
 @needs_compiler
-@pytest.mark.parametrize(("seconds", "seed"), [(25, 3), pytest.param(400, None, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("seconds", "seed"), [(25, 3), pytest.param(200, 3, marks=pytest.mark.long)])
 def test_nothing_is_lost_or_left_by_a_fault(seconds: int, seed: int | None, tmp_path: Path) -> None:
     page = tmp_path / "reliability.md"
     words = ["-m", "tests.faults.soak", "--seconds", str(seconds), "--page", str(page)]
