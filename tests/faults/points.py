@@ -34,6 +34,7 @@ SOURCE = Path(__file__).with_name("strike.c")
 KINDS = ("count", "kill", "full", "broken", "short", "unreadable")  # strike.c's, in its order
 GROWING = ("write", "create", "mkdir")  # calls that want room
 SECONDS = 60.0  # until a command hangs
+LAUNCHER_SECONDS = 20.0  # until a launcher kills those who go on after one failed
 HUNG = 124
 TEXT = "".join(f"the {i % 97} of {i % 1009} and an end .\n" for i in range(3000))
 
@@ -115,7 +116,10 @@ def _hash(path: Path) -> str:
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         content = file.read_bytes() if file.is_file() else b""
         if file.name == "manifest.json":
-            rest = {k: v for k, v in json.loads(content).items() if "seconds" not in k and k != "sha256"}
+            # settings: a step that was there may come from a command for fewer steps
+            rest = {
+                k: v for k, v in json.loads(content).items() if "seconds" not in k and k not in ("sha256", "settings")
+            }
             content = json.dumps(rest).encode()
         if file.name == "metrics.jsonl":
             content = json.dumps(losses(file)).encode()
@@ -158,7 +162,7 @@ def run(
     logs.mkdir()
     port, host = _store_host() if ranks > 1 else (0, 0)
     children = [_fork(root, logs, words, rank, ranks, point, port) for rank in range(ranks)]
-    codes, began = [HUNG] * ranks, time.monotonic()
+    codes, began, failed = [HUNG] * ranks, time.monotonic(), 0.0
     while waiting := [rank for rank in range(ranks) if codes[rank] == HUNG]:
         seconds = time.monotonic() - began
         if blow is not None and seconds > blow.seconds:
@@ -166,7 +170,9 @@ def run(
             again = Blow(seconds + 0.3, signal.SIGCONT, blow.rank)
             blow = again if blow.signal == signal.SIGSTOP else None
         late = seconds > SECONDS
-        if late or (point.kind == "kill" and -signal.SIGKILL in codes):
+        failed = failed or seconds * bool({1, 2} & {*codes})
+        launcher = failed and seconds > failed + LAUNCHER_SECONDS
+        if late or launcher or (point.kind == "kill" and -signal.SIGKILL in codes):
             _signal([children[rank] for rank in waiting], signal.SIGKILL)
         for rank in waiting:
             done, status = os.waitpid(children[rank], 0 if late else os.WNOHANG)
@@ -303,7 +309,8 @@ class Bench:
     def _after(self, codes: list[int], output: str, point: Point) -> list[str]:
         """What is wrong right after a fault: all is old or new, never half, and the old goes only for the new."""
         wrong, here, good = list[str](), artifacts(self.root), codes == [0] * self.case.ranks
-        if set(codes) - ({0, 1, -signal.SIGKILL} if point.kind == "kill" else {0, 1, 2}) or "Traceback" in output:
+        killed = {-signal.SIGKILL} if point.kind == "kill" or 2 in codes else set[int]()
+        if set(codes) - {0, 1, 2, *killed} or "Traceback" in output:
             wrong.append(f"{'hang' if HUNG in codes else 'message'}: {codes} {output}")
         if point.kind == "short" and not good:
             wrong.append(f"message: a short write ends it, {codes} {output}")

@@ -28,7 +28,8 @@ void strike(const char *below, int what, long at, int log)
 
 static const char *full(int at, const char *path, char *out)
 {
-    char link[64], base[PATH_MAX];
+    static __thread char base[PATH_MAX];
+    char link[64];
     if (path && path[0] == '/')
         return path;
     snprintf(link, sizeof link, at == AT_FDCWD ? "/proc/self/cwd" : "/proc/self/fd/%d", at);
@@ -39,12 +40,10 @@ static const char *full(int at, const char *path, char *out)
 }
 
 // What happens to this call: 0 for nothing, or FULL, BROKEN (fail) or SHORT; KILLED where it writes, else the end.
-static int due(const char *call, int at, const char *path, int to_at, const char *to)
+static int struck(const char *call, int at, const char *path, int to_at, const char *to)
 {
-    char one[PATH_MAX], two[PATH_MAX];
+    static __thread char one[PATH_MAX], two[PATH_MAX];
     int saved = errno, reading = !strcmp(call, "read"), writing = !strcmp(call, "write");
-    if (!folder[0])
-        return 0;
     const char *first = full(at, path, one), *second = to ? full(to_at, to, two) : "";
     if (strncmp(first, folder, strlen(folder)) && strncmp(second, folder, strlen(folder)))
         return errno = saved, 0;
@@ -61,6 +60,18 @@ static int due(const char *call, int at, const char *path, int to_at, const char
     if (kind == KILLED && !writing)
         kill(getpid(), SIGKILL);
     return kind;
+}
+
+// `struck`, but for a signal's handler that interrupts it, and has a small stack of its own.
+static int due(const char *call, int at, const char *path, int to_at, const char *to)
+{
+    static __thread int busy;
+    if (busy || !folder[0])
+        return 0;
+    busy = 1;
+    int fault = struck(call, at, path, to_at, to);
+    busy = 0;
+    return fault;
 }
 
 static int fails(int fault)

@@ -95,6 +95,11 @@ def on_ranks(line: list[str]) -> int:
     return main(line)
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as trial:
+        return trial.connect_ex(("localhost", port)) == 0
+
+
 @pytest.mark.long
 def test_a_killed_rank_and_a_hung_one_are_restarted(torchrun: Launch, tmp_path: Path) -> None:
     """To the last bit the run that nobody disturbed; each restart is an event of it, and the stacks are kept."""
@@ -169,7 +174,7 @@ def test_agents_come_and_go(torchrun: Launch, tmp_path: Path) -> None:
                         TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")  # fmt: skip
 
     first = agent()  # alone it has the store where all meet
-    until(lambda: socket.socket().connect_ex(("localhost", port)) == 0, log, first)
+    until(lambda: listens(port), log, first)
     others = [agent() for _ in range(3)]
     until(lambda: done(run) >= 60, log, first)
     assert "12 blocks per step = 4 processes" in log.read_text()
