@@ -34,7 +34,7 @@ SOURCE = Path(__file__).with_name("strike.c")
 KINDS = ("count", "kill", "full", "broken", "short", "unreadable")  # strike.c's, in its order
 GROWING = ("write", "create", "mkdir")  # calls that want room
 SECONDS = 60.0  # until a command hangs
-LAUNCHER_SECONDS = 20.0  # until a launcher kills those who go on after one failed
+LAUNCHER_SECONDS = 20.0  # until a launcher kills those who wait for one that ended before it met them
 HUNG = 124
 TEXT = "".join(f"the {i % 97} of {i % 1009} and an end .\n" for i in range(3000))
 
@@ -170,7 +170,7 @@ def run(
             again = Blow(seconds + 0.3, signal.SIGCONT, blow.rank)
             blow = again if blow.signal == signal.SIGSTOP else None
         late = seconds > SECONDS
-        failed = failed or seconds * bool({1, 2} & {*codes})
+        failed = failed or seconds * any(code not in (0, 75, HUNG) for code in codes)
         launcher = failed and seconds > failed + LAUNCHER_SECONDS
         if late or launcher or (point.kind == "kill" and -signal.SIGKILL in codes):
             _signal([children[rank] for rank in waiting], signal.SIGKILL)

@@ -92,7 +92,8 @@ class Nights:
         wrong = [f"hang: {what}: {output}"] if HUNG in codes else []
         if number == signal.SIGSTOP and set(codes) != {0}:
             wrong.append(f"message: {what}: {codes} {output}")
-        if number == signal.SIGTERM and set(codes) - {0, 1, 75, 143, -signal.SIGTERM}:
+        killed = {-signal.SIGKILL} if -signal.SIGTERM in codes else set[int]()
+        if number == signal.SIGTERM and set(codes) - {0, 1, 75, 143, -signal.SIGTERM, *killed}:
             wrong.append(f"message: {what}: {codes} {output}")
         return wrong + [f"process: {what}"] * orphans()
 
