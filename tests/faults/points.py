@@ -123,7 +123,7 @@ def _hash(path: Path) -> str:
             content = json.dumps(rest).encode()
         if file.name == "metrics.jsonl":
             content = json.dumps(losses(file)).encode()
-        digest.update(f"{file.relative_to(path.parent)} {len(content)}".encode() + content)
+        digest.update(f"{file.relative_to(path)} {len(content)}".encode() + content)
     return digest.hexdigest()
 
 
