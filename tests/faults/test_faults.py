@@ -18,11 +18,9 @@ needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no 
 
 
 @needs_compiler
-@pytest.mark.parametrize(("seconds", "seed"), [(25, 3), pytest.param(200, 3, marks=pytest.mark.long)])
-def test_nothing_is_lost_or_left_by_a_fault(seconds: int, seed: int | None, tmp_path: Path) -> None:
+def test_nothing_is_lost_or_left_by_a_fault(tmp_path: Path) -> None:
     page = tmp_path / "reliability.md"
-    words = ["-m", "tests.faults.soak", "--seconds", str(seconds), "--page", str(page)]
-    words += [] if seed is None else ["--seed", str(seed)]  # by the clock, which the soak prints
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=seconds + 200)
+    words = ["-m", "tests.faults.soak", "--seconds", "25", "--seed", "3", "--page", str(page)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert page.read_text().count("| 0 |\n") == 18, "rows without a problem"

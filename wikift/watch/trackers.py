@@ -57,9 +57,15 @@ def open_trackers(run: Path, names: Sequence[str], quiet: bool, failed: Failed =
     `failed` is told of one that fails later.
     """
     config, by_step = read_json(run / "config.json"), dict[int, list[dict[str, Any]]]()
-    for row in read_metrics(run / SAMPLES):
+    try:
+        samples, metrics = read_metrics(run / SAMPLES), read_metrics(run / METRICS)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{run}: {METRICS} or {SAMPLES} cannot be read ({error.strerror}); check the disk, then run it again"
+        ) from None
+    for row in samples:
         by_step.setdefault(row["step"], []).append(row)
-    lines = sorted([*({"step": step} for step in by_step), *read_metrics(run / METRICS)], key=lambda line: line["step"])
+    lines = sorted([*({"step": step} for step in by_step), *metrics], key=lambda line: line["step"])
     with contextlib.ExitStack() as stack:
         wanted = [name for name in names if name != "wandb" or not wandb_disabled()]
         senders = [stack.enter_context(_OPEN[name](run, config, quiet, failed)) for name in wanted]
