@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import tiny_store
@@ -259,6 +259,8 @@ def bounded() -> Iterator[None]:
     derandomize="FUZZ_CASES" not in os.environ,
 )  # fmt: skip
 @given(edits=EDITS, changes=st.none() | CHANGES)
+@example(edits=[(6814, 1, b"1e999")], changes=None)  # found in a ds_config
+@example(edits=[], changes=[(0, "\ud800")])  # found in tokenizer_config.json
 def test_no_file_crashes_its_reader(
     folder: Path, name: str, edits: list[tuple[int, int, bytes]], changes: list[tuple[int, Any]] | None
 ) -> None:

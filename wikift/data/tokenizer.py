@@ -223,6 +223,7 @@ def _gpt2s(folder: Path) -> Content | None:
         or not stated.items() <= {**_CONFIG, "pad_token": None, "errors": "replace"}.items()
         or any((folder / name).exists() for name in ("added_tokens.json", "special_tokens_map.json"))
         or any(folder.glob("*chat_template*"))
+        or not isinstance(config.get("model_max_length", 1024), (int, float))
     ):
         return None
     try:

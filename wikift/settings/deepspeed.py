@@ -52,7 +52,7 @@ def read(path: str | Path) -> tuple[Config, list[str]]:
         content = hjson.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
         if not isinstance(content, dict):
             raise ValueError(f"is a {type(content).__name__}, not an object of settings")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError) as error:  # 1e999 is a number too large for hjson
         reason = error.strerror if isinstance(error, OSError) else f"not valid JSON: {error}"
         ours = ", ".join(own_files())
         raise UserError(
