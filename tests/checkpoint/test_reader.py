@@ -194,6 +194,11 @@ def test_an_older_best_outlives_newer_ones(tmp_path: Path) -> None:
     moved = step_folder(tmp_path, 6)  # to another disk, say
     shutil.copytree(step_folder(tmp_path, 12), tmp_path / "elsewhere")
     moved.symlink_to(tmp_path / "elsewhere")
+    unknown = step_folder(tmp_path, 2) / "manifest.json"
+    unknown.mkdir(parents=True)  # cannot be read: it may be the best
+    prune(tmp_path, keep=1)
+    assert len(list_checkpoints(tmp_path)) == 6, "none is deleted"
+    shutil.rmtree(unknown)
     (step_folder(tmp_path, 8) / "manifest.json").write_text('{"eval_loss": 0.5')  # says nothing that counts
     prune(tmp_path, keep=1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004", moved.name, "step-00000016"]

@@ -113,12 +113,17 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint `path`. Raises UserError where it is another's, or not as it was written."""
+    """The manifest of the checkpoint `path`. Raises UserError where it is another's, or not as it was written.
+
+    Raises EnvironmentFault where the disk does not let it be read: it may be sound.
+    """
     try:
         manifest = parse_object((path / "manifest.json").read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: is no checkpoint (no manifest.json); name OUTPUT_DIR/checkpoints/step-...") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise EnvironmentFault(f"{path}: manifest.json cannot be read ({error.strerror}); see to the disk") from None
+    except ValueError as error:
         raise UserError(f"{path}: manifest.json cannot be read ({one_line(error)}); use an older checkpoint") from None
     if (form := manifest.get("format")) != FORMAT:
         raise UserError(
@@ -187,7 +192,7 @@ def open_sound(path: Path, world: World) -> Checkpoint:
     if world.rank == 0:
         try:
             opened = open_checkpoint(path)
-        except (UserError, OSError) as error:
+        except (UserError, EnvironmentFault, OSError) as error:
             problem = str(error)
     if problem := world.shared(problem):
         raise UserError(problem)
@@ -227,9 +232,13 @@ def newest_sound(run: Path, world: World) -> Checkpoint | None:
 def prune(run: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints and the one with the lowest validation loss, and but links.
 
-    One that cannot be deleted is told, and ends no run.
+    One that cannot be deleted is told, and ends no run; none is where the best is not known.
     """
-    best = best_checkpoint(run)
+    try:
+        best = best_checkpoint(run)
+    except EnvironmentFault as fault:
+        print(f"wikift: no older checkpoint is deleted: {fault}", file=sys.stderr)
+        return
     for path in list_checkpoints(run)[:-keep]:
         if path != best and not path.is_symlink():
             try:
@@ -240,7 +249,10 @@ def prune(run: Path, keep: int) -> None:
 
 
 def best_checkpoint(run: Path) -> Path | None:
-    """The complete checkpoint with the lowest validation loss, None where none was validated."""
+    """The complete checkpoint with the lowest validation loss, None where none was validated.
+
+    Raises EnvironmentFault where one cannot be read, which may be it.
+    """
     scored = []
     for path in list_checkpoints(run):
         with contextlib.suppress(UserError):  # damaged: nobody resumes from it

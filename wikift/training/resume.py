@@ -60,7 +60,7 @@ def planned_start(plan: RunPlan, store: TokenStore, say: Say) -> tuple[str, Chec
         try:
             start = reader.open_checkpoint(path)
             break
-        except UserError:
+        except (UserError, EnvironmentFault):
             if path == candidates[-1]:
                 raise
     if finished := check_resumable(plan, store, start, say):
