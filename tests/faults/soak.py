@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import itertools
+import functools
 import os
 import platform
 import random
@@ -22,80 +22,98 @@ from pathlib import Path
 from typing import Any
 
 from tests import matrix
-from tests.faults.points import (
-    CASES,
-    HUNG,
-    KINDS,
-    Blow,
-    load,
-    losses,
-    names,
-    orphans,
-    preloaded,
-    report,
-    run,
-    strike_all,
-)
+from tests.faults.checks import losses, names, orphans
+from tests.faults.driver import HUNG, KINDS, Blow, Ended, load, preloaded, run, torchrun
+from tests.faults.points import CASES, report, strike_all
 from tests.tiny import tiny_store
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "explanation" / "reliability.md"
 PLACES = [matrix.SINGLE, *(matrix.Place(engine, 2) for engine in ("ddp", "fsdp", "zero1", "zero2", "zero3"))]
 OTHER = [matrix.Place(engine, ranks) for engine in ("ddp", "fsdp", "zero2", "zero3") for ranks in (2, 3, 4)]
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGSTOP", "frozen")
+TO_LAUNCHER = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+BEGINNINGS = (".", "run", "run/metrics.jsonl")  # a launcher's ranks start, set up, train
+HANG_SECONDS = 6
+SURVIVE_SECONDS = 30.0  # ranks notice the end of their launcher, and save
 
 
 class Nights:
     """Runs of eight steps that are struck again and again, and the one of each place that nothing struck."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.random = folder, random.Random(seed)
+        self.folder, self.root, self.random = folder, folder / "root", random.Random(seed)
         self.plain: dict[matrix.Place, Path] = {}
-        (folder / "root").mkdir()
+        self.root.mkdir(parents=True)
         self.store = tiny_store(folder / "store")
 
-    def line(self, place: matrix.Place) -> list[str]:
-        return ["train", *matrix.line(place, self.store, Path("ROOT/run"), save_steps=2, save_total_limit=2)]
+    def line(self, place: matrix.Place, **settings: Any) -> list[str]:
+        words = {"save_steps": 2, "save_total_limit": 2, **settings}
+        return ["train", *matrix.line(place, self.store, Path("ROOT/run"), **words)]
 
     def reference(self, place: matrix.Place) -> Path:
         if place not in self.plain:
             root = self.plain[place] = self.folder / str(place)
             root.mkdir()
-            codes, output, _ = run(root, self.line(place), place.ranks)
-            assert codes == [0] * place.ranks, output
+            ended = run(root, self.line(place), place.ranks)
+            assert ended.good, ended
         return self.plain[place]
 
     def night(self, places: Sequence[matrix.Place]) -> tuple[Counter[str], list[str]]:
-        """A run struck once at each of `places`, then at the last one to its end: the strikes, and what is wrong."""
-        root, wrong, strikes = self.folder / "root", list[str](), Counter[str]()
-        shutil.rmtree(root)
-        root.mkdir()
-        for place in places:
-            number = self.random.choice(SIGNALS)
-            blow = Blow(self.random.uniform(0, 1.5), number, self.random.choice([None, *range(place.ranks)]))
-            began = time.monotonic()
-            codes, output, _ = run(root, self.line(place), place.ranks, blow=blow)
-            strikes[number.name] += time.monotonic() - began > blow.seconds
-            wrong += self._ended(f"{place} {blow}", number, codes, output)
-        last = places[-1]
-        codes, output, _ = run(root, self.line(last), last.ranks)
-        if codes != [0] * last.ranks:
-            return strikes, [*wrong, f"message: {places} {codes} {output}"]
-        if len(set(places)) == 1:
-            wrong += [] if bits(root) == bits(self.reference(last)) else [f"bits: {places}"]
-        elif (gap := matrix.difference(root / "run", self.reference(matrix.SINGLE) / "run")) > matrix.TOLERANCE:
-            wrong.append(f"bits: {places} {gap}")
-        left = [name for name in names(root) if any(text in name for text in ("partial", "lock", "stacks", ".old"))]
-        return strikes, wrong + [f"left: {left}"] * bool(left)
+        """A run struck once at each of two to four of `places`: the strikes, and what is wrong at its end."""
+        _empty(self.root)
+        wrong, strikes = list[str](), Counter[str]()
+        drawn = [self.random.choice(places) for _ in range(self.random.randint(2, 4))]
+        for place in drawn:
+            kind = self.random.choice(SIGNALS[: 3 if place.ranks == 1 else 4])
+            rank = self.random.choice([None, *range(place.ranks)])
+            blow = Blow(self.random.uniform(0, 1.5), signal.Signals[kind], rank) if kind != "frozen" else None
+            blow = blow or Blow(
+                self.random.uniform(0, 0.5), signal.SIGSTOP, self.random.randrange(place.ranks), "run/stacks", True
+            )
+            ended = run(self.root, self.line(place, hang_timeout=HANG_SECONDS), place.ranks, blow=blow)
+            strikes[kind] += ended.struck
+            wrong += [f"{text}: {place} {blow} {ended.codes} {ended.output}" for text in _wrong_end(kind, ended)]
+            wrong += [f"process: {place} {blow}"] * orphans()
+        return strikes, wrong + self.at_the_end(drawn)
 
-    def _ended(self, what: str, number: int, codes: list[int], output: str) -> list[str]:
-        """What is wrong with the end of a run that was struck."""
-        wrong = [f"hang: {what}: {output}"] if HUNG in codes else []
-        if number == signal.SIGSTOP and set(codes) != {0}:
-            wrong.append(f"message: {what}: {codes} {output}")
-        killed = {-signal.SIGKILL} if -signal.SIGTERM in codes else set[int]()
-        if number == signal.SIGTERM and set(codes) - {0, 1, 75, 143, -signal.SIGTERM, *killed}:
-            wrong.append(f"message: {what}: {codes} {output}")
-        return wrong + [f"process: {what}"] * orphans()
+    def launched(self) -> tuple[Counter[str], list[str]]:
+        """A run whose launcher, torchrun, is struck."""
+        _empty(self.root)
+        place, number = self.random.choice(PLACES[1:]), self.random.choice(TO_LAUNCHER)
+        blow = Blow(self.random.uniform(0, 2), number, after=self.random.choice(BEGINNINGS))
+        ended = torchrun(self.root, self.line(place), place.ranks, blow)
+        wrong = [f"hang: torchrun {place} {blow} {ended.output}"] * (HUNG in ended.codes)
+        wrong += [f"process: torchrun {place} {blow} {ended.output}"] * orphans(SURVIVE_SECONDS)
+        return Counter({number.name: int(ended.struck)}), wrong + self.at_the_end([place])
+
+    def at_the_end(self, places: Sequence[matrix.Place]) -> list[str]:
+        """What is wrong when the command at the last of `places` has ended the run."""
+        last, wrong = places[-1], list[str]()
+        ended = run(self.root, self.line(last), last.ranks)
+        if not ended.good:
+            return [f"message: {places} {ended.codes} {ended.output}"]
+        if len(set(places)) == 1:
+            wrong += [] if bits(self.root) == bits(self.reference(last)) else [f"bits: {places}"]
+        elif (gap := matrix.difference(self.root / "run", self.reference(matrix.SINGLE) / "run")) > matrix.TOLERANCE:
+            wrong.append(f"bits: {places} {gap}")
+        spare = ("partial", "lock", ".old")
+        left = [name for name in names(self.root) if any(text in name for text in spare)]
+        return wrong + [f"left: {left}"] * bool(left)
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def _wrong_end(kind: str, ended: Ended) -> list[str]:
+    """What is wrong with the end of a run that was struck."""
+    codes, killed = set(ended.codes), {-signal.SIGKILL} if -signal.SIGTERM in ended.codes else set[int]()
+    expected = {
+        "SIGSTOP": {0}, "SIGTERM": {0, 1, 75, 143, -signal.SIGTERM, *killed}, "frozen": {0, 1, -signal.SIGKILL},
+    }  # fmt: skip
+    wrong = ["hang"] * (HUNG in codes) + ["message"] * bool(codes - expected.get(kind, codes))
+    return wrong + ["message"] * (kind == "frozen" and 1 in codes and "shows no sign of life" not in ended.output)
 
 
 def bits(root: Path) -> tuple[Any, ...]:
@@ -105,17 +123,19 @@ def bits(root: Path) -> tuple[Any, ...]:
 
 
 def nights(folder: Path, seed: int, seconds: float) -> dict[str, dict[str, Any]]:
-    """Rows of the table: each engine by itself, and one engine after another on other numbers of ranks."""
+    """Rows of the table: each engine by itself, one engine after another on other numbers of ranks, the launcher."""
     bench, end = Nights(folder, seed), time.monotonic() + seconds
-    kinds = {f"signals: {place}": [place] for place in PLACES} | {"signals: another engine each time": OTHER}
+    kinds = {f"signals: {place}": functools.partial(bench.night, [place]) for place in PLACES}
+    kinds |= {"signals: another engine each time": functools.partial(bench.night, OTHER)}
+    kinds |= {"signals: torchrun, any engine on 2": bench.launched}
     rows: dict[str, dict[str, Any]] = {name: {"kinds": Counter(), "problems": []} for name in kinds}
-    for name, places in itertools.cycle(kinds.items()):
-        if time.monotonic() > end:
-            return rows
-        count = bench.random.randint(2, 4)
-        strikes, wrong = bench.night([bench.random.choice(places) for _ in range(count)])
+    spent = dict.fromkeys(kinds, 0.0)
+    while (began := time.monotonic()) < end:
+        name = min(spent, key=spent.__getitem__)
+        strikes, wrong = kinds[name]()
         rows[name]["kinds"].update(strikes)
         report(rows, name, wrong)
+        spent[name] += time.monotonic() - began
     return rows
 
 
@@ -128,8 +148,9 @@ hand.
 Points: a preloaded library counts the calls that change files below a folder (open for writing, write, fsync, rename,
 unlink, mkdir, rmdir ...), or read them, and lets one of them fail, or be the last of the process; a write that is
 struck arrives by half, and a disk that is full stays full. Each fault is followed by the same command. Signals:
-SIGKILL, SIGTERM, or SIGSTOP and SIGCONT, to one rank or to all of them at a random moment, two to four times a run,
-before the same command (or the one of another engine on another number of ranks) ends the run.
+SIGKILL, SIGTERM, or SIGSTOP and SIGCONT, to one rank or to all of them at a random moment, or a rank that stays frozen,
+two to four times a run, before the same command (or the one of another engine on another number of ranks) ends the run;
+and SIGKILL, SIGTERM or SIGINT to a real torchrun, which no rank may survive.
 
 After every fault three things are checked. Right after it each store, checkpoint, model and export is the old one or
 the new one to the last byte, never half, and no older one has gone before the newer was there. After the same command
@@ -141,7 +162,7 @@ of engine: within 1e-5), and nothing is left over: no file, nothing in `/dev/shm
 
 def table(rows: dict[str, dict[str, Any]], seed: int, seconds: float) -> str:
     """The page."""
-    columns = [*KINDS[1:], *(number.name for number in SIGNALS)]
+    columns = [*KINDS[1:], *SIGNALS, "SIGINT"]
     lines = [f"| what is struck | points | {' | '.join(columns)} | problems |", "|---|" + "---:|" * (len(columns) + 2)]
     for name, row in rows.items():
         numbers = [str(row["kinds"].get(kind, "")) for kind in columns]
@@ -171,7 +192,6 @@ def main(words: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         rows = strike_all(list(CASES.values()), folder, asked.seed, 0.7 * asked.seconds)
-        (folder / "nights").mkdir()
         rows |= nights(folder / "nights", asked.seed, 0.3 * asked.seconds)
     page = table(rows, asked.seed, time.monotonic() - began)
     asked.page.write_text(page, encoding="utf-8")

@@ -14,15 +14,16 @@
 #include <unistd.h>
 
 enum { COUNT, KILLED, FULL, BROKEN, SHORT, UNREADABLE };
-static char folder[PATH_MAX];
-static int kind, trace = -1;
-static long number, changes, reads;
+static char folder[PATH_MAX], path_struck[PATH_MAX], call_struck[16];
+static int kind, number, seen, without_room, trace = -1;
 
-// From now on the call number `at` among those below `below` is struck; each is a line of the descriptor `log`.
-void strike(const char *below, int what, long at, int log)
+// From now on the `at`-th `call` of `path`, below `below`, is struck; all calls there are lines of the descriptor `log`.
+void strike(const char *below, int what, const char *call, const char *path, int at, int log)
 {
-    changes = reads = 0;
+    seen = without_room = 0;
     kind = what, number = at, trace = log;
+    snprintf(call_struck, sizeof call_struck, "%s", call);
+    snprintf(path_struck, sizeof path_struck, "%s", path);
     snprintf(folder, sizeof folder, "%s/", below);
 }
 
@@ -43,23 +44,23 @@ static const char *full(int at, const char *path, char *out)
 static int struck(const char *call, int at, const char *path, int to_at, const char *to)
 {
     static __thread char one[PATH_MAX], two[PATH_MAX];
-    int saved = errno, reading = !strcmp(call, "read"), writing = !strcmp(call, "write");
+    int saved = errno, writing = !strcmp(call, "write");
     const char *first = full(at, path, one), *second = to ? full(to_at, to, two) : "";
     if (strncmp(first, folder, strlen(folder)) && strncmp(second, folder, strlen(folder)))
         return errno = saved, 0;
-    long count = __atomic_add_fetch(reading ? &reads : &changes, 1, __ATOMIC_SEQ_CST);
+    int due = kind != COUNT && !strcmp(call, call_struck) && !strcmp(first, path_struck) &&
+              __atomic_add_fetch(&seen, 1, __ATOMIC_SEQ_CST) == number;
     if (trace >= 0)
-        dprintf(trace, "%s%s\t%s\t%s\n", count == number && reading == (kind == UNREADABLE) ? "! " : "", call, first, second);
+        dprintf(trace, "%s%s\t%s\t%s\n", due ? "! " : "", call, first, second);
     errno = saved;
-    if (kind == COUNT || reading != (kind == UNREADABLE))
-        return 0;
-    if (kind == FULL) // and stays so: who frees nothing can write nothing
-        return count >= number && (writing || !strcmp(call, "create") || !strcmp(call, "mkdir")) ? FULL : 0;
-    if (count != number)
-        return 0;
-    if (kind == KILLED && !writing)
+    if (kind == FULL) { // and stays so: who frees nothing can write nothing
+        int growing = writing || !strcmp(call, "create") || !strcmp(call, "mkdir");
+        without_room += due || (without_room && growing);
+        return without_room && growing ? FULL : 0;
+    }
+    if (due && kind == KILLED && !writing)
         kill(getpid(), SIGKILL);
-    return kind;
+    return due ? kind : 0;
 }
 
 // `struck`, but for a signal's handler that interrupts it, and has a small stack of its own.
@@ -116,7 +117,7 @@ CALL(ssize_t, readv, (int fd, const struct iovec *v, int n), (fd, v, n), "read",
         int fault = due("write", fd, NULL, 0, NULL);                                                                   \
         if (fault && fault != BROKEN)                                                                                  \
             n /= 2;                                                                                                    \
-        if (fault == BROKEN || (fault == FULL && (!n || changes > number)))                                            \
+        if (fault == BROKEN || (fault == FULL && (!n || without_room > 1)))                                            \
             return fails(fault), -1;                                                                                   \
         ssize_t done = real arguments;                                                                                 \
         if (fault == KILLED)                                                                                           \

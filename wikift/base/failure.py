@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from wikift.base.console import print
-from wikift.base.errors import EXIT_FAULT, EXIT_USER, EnvironmentFault, UserError, report
+from wikift.base.errors import EXIT_FAULT, EXIT_USER, EnvironmentFault, UserError, one_line, report
 from wikift.base.launcher import Launch, end_restarts, launch
 from wikift.base.world import COLLECTIVE_SECONDS, World, shared_store, start_world, stop_world
 
@@ -44,9 +44,9 @@ def started_world(device: str = "auto", seconds: float = COLLECTIVE_SECONDS) -> 
         with _meeting(here.rank):
             world = start_world(device, seconds)
         yield world
+        stop_world()
     except Exception as error:
         _fail(error, store, here, seconds)
-    stop_world()
 
 
 @contextlib.contextmanager
@@ -102,7 +102,7 @@ def _fail(error: Exception, store: Any, here: Launch, seconds: float) -> NoRetur
     """Say why, tell the others, leave at once: destructors of a broken process group may wait for ever."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher that notices must not end it before it has spoken
-    rank, expected = here.rank, isinstance(error, (UserError, EnvironmentFault))
+    rank, expected = here.rank, isinstance(error, (UserError, EnvironmentFault, OSError))
     lost_peer = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
     if lost_peer:
         with contextlib.suppress(Exception):  # the store went with its host
@@ -114,7 +114,8 @@ def _fail(error: Exception, store: Any, here: Launch, seconds: float) -> NoRetur
     elif first not in (None, rank):
         text = "" if expected else f"rank {rank} stops, rank {first} failed"
     else:
-        text = str(error) if expected else f"rank {rank} failed:\n{traceback.format_exc().rstrip()}"
+        known = one_line(error) if isinstance(error, OSError) else str(error)
+        text = known if expected else f"rank {rank} failed:\n{traceback.format_exc().rstrip()}"
     if isinstance(error, UserError) and text:
         report(error)
     elif text:
