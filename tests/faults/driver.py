@@ -40,6 +40,12 @@ class Point(NamedTuple):
         return " ".join(map(str, self))
 
 
+def parsed(text: str) -> Point:
+    """The point that is shown as `text`."""
+    kind, rank, call, *path, number = text.split(" ")
+    return Point(kind, int(rank), call, " ".join(path), int(number))
+
+
 NOWHERE = Point("count", 0, "", "", 0)  # no fault
 
 

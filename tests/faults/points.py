@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.checks import artifacts, losses, names, orphans, shared
-from tests.faults.driver import HUNG, KINDS, Ended, Point, load, preloaded, run
+from tests.faults.driver import HUNG, KINDS, Ended, Point, load, parsed, preloaded, run
 from tests.faults.power import order_problems
 from tests.tiny import arguments, tiny_store
 
@@ -188,7 +188,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("cases", nargs="*")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e9)
-    parser.add_argument("--point", help="this one alone, as a problem names it")
+    parser.add_argument("--point", action="append", help="this one alone, as a problem names it; several times")
     asked = parser.parse_args(words)
     preloaded("tests.faults.points", words)
     load()
@@ -196,12 +196,10 @@ def main(words: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         if asked.point:
-            kind, rank, call, *path, number = asked.point.split(" ")
-            struck, problems = Bench(chosen[0], folder / "0").fault(
-                Point(kind, int(rank), call, " ".join(path), int(number))
-            )
-            print(*(problems or ["no problem" if struck else "not reached"]), sep="\n")
-            return 1 if problems or not struck else 0
+            bench = Bench(chosen[0], folder / "0")
+            results = [bench.fault(parsed(text)) for text in asked.point]
+            print(*(result for text in zip(asked.point, results, strict=True) for result in text), sep="\n")
+            return int(any(problems or not struck for struck, problems in results))
         rows = strike_all(chosen, folder, asked.seed, asked.seconds)
     for name, row in rows.items():
         print(f"{name}: {dict(row['kinds'])} of {row['points']} points, {len(row['problems'])} problems")

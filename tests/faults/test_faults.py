@@ -16,6 +16,23 @@ import pytest
 COMPILER = os.environ.get("CC", "cc")
 needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C compiler ({COMPILER}): set CC")
 
+KNOWN = {  # points at which something was lost or badly told once
+    "resume, save, prune: ddp": (
+        "broken 0 unlink run/.run.lock 1",
+        "kill 0 rmdir run/stacks 1",
+        "unreadable 0 read run/metrics.jsonl 1",
+    )
+}
+
+
+@needs_compiler
+@pytest.mark.long
+@pytest.mark.parametrize("case", KNOWN)
+def test_known_points(case: str) -> None:
+    words = ["-m", "tests.faults.points", case, *(word for point in KNOWN[case] for word in ("--point", point))]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+
 
 @needs_compiler
 def test_nothing_is_lost_or_left_by_a_fault(tmp_path: Path) -> None:
