@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness import interleave
 from benchmarks.peers_train import finished
-from wikift.base.compiler import missing_for_compiling
+from wikift.engines.build import missing_for_compiling
 from wikift.kernels.loss import compiled_passes, plain_losses, summed_loss
 
 WIDTH, HEADS, VOCABULARY, POSITIONS = 768, 12, 50257, 1024

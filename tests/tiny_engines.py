@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 
 from tests.tiny import VOCABULARY
+from wikift.base.names import AdamSettings
+from wikift.base.shape import Shape
 from wikift.base.world import World
-from wikift.engines.base import Compute, Engine
-from wikift.engines.optim import AdamSettings
+from wikift.engines.base import Choice, Engine, Work
 from wikift.settings.batch_layout import BatchLayout
+from wikift.settings.deepspeed import engine_config
 
 BLOCK = 8
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 16, "vocab_size": VOCABULARY}
@@ -45,29 +46,21 @@ def make_engine(
     ds_config: dict[str, Any] | None = None,
 ) -> Engine:
     """An engine whose weights are open: restore it from something."""
-    from wikift.engines.ddp import DDPEngine
-    from wikift.engines.fsdp import FSDPEngine
-    from wikift.engines.single import SingleEngine
-    from wikift.engines.zero import ZeroEngine
-    from wikift.model.gpt2 import make_model
-    from wikift.settings import deepspeed as dsconfig
+    from wikift.engines.build import construct
 
-    make = partial(make_model, config, gradient_checkpointing=checkpointing)
-    compute = Compute(accumulation, precision, compile, reduce_dtype, residual_dtype)
+    whole = {}
     if kind.startswith("zero"):
-        stage = int(kind.removeprefix("zero"))
-        whole = dsconfig.engine_config(
-            {"zero_optimization.stage": stage} if ds_config is None else ds_config,
+        whole = engine_config(
+            {"zero_optimization.stage": int(kind[4])} if ds_config is None else ds_config,
             BatchLayout(world.size, micro, accumulation), precision, max_grad_norm=adam.max_grad_norm,
             hidden_size=config.n_embd, reduce_dtype=reduce_dtype,
         )  # fmt: skip
-        return ZeroEngine(make, adam, world, whole, compute)
-    with torch.device("meta"):
-        model = make()
-    if kind == "fsdp":
-        return FSDPEngine(model, adam, world, compute, reshard=reshard)
-    single = SingleEngine(model, adam, world.device, compute, world.size)
-    return DDPEngine(single, world, BLOCK, reduce_dtype) if kind == "ddp" else single
+    work = Work(
+        Choice(kind, ""), "no", Shape(), BLOCK, micro, accumulation, may_shrink=False, steps=1, precision=precision,
+        gradient_checkpointing=checkpointing, fsdp_reshard=reshard, residual_dtype=residual_dtype,
+        reduce_dtype=reduce_dtype, adam=adam, zero_config=whole, save_aside=False,
+    )  # fmt: skip
+    return construct(work, config, world, compile=compile)
 
 
 def random_start(config: Any, seed: int = 7) -> Any:

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from wikift.base import compiler
 from wikift.base.errors import UserError
+from wikift.base.names import AdamSettings
 from wikift.base.shape import Shape
 from wikift.engines import build, memory
 from wikift.engines.build import Choice, Work, choose
-from wikift.engines.optim import AdamSettings
 
 WORK = Work(
     engine=Choice("auto", ""), compile="auto", shape=Shape(), block_size=512, micro_batch=32, accumulation=2,
@@ -84,8 +83,8 @@ def test_compiled_is_what_a_long_run_on_a_gpu_is_and_what_is_asked_for(
 ) -> None:  # fmt: skip
     """With a compiler, triton and Python's headers; `there`: whether triton is."""
     (tmp_path / "Python.h").touch()
-    monkeypatch.setattr(compiler.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: name if there else None)
+    monkeypatch.setattr(build.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: name if there else None)
     found = build.choose_compile(replace(WORK, steps=steps, **settings), torch.device(device))
     assert found.name == taken
     assert why in found.reason

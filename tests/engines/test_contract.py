@@ -143,9 +143,9 @@ def break_engine(engine: Any, fault: str, accumulation: int) -> None:
         backward = engine.engine.backward
         engine.engine.backward = lambda loss: backward(loss * accumulation)
     elif fault == "not divided":
-        inner.accumulation = 1
+        inner.work = replace(inner.work, accumulation=1)
     elif fault == "stock loss":
-        inner.losses = partial(stock_loss, inner.model)
+        inner.losses.forward = partial(stock_loss, inner.model)
     elif fault == "decay everywhere":
         for group in inner.optimizer.param_groups:
             group["weight_decay"] = ADAM.weight_decay

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from wikift.engines.optim import AdamSettings, LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
+from wikift.base.names import AdamSettings
+from wikift.engines.optim import LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
 
 CPU = torch.device("cpu")
 

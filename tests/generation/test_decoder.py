@@ -307,10 +307,10 @@ def test_a_model_in_training_writes_and_nothing_of_the_run_moves(tokenizer: Any,
     prompts = [prompt for _, prompt in texts(6, longest=20)]
 
     def sample() -> list[str]:
-        return sample_live(
-            lambda *tensors: in_eval(model, NextTokenLoss(model), tensors[0], None, *tensors[1:]), tokenizer, prompts,
-            sampling=sampling, positions=48,
-        )  # fmt: skip
+        def logits(ids: torch.Tensor, *mask_and_positions: torch.Tensor) -> torch.Tensor:
+            return in_eval(NextTokenLoss(model), model.device, ids, None, *mask_and_positions)
+
+        return sample_live(logits, tokenizer, prompts, sampling=sampling, positions=48)
 
     found = sample()
     assert torch.equal(torch.get_rng_state(), state)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from wikift.base.names import AdamSettings
 from wikift.base.shape import Shape
 from wikift.checkpoint.fragment import Fragment, FragmentReader
-from wikift.engines.optim import AdamSettings
 
 
 class Choice(NamedTuple):
@@ -40,16 +40,6 @@ class Work:
     adam: AdamSettings
     zero_config: dict[str, Any]  # complete, for deepspeed.initialize; empty for other engines
     save_aside: bool
-
-
-class Compute(NamedTuple):
-    """How an engine computes a step: micro-batches in it, number format of matmuls, gradients' sum and residual."""
-
-    accumulation: int
-    precision: str  # bf16, fp16 or fp32
-    compile: bool = False
-    reduce_dtype: str = "fp32"
-    residual_dtype: str = "fp32"
 
 
 class Engine(Protocol):

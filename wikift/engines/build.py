@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+import sysconfig
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch._dynamo
 from transformers import GPT2Config
 
-from wikift.base.compiler import check_compiler, missing_for_compiling
 from wikift.base.errors import UserError
 from wikift.base.files import show_bytes
 from wikift.base.shape import RELEASED, released_shape
 from wikift.base.world import World
 from wikift.checkpoint.fragment import FragmentReader
-from wikift.engines.base import Choice, Compute, Engine, Work
+from wikift.engines.base import Choice, Engine, Work
 from wikift.engines.ddp import DDPEngine
 from wikift.engines.memory import Machine, training_bytes
 from wikift.engines.single import SingleEngine
@@ -30,12 +34,12 @@ _STEPS_TO_COMPILE = 1000
 
 def build_engine(work: Work, config: GPT2Config, reader: FragmentReader, world: World) -> tuple[Engine, Choice]:
     """The engine chosen for `work` with the state that `reader` has; and compiled or eager, and why. Collective."""
-    if work.compile == "yes":
-        check_compiler(world.device.type)
+    if work.compile == "yes" and (missing := missing_for_compiling(world.device.type)):
+        raise UserError(f"--compile: needs {missing}; install it or omit --compile")
     compiled = choose_compile(work, world.device)
     if compiled.name == "compiled" and compiled.reason != ASKED_FOR:
         torch._dynamo.config.suppress_errors = True  # a default must not end a run: it continues eagerly
-    engine = _construct(work.engine.name, work, config, world, compile=compiled.name == "compiled")
+    engine = construct(work, config, world, compile=compiled.name == "compiled")
     engine.restore(reader)
     return engine, compiled
 
@@ -115,18 +119,31 @@ def choose_compile(work: Work, device: torch.device) -> Choice:
     return Choice("compiled", f"{work.steps:,} steps on a GPU")
 
 
-def _construct(name: str, work: Work, config: GPT2Config, world: World, *, compile: bool) -> Engine:
-    make = partial(make_model, config, gradient_checkpointing=work.gradient_checkpointing)
-    compute = Compute(work.accumulation, work.precision, compile, work.reduce_dtype, work.residual_dtype)
+def missing_for_compiling(device_type: str) -> str | None:
+    """What torch.compile lacks here: it calls g++ for a CPU, and triton a C compiler with Python's headers."""
+    on_cpu = device_type == "cpu"
+    names = [os.environ.get("CXX", "g++")] if on_cpu else [os.environ.get("CC", "gcc"), "clang"]
+    if not any(map(shutil.which, names)):
+        return f"a compiler, {' or '.join(names)} is not found (Debian: apt install g++)"
+    if not on_cpu and importlib.util.find_spec("triton") is None:
+        return "triton, which comes with torch's builds for CUDA on Linux"
+    if not on_cpu and not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "Python's headers (Debian: apt install python3-dev)"
+    return None
+
+
+def construct(work: Work, config: GPT2Config, world: World, *, compile: bool) -> Engine:
+    """The engine named in `work`; its weights are undefined until `restore`."""
+    make, name = partial(make_model, config, gradient_checkpointing=work.gradient_checkpointing), work.engine.name
     if name.startswith("zero"):
         from wikift.engines.zero import ZeroEngine
 
-        return ZeroEngine(make, work.adam, world, work.zero_config, compute)
+        return ZeroEngine(make, work, world, compile=compile)
     with torch.device("meta"):
         model = make()
     if name == "fsdp":
         from wikift.engines.fsdp import FSDPEngine
 
-        return FSDPEngine(model, work.adam, world, compute, reshard=work.fsdp_reshard)
-    single = SingleEngine(model, work.adam, world.device, compute, world.size)
-    return single if name == "single" else DDPEngine(single, world, work.block_size, work.reduce_dtype)
+        return FSDPEngine(model, work, world, compile=compile)
+    single = SingleEngine(model, work, world, compile=compile)
+    return single if name == "single" else DDPEngine(single, world)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,21 +18,21 @@ from wikift.model.gpt2 import DTYPES
 
 
 class DDPEngine:
-    """A SingleEngine whose loss is wrapped in DDP; see Engine for the methods. `reduce_dtype`: fp32, bf16 or fp16."""
+    """A SingleEngine whose loss is wrapped in DDP; see Engine for the methods."""
 
-    def __init__(self, local: SingleEngine, world: World, block_size: int, reduce_dtype: str = "fp32") -> None:
+    def __init__(self, local: SingleEngine, world: World) -> None:
         self.local, self.world = local, world
+        self.step, self.nll, self.next_logits, self.replicas = local.step, local.nll, local.next_logits, local.replicas
         self.unwrapped = local.losses
-        assert isinstance(self.unwrapped, torch.nn.Module)
         local.thin_embedding_gradient(False)  # DDP would take the sum with the head's gradient for sparse too
         # a bucket for each block: beside the last one, the embeddings', nothing is left to compute
         block = sum(4 * parameter.numel() for parameter in local.model.transformer.h[0].parameters())
         self.ddp = DistributedDataParallel(self.unwrapped, gradient_as_bucket_view=True, bucket_cap_mb=block >> 20 or 1)
         local.thin_embedding_gradient()
-        if reduce_dtype != "fp32":
+        if (reduce_dtype := local.work.reduce_dtype) != "fp32":
             # DDP wants the annotations of a hook to be no strings; a lambda has none
             self.ddp.register_comm_hook(DTYPES[reduce_dtype], lambda dtype, bucket: _mean_in(dtype, bucket))
-        self._settle_buckets(block_size)
+        self._settle_buckets(local.work.block_size)
 
     def _settle_buckets(self, block_size: int) -> None:
         """Let DDP lay out its buckets before the first step that counts.
@@ -57,20 +57,8 @@ class DDPEngine:
             finally:
                 self.local.losses = self.unwrapped
 
-    def step(self, lr: float) -> Tensor:
-        return self.local.step(lr)
-
-    def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return self.local.nll(inputs, targets)
-
-    def next_logits(self, inputs: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        return self.local.next_logits(inputs, mask, positions)
-
     def fragments(self) -> Iterator[Fragment]:
         return whole_fragments(self.local, self.world.rank, self.world.size)
-
-    def replicas(self) -> Iterable[Tensor]:
-        return self.local.replicas()
 
     def restore(self, reader: FragmentReader) -> None:
         self.local.restore(_ReadOnce(reader, self.world))

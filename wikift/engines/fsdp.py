@@ -18,8 +18,8 @@ from transformers import GPT2LMHeadModel
 
 from wikift.base.world import World, join_group
 from wikift.checkpoint.fragment import MOMENTS, Fragment, FragmentReader
-from wikift.engines.base import Compute
-from wikift.engines.optim import AdamSettings, LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
+from wikift.engines.base import Work
+from wikift.engines.optim import LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
 from wikift.engines.single import in_eval, restore_scalars, scalar_fragments
 from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, materialize, sum_residual_in
 
@@ -27,29 +27,26 @@ from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, materialize, su
 class FSDPEngine:
     """See Engine for the methods. `model` comes without memory (meta) and gets its shard's only.
 
-    `reshard`: free a block's weights after its forward and gather them again for its backward, and let no gradient
-    stay whole between micro-batches (the memory of ZeRO-3). Without it weights and gradients stay whole within a step,
+    With `fsdp_reshard` a block's weights are freed after its forward and gathered for its backward, and no gradient
+    stays whole between micro-batches (the memory of ZeRO-3). Without it weights and gradients stay whole within a step,
     and only the last micro-batch communicates (ZeRO-2's memory, less traffic).
     """
 
-    def __init__(
-        self, model: GPT2LMHeadModel, adam: AdamSettings, world: World, compute: Compute, *, reshard: bool
-    ) -> None:
-        self.world, self.adam, self.accumulation, self.reshard = world, adam, compute.accumulation, reshard
-        precision = compute.precision
+    def __init__(self, model: GPT2LMHeadModel, work: Work, world: World, *, compile: bool) -> None:
+        self.world, self.work, self.reshard, precision = world, work, work.fsdp_reshard, work.precision
         self.model = model.train()
         low = DTYPES[precision] if precision != "fp32" else None
         if low is not None:
-            sum_residual_in(model, DTYPES[compute.residual_dtype])
+            sum_residual_in(model, DTYPES[work.residual_dtype])
         join_group(world)
         mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("ranks",))
-        reduce_dtype = DTYPES[compute.reduce_dtype]
+        reduce_dtype = DTYPES[work.reduce_dtype]
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-        self.losses = NextTokenLoss(model, precision, compile=compute.compile)
+        self.losses = NextTokenLoss(model, precision, compile=compile)
         *blocks, last = model.transformer.h
         # the last block is needed again at once, and so is what is in none
         *sharded, root = (
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard and module in blocks)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=self.reshard and module in blocks)
             for module in (*blocks, last, self.losses)
         )
         for module, following in pairwise([root, *sharded]):  # gathers before the host launches the computation
@@ -60,7 +57,7 @@ class FSDPEngine:
         self.local = {name: nn.Parameter(_shard(p)) for name, p in model.named_parameters() if _shard(p).numel()}
         decay = {name: p.dim() for name, p in model.named_parameters()}
         assert all(decay[name] == p.dim() for name, p in self.local.items()), "shards keep their dimensions"
-        self.optimizer = build_optimizer(self.local.values(), adam)
+        self.optimizer = build_optimizer(self.local.values(), work.adam)
 
     def forward_backward(self, blocks: Tensor, *, last: bool) -> Tensor:
         blocks = blocks.to(self.world.device, non_blocking=True)
@@ -68,7 +65,7 @@ class FSDPEngine:
         self.losses.set_requires_gradient_sync(last or self.reshard)
         self.losses.set_reshard_after_backward(last or self.reshard)
         loss: Tensor = self.losses(blocks[:, :-1], blocks[:, 1:]) / blocks[:, 1:].numel()
-        (loss * (self.loss_scale.gain / self.accumulation)).backward()
+        (loss * (self.loss_scale.gain / self.work.accumulation)).backward()
         return loss.detach()
 
     def step(self, lr: float) -> Tensor:
@@ -80,7 +77,7 @@ class FSDPEngine:
                 self.local[name].grad = gradient.to_local()
         squared = total_norm([p.grad for p in self.local.values() if p.grad is not None]).square()
         norm = self.world.total(squared).sqrt() / self.loss_scale.gain
-        clip_and_step(self.optimizer, norm, lr, self.adam.max_grad_norm, self.loss_scale)
+        clip_and_step(self.optimizer, norm, lr, self.work.adam.max_grad_norm, self.loss_scale)
         self.optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)
         return norm
@@ -92,12 +89,7 @@ class FSDPEngine:
         return self._in_eval(inputs, None, mask, positions)
 
     def _in_eval(self, *arguments: Tensor | None) -> Tensor:
-        device = self.world.device
-        result = in_eval(
-            self.model,
-            self.losses,
-            *(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in arguments),
-        )
+        result = in_eval(self.losses, self.world.device, *arguments)
         self._reshard()  # without a backward nothing else frees the weights, nor gathers new ones
         return result
 

@@ -13,18 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from wikift.base.names import AdamSettings
+
 _NORM_ROW = 512  # elements
-
-
-@dataclass(frozen=True)
-class AdamSettings:
-    """What the optimizer and clipping need; `max_grad_norm` 0 is no clipping."""
-
-    weight_decay: float
-    beta1: float
-    beta2: float
-    epsilon: float
-    max_grad_norm: float
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], settings: AdamSettings) -> torch.optim.Optimizer:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
+from wikift.base.world import World
 from wikift.checkpoint.fragment import MOMENTS, OPTIMIZER, SCALARS, Fragment, FragmentReader
-from wikift.engines.base import Compute
-from wikift.engines.optim import AdamSettings, LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
+from wikift.engines.base import Work
+from wikift.engines.optim import LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
 from wikift.model.gpt2 import DTYPES, NextTokenLoss, materialize, sum_residual_in
 
 
@@ -20,19 +21,15 @@ class SingleEngine:
     `model` comes without memory (meta); its values are undefined until `restore`.
     """
 
-    def __init__(
-        self, model: GPT2LMHeadModel, adam: AdamSettings, device: torch.device, compute: Compute, ranks: int = 1
-    ) -> None:
-        materialize(model, device)
+    def __init__(self, model: GPT2LMHeadModel, work: Work, world: World, *, compile: bool) -> None:
+        self.work, self.device = work, world.device
+        materialize(model, self.device)
         self.model = model.train()
-        if compute.residual_dtype != "fp32":
-            sum_residual_in(model, DTYPES[compute.residual_dtype])
-        self.device = device
-        self.adam = adam
-        self.accumulation = compute.accumulation
-        self.optimizer = build_optimizer(model.parameters(), adam)
-        self.loss_scale = LossScale(ScaleRule() if compute.precision == "fp16" else None, device, ranks)
-        self.losses: Callable[..., Tensor] = NextTokenLoss(model, compute.precision, compile=compute.compile)
+        if work.residual_dtype != "fp32":
+            sum_residual_in(model, DTYPES[work.residual_dtype])
+        self.optimizer = build_optimizer(model.parameters(), work.adam)
+        self.loss_scale = LossScale(ScaleRule() if work.precision == "fp16" else None, self.device, world.size)
+        self.losses: torch.nn.Module = NextTokenLoss(model, work.precision, compile=compile)
         self.thin_embedding_gradient()
 
     def thin_embedding_gradient(self, wanted: bool = True) -> None:
@@ -45,24 +42,22 @@ class SingleEngine:
 
     def forward_backward(self, blocks: Tensor, *, last: bool) -> Tensor:
         blocks = blocks.to(self.device, non_blocking=True)
-        loss = self.losses(blocks[:, :-1], blocks[:, 1:]) / blocks[:, 1:].numel()
-        (loss * (self.loss_scale.gain / self.accumulation)).backward()
+        loss: Tensor = self.losses(blocks[:, :-1], blocks[:, 1:]) / blocks[:, 1:].numel()
+        (loss * (self.loss_scale.gain / self.work.accumulation)).backward()
         return loss.detach()
 
     def step(self, lr: float) -> Tensor:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = total_norm(gradients) / self.loss_scale.gain
-        clip_and_step(self.optimizer, norm, lr, self.adam.max_grad_norm, self.loss_scale)
+        clip_and_step(self.optimizer, norm, lr, self.work.adam.max_grad_norm, self.loss_scale)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        inputs, targets = (tensor.to(self.device, non_blocking=True) for tensor in (inputs, targets))
-        return in_eval(self.model, self.losses, inputs, targets)
+        return in_eval(self.losses, self.device, inputs, targets)
 
     def next_logits(self, inputs: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        inputs, mask, positions = (tensor.to(self.device) for tensor in (inputs, mask, positions))
-        return in_eval(self.model, self.losses, inputs, None, mask, positions)
+        return in_eval(self.losses, self.device, inputs, None, mask, positions)
 
     def fragments(self) -> Iterator[Fragment]:
         return whole_fragments(self, rank=0, ranks=1)
@@ -82,18 +77,19 @@ class SingleEngine:
 
 
 @torch.no_grad()
-def in_eval(model: torch.nn.Module, function: Callable[..., Tensor], *arguments: Tensor | None) -> Tensor:
-    """`function(*arguments)` with `model` in eval mode, without gradients; it keeps the mode it had.
+def in_eval(module: torch.nn.Module, device: torch.device, *arguments: Tensor | None) -> Tensor:
+    """`module(*arguments)` on `device`, in eval mode and without gradients; a module in training is again afterwards.
 
     Never compiled: each length of a split's last window, and of samples, would be compiled again.
     """
-    training = model.training
-    model.eval()
+    training = module.training
+    module.eval()
     try:
         with torch.compiler.set_stance("force_eager"):
-            return function(*arguments)
+            result: Tensor = module(*(None if one is None else one.to(device, non_blocking=True) for one in arguments))
+        return result
     finally:
-        model.train(training)
+        module.train(training)
 
 
 def whole_fragments(engine: SingleEngine, rank: int, ranks: int) -> Iterator[Fragment]:

@@ -21,28 +21,21 @@ from transformers import GPT2LMHeadModel
 
 from wikift.base.world import World, join_group
 from wikift.checkpoint.fragment import MOMENTS, Fragment, FragmentReader
-from wikift.engines.base import Compute
-from wikift.engines.optim import AdamSettings, LossScale, ScaleRule, build_optimizer
+from wikift.engines.base import Work
+from wikift.engines.optim import LossScale, ScaleRule, build_optimizer
 from wikift.engines.single import in_eval, restore_scalars, scalar_fragments
 from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, materialize, parameter_shapes, sum_residual_in
 
 
 class ZeroEngine:
-    """See Engine for the methods. `config` is a complete ds_config, as `dsconfig.engine_config` makes it.
+    """See Engine for the methods.
 
     `build` returns the model: called on the meta device at stages 1 and 2, which keep whole weights in the precision of
     the matmuls, and under `deepspeed.zero.Init` at stage 3, which keeps this rank's ranges and nothing more.
     """
 
-    def __init__(
-        self,
-        build: Callable[[], GPT2LMHeadModel],
-        adam: AdamSettings,
-        world: World,
-        config: dict[str, Any],
-        compute: Compute,
-    ) -> None:
-        precision = compute.precision
+    def __init__(self, build: Callable[[], GPT2LMHeadModel], work: Work, world: World, *, compile: bool) -> None:
+        precision, config = work.precision, work.zero_config
         deepspeed = import_deepspeed(world.local_rank if world.device.index is None else world.device.index)
         self.world, self.stage = world, int(config["zero_optimization"]["stage"])
         dtype = DTYPES[precision]
@@ -62,12 +55,12 @@ class ZeroEngine:
                     self.model = build()
                 materialize(self.model, world.device, dtype)
             if precision != "fp32":
-                sum_residual_in(self.model, DTYPES[compute.residual_dtype])
+                sum_residual_in(self.model, DTYPES[work.residual_dtype])
             self.model.train()
             self.shapes = parameter_shapes(self.model)
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=NextTokenLoss(self.model, precision, compile=compute.compile),
-                optimizer=build_optimizer(self.model.parameters(), adam),
+                model=NextTokenLoss(self.model, precision, compile=compile),
+                optimizer=build_optimizer(self.model.parameters(), work.adam),
                 config=config,
             )
         self.adamw: torch.optim.Optimizer = self.optimizer.optimizer
@@ -91,18 +84,10 @@ class ZeroEngine:
         return norm  # on the host: there it is needed, and to copy it to a GPU would be one more wait
 
     def nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return self._in_eval(inputs, targets)
+        return in_eval(self.engine, self.world.device, inputs, targets)
 
     def next_logits(self, inputs: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        return self._in_eval(inputs, None, mask, positions)
-
-    def _in_eval(self, *arguments: Tensor | None) -> Tensor:
-        device = self.world.device
-        return in_eval(
-            self.engine,
-            self.engine,
-            *(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in arguments),
-        )
+        return in_eval(self.engine, self.world.device, inputs, None, mask, positions)
 
     def fragments(self) -> Iterator[Fragment]:
         for name, parameter in self.model.named_parameters():

@@ -9,6 +9,7 @@ from typing import Any
 
 from wikift.base.errors import UserError
 from wikift.base.files import read_lines
+from wikift.base.names import AdamSettings
 from wikift.base.shape import Shape, parse_overrides, released_name, with_overrides
 from wikift.settings import deepspeed, deepspeed_checks
 from wikift.settings.batch_layout import BatchLayout
@@ -27,17 +28,6 @@ class ModelPlan:
     from_scratch: bool
     shape: Shape
     changes: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class AdamPlan:
-    """AdamW and clipping, as engines.optim.AdamSettings."""
-
-    weight_decay: float
-    beta1: float
-    beta2: float
-    epsilon: float
-    max_grad_norm: float
 
 
 @dataclass(frozen=True)
@@ -70,7 +60,7 @@ class RunPlan:
     blocks: int  # trained on in an epoch
     layout: BatchLayout
     schedule: Schedule
-    adam: AdamPlan
+    adam: AdamSettings
     engine: EnginePlan
     due: Due
     patience: int
@@ -202,8 +192,8 @@ def plan_run(settings: TrainSettings, layout: BatchLayout, shape: Shape, tokens:
         blocks=blocks,
         layout=layout,
         schedule=schedule_of(settings, steps),
-        adam=AdamPlan(settings.weight_decay, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon,
-                      settings.max_grad_norm),
+        adam=AdamSettings(settings.weight_decay, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon,
+                          settings.max_grad_norm),
         engine=engine_plan(settings),
         due=due_of(settings, steps),
         patience=settings.early_stopping_patience or 0,

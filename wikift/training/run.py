@@ -38,7 +38,6 @@ from wikift.data.store import TokenStore
 from wikift.engines.base import Choice, Work
 from wikift.engines.build import build_engine, choose
 from wikift.engines.memory import explained, keep_freed_memory, machine_of, memory_line, training_bytes
-from wikift.engines.optim import AdamSettings
 from wikift.model.gpt2 import Precision, load_config, load_generation_config, model_config, resolve_precision, shapes_of
 from wikift.model.initial_weights import random_weights, trained_weights
 from wikift.settings.run_plan import RunPlan
@@ -204,7 +203,7 @@ def work_of(plan: RunPlan, precision: str) -> Work:
         fsdp_reshard=asked.fsdp_reshard,
         residual_dtype=asked.residual_dtype,
         reduce_dtype=asked.reduce_dtype,
-        adam=AdamSettings(**dataclasses.asdict(plan.adam)),
+        adam=plan.adam,
         zero_config=plan.zero_config(precision),
         save_aside=plan.async_save,
     )
