@@ -21,8 +21,7 @@ from rich.console import Console, ConsoleDimensions
 
 import wikift.watch.terminal
 from tests.watch.test_metrics import a_log
-from wikift.watch.screen import duration
-from wikift.watch.terminal import Terminal, line, phase
+from wikift.watch.terminal import Terminal, duration, line, phase
 
 FULL: dict[str, Any] = {
     "step": 1_234_567, "loss": 3.21, "grad_norm": 0.987, "learning_rate": 4.8e-5, "tokens": 10**10,
@@ -32,8 +31,8 @@ FULL: dict[str, Any] = {
     "ranks": {"memory_gb": [39.99, 41.5], "data_wait": [0.01, 0.0], "matmul_ms": [0.0, 0.0]},
 }  # fmt: skip
 SHOWN = (
-    "loss 3.2100", "ppl 24.78", "eval loss 3.1000", "eval ppl 22.19", "norm 0.987", "lr 4.80e-05", "tok/s 1,234,567",
-    "mfu 41.0%", "memory 39.99 GB", "skipped 3", "now validating 1,234/5,678", "time left 27:46:40",
+    "loss 3.2100", "ppl 24.78", "eval loss 3.1000", "eval ppl 22.19", "grad norm 0.987", "lr 4.80e-05",
+    "tokens/s 1,234,567", "mfu 41.0%", "memory 41.50 GB, rank 1", "skipped 3", "time left 27:46:40",
 )  # fmt: skip
 CELLS = (
     "loss 3.2100", "ppl 24.78", "eval loss 3.1000", "eval ppl 22.19", "best eval 3.1000", "best step 1,234,567",

@@ -155,7 +155,7 @@ def speed_by_mfu(asked: PlanSettings, run: RunPlan, precision: str) -> tuple[flo
 
 
 def duration_of(run: RunPlan, store: TokenStore | None, speed: float) -> str:
-    from wikift.watch.screen import duration
+    from wikift.watch.terminal import duration
 
     validations = run.due.validations()
     tokens = store.splits["validation"].tokens if store is not None and store.has_validation else 0

@@ -105,7 +105,7 @@ def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def _facts(run: RunRecord) -> dict[str, str]:
     """What a run came to."""
-    from wikift.watch.screen import duration  # by rich, which `--help` does not wait for
+    from wikift.watch.terminal import duration  # by rich, which `--help` does not wait for
 
     tokens, losses, validations = (run.numbers(key) for key in ("tokens", "loss", "eval_loss"))
     facts = {"state": run.state, "steps": f"{run.done:,} of {run.derived.get('steps', 0):,}"}
