@@ -21,7 +21,6 @@ from unittest import mock
 import pytest
 
 from tests.tiny import arguments, tiny_store
-from wikift.base import publish
 from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.files import replace_text
 from wikift.base.publish import folder_lock, make_once, publish_folder
@@ -137,10 +136,7 @@ def test_a_lock_whose_file_was_removed_is_not_held_twice(tmp_path: Path) -> None
         folder_lock(tmp_path / "out", timeout_seconds=0.1).__enter__()
 
 
-def one_process(out: Path, pipe: Any, local_rank: str) -> None:
-    os.environ["LOCAL_RANK"] = local_rank
-    publish._HEAD_START_SECONDS = 60.0  # a process starts slowly on a busy machine
-
+def one_process(out: Path, pipe: Any) -> None:
     def slow(folder: Path) -> None:
         pipe.send("making")
         while not (out.parent / "go").exists():
@@ -151,10 +147,10 @@ def one_process(out: Path, pipe: Any, local_rank: str) -> None:
     pipe.send("done")
 
 
-def started(out: Path, local_rank: str = "0") -> tuple[Any, Any]:
+def started(out: Path) -> tuple[Any, Any]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=one_process, args=(out, theirs, local_rank))
+    process = context.Process(target=one_process, args=(out, theirs))
     process.start()
     return process, ours
 
@@ -165,17 +161,14 @@ def received(pipe: Any) -> Any:
 
 
 def test_one_works_and_the_others_wait(tmp_path: Path) -> None:
-    """Of the ranks of a machine the first, though another comes earlier."""
     out = tmp_path / "out"
-    second, other = started(out, local_rank="1")
-    assert received(other) == "waiting"
     first, pipe = started(out)
     assert received(pipe) == "making"
-    third, another = started(out)
-    assert received(another) == "waiting"
+    others = [started(out) for _ in range(2)]
+    assert [received(end) for _, end in others] == ["waiting"] * 2
     (tmp_path / "go").touch()
-    assert [received(end) for end in (pipe, other, another)] == ["done"] * 3
-    for process in (first, second, third):
+    assert [received(end) for end in (pipe, *(end for _, end in others))] == ["done"] * 3
+    for process in (first, *(process for process, _ in others)):
         process.join()
     assert everything(tmp_path) == ["go", "out", "out/inner", "out/part", "out/store.json"]
     assert (out / "part").read_text() == str(first.pid)
@@ -192,16 +185,6 @@ def test_who_waits_takes_over_from_a_killed_one(tmp_path: Path) -> None:
     assert received(other) == "done"
     second.join()
     assert everything(tmp_path) == ["go", "out", "out/inner", "out/part", "out/store.json"]
-
-
-def test_a_rank_prepares_if_the_first_does_not_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / ".out.partial").mkdir()  # which an earlier process left
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    monkeypatch.setattr(publish, "_HEAD_START_SECONDS", 1.2)
-    start = time.monotonic()
-    once(tmp_path / "out")
-    assert 1.2 <= time.monotonic() - start < 10
-    assert (tmp_path / "out" / "store.json").exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])

@@ -145,8 +145,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.device]:
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        facts = {"is_available": True, "device_count": 2, "get_arch_list": [], "set_device": None, **facts}
-        for name, fact in {"get_device_capability": (9, 0), "get_device_name": "Tesla V100", **facts}.items():
+        facts = {"is_available": True, "device_count": 2, "set_device": None, **facts}
+        for name, fact in facts.items():
             monkeypatch.setattr(torch.cuda, name, lambda *_, fact=fact: fact)
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
@@ -163,7 +163,7 @@ TASK = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_N
 def test_a_rank_takes_the_gpu_of_its_number_or_its_own(gpus: Callable[..., torch.device]) -> None:
     assert gpus({**RANK, "LOCAL_RANK": "1"}) == torch.device("cuda", 1)
     assert gpus({**TASK, "SLURM_LOCALID": "3"}, device_count=1) == torch.device("cuda", 0)
-    assert gpus(RANK, device_count=1, get_arch_list=["sm_75", "sm_90a", "compute_90"]) == torch.device("cuda", 0)
+    assert gpus(RANK, device_count=1) == torch.device("cuda", 0)
 
 
 def met_on_gpus(uuids: list[str]) -> str:
@@ -171,10 +171,10 @@ def met_on_gpus(uuids: list[str]) -> str:
     own = torch.distributed.distributed_c10d
     store, init = own.PrefixStore("gpus", own._get_default_store()), Mock()
     properties = SimpleNamespace(uuid=uuids[int(os.environ["RANK"])])
-    facts = {"is_available": True, "device_count": 1, "get_arch_list": [], "set_device": None}
+    facts = {"is_available": True, "device_count": 1, "set_device": None}
     with (
         patch.multiple(torch.cuda, **{name: Mock(return_value=fact) for name, fact in facts.items()}),
-        patch.multiple(torch.cuda, get_device_capability=lambda _: (9, 0), get_device_properties=lambda _: properties),
+        patch.multiple(torch.cuda, get_device_properties=lambda _: properties),
         patch.multiple(torch.distributed, is_initialized=lambda: False, init_process_group=init),
         patch.object(world, "shared_store", lambda *_: store),
     ):
@@ -196,8 +196,6 @@ def test_a_gpu_that_cannot_be_used_is_told(
 ) -> None:
     with pytest.raises(UserError, match="LOCAL_RANK: is not set beside RANK"):
         gpus(RANK)
-    with pytest.raises(UserError, match=r"no code for Tesla V100, of compute capability 7.0, but from 7.5 on"):
-        gpus({}, get_device_capability=(7, 0), get_arch_list=["sm_75", "sm_90a", "compute_90"])
     (tmp_path / "nvidiactl").touch()
     monkeypatch.setattr(world, "_NVIDIA_DRIVER", tmp_path / "nvidiactl")
     monkeypatch.setattr(torch.version, "cuda", "13.0")

@@ -9,17 +9,14 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from wikift.base.files import faults_of_writing, remove, sync
-from wikift.base.launcher import launch
 from wikift.base.signals import ENDING, stopping_by_exception
 
 _POLL_SECONDS = 0.5
-_HEAD_START_SECONDS = 10.0
 _NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
@@ -32,12 +29,6 @@ def make_once(
     disk is full. Nothing incomplete stays, unless the process is killed outright.
     """
     with faults_of_writing(out), stopping_by_exception(), folders_above(out):
-        if launch().local_rank and not is_made():
-            # Of one machine's ranks the first prepares, if it comes in time: its error messages are the ones shown
-            wait()
-            wait, start = (lambda: None), time.monotonic()
-            while not is_made() and not lock_file(out).exists() and time.monotonic() - start < _HEAD_START_SECONDS:
-                time.sleep(_POLL_SECONDS)
         if is_made():
             if lock_file(out).exists():  # of a process that was killed after the rename
                 with suppress(OSError), folder_lock(out, timeout_seconds=0):

@@ -236,7 +236,6 @@ def stop_world() -> None:
 
 
 def device_of(requested: str, here: Launch) -> torch.device:
-    newer = "install a torch for an older CUDA (https://pytorch.org/get-started/locally), or use --device cpu"
     if requested == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -253,7 +252,8 @@ def device_of(requested: str, here: Launch) -> torch.device:
         if torch.version.cuda and _NVIDIA_DRIVER.exists() and "CUDA_VISIBLE_DEVICES" not in os.environ:
             raise UserError(
                 f"--device auto: there is an NVIDIA driver, but torch {torch.__version__} cannot use it (most often it "
-                f"is older than CUDA {torch.version.cuda}); update the driver, {newer}"
+                f"is older than CUDA {torch.version.cuda}); update the driver, install a torch for an older CUDA "
+                "(https://pytorch.org/get-started/locally), or use --device cpu"
             )
         return torch.device("cpu")
     count = torch.cuda.device_count()
@@ -261,13 +261,6 @@ def device_of(requested: str, here: Launch) -> torch.device:
         raise UserError("LOCAL_RANK: is not set beside RANK, to choose among several GPUs; torchrun and srun set it")
     # srun may let each task see GPUs of its own, numbered from 0; whether two ranks share one is seen by its UUID
     device = torch.device("cuda", (here.local_rank or 0) % count)
-    built_for = [int(arch[3:].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
-    major, minor = torch.cuda.get_device_capability(device)
-    if built_for and 10 * major + minor < min(built_for):
-        raise UserError(
-            f"--device {requested}: this torch has no code for {torch.cuda.get_device_name(device)}, of compute "
-            f"capability {major}.{minor}, but from {min(built_for) / 10} on; {newer}"
-        )
     if not any(name in os.environ for name in _ALLOCATOR):  # read at the first allocation
         # micro-batches, validation and samples differ in size: segments that grow leave fewer gaps between them
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"

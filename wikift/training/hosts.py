@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from wikift.base.errors import UserError
+from wikift.base.files import faults_of_writing
 from wikift.base.world import World, seed
 from wikift.data.store import TokenStore, open_store
 
@@ -26,21 +27,17 @@ def check_hosts(run: Path, store: TokenStore, world: World) -> Path:
         open_store(store.path, verify=True)
     if world.local_size == world.size:
         return run
-    number = world.agreed(int.from_bytes(os.urandom(6), "little"))
-    meeting = run / f".meeting-{number:012x}"  # a name that no file system can have in a cache
+    meeting = run / f".meeting-{world.shared(os.urandom(6).hex())}"  # a name that no file system can have in a cache
     if world.rank == 0:
-        try:
+        with faults_of_writing(run):
             meeting.mkdir()
-        except OSError as error:
-            raise UserError(f"--output-dir {run}: cannot be written ({error.strerror}); name another folder") from None
-    try:
-        world.barrier()
-        other_folder = _ranks(world, not meeting.is_dir())
-    finally:
-        if world.rank == 0:
-            meeting.rmdir()
-    text = seed(0, store.fingerprint)
-    other_text = _ranks(world, text != world.agreed(text))
+    world.barrier()
+    rows = world.exchange([meeting.is_dir(), seed(0, store.fingerprint) % 2**53])
+    if world.rank == 0:
+        meeting.rmdir()
+    other_folder, other_text = (
+        ", ".join(str(rank) for rank, row in enumerate(rows) if row[n] != rows[0][n]) for n in range(2)
+    )
     problems = []
     if other_folder:
         problems.append(
@@ -69,10 +66,3 @@ def environment(device: torch.device, precision: str, compiled: str) -> dict[str
         git = subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         facts["wikift_commit"] = git.stdout.strip()
     return facts
-
-
-def _ranks(world: World, wrong: bool) -> str:
-    """The ranks on which something is `wrong`, listed; collective."""
-    flags = torch.zeros(world.size)
-    flags[world.rank] = float(wrong)
-    return ", ".join(str(rank) for rank, value in enumerate(world.total(flags).tolist()) if value)
