@@ -9,14 +9,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
+import functools
 import importlib
 import os
 import re
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from wikift.base import hub_client as client
+from wikift.base.console import Progress, print
 from wikift.base.errors import EnvironmentFault, UserError, one_line, without_password
 from wikift.base.launcher import launch
 
@@ -29,6 +33,7 @@ TOKENIZER = (
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w.][\w./-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ANSWER_SECONDS = (3.0, 10.0)  # for the Hub's first answer; the second where the cache has no copy
+_CHUNK_BYTES = 1 << 16
 _SHOWN_BYTES = 10_000_000  # of a file whose download is shown
 
 commits: dict[str, str] = {}  # by NAME[@REVISION], a dataset's as datasets/NAME: what this process reads
@@ -65,7 +70,7 @@ def _asked(wanted: tuple[str, str, str, tuple[str, ...]], where: str) -> Path:
             lost = (status_of(error) or 0) >= 500 or "TransportError" in kinds
             if (folder := _cached(*wanted)) is not None:
                 if not _silent and "OfflineModeIsEnabled" not in kinds:
-                    client.tell(f"{where}: {reason_of(error)}; using the copy in the cache, commit {folder.name[:8]}")
+                    tell(f"{where}: {reason_of(error)}; using the copy in the cache, commit {folder.name[:8]}")
                 if lost:
                     _silent[:] = [error]
                 return folder
@@ -78,11 +83,11 @@ def _asked(wanted: tuple[str, str, str, tuple[str, ...]], where: str) -> Path:
 def _downloaded(repository: str, kind: str, revision: str, files: tuple[str, ...], seconds: float) -> Path:
     if _silent:
         raise _silent[0]
-    hub = client.library()
+    hub = library()
     about = hub.HfApi().repo_info(repository, repo_type=kind, revision=revision, timeout=seconds, files_metadata=True)
     for file in about.siblings:
         if (file.size or 0) >= _SHOWN_BYTES and any(fnmatch.fnmatchcase(file.rfilename, each) for each in files):
-            shown = type("Shown", (client.Shown,), {"name": f"{repository}/{file.rfilename}"})
+            shown = type("Shown", (Shown,), {"name": f"{repository}/{file.rfilename}"})
             hub.hf_hub_download(
                 repository, file.rfilename, repo_type=kind, revision=about.sha, tqdm_class=shown, etag_timeout=seconds
             )
@@ -103,13 +108,92 @@ def _cached(repository: str, kind: str, revision: str, files: tuple[str, ...]) -
     """The cache's folder, None where it lacks one of `files` (or, as older libraries filled it, all of them)."""
     try:
         folder = Path(
-            client.library().snapshot_download(
+            library().snapshot_download(
                 repository, repo_type=kind, revision=revision, allow_patterns=list(files), local_files_only=True
             )
         )
     except Exception:  # of its own, and for names that are none
         return None
     return folder if any(any(folder.glob(pattern)) for pattern in files) else None
+
+
+# --- huggingface_hub: silent, never waiting for ever, resuming after a reset, showing downloads --------------------
+
+
+@functools.cache
+def library() -> Any:
+    """huggingface_hub: without words of its own, and resuming a file where the connection broke."""
+    import huggingface_hub
+    from huggingface_hub.utils import _http
+
+    def client() -> Any:
+        made = _http.default_client_factory()
+        made.timeout = 60.0  # for requests that state none; the default is to wait for ever
+        made.event_hooks["response"].append(_resumed_after_reset)
+        return made
+
+    huggingface_hub.set_client_factory(client)
+    huggingface_hub.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():  # about the user's HF_HUB_DISABLE_PROGRESS_BARS=0
+        warnings.simplefilter("ignore")
+        huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]
+    return huggingface_hub
+
+
+def _resumed_after_reset(response: Any) -> None:
+    """huggingface_hub continues a file after a timeout, but not after a reset: let it take that for one."""
+    read, errors = response.iter_bytes, sys.modules[type(response).__module__.partition(".")[0]]
+
+    def iter_bytes(chunk_size: int | None = None) -> Iterator[bytes]:
+        try:
+            yield from read(_CHUNK_BYTES)  # what is left of a larger chunk would be lost
+        except errors.NetworkError as error:
+            tell(f"the connection to the Hub broke ({one_line(error)}), resuming")
+            raise errors.ReadTimeout(str(error)) from None
+
+    response.iter_bytes = iter_bytes
+
+
+class Shown:
+    """What huggingface_hub takes for a progress bar: one line on a terminal, lines in a pipe, of rank 0 alone."""
+
+    name = ""
+
+    def __init__(self, *_: Any, total: float | None = None, initial: int = 0, **options: Any) -> None:
+        self.total, self.n = int(total or 0), initial
+        self.progress = Progress(quiet=not speaks())
+        self.progress.show(f"downloading {self.name}, {self.total / 1e6:,.1f} MB")
+
+    def __enter__(self) -> Shown:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def update(self, count: float | None = 1) -> None:
+        self.n += int(count or 0)
+        self.progress.fraction(f"downloading {self.name}", self.n / max(self.total, 1))
+
+    def close(self) -> None:
+        self.progress.clear()
+
+    def update_transfer(self, *_: Any) -> None: ...  # of bytes on the line, which Xet counts apart
+
+    def set_postfix_str(self, *_: Any, **options: Any) -> None: ...
+
+
+def speaks() -> bool:
+    return launch().rank == 0 and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "0") in ("", "0")
+
+
+def tell(text: str) -> None:
+    if speaks():
+        print(f"wikift: {text}", file=sys.stderr, flush=True)
+
+
+def be_quiet() -> None:
+    """No downloads are shown in this process, as where the user's environment says so."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
 # --- what to say -------------------------------------------------------------------------------------------------

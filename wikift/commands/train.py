@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wikift import __version__
-from wikift.base import folders, hub_client
+from wikift.base import folders, hub
 from wikift.base.console import print
 from wikift.base.errors import EXIT_DONE, EXIT_INTERRUPTED, EnvironmentFault, UserError
 from wikift.base.launcher import launch, unused_settings
@@ -189,7 +189,7 @@ def _bring(settings: TrainSettings, prints: bool, say: Say) -> TokenStore:
 
     path = Path(settings.data) if settings.data is not None else store_path(settings)
     if not prints:
-        hub_client.be_quiet()
+        hub.be_quiet()
 
     def bring() -> None:
         if settings.data is None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wikift.base import hub_client
+from wikift.base import hub
 from wikift.base.console import Progress
 from wikift.base.errors import UserError
 from wikift.data import encode, fast_encode, tokenizer
@@ -98,7 +98,7 @@ def ensure_store(request: Request, out: Path, *, say: Say, progress: Progress, s
 def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> None:
     began, source = time.perf_counter(), request.source
     if progress.quiet:
-        hub_client.be_quiet()
+        hub.be_quiet()
     corpus = open_source(source)
     facts = facts_of(source, checksums=True)
     for note in corpus.notes:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, GPT2Config
-from transformers.utils import logging as transformers_logging
 
 from wikift import __version__
 from wikift.base import hub
@@ -119,8 +118,7 @@ def _train(training: Training, owed: dict[str, Any] | None, pulse: Pulse, events
 @contextlib.contextmanager
 def started(plan: RunPlan) -> Iterator[tuple[World, Callable[[], int]]]:
     """The ranks of a run, and the signal that asks it to stop; transformers is quiet inside."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    hub.quiet_libraries()
     if plan.engine.deterministic:
         be_deterministic()  # before NCCL starts, which would take sums in NVLink's switches otherwise
     seconds = plan.hang_timeout + 60  # `signs_of_life` is first, and says more
