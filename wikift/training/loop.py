@@ -10,9 +10,9 @@ from torch import Tensor
 
 from wikift.base.world import seed
 from wikift.evaluation.score import Score
+from wikift.training.nonfinite import Skips
 from wikift.training.patience import Patience
 from wikift.training.resume import FOLDER_GONE, add_to_manifest
-from wikift.training.skips import Skips
 from wikift.training.training import Training
 from wikift.watch.profile import Profiler
 

@@ -44,9 +44,8 @@ from wikift.training import resume
 from wikift.training.hosts import check_hosts, environment
 from wikift.training.loop import run_steps
 from wikift.training.meter import Meter, few_tokens, memory_gb, peak_flops
+from wikift.training.nonfinite import Diverged, rewound
 from wikift.training.resume import Say
-from wikift.training.rewind import rewound
-from wikift.training.skips import Diverged
 from wikift.training.training import Training
 from wikift.watch.hang import Pulse, signs_of_life
 from wikift.watch.metrics import Log, open_log

@@ -58,7 +58,7 @@ class Training:
     start: Checkpoint | None
     held_before: float  # GB
     forecast: int  # bytes that a process takes beside these
-    left_out: int  # steps whose blocks were passed over, see rewind.py
+    left_out: int  # steps whose blocks were passed over, see nonfinite.py
 
     @property
     def done(self) -> int:
