@@ -273,7 +273,7 @@ def deepspeed_loop(setting: Setting, *, own_adam: bool) -> None:
 def wikift(setting: Setting, *, kind: str, compile: bool = False, deterministic: bool = False) -> None:
     """An engine of wikift's, on as many processes as torchrun started."""
     from tests.tiny_engines import make_engine
-    from wikift.base.names import AdamSettings
+    from wikift.base.work import AdamSettings
     from wikift.base.world import be_deterministic, join_group, start_world
     from wikift.checkpoint.fragment import FreshStart
     from wikift.engines.memory import keep_freed_memory

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tests.tiny import VOCABULARY
-from wikift.base.names import AdamSettings
 from wikift.base.shape import Shape
+from wikift.base.work import AdamSettings, Choice, Work
 from wikift.base.world import World
-from wikift.engines.base import Choice, Engine, Work
-from wikift.settings.batch_layout import BatchLayout
+from wikift.engines.base import Engine
 from wikift.settings.deepspeed import engine_config
 
 BLOCK = 8
@@ -48,18 +48,14 @@ def make_engine(
     """An engine whose weights are open: restore it from something."""
     from wikift.engines.build import construct
 
-    whole = {}
-    if kind.startswith("zero"):
-        whole = engine_config(
-            {"zero_optimization.stage": int(kind[4])} if ds_config is None else ds_config,
-            BatchLayout(world.size, micro, accumulation), precision, max_grad_norm=adam.max_grad_norm,
-            hidden_size=config.n_embd, reduce_dtype=reduce_dtype,
-        )  # fmt: skip
     work = Work(
-        Choice(kind, ""), "no", Shape(), BLOCK, micro, accumulation, may_shrink=False, steps=1, precision=precision,
-        gradient_checkpointing=checkpointing, fsdp_reshard=reshard, residual_dtype=residual_dtype,
-        reduce_dtype=reduce_dtype, adam=adam, zero_config=whole, save_aside=False,
+        Choice(kind, ""), "no", Shape(n_embd=config.n_embd), BLOCK, micro, accumulation, may_shrink=False, steps=1,
+        precision=precision, gradient_checkpointing=checkpointing, fsdp_reshard=reshard, residual_dtype=residual_dtype,
+        reduce_dtype=reduce_dtype, adam=adam, zero_config={}, save_aside=False,
     )  # fmt: skip
+    if kind.startswith("zero"):
+        asked = {"zero_optimization.stage": int(kind[4])} if ds_config is None else ds_config
+        work = replace(work, zero_config=engine_config(asked, work, world.size))
     return construct(work, config, world, compile=compile)
 
 

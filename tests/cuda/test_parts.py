@@ -19,7 +19,8 @@ from tests.ranks import each, run_ranks
 from tests.tiny_engines import make_engine, tiny_config
 from wikift.base.errors import UserError
 from wikift.base.shape import Shape
-from wikift.engines.base import Choice, Work
+from wikift.base.work import Choice, Work
+from wikift.engines.build import construct
 from wikift.engines.memory import training_bytes
 from wikift.generation.decoder import Decoder
 from wikift.kernels.loss import summed_loss
@@ -153,18 +154,9 @@ def held_by_steps(case: Case) -> int:
     with pretended(ranks=case.ranks) as seen:
         from wikift.base.world import start_world
 
-        engine = make_engine(
-            work.engine.name,
-            start_world("cuda"),
-            tiny_config(0.1, **dataclasses.asdict(case.shape)),
-            micro=case.micro_batch,
-            accumulation=case.accumulation,
-            precision=case.precision,
-            checkpointing=case.checkpointing,
-            residual_dtype=case.residual,
-            reshard=work.fsdp_reshard,
-            ds_config=work.zero_config,
-        )
+        config = deepspeed.engine_config(work.zero_config, work, case.ranks) if work.zero_config else {}
+        shape = tiny_config(0.1, **dataclasses.asdict(case.shape))
+        engine = construct(replace(work, zero_config=config), shape, start_world("cuda"), compile=False)
         engine.restore(Zeros())
         seen.begin("steps")
         for _ in range(2):

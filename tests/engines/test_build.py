@@ -11,10 +11,10 @@ import torch
 
 from tests.ranks import run_ranks
 from wikift.base.errors import UserError
-from wikift.base.names import AdamSettings
 from wikift.base.shape import Shape
+from wikift.base.work import AdamSettings, Choice, Work
 from wikift.engines import build, memory
-from wikift.engines.build import Choice, Work, choose
+from wikift.engines.build import choose
 
 WORK = Work(
     engine=Choice("auto", ""), compile="auto", shape=Shape(), block_size=512, micro_batch=32, accumulation=2,

@@ -19,9 +19,9 @@ from tests.engines.test_build import WORK
 from tests.ranks import run_ranks
 from tests.tiny_engines import make_engine
 from wikift.base.errors import EnvironmentFault
+from wikift.base.work import Choice
 from wikift.base.world import World
 from wikift.engines import memory
-from wikift.engines.base import Choice
 from wikift.engines.memory import available_bytes, explained, host_bytes
 
 RANKS = 4

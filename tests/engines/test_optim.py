@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from wikift.base.names import AdamSettings
+from wikift.base.work import AdamSettings
 from wikift.engines.optim import LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
 
 CPU = torch.device("cpu")

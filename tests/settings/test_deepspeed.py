@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.engines.test_build import WORK
 from wikift.base.errors import UserError
 from wikift.base.model_files import shape_of
+from wikift.base.shape import Shape
 from wikift.commands.train import main
-from wikift.settings.batch_layout import BatchLayout
 from wikift.settings.deepspeed import Merged, engine_config, merge, read
 from wikift.settings.deepspeed_checks import PASSED
 from wikift.settings.fields import EXCLUSIVE, TrainSettings
@@ -90,12 +92,10 @@ def with_key(key: str, value: Any, base: dict[str, Any] | None = None) -> dict[s
     return config
 
 
-def completed(path: str, **numbers: Any) -> dict[str, Any]:
-    given: dict[str, Any] = {
-        "layout": BatchLayout(1, 2, 3), "precision": "fp32", "max_grad_norm": 0.5, "hidden_size": 64,
-        "reduce_dtype": "fp32",
-    }  # fmt: skip
-    return engine_config(read(path)[0], **{**given, **numbers})
+def completed(path: str, ranks: int = 1, **numbers: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {"micro_batch": 2, "accumulation": 3, "shape": Shape(n_embd=64)}
+    given["adam"] = replace(WORK.adam, max_grad_norm=0.5)
+    return engine_config(read(path)[0], replace(WORK, **given | numbers), ranks)
 
 
 # --- files that are right ----------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def test_every_file_leaves_auto_to_the_command_line_and_deepspeed_takes_it(
 
 
 def test_sizes_left_to_us_are_those_of_the_trainer(tmp_path: Path) -> None:
-    config = completed(written(TRAINER["zero3"], tmp_path), hidden_size=768, layout=BatchLayout(4, 2, 3))
+    config = completed(written(TRAINER["zero3"], tmp_path), 4, shape=Shape())
     zero = config["zero_optimization"]
     assert zero["reduce_bucket_size"] == 768 * 768
     assert zero["stage3_prefetch_bucket_size"] == 530841

@@ -1,6 +1,4 @@
-"""Names and numbers that several wings share."""
-
-from dataclasses import dataclass
+"""Names that settings, data and cards share."""
 
 # Bytes to download (the dataset's card) and GPT-2's tokens in the train split: 117,920,140 of wikitext-103-raw-v1 are
 # known (flash-attention's tests), the others come from the words and the validation split's tokens per word
@@ -13,14 +11,3 @@ WIKITEXT = {
 TRACKERS = {"wandb": "Weights & Biases", "tensorboard": "TensorBoard"}  # by the name of their library
 CUT_SEED = 42  # of the validation cut; runs with other seeds are measured on the same validation text
 EXPORT_RECORD = "wikift.json"  # in the folder that `consolidate` makes, what it tells of it
-
-
-@dataclass(frozen=True)
-class AdamSettings:
-    """What the optimizer and clipping need; `max_grad_norm` 0 is no clipping."""
-
-    weight_decay: float
-    beta1: float
-    beta2: float
-    epsilon: float
-    max_grad_norm: float

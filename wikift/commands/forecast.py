@@ -13,11 +13,11 @@ from wikift.base.launcher import launch
 from wikift.settings.fields import TrainSettings
 from wikift.settings.reproduce import command_of
 from wikift.settings.run_fields import PlanSettings
-from wikift.settings.run_plan import RunPlan, engine_plan
+from wikift.settings.run_plan import RunPlan, work_of
 
 if TYPE_CHECKING:
+    from wikift.base.work import Work
     from wikift.data.store import TokenStore
-    from wikift.engines.base import Work
     from wikift.engines.memory import Machine
 
 _DIVIDED, _OFFLOADED = ("ddp", "fsdp", "zero1", "zero2", "zero3"), ("zero2_offload", "zero3_offload")
@@ -56,9 +56,9 @@ def machine_for(asked: PlanSettings, settings: TrainSettings, ranks: int) -> tup
 
 
 def _work(settings: TrainSettings, run: RunPlan, precision: str, **changes: Any) -> Work:
-    from wikift.training.run import work_of
-
-    return work_of(dataclasses.replace(run, engine=engine_plan(dataclasses.replace(settings, **changes))), precision)
+    changed = dataclasses.replace(settings, **changes)
+    work, config = work_of(changed, run.layout, run.model.shape, run.block_size, run.steps)
+    return dataclasses.replace(run, work=work, deepspeed=config).in_precision(precision)
 
 
 def recommend(

@@ -124,7 +124,7 @@ def _derived(
         unknown = ("train blocks", "steps", "warm-up steps", "decay steps")[: 4 if settings.max_steps is None else 1]
         summary = {name: text for name, text in summary.items() if name not in unknown}
     if choice.work is not None and choice.fits:
-        layout = layout.with_micro_batch(choice.work.micro_batch)
+        layout = dataclasses.replace(run, work=choice.work).layout
     lines = [f"batch: {layout.words}", *(f"{name}: {text}" for name, text in summary.items()), *notes]
     lines += ["", f"memory of a process in GB, {about}:"]
     lines += [*forecast.table(settings, run, machine, precision), "", *forecast.disk(settings, run, known)]

@@ -3,43 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
-from wikift.base.names import AdamSettings
-from wikift.base.shape import Shape
 from wikift.checkpoint.fragment import Fragment, FragmentReader
-
-
-class Choice(NamedTuple):
-    """What was taken (an engine: single, ddp, fsdp, zero1, zero2, zero3; compiled or eager), and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Work:
-    """What an engine has to compute, and what was asked of it. `compile` is auto, yes or no."""
-
-    engine: Choice  # auto until `choose`
-    compile: str
-    shape: Shape
-    block_size: int  # tokens
-    micro_batch: int  # blocks
-    accumulation: int
-    may_shrink: bool  # the micro-batch, where memory is short
-    steps: int
-    precision: str  # bf16, fp16 or fp32
-    gradient_checkpointing: bool
-    fsdp_reshard: bool
-    residual_dtype: str
-    reduce_dtype: str
-    adam: AdamSettings
-    zero_config: dict[str, Any]  # complete, for deepspeed.initialize; empty for other engines
-    save_aside: bool
 
 
 class Engine(Protocol):

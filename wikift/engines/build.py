@@ -17,9 +17,10 @@ from transformers import GPT2Config
 from wikift.base.errors import UserError
 from wikift.base.files import show_bytes
 from wikift.base.shape import RELEASED, released_shape
+from wikift.base.work import Choice, Work
 from wikift.base.world import World
 from wikift.checkpoint.fragment import FragmentReader
-from wikift.engines.base import Choice, Engine, Work
+from wikift.engines.base import Engine
 from wikift.engines.ddp import DDPEngine
 from wikift.engines.memory import Machine, training_bytes
 from wikift.engines.single import SingleEngine
@@ -78,7 +79,7 @@ def choose(work: Work, machine: Machine, before: tuple[str, int] | None = None) 
         raise UserError(
             f"--no-fsdp-reshard: has no effect, --engine auto takes {name} here ({why}); omit it, or use --engine fsdp"
         )
-    return replace(way, engine=Choice(name, why))
+    return replace(way, engine=Choice(name, why), may_shrink=False)
 
 
 def _nothing_fits(work: Work, machine: Machine) -> UserError:

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GPT2LMHeadModel
 
+from wikift.base.work import Work
 from wikift.base.world import World, join_group
 from wikift.checkpoint.fragment import MOMENTS, Fragment, FragmentReader
-from wikift.engines.base import Work
 from wikift.engines.optim import LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
 from wikift.engines.single import in_eval, restore_scalars, scalar_fragments
 from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, materialize, sum_residual_in

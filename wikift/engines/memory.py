@@ -17,8 +17,8 @@ import torch
 
 from wikift.base.errors import EnvironmentFault
 from wikift.base.files import show_bytes
+from wikift.base.work import Choice, Work
 from wikift.base.world import World
-from wikift.engines.base import Choice, Work
 from wikift.kernels.loss import gpu_bytes, positions_at_once
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h's

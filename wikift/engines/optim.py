@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wikift.base.names import AdamSettings
+from wikift.base.work import AdamSettings
 
 _NORM_ROW = 512  # elements
 

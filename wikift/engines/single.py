@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
+from wikift.base.work import Work
 from wikift.base.world import World
 from wikift.checkpoint.fragment import MOMENTS, OPTIMIZER, SCALARS, Fragment, FragmentReader
-from wikift.engines.base import Work
 from wikift.engines.optim import LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
 from wikift.model.gpt2 import DTYPES, NextTokenLoss, materialize, sum_residual_in
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
+from wikift.base.work import Work
 from wikift.base.world import World, join_group
 from wikift.checkpoint.fragment import MOMENTS, Fragment, FragmentReader
-from wikift.engines.base import Work
 from wikift.engines.optim import LossScale, ScaleRule, build_optimizer
 from wikift.engines.single import in_eval, restore_scalars, scalar_fragments
 from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, materialize, parameter_shapes, sum_residual_in

@@ -26,9 +26,6 @@ class BatchLayout:
     def global_batch(self) -> int:
         return self.ranks * self.micro_batch * self.accumulation
 
-    def with_micro_batch(self, size: int) -> BatchLayout:
-        return BatchLayout(self.ranks, size, self.micro_batch * self.accumulation // size)
-
     @property
     def words(self) -> str:
         if self.may_shrink:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wikift.base.errors import UserError
-from wikift.settings.batch_layout import BatchLayout
+from wikift.base.work import Work
 from wikift.settings.deepspeed_checks import PASSED, SCHEDULERS, SETTINGS, Config, checked, show, stage, unused
 from wikift.settings.fields import TrainSettings
 from wikift.settings.options import flag
@@ -115,20 +115,18 @@ def with_keys(problems: Iterable[str], merged: Merged) -> list[str]:
     return located
 
 
-def engine_config(
-    config: Config, layout: BatchLayout, precision: str, *, max_grad_norm: float, hidden_size: int, reduce_dtype: str
-) -> dict[str, Any]:
+def engine_config(config: Config, work: Work, ranks: int) -> dict[str, Any]:
     """What deepspeed.initialize takes: complete, without "auto", optimizer and scheduler.
 
-    `config` is what `read` returned and `merge` had no problem with, `precision` the resolved one (bf16, fp16, fp32),
-    `reduce_dtype` what the ranks add up their gradients in.
+    `config` is what `read` returned and `merge` had no problem with; the precision of `work` is resolved.
     """
+    hidden_size, precision = work.shape.n_embd, work.precision
     sizes = {"reduce_bucket_size": hidden_size * hidden_size}  # as transformers fills them
     if stage(config) == 3:
         sizes["stage3_prefetch_bucket_size"] = int(0.9 * hidden_size * hidden_size)
         sizes["stage3_param_persistence_threshold"] = 10 * hidden_size
     flat: Config = {
-        "communication_data_type": reduce_dtype,
+        "communication_data_type": work.reduce_dtype,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offloading keeps the optimizer that it is given: torch's AdamW
         "steps_per_print": 10**9,
@@ -148,10 +146,10 @@ def engine_config(
     # an "auto" that is left is DeepSpeed's own default, as it is under the Trainer
     flat |= {key: value for key, value in config.items() if key in PASSED and value != "auto"}
     flat |= {
-        "train_micro_batch_size_per_gpu": layout.micro_batch,
-        "gradient_accumulation_steps": layout.accumulation,
-        "train_batch_size": layout.global_batch,
-        "gradient_clipping": max_grad_norm,
+        "train_micro_batch_size_per_gpu": work.micro_batch,
+        "gradient_accumulation_steps": work.accumulation,
+        "train_batch_size": ranks * work.micro_batch * work.accumulation,
+        "gradient_clipping": work.adam.max_grad_norm,
     }
     nested: dict[str, Any] = {}
     for key, value in flat.items():

@@ -9,8 +9,8 @@ from typing import Any
 
 from wikift.base.errors import UserError
 from wikift.base.files import read_lines
-from wikift.base.names import AdamSettings
 from wikift.base.shape import Shape, parse_overrides, released_name, with_overrides
+from wikift.base.work import AdamSettings, Choice, Work
 from wikift.settings import deepspeed, deepspeed_checks
 from wikift.settings.batch_layout import BatchLayout
 from wikift.settings.default_folders import dataset_slug, slug
@@ -31,23 +31,6 @@ class ModelPlan:
 
 
 @dataclass(frozen=True)
-class EnginePlan:
-    """Who computes, and how; it decides speed and memory. `engine` may still be auto, `compile` auto, yes or no."""
-
-    engine: str
-    reason: str
-    compile: str
-    precision: str
-    residual_dtype: str
-    device: str
-    gradient_checkpointing: bool
-    deterministic: bool
-    fsdp_reshard: bool
-    reduce_dtype: str
-    deepspeed: dict[str, Any]  # the config file, flat; empty for other engines
-
-
-@dataclass(frozen=True)
 class RunPlan:
     """One run, decided. Early stopping's patience 0 is none; `experiment` is what a resumed run may not change."""
 
@@ -56,16 +39,16 @@ class RunPlan:
     seed: int
     model: ModelPlan
     data_fraction: float
-    block_size: int  # tokens
     blocks: int  # trained on in an epoch
-    layout: BatchLayout
+    ranks: int
     schedule: Schedule
-    adam: AdamSettings
-    engine: EnginePlan
+    work: Work  # as asked for; as `choose` takes it, once that is decided
+    device: str
+    deterministic: bool
+    deepspeed: dict[str, Any]  # the config file, flat; empty for other engines
     due: Due
     patience: int
     save_total_limit: int
-    async_save: bool
     save_only_model: bool
     eval_batch: int  # blocks of one forward, per process
     eval_blocks: int  # of a validation; 0: all
@@ -76,6 +59,15 @@ class RunPlan:
     experiment: dict[str, Any]
     settings: dict[str, Any]  # by name, resolved: for config.json, and what is watched
     command: str  # that starts the run again
+
+    @property
+    def block_size(self) -> int:
+        return self.work.block_size
+
+    @property
+    def layout(self) -> BatchLayout:
+        work = self.work
+        return BatchLayout(self.ranks, work.micro_batch, work.accumulation, work.may_shrink)
 
     @property
     def steps(self) -> int:
@@ -115,14 +107,11 @@ class RunPlan:
             "parameters": self.model.shape.parameters,
         }
 
-    def zero_config(self, precision: str) -> dict[str, Any]:
-        """What deepspeed.initialize is given; `precision` is the resolved one. Empty for other engines."""
-        if not self.engine.deepspeed:
-            return {}
-        return deepspeed.engine_config(
-            self.engine.deepspeed, self.layout, precision, max_grad_norm=self.adam.max_grad_norm,
-            hidden_size=self.model.shape.n_embd, reduce_dtype=self.engine.reduce_dtype,
-        )  # fmt: skip
+    def in_precision(self, precision: str) -> Work:
+        """The work in `precision`, the resolved one, with what deepspeed.initialize is given."""
+        work = dataclasses.replace(self.work, precision=precision)
+        config = deepspeed.engine_config(self.deepspeed, work, self.ranks) if self.deepspeed else {}
+        return dataclasses.replace(work, zero_config=config)
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any], role: str) -> dict[str, tuple[Any, Any]]:
@@ -182,23 +171,23 @@ def plan_run(settings: TrainSettings, layout: BatchLayout, shape: Shape, tokens:
     changes = parse_overrides(settings.config_overrides or "")
     if settings.dropout is not None:
         changes |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.dropout)
+    work, config = work_of(settings, layout, shape, block_size, steps)
     return RunPlan(
         output_dir=Path(settings.output_dir or ""),
         resume=settings.resume,
         seed=settings.seed,
         model=ModelPlan(settings.model, settings.from_scratch, shape, changes),
         data_fraction=settings.data_fraction,
-        block_size=block_size,
         blocks=blocks,
-        layout=layout,
+        ranks=layout.ranks,
         schedule=schedule_of(settings, steps),
-        adam=AdamSettings(settings.weight_decay, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon,
-                          settings.max_grad_norm),
-        engine=engine_plan(settings),
+        work=work,
+        device=settings.device,
+        deterministic=settings.deterministic,
+        deepspeed=config,
         due=due_of(settings, steps),
         patience=settings.early_stopping_patience or 0,
         save_total_limit=settings.save_total_limit,
-        async_save=settings.async_save,
         save_only_model=settings.save_only_model,
         eval_batch=settings.per_device_eval_batch_size,
         eval_blocks=settings.max_eval_samples or 0,
@@ -212,18 +201,33 @@ def plan_run(settings: TrainSettings, layout: BatchLayout, shape: Shape, tokens:
     )  # fmt: skip
 
 
-def engine_plan(settings: TrainSettings) -> EnginePlan:
+def work_of(
+    settings: TrainSettings, layout: BatchLayout, shape: Shape, block_size: int, steps: int
+) -> tuple[Work, dict[str, Any]]:
+    """What the engine has to compute, as asked for; and DeepSpeed's config file, flat."""
     config = deepspeed.read(settings.deepspeed)[0] if settings.deepspeed else {}
     stage = deepspeed_checks.stage(config)
-    values = dataclasses.asdict(settings)
-    same = {field.name: values[field.name] for field in dataclasses.fields(EnginePlan) if field.name in values}
-    own = {
-        "engine": f"zero{stage}" if config else settings.engine,
-        "reason": f"stage {stage} in {settings.deepspeed}" if config else "asked for",
-        "compile": {None: "auto", True: "yes", False: "no"}[settings.compile],
-        "deepspeed": config,
-    }
-    return EnginePlan(**{**same, **own})
+    asked = Choice(f"zero{stage}", f"stage {stage} in {settings.deepspeed}")
+    work = Work(
+        engine=asked if config else Choice(settings.engine, "asked for"),
+        compile={None: "auto", True: "yes", False: "no"}[settings.compile],
+        shape=shape,
+        block_size=block_size,
+        micro_batch=layout.micro_batch,
+        accumulation=layout.accumulation,
+        may_shrink=layout.may_shrink,
+        steps=steps,
+        precision=settings.precision,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        fsdp_reshard=settings.fsdp_reshard,
+        residual_dtype=settings.residual_dtype,
+        reduce_dtype=settings.reduce_dtype,
+        adam=AdamSettings(settings.weight_decay, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon,
+                          settings.max_grad_norm),
+        zero_config={},
+        save_aside=settings.async_save,
+    )  # fmt: skip
+    return work, config
 
 
 def _experiment(settings: TrainSettings, block_size: int, global_batch: int) -> dict[str, Any]:

@@ -29,12 +29,12 @@ from wikift.base.files import faults_of_writing, read_json, replace_json
 from wikift.base.folders import list_checkpoints
 from wikift.base.publish import publish_folder
 from wikift.base.signals import stop_requests
+from wikift.base.work import Choice
 from wikift.base.world import World, be_deterministic
 from wikift.checkpoint.fragment import FragmentReader, FreshStart
 from wikift.checkpoint.reader import Checkpoint, best_checkpoint
 from wikift.checkpoint.writer import Saver
 from wikift.data.store import TokenStore
-from wikift.engines.base import Choice, Work
 from wikift.engines.build import build_engine, choose
 from wikift.engines.memory import explained, keep_freed_memory, machine_of, memory_line, training_bytes
 from wikift.model.gpt2 import Precision, load_config, load_generation_config, model_config, resolve_precision, shapes_of
@@ -101,7 +101,7 @@ def _train(training: Training, owed: dict[str, Any] | None, pulse: Pulse, events
         for event in events:
             log.event(event)
         training = dataclasses.replace(training, log=log, stop_signal=stop_signal)
-        with explained(work_of(plan, training.precision.name), world):
+        with explained(plan.work, world):
             steps = 0 if world.rank else plan.settings["profile"] or 0
             profiler = Profiler(folder, steps, world.device.type == "cuda", log.say)
             stopped = run_steps(training, owed, profiler)
@@ -118,10 +118,10 @@ def _train(training: Training, owed: dict[str, Any] | None, pulse: Pulse, events
 def started(plan: RunPlan) -> Iterator[tuple[World, Callable[[], int]]]:
     """The ranks of a run, and the signal that asks it to stop; transformers is quiet inside."""
     hub.quiet_libraries()
-    if plan.engine.deterministic:
+    if plan.deterministic:
         be_deterministic()  # before NCCL starts, which would take sums in NVLink's switches otherwise
     seconds = plan.hang_timeout + 60  # `signs_of_life` is first, and says more
-    with started_world(plan.engine.device, seconds) as world, stop_requests() as stop_signal:
+    with started_world(plan.device, seconds) as world, stop_requests() as stop_signal:
         yield world, stop_signal
 
 
@@ -129,22 +129,21 @@ def prepare(
     plan: RunPlan, store: TokenStore, world: World, start: Checkpoint | None, stop_signal: Callable[[], int], say: Say
 ) -> tuple[Training, str]:
     """Choose and build all that trains, in memory alone, with a silent log; and whether it is compiled. Collective."""
-    precision = resolve_precision(plan.engine.precision, world.device)
+    precision = resolve_precision(plan.work.precision, world.device)
     machine, before = machine_of(world), memory_gb(world.device)
-    chosen = choose(work_of(plan, precision.name), machine, resume.earlier_choice(start, world.size))
-    layout = plan.layout.with_micro_batch(chosen.micro_batch)
-    taken = dataclasses.replace(plan.engine, engine=chosen.engine.name, reason=chosen.engine.reason)
-    plan = dataclasses.replace(plan, layout=layout, engine=taken, async_save=chosen.save_aside)
-    if world.device.type == "cpu" and chosen.engine.name in ("single", "ddp"):  # others would keep half as much again
+    chosen = choose(plan.in_precision(precision.name), machine, resume.earlier_choice(start, world.size))
+    plan = dataclasses.replace(plan, work=chosen)
+    work = plan.in_precision(precision.name)  # its micro-batch is in DeepSpeed's configuration too
+    plan = dataclasses.replace(plan, work=work)
+    if world.device.type == "cpu" and work.engine.name in ("single", "ddp"):  # others would keep half as much again
         keep_freed_memory()
     with phase(f"loading the {'checkpoint' if start else 'model'}", say):
         config, reader = _start(plan, _config(plan, store, start), start, say)
-    work = work_of(plan, precision.name)
     with explained(work, world), phase("building the engine", say):
         engine, compiled = build_engine(work, config, reader, world)
     for text in _announcement(plan, world, compiled, precision, start):
         say(text)
-    say(memory_line(chosen, machine))
+    say(memory_line(work, machine))
     tokens = store.splits["validation"].tokens if store.has_validation else 0
     tokens = min(tokens, plan.eval_blocks * plan.block_size or tokens)
     peak = peak_flops(world.device, precision.name)
@@ -152,8 +151,8 @@ def prepare(
     meter = Meter(world.device, flops, peak, eval_tokens=tokens, ranks=world.size)
     training = Training(
         plan, store, world, precision, config, shapes_of(config), engine, Log(),
-        Saver(plan.output_dir, world, keep=plan.save_total_limit, aside=plan.async_save), meter, stop_signal, start,
-        before, training_bytes(chosen, world.size, gpu=machine.gpu), start.manifest.get("left_out", 0) if start else 0,
+        Saver(plan.output_dir, world, keep=plan.save_total_limit, aside=work.save_aside), meter, stop_signal, start,
+        before, training_bytes(work, world.size, gpu=machine.gpu), start.manifest.get("left_out", 0) if start else 0,
     )  # fmt: skip
     return training, compiled.name
 
@@ -183,29 +182,6 @@ def _config(plan: RunPlan, store: TokenStore, start: Checkpoint | None) -> GPT2C
     return model_config({**values, **plan.model.changes})
 
 
-def work_of(plan: RunPlan, precision: str) -> Work:
-    """What an engine has to compute; `precision` is the resolved one."""
-    asked = plan.engine
-    return Work(
-        engine=Choice(asked.engine, asked.reason),
-        compile=asked.compile,
-        shape=plan.model.shape,
-        block_size=plan.block_size,
-        micro_batch=plan.layout.micro_batch,
-        accumulation=plan.layout.accumulation,
-        may_shrink=plan.layout.may_shrink,
-        steps=plan.steps,
-        precision=precision,
-        gradient_checkpointing=asked.gradient_checkpointing,
-        fsdp_reshard=asked.fsdp_reshard,
-        residual_dtype=asked.residual_dtype,
-        reduce_dtype=asked.reduce_dtype,
-        adam=plan.adam,
-        zero_config=plan.zero_config(precision),
-        save_aside=plan.async_save,
-    )
-
-
 def _start(plan: RunPlan, config: GPT2Config, start: Checkpoint | None, say: Say) -> tuple[GPT2Config, FragmentReader]:
     """What the engine starts from, the checkpoint, random weights or a trained model's; and their configuration."""
     if start is not None:
@@ -226,7 +202,7 @@ def _prepare_folder(
         "command": plan.command,
         "settings": plan.settings,
         "derived": plan.record(),
-        "environment": environment | {"engine": plan.engine.engine, "ranks": plan.layout.ranks},
+        "environment": environment | {"engine": plan.work.engine.name, "ranks": plan.ranks},
         "commits": {**earlier, **hub.commits},
         "store": store.record,
         "store_path": str(store.path.resolve()),
@@ -253,13 +229,13 @@ def _announcement(
     summary = plan.summary
     scratch = " from scratch" if plan.model.from_scratch else ""
     yield f"{plan.model.name}{scratch}: {summary['parameters']} parameters; {summary['train blocks']}"
-    yield f"engine {plan.engine.engine} ({plan.engine.reason}), {compiled.name} ({compiled.reason})"
+    yield f"engine {plan.work.engine.name} ({plan.work.engine.reason}), {compiled.name} ({compiled.reason})"
     yield f"{precision.name} on {world.device.type} ({precision.reason})"
     if precision.warning:
         yield f"warning: {precision.warning}"
     yield f"{plan.layout.words} = {summary['tokens per step']} tokens; {summary['steps']}"
     if world.device.type == "cuda" and world.size > 1:
-        tokens, reduced = plan.tokens_per_step // world.size, 4 if plan.engine.reduce_dtype == "fp32" else 2
+        tokens, reduced = plan.tokens_per_step // world.size, 4 if plan.work.reduce_dtype == "fp32" else 2
         yield from few_tokens(tokens, plan.model.shape, plan.block_size, reduced)
     if start is not None:
         yield f"resuming from {start.path}, after step {start.step:,}"

@@ -80,8 +80,8 @@ class Training:
         plan, tokens = self.plan, self.store.tokens("train")
         items = sample_blocks(count_blocks(len(tokens), plan.block_size), plan.data_fraction, plan.seed)
         assert len(items) == plan.blocks
-        world, placed = self.world, plan.layout
-        layout = BatchLayout(plan.block_size, placed.micro_batch, placed.accumulation, world.rank, world.size)
+        work, world = plan.work, self.world
+        layout = BatchLayout(plan.block_size, work.micro_batch, work.accumulation, world.rank, world.size)
         stream = micro_batches(tokens, items, layout, run_seed=plan.seed, first_step=self.done + self.left_out)
         return ahead(stream, self.world.device)
 
@@ -139,7 +139,7 @@ class Training:
             "eval_loss": eval_loss,
             **patience.facts(),
             "settings": self.plan.settings,
-            "layout": [self.world.size, self.plan.engine.engine, self.plan.layout.micro_batch],
+            "layout": [self.world.size, self.plan.work.engine.name, self.plan.work.micro_batch],
             "experiment": resume.experiment(self.plan, self.store),
             "weights_alone": weights_alone,
             "left_out": self.left_out,

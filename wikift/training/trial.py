@@ -18,7 +18,7 @@ from wikift.engines.memory import explained
 from wikift.settings.run_plan import RunPlan
 from wikift.training.loop import accumulate
 from wikift.training.resume import Say
-from wikift.training.run import prepare, started, work_of
+from wikift.training.run import prepare, started
 
 _SETTLING = 3  # steps at the start that are not timed: memory is fetched, kernels are chosen
 
@@ -35,7 +35,7 @@ def try_steps(plan: RunPlan, store: TokenStore, lrs: Sequence[float], say: Say) 
     """Train a step with each learning rate from the run's first on; collective. Writes nothing."""
     with started(plan) as (world, stop_signal), contextlib.ExitStack() as stack:
         training, _ = prepare(plan, store, world, None, stop_signal, say)
-        stack.enter_context(explained(work_of(training.plan, training.precision.name), world))
+        stack.enter_context(explained(training.plan.work, world))
         batches, means, settled, begun = training.batches(), list[torch.Tensor](), 0, time.perf_counter()
         for step, lr in enumerate(lrs, 1):
             torch.manual_seed(seed(plan.seed, "dropout", step, world.rank))
