@@ -20,7 +20,7 @@ from wikift.base.work import Work
 from wikift.base.world import World, join_group
 from wikift.checkpoint.fragment import MOMENTS, Fragment, FragmentReader
 from wikift.engines.optim import LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
-from wikift.engines.single import in_eval, restore_scalars, scalar_fragments
+from wikift.engines.single import begin_states, in_eval, restore_into, scalar_fragments
 from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, materialize, sum_residual_in
 
 
@@ -58,6 +58,7 @@ class FSDPEngine:
         decay = {name: p.dim() for name, p in model.named_parameters()}
         assert all(decay[name] == p.dim() for name, p in self.local.items()), "shards keep their dimensions"
         self.optimizer = build_optimizer(self.local.values(), work.adam)
+        begin_states(self.optimizer)
 
     def forward_backward(self, blocks: Tensor, *, last: bool) -> Tensor:
         blocks = blocks.to(self.world.device, non_blocking=True)
@@ -105,9 +106,9 @@ class FSDPEngine:
                 continue
             shape, start = tuple(parameter.shape), _start(parameter)
             state = self.optimizer.state[self.local[name]]
-            yield Fragment(name, "weight", start, shape, _shard(parameter).reshape(-1))
+            yield Fragment(name, "weight", start, shape, _shard(parameter).view(-1))
             for kind in MOMENTS:
-                yield Fragment(name, kind, start, shape, state[kind].reshape(-1))
+                yield Fragment(name, kind, start, shape, state[kind].view(-1))
         if self.world.rank == 0:
             yield from scalar_fragments(self.optimizer, self.loss_scale)
 
@@ -116,15 +117,7 @@ class FSDPEngine:
 
     def restore(self, reader: FragmentReader) -> None:
         check_tied(self.model)
-        updates = restore_scalars(reader, self.loss_scale)
-        for name, parameter in self.model.named_parameters():
-            if name not in self.local:
-                continue
-            shard, start = _shard(parameter), _start(parameter)
-            stop = start + shard.numel()
-            shard.copy_(reader.read(name, "weight", start, stop).view_as(shard))
-            moments = {kind: reader.read(name, kind, start, stop).view_as(shard).to(shard.device) for kind in MOMENTS}
-            self.optimizer.state[self.local[name]] = {"step": updates.clone().to(shard.device), **moments}
+        restore_into(self.fragments(), reader, self.optimizer, self.loss_scale)
 
 
 def _shard(parameter: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class SingleEngine:
         if work.residual_dtype != "fp32":
             sum_residual_in(model, DTYPES[work.residual_dtype])
         self.optimizer = build_optimizer(model.parameters(), work.adam)
+        begin_states(self.optimizer)
         self.loss_scale = LossScale(ScaleRule() if work.precision == "fp16" else None, self.device, world.size)
         self.losses: torch.nn.Module = NextTokenLoss(model, work.precision, compile=compile)
         self.thin_embedding_gradient()
@@ -66,14 +67,7 @@ class SingleEngine:
         return list(self.model.parameters())
 
     def restore(self, reader: FragmentReader) -> None:
-        """Copy into the live tensors: their memory, and so the rounding of the kernels, stays as it was."""
-        updates = restore_scalars(reader, self.loss_scale)
-        for name, parameter in self.model.named_parameters():
-            count = parameter.numel()
-            with torch.no_grad():
-                parameter.copy_(reader.read(name, "weight", 0, count).view_as(parameter))
-            moments = {kind: reader.read(name, kind, 0, count).view_as(parameter).to(self.device) for kind in MOMENTS}
-            self.optimizer.state[parameter] = {"step": updates.clone().to(self.device), **moments}
+        restore_into(self.fragments(), reader, self.optimizer, self.loss_scale)
 
 
 @torch.no_grad()
@@ -103,9 +97,9 @@ def whole_fragments(engine: SingleEngine, rank: int, ranks: int) -> Iterator[Fra
             continue
         shape = tuple(parameter.shape)
         state = engine.optimizer.state[parameter]
-        yield Fragment(name, "weight", 0, shape, parameter.detach().reshape(-1))
+        yield Fragment(name, "weight", 0, shape, parameter.detach().view(-1))
         for kind in MOMENTS:
-            yield Fragment(name, kind, 0, shape, state[kind].detach().reshape(-1))
+            yield Fragment(name, kind, 0, shape, state[kind].view(-1))
     if rank == 0:
         yield from scalar_fragments(engine.optimizer, engine.loss_scale)
 
@@ -117,8 +111,25 @@ def scalar_fragments(optimizer: torch.optim.Optimizer, loss_scale: LossScale) ->
         yield Fragment(OPTIMIZER, kind, 0, (1,), number.detach().float().reshape(1))
 
 
-def restore_scalars(reader: FragmentReader, loss_scale: LossScale) -> Tensor:
-    """Put the saved loss scale in place; returns the updates made, of which AdamW changes each parameter's copy."""
-    updates, scale, good_steps, overflows = (reader.read(OPTIMIZER, name, 0, 1)[0] for name in SCALARS)
-    loss_scale.restore(scale, good_steps, overflows)
-    return updates
+def begin_states(optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimizer's state exist before its first step, so that it can be saved and restored at any time."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            moments = {kind: torch.zeros_like(parameter) for kind in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+
+
+def restore_into(
+    fragments: Iterable[Fragment], reader: FragmentReader, optimizer: torch.optim.Optimizer, loss_scale: LossScale
+) -> None:
+    """Copy into the memory of `fragments`, which stays, and so does the rounding of the kernels; and into the scalars.
+
+    Of the updates made AdamW changes a copy for each parameter.
+    """
+    updates, *scale = (reader.read(OPTIMIZER, name, 0, 1)[0] for name in SCALARS)
+    loss_scale.restore(*scale)
+    for state in optimizer.state.values():
+        state["step"] = updates.clone().to(state[MOMENTS[0]].device)
+    for name, kind, start, _, data in fragments:
+        if name != OPTIMIZER:
+            data.copy_(reader.read(name, kind, start, start + data.numel()))

@@ -23,7 +23,7 @@ from wikift.base.work import Work
 from wikift.base.world import World, join_group
 from wikift.checkpoint.fragment import MOMENTS, Fragment, FragmentReader
 from wikift.engines.optim import LossScale, ScaleRule, build_optimizer
-from wikift.engines.single import in_eval, restore_scalars, scalar_fragments
+from wikift.engines.single import in_eval, restore_into, scalar_fragments
 from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, materialize, parameter_shapes, sum_residual_in
 
 
@@ -101,12 +101,7 @@ class ZeroEngine:
 
     def restore(self, reader: FragmentReader) -> None:
         check_tied(self.model)
-        updates = restore_scalars(reader, self.loss_scale)
-        for flat, state in self.adamw.state.items():
-            state["step"] = updates.clone().to(flat.device)
-        for name, parameter in self.model.named_parameters():
-            for state_name, start, data in self._owned(parameter):
-                data.copy_(reader.read(name, state_name, start, start + data.numel()))
+        restore_into(self.fragments(), reader, self.adamw, self.loss_scale)
         self._refresh_low_precision()
 
     def _owned(self, parameter: nn.Parameter) -> Iterator[tuple[str, int, Tensor]]:
