@@ -20,7 +20,6 @@ from tests.training.test_resume import assert_same_run, forget_after
 from wikift.base.folders import list_checkpoints, step_folder
 from wikift.checkpoint.reader import best_checkpoint
 from wikift.settings.schedule import Due
-from wikift.training.patience import Patience
 
 # at this rate the validation loss of the tiny model falls and then rises
 WORDS = {"max_steps": 40, "eval_steps": 2, "save_steps": 4, "learning_rate": 0.05, "save_total_limit": 2}
@@ -131,19 +130,6 @@ def test_a_validation_that_a_stop_left_out_is_made_up_for(store: Path, tmp_path:
         assert_same_run(run, undisturbed)
         (expected,) = (values["eval_loss"] for values in metrics(undisturbed) if values["step"] == step)
         assert json.loads(manifest.read_text())["eval_loss"] == expected, "the checkpoint may be the best"
-
-
-@given(losses=st.lists(st.sampled_from([0.5, 1.0, 2.0, math.nan, math.inf])), limit=st.integers(1, 3))
-def test_patience_counts_what_follows_the_best(losses: list[float], limit: int) -> None:
-    patience = Patience(limit)
-    for loss in losses:
-        patience = patience.after(loss)
-        assert Patience.of(json.loads(json.dumps(patience.facts())), limit) == patience
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    assert patience.best == min(finite, default=math.inf)
-    assert patience.worse == (len(losses) - 1 - losses.index(min(finite)) if finite else len(losses))
-    assert patience.spent == (patience.worse >= limit)
-    assert not Patience(0, 1.0, 99).spent
 
 
 @given(steps=st.integers(1, 60), eval_steps=st.integers(1, 20), save_steps=st.integers(1, 20))

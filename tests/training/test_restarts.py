@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import run_ranks
-from tests.tiny import arguments, curve, metrics, tiny_store
+from tests.tiny import arguments, curve, metrics, tiny_store, train
 from wikift.base.errors import UserError
 from wikift.base.folders import list_checkpoints
 from wikift.base.world import World
@@ -89,12 +89,6 @@ def done(run: Path) -> int:
     return max((row["step"] for row in metrics(run)), default=0) if (run / "metrics.jsonl").exists() else 0
 
 
-def on_ranks(line: list[str]) -> int:
-    from wikift.commands.train import main
-
-    return main(line)
-
-
 def listens(port: int) -> bool:
     with socket.socket() as trial:
         return trial.connect_ex(("localhost", port)) == 0
@@ -113,7 +107,7 @@ def test_a_killed_rank_and_a_hung_one_are_restarted(torchrun: Launch, tmp_path: 
     assert restarts(run) == 2
     assert "rank 1 shows no sign of life" in log.read_text()
     assert "(most recent call first)" in (run / "stacks" / "rank-0.before.txt").read_text()
-    assert run_ranks(on_ranks, 2, arguments(store, tmp_path / "whole", **words)) == [0, 0]
+    assert run_ranks(train, 2, arguments(store, tmp_path / "whole", **words)) == [0, 0]
     assert curve(run) == curve(tmp_path / "whole")
 
 
@@ -187,6 +181,6 @@ def test_agents_come_and_go(torchrun: Launch, tmp_path: Path) -> None:
     assert [each.wait(SECONDS) for each in (first, others[2], third)] == [0, 0, 0], log.read_text()
     assert "12 blocks per step = 3 processes" in log.read_text()
     assert list_checkpoints(run)
-    assert run_ranks(on_ranks, 1, arguments(store, tmp_path / "whole", learning_rate=1e-3, **words)) == [0]
+    assert run_ranks(train, 1, arguments(store, tmp_path / "whole", learning_rate=1e-3, **words)) == [0]
     for ours, expected in zip(curve(run), curve(tmp_path / "whole"), strict=True):
         assert ours[1] == pytest.approx(expected[1], abs=1e-5), ours

@@ -15,7 +15,7 @@ import pytest
 
 from tests.tiny import metrics
 from wikift.base.errors import EnvironmentFault
-from wikift.watch.metrics import Log, keep_until, open_log
+from wikift.watch.metrics import keep_until, open_log
 from wikift.watch.record import read_metrics
 
 
@@ -72,12 +72,3 @@ def test_a_file_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault, match=full_disk), a_log(tmp_path / "full") as log:  # noqa: PT012
         os.dup2(os.open("/dev/full", os.O_WRONLY), log.file.fileno())
         log.record({"step": 1})  # and once more when the file is closed
-
-
-def test_a_log_without_views_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    log = Log()
-    log.say("a")
-    log.record({"step": 1})
-    log.samples(1, ["a"], ["b"])
-    log.tick(now="b")
-    assert capsys.readouterr() == ("", "")

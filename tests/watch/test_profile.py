@@ -13,14 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import run_ranks
-from tests.tiny import arguments, curve, tiny_store
+from tests.tiny import arguments, curve, tiny_store, train
 from wikift.base.errors import UserError
-
-
-def train(line: list[str]) -> int:
-    from wikift.commands.train import main
-
-    return main(line)
 
 
 def test_a_trace_a_table_and_the_same_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

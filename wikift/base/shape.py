@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 from wikift.base.errors import UserError, nearest
@@ -25,11 +26,17 @@ _ALIASES = {
     "num_hidden_layers": "n_layer",
 }  # of transformers' GPT2Config
 
-# What --config-overrides may set, with the type of each (the names of transformers' GPT2Config).
-_INTEGERS = ("n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size")
-_NUMBERS = ("layer_norm_epsilon", "initializer_range", "resid_pdrop", "embd_pdrop", "attn_pdrop")
-OVERRIDES = {**dict.fromkeys(_INTEGERS, int), "activation_function": str, **dict.fromkeys(_NUMBERS, float)}
 ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh", "relu", "silu", "tanh")  # of transformers' ACT2FN
+# What --config-overrides may set (the names of transformers' GPT2Config): the type, what holds of it, the same in words
+_COUNT = (int, lambda value: value >= 1, "a whole number of 1 or more")
+_POSITIVE = (float, lambda value: 0 < value < math.inf, "a number above 0")
+_RATE = (float, lambda value: 0 <= value < 1, "a number, at least 0 and below 1")
+OVERRIDES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size"), _COUNT),
+    "activation_function": (str, lambda value: value in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"),
+    **dict.fromkeys(("layer_norm_epsilon", "initializer_range"), _POSITIVE),
+    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), _RATE),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,29 +142,13 @@ def parse_overrides(text: str) -> dict[str, Any]:
         elif name in overrides:
             problems.append(f"--config-overrides {part}: {name} is set twice; remove one")
         else:
+            kind, holds, rule = OVERRIDES[name]
             try:
-                overrides[name] = OVERRIDES[name](value)
+                overrides[name] = kind(value)
             except ValueError:
                 overrides[name] = None
-            if not _may_be(name, overrides[name]):
-                problems.append(f"--config-overrides {part}: {name} must be {_rule(name)}")
+            if overrides[name] is None or not holds(overrides[name]):
+                problems.append(f"--config-overrides {part}: {name} must be {rule}")
     if problems:
         raise UserError(*problems)
     return overrides
-
-
-def _may_be(name: str, value: Any) -> bool:
-    """Whether `value` (None where it has not the right type) is one that the override `name` can have."""
-    if value is None or OVERRIDES[name] is str:
-        return value in ACTIVATIONS
-    if OVERRIDES[name] is int:
-        return bool(value >= 1)
-    return bool(0 <= value < 1 if name.endswith("pdrop") else 0 < value < math.inf)
-
-
-def _rule(name: str) -> str:
-    if OVERRIDES[name] is str:
-        return f"one of {', '.join(ACTIVATIONS)}"
-    if OVERRIDES[name] is int:
-        return "a whole number of 1 or more"
-    return "a number, at least 0 and below 1" if name.endswith("pdrop") else "a number above 0"

@@ -25,12 +25,11 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from wikift.base.console import print
-from wikift.base.errors import EnvironmentFault, UserError
+from wikift.base.errors import UserError
 from wikift.base.launcher import Launch, launch, name_of_start
 
 COLLECTIVE_SECONDS = 1800.0
 _MEETING = datetime.timedelta(minutes=30)
-_FIRST_RANK_SECONDS = 24 * 3600.0  # a large text is prepared meanwhile
 _NVIDIA_DRIVER = Path("/dev/nvidiactl")
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the old name
 
@@ -79,10 +78,6 @@ class World:
 
     def barrier(self) -> None:
         self.total(torch.zeros(1))
-
-    def agreed(self, number: int) -> int:
-        """Rank 0's `number` on every rank; collective."""
-        return int(self.total(torch.tensor(number if self.rank == 0 else 0, dtype=torch.int64)))
 
     def shared(self, value: Any, source: int = 0) -> Any:
         """The `value` of rank `source`, one that JSON can hold, on every rank; collective."""
@@ -190,10 +185,7 @@ def first_on_each_host(work: Callable[[], None]) -> None:
         work()
         return
     store, first = _hosts(), str(here.rank - (here.local_rank or 0))
-    deadline = time.monotonic() + _FIRST_RANK_SECONDS
-    while here.local_rank and not store.check([first]):
-        if time.monotonic() > deadline:
-            raise EnvironmentFault(f"rank {first} did not finish its preparations in a day; see what it waits for")
+    while here.local_rank and not store.check([first]):  # hours, where a large text is prepared
         time.sleep(0.1)
     if here.local_rank and store.get(first) != b"done":
         raise UserError(f"rank {first} failed; see its message")

@@ -152,7 +152,7 @@ def count_deaths(run: Path, world: World, after_step: int) -> None:
         event = {"step": after_step, "event": "restart", "message": text, "after": reached}
         with faults_of_writing(run):
             replace_text(run / METRICS, "".join(json_line(line) + "\n" for line in [*lines, event]))
-    if world.agreed(times) >= _MOST_DEATHS:
+    if world.shared(times) >= _MOST_DEATHS:
         raise UserError(
             f"--max-restarts {here.restarts}: the run died {_MOST_DEATHS} times in a row after step {reached:,}, a "
             f"restart does not help; see why it died first, above or in {run / STACKS}; the same command resumes"
