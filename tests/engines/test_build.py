@@ -43,12 +43,12 @@ def chosen(gigabytes: list[float], before: Any, changes: dict[str, Any]) -> tupl
         ([60.0], None, {}, "single", 2, "one process, about"),
         ([60.0], None, {"block_size": 16}, "single", 64, "one process"),  # not more than 64 blocks, nor 2,048 tokens
         ([4.0], None, {}, "single", 2, "one process, about 3.49 GB of 3.60 GB each, no buffers for checkpoints"),
-        ([3.0], None, {}, "", 0, "2.70 GB is available; take --gradient-checkpointing or"),
+        ([3.0], None, {}, "", 0, "2.70 GB is available; take --gradient-checkpointing ("),
         ([2.0], None, {"may_shrink": False, "micro_batch": 1}, "single", 1, "it may run out of memory"),
         ([60.0, 60.0], None, {}, "ddp", 2, "2 processes"),
         ([60.0, 4.5], None, {}, "ddp", 1, "2 processes"),  # the smaller one decides, on both
         ([60.0, 4.0], None, {}, "fsdp", 2, "each, DDP needs more, no buffers for checkpoints"),
-        ([60.0, 4.0], None, {"engine": Choice("ddp", "asked for")}, "", 0, " or --engine fsdp or --nproc_per_node=1"),
+        ([60.0, 4.0], None, {"engine": Choice("ddp", "asked for")}, "", 0, " GB) or --nproc_per_node=1 ("),
         ([2.0, 2.0], None, {"may_shrink": False}, "fsdp", 32, "it may run out of memory"),
         ([60.0, 60.0], ("fsdp", 1), {}, "fsdp", 1, "2 processes"),  # as before
         ([60.0, 60.0], ("zero2", 1), {}, "ddp", 2, "2 processes"),  # asked for then, not now

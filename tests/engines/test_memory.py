@@ -186,8 +186,9 @@ def test_out_of_memory_keeps_torchs_numbers_and_says_what_takes_less(
     text = str(told.value)
     assert text.startswith("NVIDIA H100 is out of memory (")
     assert reason in text
-    ways = re.findall(r"(--[a-z-]+(?: \w+)?) (\d+\.\d+) GB", text)
-    names = ["--per-device-train-batch-size 6", "--gradient-checkpointing", "--engine fsdp"]
+    ways = re.findall(r"(--[a-z-]+(?: \w+)?) \((\d+\.\d+) GB\)", text)
+    names = ["--per-device-train-batch-size 6", "--gradient-checkpointing", "--engine fsdp", "--block-size 256",
+             "--model distilgpt2"]  # fmt: skip
     assert [name for name, _ in ways] == names
     (need,) = re.findall(r"takes (\d+\.\d+) GB per process", text)
     assert all(float(size) < float(need) for _, size in ways)

@@ -16,13 +16,12 @@ from transformers import GPT2Config
 
 from wikift.base.errors import UserError
 from wikift.base.files import show_bytes
-from wikift.base.shape import RELEASED, released_shape
 from wikift.base.work import Choice, Work
 from wikift.base.world import World
 from wikift.checkpoint.fragment import FragmentReader
 from wikift.engines.base import Engine
 from wikift.engines.ddp import DDPEngine
-from wikift.engines.memory import Machine, training_bytes
+from wikift.engines.memory import Machine, training_bytes, ways_out
 from wikift.engines.single import SingleEngine
 from wikift.model.gpt2 import make_model
 
@@ -69,7 +68,11 @@ def choose(work: Work, machine: Machine, before: tuple[str, int] | None = None) 
     way = next((way for way in ways if training_bytes(way, ranks, gpu=gpu) <= room), ways[-1])
     need, name = training_bytes(way, ranks, gpu=gpu), way.engine.name
     if need > room and work.may_shrink:
-        raise _nothing_fits(way, machine)
+        raise UserError(
+            f"--per-device-train-batch-size {way.micro_batch}, the least: needs about {show_bytes(need)} per process "
+            f"with engine {name}, and {show_bytes(room)} is available; take {ways_out(way, machine)}, or set it to try "
+            "all the same"
+        )
     why = work.engine.reason if asked != "auto" else "one process" if name == "single" else f"{ranks} processes"
     why += f", about {show_bytes(need)} of {show_bytes(room)} each"
     why += ": it may run out of memory" if need > room else ""
@@ -80,28 +83,6 @@ def choose(work: Work, machine: Machine, before: tuple[str, int] | None = None) 
             f"--no-fsdp-reshard: has no effect, --engine auto takes {name} here ({why}); omit it, or use --engine fsdp"
         )
     return replace(way, engine=Choice(name, why), may_shrink=False)
-
-
-def _nothing_fits(work: Work, machine: Machine) -> UserError:
-    """What to do where not even `work` fits: what would, by the same estimate."""
-    (ranks, local, gpu, room), lengths = machine, (512, 256, 128)
-    fewer = [n for n in range(ranks - 1, 0, -1) if not gpu and ranks == local and ranks % n == 0]
-    shapes = {name: released_shape(name) or work.shape for name in reversed(RELEASED)}
-    kinds: list[list[tuple[str, Work, int]]] = [
-        [("--gradient-checkpointing", replace(work, gradient_checkpointing=True), ranks)],
-        [("--engine fsdp", replace(work, engine=Choice("fsdp", "")), ranks)] if ranks > 1 else [],
-        [(f"--nproc_per_node={n}", replace(work, engine=Choice("ddp" if n > 1 else "single", "")), n) for n in fewer],
-        [(f"--block-size {n}", replace(work, block_size=n), ranks) for n in lengths if n < work.block_size],
-        [(f"--model {name}", replace(work, shape=shape), ranks) for name, shape in shapes.items()],
-    ]
-    total = room * ranks
-    ways = [next((way for way, w, n in kind if training_bytes(w, n, gpu=gpu) * n <= total), "") for kind in kinds]
-    way_out = " or ".join(filter(None, ways)) or "a smaller --model or more memory"
-    return UserError(
-        f"--per-device-train-batch-size {work.micro_batch}, the least: needs about "
-        f"{show_bytes(training_bytes(work, ranks, gpu=gpu))} per process with engine {work.engine.name}, and "
-        f"{show_bytes(room)} is available; take {way_out}, or set it to try all the same"
-    )
 
 
 def choose_compile(work: Work, device: torch.device) -> Choice:

@@ -17,6 +17,7 @@ import torch
 
 from wikift.base.errors import EnvironmentFault
 from wikift.base.files import show_bytes
+from wikift.base.shape import RELEASED, released_shape
 from wikift.base.work import Choice, Work
 from wikift.base.world import World
 from wikift.kernels.loss import gpu_bytes, positions_at_once
@@ -213,31 +214,36 @@ def explained(work: Work, world: World) -> Iterator[None]:
         on_gpu = world.device.type == "cuda"
         where = f"{torch.cuda.get_device_name(world.device)} is" if on_gpu else "this machine is"
         reason = ". ".join(str(error).split(". ")[:3]).rstrip(".")  # what was asked for, and what was free
-        raise EnvironmentFault(f"{where} out of memory ({reason}). {_ways_out(work, world)}") from None
+        gpu = gpu_bytes(world.device)
+        need = training_bytes(work, world.size, gpu=gpu)
+        less = ways_out(work, Machine(world.size, world.local_size, gpu, need - 1))
+        raise EnvironmentFault(
+            f"{where} out of memory ({reason}). By estimate this run takes {show_bytes(need)} per process; take {less}"
+            "; the same command resumes from the newest checkpoint; another --block-size or --model is another run"
+        ) from None
 
 
-def _ways_out(work: Work, world: World) -> str:
-    """What takes less memory than `work`, by how much, in words."""
-    gpu, share, half = gpu_bytes(world.device), work.micro_batch * work.accumulation, work.micro_batch // 2
-    ways = {
-        f"--per-device-train-batch-size {n}": replace(work, micro_batch=n, accumulation=share // n)
-        for n in [n for n in range(half, 0, -1) if share % n == 0][:1]
-    }
-    ways["--gradient-checkpointing"] = replace(work, gradient_checkpointing=True)
-    if world.size > 1:
-        ways["--engine fsdp"] = replace(work, engine=Choice("fsdp", ""))
-    need = training_bytes(work, world.size, gpu=gpu)
-    needs = {way: training_bytes(less, world.size, gpu=gpu) for way, less in ways.items()}
-    less = [f"{way} {show_bytes(size)}" for way, size in needs.items() if size < need]
-    return (
-        f"By estimate this run takes {show_bytes(need)} per process"
-        + (
-            f", with {' or '.join(less)}; the same command with it resumes from the newest checkpoint, else use"
-            if less
-            else "; use"
-        )
-        + " a smaller --model or --block-size"
-    )
+def ways_out(work: Work, machine: Machine) -> str:
+    """What takes less memory than `machine` has room for, of each kind the first, and how much by the same estimate."""
+    (ranks, local, gpu, room), lengths = machine, (512, 256, 128)
+    share, half = work.micro_batch * work.accumulation, work.micro_batch // 2
+    smaller = [n for n in range(half, 0, -1) if share % n == 0]
+    fewer = [n for n in range(ranks - 1, 0, -1) if not gpu and ranks == local and ranks % n == 0]
+    shapes = {name: released_shape(name) or work.shape for name in reversed(RELEASED)}
+    batches = {n: replace(work, micro_batch=n, accumulation=share // n) for n in smaller}
+    kinds: list[list[tuple[str, Work, int]]] = [
+        [(f"--per-device-train-batch-size {n}", less, ranks) for n, less in batches.items()],
+        [("--gradient-checkpointing", replace(work, gradient_checkpointing=True), ranks)],
+        [("--engine fsdp", replace(work, engine=Choice("fsdp", "")), ranks)] if ranks > 1 else [],
+        [(f"--nproc_per_node={n}", replace(work, engine=Choice("ddp" if n > 1 else "single", "")), n) for n in fewer],
+        [(f"--block-size {n}", replace(work, block_size=n), ranks) for n in lengths if n < work.block_size],
+        [(f"--model {name}", replace(work, shape=shape), ranks) for name, shape in shapes.items()],
+    ]
+    ways = []
+    for kind in kinds:
+        needs = ((way, training_bytes(less, n, gpu=gpu), n) for way, less, n in kind)
+        ways += [f"{way} ({show_bytes(need)})" for way, need, n in needs if need * n <= room * ranks][:1]
+    return " or ".join(ways) or "a smaller --model or more memory"
 
 
 def keep_freed_memory() -> None:
