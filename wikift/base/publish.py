@@ -6,9 +6,10 @@ that holds it, however that ends, and what an interrupted process left is remove
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +18,6 @@ from wikift.base.files import faults_of_writing, remove, sync
 from wikift.base.signals import ENDING, stopping_by_exception
 
 _POLL_SECONDS = 0.5
-_NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def make_once(
@@ -54,18 +54,13 @@ def folder_lock(
     Raises TimeoutError after `timeout_seconds` of waiting. A file system without file locks gets a file that tells who
     holds it.
     """
-    from filelock import FileLock, SoftFileLock, Timeout
+    from filelock import FileLock, Timeout
 
-    path = lock_file(folder)
-    os.close(os.open(path, os.O_CREAT | os.O_NOFOLLOW))  # where nothing can be made filelock would wait for ever
-    lock: FileLock | SoftFileLock = FileLock(path, fallback_to_soft=False)
+    with tempfile.TemporaryFile(dir=folder.absolute().parent):  # where nothing can be made filelock would wait for ever
+        lock = FileLock(lock_file(folder))
     try:
-        try:
-            lock.acquire(blocking=False)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            lock = SoftFileLock(path.with_suffix(".held"))
+        with warnings.catch_warnings():  # of its fallback
+            warnings.simplefilter("ignore")
             lock.acquire(blocking=False)
     except Timeout:
         on_wait()
@@ -73,7 +68,9 @@ def folder_lock(
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: who waits sees that the file has gone, and makes another
+        lock_file(folder).unlink(
+            missing_ok=True
+        )  # while it is held: who waits sees that the file has gone, and makes another
         lock.release()
 
 
