@@ -56,7 +56,9 @@ def launch() -> Launch:
     env = os.environ
     names = next((row for row in _NAMES if env.get(row[0])), None)
     # a batch script itself has a rank among tasks that nobody started
-    if names is None or (names[0] == "SLURM_PROCID" and env.get("ENVIRONMENT") == "BATCH" and not _in_step()):
+    if names is None or (
+        names[0] == "SLURM_PROCID" and env.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in env
+    ):
         if (_number("WORLD_SIZE") or 1) > 1:
             size_set = f"WORLD_SIZE {env['WORLD_SIZE']}"
             raise UserError(f"{size_set}: is set in the environment, RANK is not; start with torchrun, or unset it")
@@ -132,10 +134,6 @@ def _number(names: str) -> int | None:
         rule = "the number of processes" if "SIZE" in name else "a number"
         raise UserError(f"{name} {text}: must be {rule}; let the launcher set it (torchrun), or unset it")
     return int(text)
-
-
-def _in_step() -> bool:
-    return "SLURM_STEP_ID" in os.environ
 
 
 def _tasks_here(size: int) -> int:

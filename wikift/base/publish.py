@@ -68,9 +68,8 @@ def folder_lock(
     try:
         yield
     finally:
-        lock_file(folder).unlink(
-            missing_ok=True
-        )  # while it is held: who waits sees that the file has gone, and makes another
+        # while it is held: who waits sees that the file has gone, and makes another
+        lock_file(folder).unlink(missing_ok=True)
         lock.release()
 
 
