@@ -75,13 +75,5 @@ def line(kind: str, store: Path, run: Path, **settings: Any) -> list[str]:
     placed = {"deepspeed": kind} if kind.startswith("zero") else {"engine": kind.split()[0]}
     more = {"no_fsdp_reshard": True} if kind == "fsdp whole" else {}
     shape = "n_layer=2,n_head=12,n_embd=768,n_positions=1024"
-    words: dict[str, Any] = {
-        "config_overrides": shape,
-        "block_size": 1024,
-        "device": "cuda",
-        "precision": "auto",
-        **placed,
-        **more,
-        **settings,
-    }
-    return arguments(store, run, **words)
+    words: dict[str, Any] = {"config_overrides": shape, "block_size": 1024, "device": "cuda", "precision": "auto"}
+    return arguments(store, run, **{**words, **placed, **more, **settings})

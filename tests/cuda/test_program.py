@@ -36,16 +36,7 @@ class Case(NamedTuple):
     plain: bool = True  # else with --gradient-checkpointing and --deterministic, and no accumulation
 
 
-FEW = [
-    Case("single", 1),
-    Case("single", 1, plain=False),
-    Case("ddp", 8),
-    Case("fsdp", 8),
-    Case("fsdp whole", 8),
-    Case("zero1", 8),
-    Case("zero2", 8),
-    Case("zero3", 8),
-]
+FEW = [Case("single", 1), Case("single", 1, plain=False), *(Case(kind, 8) for kind in WAITS if kind != "single")]
 MORE = [Case(kind, 512) for kind in WAITS if kind != "single"]
 MORE += [Case(kind, 8, plain=False) for kind in WAITS if kind != "single"]
 MORE += [Case(kind, 1) for kind in WAITS if kind not in ("single", "ddp", "fsdp whole")]
@@ -72,18 +63,9 @@ def start(store: TokenStore) -> Path:
 def words(case: Case, store: TokenStore, run: Path, **settings: Any) -> list[str]:
     kind, ranks, plain = case
     micro = GLOBAL_BATCH // ranks // (2 if plain else 1)
-    more = {} if plain else {"gradient_checkpointing": True, "deterministic": True}
-    return line(
-        kind,
-        store.path,
-        run,
-        block_size=32,
-        global_batch_size=GLOBAL_BATCH,
-        per_device_train_batch_size=micro,
-        sample_prompts=store.path.parent / "prompts.txt",
-        **more,
-        **settings,
-    )
+    more: dict[str, Any] = {} if plain else {"gradient_checkpointing": True, "deterministic": True}
+    more |= {"block_size": 32, "global_batch_size": GLOBAL_BATCH, "per_device_train_batch_size": micro}
+    return line(kind, store.path, run, sample_prompts=store.path.parent / "prompts.txt", **more, **settings)
 
 
 @pytest.fixture

@@ -49,14 +49,8 @@ def test_the_page_has_what_the_run_recorded_and_no_address(runs: Path, capsys: p
     text = html.unescape(re.sub("<[^>]*>", " ", page))
     (score,) = [json.loads(line) for line in (runs / "one" / "evaluations.jsonl").read_text().splitlines()][:1]
     environment = json.loads((runs / "one" / "config.json").read_text())["environment"]
-    for fact in (
-        "12 of 12",
-        "finished",
-        f"{score['perplexity']:.6g}",
-        "loss spike",
-        HOSTILE,
-        "wikift train --from-scratch",
-    ):
+    perplexity = f"{score['perplexity']:.6g}"
+    for fact in ("12 of 12", "finished", perplexity, "loss spike", HOSTILE, "wikift train --from-scratch"):
         assert fact in text or fact in html.unescape(page), fact
     assert (environment["engine"], environment["precision"]) == ("single", "fp32")
     assert environment["torch"] in text
@@ -162,24 +156,10 @@ def test_a_browser_draws_it_without_a_complaint(
 ) -> None:
     program, page = browser(), written(capsys, runs / "one", runs / "two", "--out", tmp_path / "report.html")
     (tmp_path / "probe.html").write_text(page.replace("</body>", PROBE + "</body>"), encoding="utf-8")
-    done = subprocess.run(
-        [
-            program,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            f"--window-size={width},900",
-            "--enable-logging=stderr",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            f"--blink-settings=preferredColorScheme={1 - dark}",
-            "--virtual-time-budget=5000",
-            "--dump-dom",
-            (tmp_path / "probe.html").as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    fixed = "--headless --no-sandbox --disable-gpu --enable-logging=stderr --virtual-time-budget=5000 --dump-dom"
+    fixed += f" --window-size={width},900 --blink-settings=preferredColorScheme={1 - dark}"
+    line = [program, *fixed.split(), f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "probe.html").as_uri()]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert not re.findall(":CONSOLE.*", done.stderr)
     title = re.search("<title>PROBE(.*)</title>", done.stdout)
     assert title is not None, done.stdout[-2000:] + done.stderr
