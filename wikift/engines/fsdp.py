@@ -18,9 +18,9 @@ from transformers import GPT2LMHeadModel
 
 from wikift.base.work import Work
 from wikift.base.world import World, join_group
-from wikift.checkpoint.fragment import MOMENTS, Fragment, FragmentReader
+from wikift.checkpoint.fragment import Fragment, FragmentReader
 from wikift.engines.optim import LossScale, ScaleRule, build_optimizer, clip_and_step, total_norm
-from wikift.engines.single import begin_states, in_eval, restore_into, scalar_fragments
+from wikift.engines.single import begin_states, fragments_of, in_eval, restore_into, scalar_fragments
 from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, materialize, sum_residual_in
 
 
@@ -102,13 +102,9 @@ class FSDPEngine:
     def fragments(self) -> Iterator[Fragment]:
         self._reshard()  # after a step that was stopped midway
         for name, parameter in self.model.named_parameters():
-            if name not in self.local:
-                continue
-            shape, start = tuple(parameter.shape), _start(parameter)
-            state = self.optimizer.state[self.local[name]]
-            yield Fragment(name, "weight", start, shape, _shard(parameter).view(-1))
-            for kind in MOMENTS:
-                yield Fragment(name, kind, start, shape, state[kind].view(-1))
+            if name in self.local:
+                state, shape = self.optimizer.state[self.local[name]], tuple(parameter.shape)
+                yield from fragments_of(name, _start(parameter), shape, _shard(parameter), state)
         if self.world.rank == 0:
             yield from scalar_fragments(self.optimizer, self.loss_scale)
 

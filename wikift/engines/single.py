@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -95,13 +95,17 @@ def whole_fragments(engine: SingleEngine, rank: int, ranks: int) -> Iterator[Fra
         burden[owner] += parameter.numel()
         if owner != rank:
             continue
-        shape = tuple(parameter.shape)
-        state = engine.optimizer.state[parameter]
-        yield Fragment(name, "weight", 0, shape, parameter.detach().view(-1))
-        for kind in MOMENTS:
-            yield Fragment(name, kind, 0, shape, state[kind].view(-1))
+        yield from fragments_of(name, 0, tuple(parameter.shape), parameter.detach(), engine.optimizer.state[parameter])
     if rank == 0:
         yield from scalar_fragments(engine.optimizer, engine.loss_scale)
+
+
+def fragments_of(
+    name: str, start: int, shape: tuple[int, ...], weight: Tensor, moments: Mapping[str, Tensor]
+) -> Iterator[Fragment]:
+    """The weights of a parameter from element `start` on and their moments, as live memory."""
+    for kind, data in (("weight", weight), *((kind, moments[kind]) for kind in MOMENTS)):
+        yield Fragment(name, kind, start, shape, data.view(-1))
 
 
 def scalar_fragments(optimizer: torch.optim.Optimizer, loss_scale: LossScale) -> Iterator[Fragment]:

@@ -23,7 +23,7 @@ from wikift.base.work import Work
 from wikift.base.world import World, join_group
 from wikift.checkpoint.fragment import MOMENTS, Fragment, FragmentReader
 from wikift.engines.optim import LossScale, ScaleRule, build_optimizer
-from wikift.engines.single import in_eval, restore_into, scalar_fragments
+from wikift.engines.single import fragments_of, in_eval, restore_into, scalar_fragments
 from wikift.model.gpt2 import DTYPES, NextTokenLoss, check_tied, materialize, parameter_shapes, sum_residual_in
 
 
@@ -91,8 +91,7 @@ class ZeroEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         for name, parameter in self.model.named_parameters():
-            for state, start, data in self._owned(parameter):
-                yield Fragment(name, state, start, self.shapes[name], data)
+            yield from self._owned(name, parameter)
         if self.world.rank == 0:
             yield from scalar_fragments(self.adamw, self.loss_scale)
 
@@ -104,26 +103,21 @@ class ZeroEngine:
         restore_into(self.fragments(), reader, self.adamw, self.loss_scale)
         self._refresh_low_precision()
 
-    def _owned(self, parameter: nn.Parameter) -> Iterator[tuple[str, int, Tensor]]:
-        """(state, start, live fp32 memory) of the range of `parameter` that is this rank's, if there is one."""
+    def _owned(self, name: str, parameter: nn.Parameter) -> Iterator[Fragment]:
+        """The live fp32 memory of the range of `parameter` that is this rank's, if there is one."""
+        shape = self.shapes[name]
         if self.stage < 3:
-            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is None:
-                return
-            start = mapping.lp_fragment_address.start
-            yield "weight", start, mapping.hp_fragment.detach()
-            for state in MOMENTS:
-                yield state, start, mapping.optim_fragment[state]
+            if (mapping := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
+                weight, start = mapping.hp_fragment.detach(), mapping.lp_fragment_address.start
+                yield from fragments_of(name, start, shape, weight, mapping.optim_fragment)
             return
         group, offset, padded = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
         start = self.world.rank * padded
         count = min(start + padded, parameter.ds_numel) - start  # type: ignore[attr-defined]
-        if count <= 0:  # the last ranks' shares of a small tensor are padding alone
-            return
-        flat = self.optimizer.fp32_partitioned_groups_flat[group]
-        yield "weight", start, flat.detach().narrow(0, offset, count)
-        for state in MOMENTS:
-            yield state, start, self.adamw.state[flat][state].narrow(0, offset, count)
+        if count > 0:  # the last ranks' shares of a small tensor are padding alone
+            flat = self.optimizer.fp32_partitioned_groups_flat[group]
+            moments = {kind: self.adamw.state[flat][kind].narrow(0, offset, count) for kind in MOMENTS}
+            yield from fragments_of(name, start, shape, flat.detach().narrow(0, offset, count), moments)
 
     def _begin_states(self) -> None:
         """Make the optimizer's state exist before its first step, so that it can be saved and restored at any time."""

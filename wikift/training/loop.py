@@ -108,7 +108,7 @@ def _exchange(
 
 def _measured(training: Training, step: int, rows: list[list[float]], skipped: int) -> dict[str, Any]:
     plan, due = training.plan, training.plan.due
-    overflows = {"skipped_steps": skipped} if skipped or training.precision.name == "fp16" else {}
+    overflows = {"skipped_steps": skipped} if skipped or training.plan.work.precision == "fp16" else {}
     reading = training.meter.reading(due.steps - step, due.validations(step - 1), rows)
     fixed = {"learning_rate": plan.schedule.lr_at(step), "tokens": step * plan.tokens_per_step}
     return fixed | overflows | reading

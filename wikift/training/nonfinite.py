@@ -57,7 +57,7 @@ class Skips:
         training, loss = self.training, fmean(losses)
         skipped, in_row, last = map(int, self.counts.tolist())
         new, self.known = skipped - self.known, skipped
-        skip, fp16 = training.plan.settings["on_nonfinite"] == "skip", training.precision.name == "fp16"
+        skip, fp16 = training.plan.settings["on_nonfinite"] == "skip", training.plan.work.precision == "fp16"
         applied = not math.isfinite(loss) and math.isfinite(norm)
         lost = not math.isfinite(loss) and not skip
         if in_row > MOST_SKIPPED or applied or lost or (new and not fp16 and not skip):

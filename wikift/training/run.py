@@ -72,7 +72,7 @@ def train_run(plan: RunPlan, store: TokenStore, say: Say) -> int:
             return 0
         training, compiled = prepare(plan, store, world, start, stop_signal, say)
         if world.rank == 0:
-            seen = environment(world.device, training.precision.name, compiled)
+            seen = environment(world.device, training.plan.work.precision, compiled)
             _prepare_folder(training.plan, store, training.config, start, seen)
         stopped, rewinds = None, list[dict[str, Any]]()
         while stopped is None:
@@ -150,7 +150,7 @@ def prepare(
     flops = plan.model.shape.flops_per_token(plan.block_size)
     meter = Meter(world.device, flops, peak, eval_tokens=tokens, ranks=world.size)
     training = Training(
-        plan, store, world, precision, config, shapes_of(config), engine, Log(),
+        plan, store, world, config, shapes_of(config), engine, Log(),
         Saver(plan.output_dir, world, keep=plan.save_total_limit, aside=work.save_aside), meter, stop_signal, start,
         before, training_bytes(work, world.size, gpu=machine.gpu), start.manifest.get("left_out", 0) if start else 0,
     )  # fmt: skip

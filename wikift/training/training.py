@@ -24,7 +24,6 @@ from wikift.data.store import TokenStore
 from wikift.engines.base import Engine
 from wikift.evaluation.score import Score, score_split
 from wikift.generation.live import SAMPLING, sample_live
-from wikift.model.gpt2 import Precision
 from wikift.settings.run_plan import RunPlan
 from wikift.training import resume
 from wikift.training.meter import Meter, memory_gb
@@ -47,7 +46,6 @@ class Training:
     plan: RunPlan
     store: TokenStore
     world: World
-    precision: Precision
     config: GPT2Config
     shapes: dict[str, tuple[int, ...]]  # of every parameter, by Hugging Face name
     engine: Engine
