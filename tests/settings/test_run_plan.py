@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -289,7 +290,7 @@ def test_any_text_survives_the_dry_run(name: str, tmp_path_factory: pytest.TempP
     text = derive_dry_run(TrainSettings(output_dir=name, text_column=name))
     file.write_text(text, encoding="utf-8", newline="")
     found = parsed(["--config", str(file)])
-    assert (found.output_dir, found.text_column) == (name, name)
+    assert (found.output_dir, found.text_column) == (os.path.expanduser(name), name)
 
 
 def derive_dry_run(chosen: TrainSettings) -> str:
