@@ -186,11 +186,6 @@ def test_hysteresis_minimum_and_a_fixed_scale() -> None:
     assert course(ScaleRule(initial=4, window=1, dynamic=False), "x..x") == [4, 4, 4, 4]
 
 
-def test_a_token_weighs_the_same_on_any_number_of_ranks() -> None:
-    assert float(LossScale(ScaleRule(), CPU, ranks=4).gain) == 65536 / 4
-    assert float(LossScale(None, CPU, ranks=4).gain) == 1
-
-
 def test_a_saved_scale_goes_on_and_none_starts_anew() -> None:
     saved = LossScale(ScaleRule(initial=8), CPU)
     saved.update(torch.tensor(False))

@@ -87,15 +87,6 @@ def test_in_bf16_it_is_as_near_to_fp32_as_plain_operations() -> None:
         assert (of_mine - right).norm() < 1.1 * (of_plain - right).norm()
 
 
-def test_the_seed_repeats_it_and_every_draw_is_another() -> None:
-    joint, query, key, value = made(70)
-    first = with_gradient(joint, dropping(query, key, value, 0.5))
-    again = with_gradient(joint, dropping(query, key, value, 0.5))
-    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
-    other, _ = attention(CAUSAL, query, key, value, None, dropout=0.5)
-    assert not torch.allclose(other, first[0], atol=1e-2)
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
 def test_compiled_it_is_the_same() -> None:
     """Two in a row, as a model's: each over tensors of its own."""

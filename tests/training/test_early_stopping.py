@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.ranks import run_ranks
 from tests.tiny import arguments, curve, metrics, train
-from tests.training.test_resume import assert_same_run, forget_after
+from tests.training.test_resume import assert_same_run
 from wikift.base.folders import list_checkpoints, step_folder
 from wikift.checkpoint.reader import best_checkpoint
 from wikift.settings.schedule import Due
@@ -83,19 +82,6 @@ def test_the_same_command_is_finished_and_a_larger_patience_goes_on(
     assert metrics(run) == before
     assert train(arguments(store, run, **WORDS, early_stopping_patience=4)) == 0
     assert curve(run) == [values for values in curve(whole) if values[0] <= expected_end(whole, 4)]
-
-
-def test_a_resume_ends_where_the_whole_run_does(store: Path, tmp_path: Path) -> None:
-    words = {**WORDS, "save_steps": 2, "save_total_limit": 40, "early_stopping_patience": 3}
-    stopped = tmp_path / "stopped"
-    assert train(arguments(store, stopped, **words)) == 0
-    for checkpoint in list_checkpoints(stopped)[:-1:3]:
-        run = tmp_path / checkpoint.name
-        shutil.copytree(stopped, run)
-        forget_after(run, int(checkpoint.name.removeprefix("step-")))
-        assert train(arguments(store, run, **words)) == 0
-        assert_same_run(run, stopped)
-        shutil.rmtree(run)
 
 
 def stopped_at(step: int, command_line: list[str]) -> int:

@@ -15,7 +15,6 @@ from tests.tiny import arguments, curve
 from tests.trained import text_store
 from tests.training.test_resume import stopped_in
 from wikift.data.store import TokenStore
-from wikift.watch.record import read_metrics
 
 PROMPTS = ("The Renaissance", "Theodor W. Hänsch shared", "東京")
 LONG = [pytest.param(engine, 2, marks=pytest.mark.long) for engine in ("zero1", "zero2")]
@@ -67,19 +66,6 @@ def test_samples_leave_no_trace_in_the_run(
     assert [(row["step"], row["prompt"]) for row in written] == [(step, p) for step in (3, 6, 8) for p in PROMPTS]
     assert all(row["text"] for row in written)
     assert written == alone
-
-
-def test_a_resumed_run_has_no_sample_twice(store: TokenStore, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
-    run, asked = tmp_path / "run", {"sample_prompts": tmp_path / "prompts.txt", "sample_steps": 2}
-    assert run_ranks(train_all, 1, [line("single", store, run, **asked)]) == [[0]]
-    whole = samples(run)
-    for path in sorted((run / "checkpoints").glob("step-*"))[1:]:
-        for file in path.iterdir():
-            file.unlink()
-    assert run_ranks(train_all, 1, [line("single", store, run, **asked)]) == [[0]]
-    assert samples(run) == whole
-    assert [values["step"] for values in read_metrics(run / "samples.jsonl")] == [2, 4, 6, 8]
 
 
 @pytest.mark.parametrize("step", [3, 8])
