@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,23 @@ def problems_of_training(command_line: list[str]) -> list[str]:
     except EnvironmentFault as fault:
         return ["fault", str(fault)]
     return []
+
+
+def until(true: Callable[[], object], *processes: Any, seconds: float = 180, shown: Callable[[], str] = str) -> None:
+    """Wait for what is to become true. Fails after `seconds`, and where one of `processes` has ended, with `shown`."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
+            for process in processes:
+                process.kill()
+            raise AssertionError(shown())
+        time.sleep(0.02)
+
+
+def logged(run: Path) -> int:
+    """How many lines metrics.jsonl has."""
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

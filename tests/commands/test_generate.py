@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from tests.terminal import GENERATE, SCRIPT, Terminal
-from tests.tiny import arguments
+from tests.tiny import arguments, until
 from tests.trained import text_store
 from wikift.base import folders
 from wikift.base.errors import UserError
@@ -408,9 +408,7 @@ def test_a_stopped_training_is_saved_and_its_exit_code_passed_on(
         [*GENERATE, *words, *long], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     metrics = Path("runs/new/metrics.jsonl")
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    until(lambda: metrics.exists() and metrics.stat().st_size, child)
     child.send_signal(signal.SIGTERM)
     out, err = child.communicate(timeout=60)
     assert child.returncode == 75, err

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import arguments, metrics, tiny_store
+from tests.tiny import arguments, logged, metrics, tiny_store, until
 from wikift.base.folders import list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,16 +28,6 @@ def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_lines(run: Path, lines: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= lines:
-            return
-        time.sleep(0.02)
-    process.kill()
-    raise AssertionError(f"no {lines} lines of metrics.jsonl came:\n{process.communicate()[0]}")
-
-
 def endless(tmp_path: Path) -> list[str]:
     words = {"max_steps": 10**6, "save_steps": 10**6, "eval_steps": 10**6, "quiet": False}
     return arguments(tiny_store(tmp_path / "store"), tmp_path / "run", **words)
@@ -46,7 +36,7 @@ def endless(tmp_path: Path) -> list[str]:
 def test_torchrun_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     line, run = endless(tmp_path), tmp_path / "run"
     process = start([*TORCHRUN, "--nproc_per_node=2", TRAIN, *line])
-    wait_for_lines(run, 5, process)
+    until(lambda: logged(run) >= 5, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=SECONDS)
     assert output.count("wikift: SIGTERM: stops after this micro-batch") == 1, "one rank says it"
@@ -54,13 +44,10 @@ def test_torchrun_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> 
     (saved,) = list_checkpoints(run)
     step = int(saved.name.removeprefix("step-"))
     process = start([*TORCHRUN, "--nproc_per_node=2", TRAIN, *line])
-    wait_for_lines(run, step + 5, process)
+    until(lambda: logged(run) >= step + 5, process)
     os.killpg(process.pid, signal.SIGKILL)  # the launcher only: its ranks are in sessions of their own
     process.communicate(timeout=SECONDS)
-    deadline = time.monotonic() + 20
-    while len(list_checkpoints(run)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)  # orphaned ranks notice, save and leave
-    assert len(list_checkpoints(run)) == 2
+    until(lambda: len(list_checkpoints(run)) == 2, seconds=20)  # orphaned ranks notice, save and leave
     steps = [values["step"] for values in metrics(run)]
     assert steps == list(range(1, len(steps) + 1)), "a step is there twice, or missing"
 
@@ -68,7 +55,7 @@ def test_torchrun_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> 
 def test_one_process_exits_with_75(tmp_path: Path) -> None:
     line, run = endless(tmp_path), tmp_path / "run"
     process = start([sys.executable, TRAIN, *line])
-    wait_for_lines(run, 3, process)
+    until(lambda: logged(run) >= 3, process)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 75, output
@@ -114,9 +101,7 @@ def test_a_stop_cuts_a_long_validation_short_and_saves(tmp_path: Path) -> None:
     store = tiny_store(tmp_path / "store", validation=2_000_000)
     line = arguments(store, tmp_path / "run", max_steps=5, eval_steps=1, save_steps=5, quiet=False)
     process = start([*TORCHRUN, "--nproc_per_node=2", TRAIN, *line])
-    deadline = time.monotonic() + SECONDS
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until((tmp_path / "run" / "metrics.jsonl").exists, process)
     time.sleep(2.0)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=25)

@@ -25,7 +25,7 @@ import yaml
 
 from tests.ranks import run_ranks
 from tests.test_readme import wikift_command
-from tests.tiny import arguments, curve, metrics, tiny_store
+from tests.tiny import arguments, curve, logged, metrics, tiny_store, until
 from wikift.base.folders import list_checkpoints
 from wikift.settings import options as cli
 from wikift.settings.fields import TrainSettings
@@ -129,15 +129,6 @@ def shown(logs: Path) -> str:
     return "".join(path.read_text(errors="replace") for path in sorted(logs.glob("host-*.log")))
 
 
-def wait_for_a_checkpoint(run: Path, processes: list[subprocess.Popen[bytes]], logs: Path) -> None:
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline and all(process.poll() is None for process in processes):
-        if list_checkpoints(run):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"no checkpoint came:\n{shown(logs)}")
-
-
 def on_one_host(line: list[str]) -> None:
     from wikift.commands.train import main
 
@@ -166,7 +157,7 @@ def test_a_host_dies_and_the_run_goes_on(
     words = {"max_steps": STEPS, "save_steps": 50, "eval_steps": 100, "quiet": False, **options}
     line = arguments(store, run, **words)
     processes = start_on(hosts, launcher, line, tmp_path)
-    wait_for_a_checkpoint(run, processes, tmp_path)
+    until(lambda: list_checkpoints(run), *processes, shown=lambda: shown(tmp_path))
     hosts[killed].kill()
     assert processes[killed].wait(SECONDS) == -signal.SIGKILL
     assert processes[1 - killed].wait(SECONDS) != 0
@@ -196,7 +187,7 @@ def test_torchrun_goes_on_without_a_host_whose_cable_is_cut(hosts: list[Host], t
         )
         for host in hosts
     ]  # fmt: skip
-    wait_for_a_checkpoint(run, processes, tmp_path)
+    until(lambda: list_checkpoints(run), *processes, shown=lambda: shown(tmp_path))
     assert ip("-n", hosts[1].namespace, "link", "set", hosts[1].interface, "down").returncode == 0
     hosts[1].kill()
     assert [process.wait(SECONDS) for process in processes] == [0, -signal.SIGKILL], shown(tmp_path)
@@ -225,7 +216,7 @@ def test_a_host_that_is_cut_off_is_named_after_the_hang_timeout(hosts: list[Host
     run = tmp_path / "run"
     words = {"max_steps": 10**6, "save_steps": 20, "eval_steps": 10**6, "engine": "ddp", "hang_timeout": 6}
     processes = bare_srun(hosts, arguments(tiny_store(tmp_path / "store"), run, **words), tmp_path, [])
-    wait_for_a_checkpoint(run, processes, tmp_path)
+    until(lambda: list_checkpoints(run), *processes, shown=lambda: shown(tmp_path))
     assert ip("-n", hosts[1].namespace, "link", "set", hosts[1].interface, "down").returncode == 0
     hosts[1].kill()
     assert [process.wait(60) for process in processes] == [1, -signal.SIGKILL], shown(tmp_path)
@@ -303,11 +294,7 @@ def test_the_sbatch_file_requeues_what_is_not_done_and_goes_on(tmp_path: Path) -
     tiny_store(tmp_path / "store")
     job = submit(10**6)
     try:
-        deadline = time.monotonic() + SECONDS
-        while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 5:
-            assert job.poll() is None, shown(tmp_path)
-            assert time.monotonic() < deadline, shown(tmp_path)
-            time.sleep(0.05)
+        until(lambda: logged(run) >= 5, job, shown=lambda: shown(tmp_path))
         job.send_signal(signal.SIGUSR1)
         assert job.wait(SECONDS) != 0
         told = calls.read_text().splitlines()

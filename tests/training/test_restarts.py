@@ -12,14 +12,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.ranks import run_ranks
-from tests.tiny import arguments, curve, metrics, tiny_store, train
+from tests.tiny import arguments, curve, metrics, tiny_store, train, until
 from wikift.base.errors import UserError
 from wikift.base.folders import list_checkpoints
 from wikift.base.world import World
@@ -77,14 +76,6 @@ def ranks(launcher: subprocess.Popen[bytes]) -> dict[str, int]:
     return pids
 
 
-def until(true: Callable[[], object], log: Path, launcher: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not true():
-        assert launcher.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
-
-
 def done(run: Path) -> int:
     return max((row["step"] for row in metrics(run)), default=0) if (run / "metrics.jsonl").exists() else 0
 
@@ -101,7 +92,7 @@ def test_a_killed_rank_and_a_hung_one_are_restarted(torchrun: Launch, tmp_path: 
     words = {"max_steps": 300, "save_steps": 20, "eval_steps": 100}
     launcher = torchrun(*ALONE, TRAIN, *arguments(store, run, hang_timeout=4, **words))
     for number, strike in enumerate((signal.SIGKILL, signal.SIGSTOP)):
-        until(lambda: restarts(run) == number and done(run) >= 30 + 60 * number, log, launcher)  # noqa: B023
+        until(lambda: restarts(run) == number and done(run) >= 30 + 60 * number, launcher, shown=log.read_text)  # noqa: B023
         os.kill(ranks(launcher)["1"], strike)
     assert launcher.wait(SECONDS) == 0, log.read_text()
     assert restarts(run) == 2
@@ -168,14 +159,14 @@ def test_agents_come_and_go(torchrun: Launch, tmp_path: Path) -> None:
                         TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")  # fmt: skip
 
     first = agent()  # alone it has the store where all meet
-    until(lambda: listens(port), log, first)
+    until(lambda: listens(port), first, shown=log.read_text)
     others = [agent() for _ in range(3)]
-    until(lambda: done(run) >= 60, log, first)
+    until(lambda: done(run) >= 60, first, shown=log.read_text)
     assert "12 blocks per step = 4 processes" in log.read_text()
     for lost in others[:2]:
         for pid in (lost.pid, *ranks(lost).values()):
             os.kill(pid, signal.SIGKILL)
-    until(lambda: restarts(run) and done(run) >= 200, log, first)
+    until(lambda: restarts(run) and done(run) >= 200, first, shown=log.read_text)
     assert "12 blocks per step = 2 processes" in log.read_text()
     third = agent()
     assert [each.wait(SECONDS) for each in (first, others[2], third)] == [0, 0, 0], log.read_text()

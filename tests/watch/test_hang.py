@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.ranks import start
-from tests.tiny import arguments, tiny_store
+from tests.tiny import arguments, tiny_store, until
 from wikift.watch.hang import Seen, told
 
 SECONDS = 6  # --hang-timeout
@@ -42,13 +40,6 @@ def stuck(line: list[str], kind: str) -> None:
     main(line)
 
 
-def until(true: Callable[[], Any], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 @pytest.mark.parametrize(("kind", "engine"), [("stopped", "ddp"), ("stopped", "fsdp"), ("loops", "ddp")])
 def test_a_rank_that_hangs_is_named_and_the_run_ends(kind: str, engine: str, tmp_path: Path) -> None:
     run, meeting = tmp_path / "run", tmp_path / "meeting"
@@ -56,10 +47,10 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(kind: str, engine: str, tmp
     children = [start(stuck, rank, 2, meeting, words, kind) for rank in range(2)]
     stacks = [run / "stacks" / f"rank-{rank}.txt" for rank in range(2)]
     try:
-        until(lambda: "step 3" in "".join(p.read_text() for p in run.glob("stacks/rank-0.beat")), 120)
+        until(lambda: "step 3" in "".join(p.read_text() for p in run.glob("stacks/rank-0.beat")))
         if kind == "loops":  # at any time, by a signal to any rank
             os.kill(children[0][0].pid, signal.SIGUSR2)
-            until(lambda: all(path.read_text().count("(most recent call first)") for path in stacks), SECONDS)
+            until(lambda: all(path.read_text().count("(most recent call first)") for path in stacks), seconds=SECONDS)
             assert all(process.is_alive() for process, _ in children)
         children[0][0].join(60)
         assert children[0][0].exitcode == 1

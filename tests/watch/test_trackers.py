@@ -13,7 +13,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.tiny import arguments, metrics, tiny_store
+from tests.tiny import arguments, logged, metrics, tiny_store, until
 from tests.trained import text_store
 from wikift.base.errors import UserError
 from wikift.base.files import read_jsonl
@@ -162,9 +161,7 @@ def test_a_run_goes_on_without_wandbs_service_and_with_a_full_home(tmp_path: Pat
         process = subprocess.Popen(
             [sys.executable, "-c", _TRAIN, *words], env=environment, stdout=printed, stderr=printed, cwd=tmp_path
         )
-    deadline = time.monotonic() + 120
-    while len(read_jsonl(run / "metrics.jsonl")) < 50 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: logged(run) >= 50, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     (service,) = [pid for pid in children if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(int(service), signal.SIGKILL)
@@ -208,9 +205,7 @@ def test_what_was_killed_three_times_is_whole_and_has_no_step_twice(tmp_path: Pa
     environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for lines in (120, 330, 560):
         process = subprocess.Popen([sys.executable, "-c", _TRAIN, *words], env=environment, cwd=tmp_path)
-        deadline = time.monotonic() + 120
-        while len(read_jsonl(run / "metrics.jsonl")) < lines and time.monotonic() < deadline:
-            time.sleep(0.02)
+        until(lambda: logged(run) >= lines, process)  # noqa: B023
         process.kill()
         process.wait()
     words[words.index("2000")] = "700"
