@@ -9,17 +9,17 @@ in one buffer and not as Python strings (`texts`).
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from wikift.base.errors import UserError
-from wikift.data.foreign_tables import table_rows
-from wikift.data.json_rows import json_rows
 from wikift.data.open_file import TextFile, decoded, faults, streams
-from wikift.data.tables import TABLES, text_of
-from wikift.data.texts import Texts
+from wikift.data.tables import TABLES, table_rows
+from wikift.data.texts import Texts, text_of
 
 _BATCH_CHARACTERS = 1 << 20
 _ROW_CHARACTERS, _SEARCHED = 1 << 20, 1 << 16  # of a longer line's rows; how far behind that white space is looked for
@@ -29,6 +29,8 @@ _ROW = re.compile(
     rf"|[^\n]{{{_ROW_CHARACTERS}}}(?:[^\n]{{0,{_SEARCHED}}}?\S(?=[ \t\r]))?"
 )
 _DELIMITERS = ",\t;|"
+_DECODER = json.JSONDecoder()
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_rows(files: Sequence[TextFile], kind: str, column: str, encoding: str | None) -> Iterator[Texts]:
@@ -45,7 +47,7 @@ def read_rows(files: Sequence[TextFile], kind: str, column: str, encoding: str |
             if kind == "lines":
                 yield from _lines(blocks if number == len(files) else _ended(blocks))
             else:
-                rows = json_rows(file, blocks, column) if kind == "json" else _csv_rows(file, blocks, column)
+                rows = _json_rows(file, blocks, column) if kind == "json" else _csv_rows(file, blocks, column)
                 yield from _packed(file, rows)
 
 
@@ -91,6 +93,9 @@ def _split(text: str) -> Texts:
     return texts if texts.lengths.max() <= _ROW_CHARACTERS else Texts.of(_ROW.findall(text))
 
 
+# --- documents ---------------------------------------------------------------------------------------------------
+
+
 def _packed(file: TextFile, rows: Iterable[str]) -> Iterator[Texts]:
     rows, number = iter(rows), 0
     while True:
@@ -111,6 +116,9 @@ def _packed(file: TextFile, rows: Iterable[str]) -> Iterator[Texts]:
                 f"{file}, row {odd}: holds half of a surrogate pair (\\ud800 to \\udfff), which is not text; fix it"
             ) from None
         number += len(batch)
+
+
+# --- CSV ---------------------------------------------------------------------------------------------------------
 
 
 def _csv_rows(file: TextFile, blocks: Iterable[str], column: str) -> Iterator[str]:
@@ -153,3 +161,97 @@ def _split_lines(blocks: Iterable[str]) -> Iterator[str]:
             yield line + "\n"
     if held:
         yield held
+
+
+# --- JSON --------------------------------------------------------------------------------------------------------
+
+
+def _json_rows(file: TextFile, blocks: Iterable[str], column: str) -> Iterator[str]:
+    """The texts of `column` in objects one after the other, in a list, or in the only list of an object.
+
+    Holds one row and one block of text; all of the file in the last case.
+    """
+    scanner = _Scanner(file, iter(blocks))
+    for number, row in enumerate(_objects(scanner, column), 1):
+        text = row.get(column) if type(row) is dict else None
+        yield text if type(text) is str else text_of(row, column, scanner.where(number))
+
+
+def _objects(scanner: _Scanner, column: str) -> Iterator[Any]:
+    if scanner.peek() == "[":
+        scanner.take("[")
+        while scanner.peek() != "]":
+            yield scanner.value()
+            if scanner.peek() != "]":
+                scanner.take(",")
+        scanner.take("]")
+    elif scanner.peek():
+        first = scanner.value()
+        fields = first if isinstance(first, dict) and column.partition(".")[0] not in first else {}
+        lists = [v for v in fields.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+        if not lists or scanner.peek() or re.search(r"\.(jsonl|ndjson)\b", str(scanner.file)):
+            yield first
+        elif len(lists) > 1:
+            raise UserError(f"{scanner.file}: is an object with {len(lists)} lists; save each in a file of its own")
+        else:
+            yield from lists[0]
+    while scanner.peek():
+        yield scanner.value()
+
+
+class _Scanner:
+    """Where in the text reading is; `start` is where the last value began."""
+
+    def __init__(self, file: TextFile, blocks: Iterator[str]) -> None:
+        self.file, self.blocks = file, blocks
+        self.text, self.at, self.start, self.line = "", 0, 0, 1
+
+    def where(self, row: int = 0) -> str:
+        line = self.line + self.text.count("\n", 0, self.start)
+        return f"{self.file}, line {line}" + (f", row {row}" if row > line else "")
+
+    def more(self) -> bool:
+        """Read on, so that the rest of the text is twice as long and more; whether there was more."""
+        kept = self.text[self.at :]
+        blocks, size = [kept], len(kept)
+        while size <= 2 * len(kept) and (block := next(self.blocks, None)) is not None:
+            blocks.append(block)
+            size += len(block)
+        if len(blocks) == 1:
+            return False
+        self.line += self.text.count("\n", 0, self.at)
+        self.text, self.at, self.start = "".join(blocks), 0, 0
+        return True
+
+    def peek(self) -> str:
+        """The next character that is not white space; none at the end."""
+        while True:
+            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]  # it matches nothing too
+            if self.at < len(self.text) or not self.more():
+                return self.text[self.at : self.at + 1]
+
+    def value(self) -> Any:
+        self.peek()
+        while True:
+            self.start = self.at
+            try:
+                value, end = _DECODER.raw_decode(self.text, self.at)
+            except (json.JSONDecodeError, RecursionError) as error:
+                message = getattr(error, "msg", str(error))
+                cut = message.startswith("Unterminated") or getattr(error, "pos", 0) > len(self.text) - 12
+                if cut and self.more():
+                    continue
+                raise self.fault(message) from None
+            if end < len(self.text) or not self.more():
+                self.at = end
+                return value
+
+    def take(self, character: str) -> None:
+        if self.peek() != character:
+            self.start = self.at
+            raise self.fault(f"expecting {character!r}")
+        self.at += 1
+
+    def fault(self, message: str) -> UserError:
+        fix = "a JSON file has one object on each line, or a list of objects"
+        return UserError(f"{self.where()}: is not JSON ({message}); {fix}")

@@ -14,10 +14,9 @@ from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.names import CUT_SEED, WIKITEXT
 from wikift.data.corpus import Corpus, Rows, cut_validation
 from wikift.data.dataset_card import choose, configs_of
-from wikift.data.foreign_tables import table_sizes
 from wikift.data.readers import read_rows
 from wikift.data.splits import SPLITS, Candidate
-from wikift.data.tables import TABLES
+from wikift.data.tables import TABLES, table_sizes
 from wikift.data.texts import Texts
 from wikift.data.user_files import UserFiles, user_files
 

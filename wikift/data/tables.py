@@ -1,83 +1,116 @@
-"""Columns of text in Parquet and Arrow files, and which fields a row has, for messages about those that are missing."""
+"""Columns of text in Parquet and Arrow files, read in a process of its own: a changed byte crashes pyarrow, for one
+file in a hundred.
+
+The process writes frames to its standard output: two sizes, then the bytes and offsets of texts, as `Texts` has them.
+Where the first size is -1 the second is that of a JSON object: {"file": NAME} that begins, {"size": N} of one that was
+checked, {"problems": [...]} or {} at the end.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
-import re
+import resource
 import shutil
+import signal
+import struct
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from wikift.base.errors import UserError
-from wikift.data.open_file import BLOCK_BYTES, TextFile, faults
-from wikift.data.texts import Texts
+import numpy as np
+
+from wikift.base.errors import UserError, one_line
+from wikift.data.open_file import BLOCK_BYTES, TextFile, faults, streams
+from wikift.data.texts import Texts, text_of
 
 TABLES = ("parquet", "arrow")
 _COLUMN_BYTES, _COLUMN_ROWS = 5 << 19, 8192  # a batch of a column: large, as each chunk of `encode` has a price
-_LISTED = 12
+_SIZES = struct.Struct("<qq")
+# isolated (-I): nothing is imported from the current folder that this process would not import
+_PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from wikift.data import tables as t; t.serve()"
 
 
-# --- one row -----------------------------------------------------------------------------------------------------
+def table_rows(files: Sequence[TextFile], column: str) -> Iterator[Texts]:
+    """The texts of `column`, in order. Raises UserError for a file that is damaged or has no such text."""
+    return _answers(files, column, check=False)
 
 
-def text_of(row: Any, column: str, where: str) -> str:
-    """The text in `column` of a row, a dictionary; "a.b" is the field b of the field a."""
-    text = _value(row, column) if isinstance(row, dict) else None
-    if isinstance(text, str):
-        return text
-    if not isinstance(row, dict):
-        raise UserError(f'{where}: is {_kind(row)}, not an object; each row must be like {{"{column}": "its text"}}')
-    fields = dict(_fields(row))
-    if text is None and column not in fields:
-        problem = f"{where}: has no {column!r}, it has {_listed(fields)}"
-    else:
-        problem = f"{where}: {column!r} is {_kind(text)}, not text"
-        fields = {name: kind for name, kind in fields.items() if name.startswith(f"{column}.")} or fields
-    texts = [name for name, kind in fields.items() if kind == "a text"]
-    if texts and column not in fields:
-        name = texts[0] if len(texts) == 1 and re.fullmatch(r"[\w.-]{1,40}", texts[0]) else "NAME"
-        raise UserError(f"{problem}; name the column with --text-column {name}")
-    if any("{" in kind for kind in fields.values()):
-        way = "write the turns of each chat as one text, for example by a chat template, into a field of its own"
-        raise UserError(f"{problem}; {way}, and name that with --text-column")
-    raise UserError(f"{problem}; fix or delete the row, or name another column with --text-column")
+def table_sizes(files: Sequence[TextFile], column: str) -> list[int]:
+    """About how many bytes of text `column` has in each file, read in place. Raises UserError as `table_rows` does."""
+    return list(_answers(files, column, check=True)) if files else []
 
 
-def _value(row: Any, column: str) -> Any:
-    """Of the field `column`, or of the field that its parts lead to; None where there is none."""
-    if column in row:
-        return row[column]
-    for name in column.split("."):
-        row = row.get(name) if isinstance(row, dict) else None
-    return row
+def _answers(files: Sequence[TextFile], column: str, *, check: bool) -> Iterator[Any]:
+    asked = [(str(file.path), file.member, file.head[:8].hex(), file.size) for file in files]
+    command, pipe = [sys.executable, "-I", "-c", _PROGRAM, json.dumps(sys.path)], subprocess.PIPE
+    name = str(files[0])
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps([asked, column, check]).encode())
+            process.stdin.close()
+            while len(head := process.stdout.read(_SIZES.size)) == _SIZES.size:
+                first, second = _SIZES.unpack(head)
+                data, rest = process.stdout.read(max(0, first)), process.stdout.read(second)
+                if len(data) + len(rest) != max(0, first) + second:
+                    break
+                if first >= 0:
+                    yield Texts(np.frombuffer(data, np.uint8), np.frombuffer(rest, np.int64))
+                    continue
+                answer = json.loads(rest)
+                name = answer.get("file", name)
+                if "size" in answer:
+                    yield answer["size"]
+                elif "problems" in answer:
+                    raise UserError(*answer["problems"])
+                elif not answer:
+                    return
+        finally:
+            process.kill()
+    raise UserError(f"{name}: is damaged (reading it crashed); copy or download it again")
 
 
-def _fields(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in row.items():
-        if isinstance(value, dict) and value:
-            yield from _fields(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", _kind(value)
+# --- in that process ---------------------------------------------------------------------------------------------
 
 
-def _kind(value: Any) -> str:
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return f"a list of {{{', '.join(map(str, value[0]))}}}"
-    kinds = {"NoneType": "null", "bool": "true or false", "list": "a list", "dict": "an object", "str": "a text"}
-    return kinds.get(type(value).__name__, "a number" if isinstance(value, (int, float)) else str(value))
+def serve() -> None:
+    """Read what standard input asks for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asked ends this
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    asked, column, check = json.load(sys.stdin)
+    files = [TextFile(Path(path), member, bytes.fromhex(head), size) for path, member, head, size in asked]
+    file, out = files[0], sys.stdout.buffer
+    try:
+        for file, stream in ((file, None) for file in files) if check else streams(files):
+            _send({"file": str(file)})
+            if check:
+                _send({"size": _size(file, column)})
+                continue
+            with faults(file):
+                for texts in _texts(file, stream, column):
+                    out.write(_SIZES.pack(texts.data.nbytes, texts.offsets.nbytes))
+                    out.write(texts.data.data)
+                    out.write(texts.offsets.data)
+        _send({})
+    except UserError as error:
+        _send({"problems": error.problems})
+    except Exception as error:  # of pyarrow: a damaged file has it raise nearly everything
+        _send({"problems": [f"{file}: is damaged or incomplete ({one_line(error)}); copy or download it again"]})
 
 
-def _listed(fields: dict[str, str]) -> str:
-    shown = [f"{name[:40]} ({kind})" for name, kind in list(fields.items())[:_LISTED]]
-    return ", ".join(shown) + (", ..." if len(fields) > _LISTED else "") or "nothing"
+def _send(answer: dict[str, Any]) -> None:
+    text = json.dumps(answer).encode()
+    sys.stdout.buffer.write(_SIZES.pack(-1, len(text)) + text)
+    sys.stdout.buffer.flush()
 
 
-# --- columns -----------------------------------------------------------------------------------------------------
-
-
-def read_table(file: TextFile, stream: Any, column: str) -> Iterator[Texts]:
+def _texts(file: TextFile, stream: Any, column: str) -> Iterator[Texts]:
     """The texts of `column`, a few million bytes at a time. Other than in place, the file is copied to read it."""
     with contextlib.ExitStack() as stack:
         source: Any = str(file.path)
@@ -98,7 +131,7 @@ def read_table(file: TextFile, stream: Any, column: str) -> Iterator[Texts]:
             number += len(texts)
 
 
-def check_table(file: TextFile, column: str) -> int:
+def _size(file: TextFile, column: str) -> int:
     """About how many bytes of text `column` holds. Raises UserError where the file is damaged or has no such text."""
     with faults(file), _opened(file, str(file.path)) as table:
         path = _path(file, _schema(table), column)
@@ -140,18 +173,18 @@ def _column(file: TextFile, table: Any, column: str) -> Iterator[Any]:
 def _parquet_batches(table: Any, path: list[str]) -> Iterator[Any]:
     for number in range(table.num_row_groups):
         group = table.metadata.row_group(number)
-        rows = rows_at_once(group.num_rows, _bytes(group, path))
+        rows = _rows_at_once(group.num_rows, _bytes(group, path))
         yield from table.iter_batches(rows, row_groups=[number], columns=[".".join(path)], use_threads=False)
 
 
 def _arrow_batches(table: Any) -> Iterator[Any]:
     count = getattr(table, "num_record_batches", None)
     for batch in table if count is None else (table.get_batch(number) for number in range(count)):
-        rows = rows_at_once(batch.num_rows, batch.nbytes)
+        rows = _rows_at_once(batch.num_rows, batch.nbytes)
         yield from (batch.slice(start, rows) for start in range(0, batch.num_rows, rows))
 
 
-def rows_at_once(rows: int, size: int) -> int:
+def _rows_at_once(rows: int, size: int) -> int:
     """Into how long parts to divide `rows` of `size` bytes: 2.6 million bytes and no more than 8,192 rows each."""
     return max(1, min(_COLUMN_ROWS, math.ceil(rows / max(1, round(size / _COLUMN_BYTES)))))
 

@@ -1,17 +1,20 @@
 """Texts end to end in one buffer, as Arrow has them: no Python string is made until somebody asks for one.
 
-Also the count of words as `str.split()` has it, on the bytes.
+Also the count of words as `str.split()` has it, on the bytes, and the text of one row, a dictionary.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from wikift.base.errors import UserError
 
 # White space beyond ASCII, for str.split(), by the bytes of its UTF-8: two, whatever comes next, or three.
 _WIDE_SPACES = np.zeros((0xE4, 256, 256), np.bool_)
@@ -96,3 +99,60 @@ def count_words(texts: Texts) -> int:
     before[1:] = space[:-1]
     before[texts.offsets[:-1][texts.lengths > 0]] = True
     return int(np.count_nonzero(before > space))
+
+
+# --- one row -----------------------------------------------------------------------------------------------------
+
+_LISTED = 12  # fields, in a message
+
+
+def text_of(row: Any, column: str, where: str) -> str:
+    """The text in `column` of a row, a dictionary; "a.b" is the field b of the field a."""
+    text = _value(row, column) if isinstance(row, dict) else None
+    if isinstance(text, str):
+        return text
+    if not isinstance(row, dict):
+        raise UserError(f'{where}: is {_kind(row)}, not an object; each row must be like {{"{column}": "its text"}}')
+    fields = dict(_fields(row))
+    if text is None and column not in fields:
+        problem = f"{where}: has no {column!r}, it has {_listed(fields)}"
+    else:
+        problem = f"{where}: {column!r} is {_kind(text)}, not text"
+        fields = {name: kind for name, kind in fields.items() if name.startswith(f"{column}.")} or fields
+    texts = [name for name, kind in fields.items() if kind == "a text"]
+    if texts and column not in fields:
+        name = texts[0] if len(texts) == 1 and re.fullmatch(r"[\w.-]{1,40}", texts[0]) else "NAME"
+        raise UserError(f"{problem}; name the column with --text-column {name}")
+    if any("{" in kind for kind in fields.values()):
+        way = "write the turns of each chat as one text, for example by a chat template, into a field of its own"
+        raise UserError(f"{problem}; {way}, and name that with --text-column")
+    raise UserError(f"{problem}; fix or delete the row, or name another column with --text-column")
+
+
+def _value(row: Any, column: str) -> Any:
+    """Of the field `column`, or of the field that its parts lead to; None where there is none."""
+    if column in row:
+        return row[column]
+    for name in column.split("."):
+        row = row.get(name) if isinstance(row, dict) else None
+    return row
+
+
+def _fields(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in row.items():
+        if isinstance(value, dict) and value:
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", _kind(value)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return f"a list of {{{', '.join(map(str, value[0]))}}}"
+    kinds = {"NoneType": "null", "bool": "true or false", "list": "a list", "dict": "an object", "str": "a text"}
+    return kinds.get(type(value).__name__, "a number" if isinstance(value, (int, float)) else str(value))
+
+
+def _listed(fields: dict[str, str]) -> str:
+    shown = [f"{name[:40]} ({kind})" for name, kind in list(fields.items())[:_LISTED]]
+    return ", ".join(shown) + (", ..." if len(fields) > _LISTED else "") or "nothing"
