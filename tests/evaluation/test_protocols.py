@@ -12,15 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.ranks import run_ranks
 from tests.trained import SENTENCES
 from wikift.commands.evaluate import main
 from wikift.data.sources import Source, open_source
-from wikift.evaluation import detokenize
-from wikift.evaluation.detokenize import Part, detokenized, detokenized_parts, safe_cut
+from wikift.evaluation.detokenize import detokenized
 from wikift.evaluation.documents import Counts, joined_rows, numbered_rows, page_texts, pages, row_texts
 from wikift.evaluation.text import encoded
 
@@ -66,26 +63,15 @@ def corpus_of(path: Path) -> Any:
 
 def test_pages_are_lm_evals(text: Path) -> None:
     text.write_text(TEXT)
-    first, second = (page for page, _, _ in _whole(pages(corpus_of(text), numbered_rows(corpus_of(text), "train"))))
+    first, second = (page for page, _ in pages(corpus_of(text), numbered_rows(corpus_of(text), "train")))
     lines = TEXT.split("\n")
     assert first == "\n".join(lines[1:7])
     assert second == "\n".join(lines[7:])  # the last one has the file's end
     counts = Counts()
-    made = _whole(page_texts(corpus_of(text), "train", counts))
+    made = list(page_texts(corpus_of(text), "train", counts))
     assert [page for page, _, _ in made] == [detokenized(first), detokenized(second)]
     assert counts.words == {0: len(re.split(r"\s+", first)), 1: len(re.split(r"\s+", second))}
     assert counts.bytes == {0: len(first.encode()), 1: len(second.encode())}
-
-
-def _whole(parts: Any) -> list[tuple[str, bool, int]]:
-    found: list[tuple[str, bool, int]] = []
-    held = ""
-    for part, ends, document in parts:
-        held += part
-        if ends:
-            found.append((held, ends, document))
-            held = ""
-    return found
 
 
 def test_words_are_the_papers_and_the_join_is_transformers(text: Path) -> None:
@@ -94,28 +80,6 @@ def test_words_are_the_papers_and_the_join_is_transformers(text: Path) -> None:
     assert counts.words.total() == sum(len(line.split()) + 1 for line in (TEXT * 8).splitlines())
     rows = [line if line.strip() else "" for line in (TEXT * 8).splitlines(keepends=True)]
     assert "".join(part for part, _, _ in joined_rows(corpus_of(text), "train", Counts())) == "\n\n".join(rows)
-
-
-pieces_of_text = st.sampled_from([*"ab9 '\"()[]{}.,\n", " @-@ ", " N ", "s '", " 's", "word", "ab cd"])
-
-
-@given(st.lists(pieces_of_text, max_size=60).map("".join))
-def test_a_long_page_in_parts_is_the_page(page: str) -> None:
-    cut = safe_cut(page)
-    assert detokenized(page[:cut]) + detokenized(page[cut:]) == detokenized(page)
-
-
-def test_a_page_of_any_length_is_detokenized_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detokenize, "PART_CHARACTERS", 100)
-    page = "It said \" one , two \" ( and 3 @.@ 5 ) to ' them ' . " * 40
-    parts = [
-        part
-        for part, _, _ in detokenized_parts(
-            [Part(page[at : at + 30], False, 0) for at in range(0, len(page), 30)] + [Part("", True, 0)]
-        )
-    ]
-    assert len(parts) > 5
-    assert "".join(parts) == detokenized(page)
 
 
 def test_ids_are_those_of_the_whole_text(model: Path, text: Path) -> None:

@@ -1,18 +1,27 @@
 """A corpus' rows as documents, and as the texts that the evaluation protocols are about. Nothing here is tokenized.
 
 A document is a row where rows are documents; in line-wise text, as WikiText is, it is what lm-evaluation-harness calls
-a page: it begins at a line ` = Title = ` (loading script of EleutherAI/wikitext_document_level). Memory is a row's.
+a page: it begins at a line ` = Title = ` (loading script of EleutherAI/wikitext_document_level). Memory is a page's.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from wikift.data.corpus import Corpus
-from wikift.evaluation.detokenize import Part, detokenized_parts
+from wikift.evaluation.detokenize import detokenized
+
+
+class Part(NamedTuple):
+    """Text of one `document`. A unit is what the tokenizer gets at once (a row, a page or everything): `ends` it?"""
+
+    text: str
+    ends: bool
+    document: int
 
 
 class Row(NamedTuple):
@@ -66,38 +75,41 @@ def joined_rows(corpus: Corpus, split: str, counts: Counts) -> Iterator[Part]:
 
 
 def page_texts(corpus: Corpus, split: str, counts: Counts) -> Iterator[Part]:
-    """Each page a unit, detokenized. Words and bytes are those of the page before that, as lm-evaluation-harness' are:
-    `len(re.split(r"\\s+", page))`, and no end of line."""
-    return detokenized_parts(_counted_pages(pages(corpus, numbered_rows(corpus, split)), counts))
+    """Each page a unit, detokenized. Words and bytes are those of the page before that, as lm-evaluation-harness' are,
+    and no end of line."""
+    for page, document in pages(corpus, numbered_rows(corpus, split)):
+        counts.words[document] += len(re.split(r"\s+", page))
+        counts.bytes[document] += len(page.encode())
+        yield Part(detokenized(page), True, document)
 
 
 def joined_pages(corpus: Corpus, split: str, counts: Counts) -> Iterator[Part]:
     """The detokenized pages joined by line ends, one unit. Words are the papers', of the rows before that."""
     document, separator = 0, ""
-    rows = _counted(numbered_rows(corpus, split), counts)
-    for text, ends, document in detokenized_parts(pages(corpus, rows)):
-        yield Part(separator + text, False, document)
-        separator = "\n" if ends else ""
+    for page, document in pages(corpus, _counted(numbered_rows(corpus, split), counts)):
+        yield Part(separator + detokenized(page), False, document)
+        separator = "\n"
     yield Part("", True, document)
 
 
-def pages(corpus: Corpus, rows: Iterable[Row]) -> Iterator[Part]:
-    """The pages in their original form, each without the line end before the next title. Blank text before the first
-    title is omitted.
+def pages(corpus: Corpus, rows: Iterable[Row]) -> Iterator[tuple[str, int]]:
+    """The pages in their original form with their numbers, each without the line end before the next title. Blank text
+    before the first title is omitted.
 
     The Hub's rows are WikiText's lines, but of a blank line, which is " \\n" in the files, an empty row is left.
     """
-    text, document, visible = "", 0, False  # the page's last row, or all of it as long as it is blank
+    held, document, visible = list[str](), 0, False
     for row in rows:
-        if visible:
-            last = text if corpus.rows_are_documents or not row.title else text.removesuffix("\n")
-            yield Part(last, row.title, document)
-        if visible or row.title:
-            text, visible = "", visible and not row.title
-        text, document, visible = text + row.text, row.document, visible or bool(row.text.strip())
+        if row.title:
+            if visible:
+                page = "".join(held)
+                yield (page if corpus.rows_are_documents else page.removesuffix("\n")), document
+            held, visible = [], False
+        held.append(row.text)
+        document, visible = row.document, visible or bool(row.text.strip())
         if not corpus.rows_are_documents and not row.text.endswith("\n"):
-            text += "\n" if row.text else " \n"
-    yield Part(text, True, document)
+            held.append("\n" if row.text else " \n")
+    yield "".join(held), document
 
 
 def _counted(rows: Iterable[Row], counts: Counts) -> Iterator[Row]:
@@ -105,14 +117,3 @@ def _counted(rows: Iterable[Row], counts: Counts) -> Iterator[Row]:
         counts.words[row.document] += len(row.text.split()) + 1
         counts.bytes[row.document] += len(row.text.encode())
         yield row
-
-
-def _counted_pages(parts: Iterable[Part], counts: Counts) -> Iterator[Part]:
-    begins, blank_end = True, False  # of a page; what is before this part ended in white space
-    for text, ends, document in parts:
-        blank_end = text[-1].isspace() if text else blank_end
-        # re.split's empty strings at the page's two ends
-        counts.words[document] += len(text.split()) + (begins and text[:1].isspace()) + (ends and blank_end)
-        counts.bytes[document] += len(text.encode())
-        begins = ends
-        yield Part(text, ends, document)

@@ -18,8 +18,7 @@ import numpy as np
 from wikift.base.errors import UserError
 from wikift.base.hub import quiet_libraries
 from wikift.data.corpus import Corpus
-from wikift.evaluation.detokenize import Part
-from wikift.evaluation.documents import Counts, joined_pages, joined_rows, page_texts, row_texts
+from wikift.evaluation.documents import Counts, Part, joined_pages, joined_rows, page_texts, row_texts
 from wikift.evaluation.score import Piece, Score, Window, document_sums, stored, too_short, windows
 from wikift.evaluation.text import Text, document_starts, encoded
 

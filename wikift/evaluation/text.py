@@ -17,8 +17,7 @@ from wikift.data.encode import plain_tokenizer
 from wikift.data.recipe import open_again
 from wikift.data.sources import Source, open_source
 from wikift.data.store import TokenStore
-from wikift.evaluation.detokenize import Part
-from wikift.evaluation.documents import is_title
+from wikift.evaluation.documents import Part, is_title
 from wikift.evaluation.score import Piece
 
 ALL = "all"  # the split of a single file
