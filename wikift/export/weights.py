@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ Piece = np.ndarray[Any, np.dtype[np.float32]]
 def write_weights(checkpoint: Checkpoint, folder: Path, dtype: str, shard_bytes: int) -> int:
     """Write the weights as `save_pretrained` would, in files of at most `shard_bytes`; returns the bytes of all.
 
-    Names, order and grouping are transformers': a tensor larger than a file has one of its own, the others fill files
-    in the model's order, and are sorted by name within a file. A tied head is omitted, the embedding stands for it.
+    Names, order and grouping are transformers'. A tied head is omitted, the embedding stands for it.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     code = CODES[dtype]
     tied = checkpoint.manifest["model_config"].get("tie_word_embeddings", True)
-    entries = [Entry(name, code, shape) for name, shape in checkpoint.shapes.items() if not (tied and name == HEAD)]
+    shapes = {name: shape for name, shape in checkpoint.shapes.items() if not (tied and name == HEAD)}
+    entries = {name: Entry(name, code, shape) for name, shape in shapes.items()}
     buffer = np.empty(_PIECE, np.float32)
 
     def pieces(entry: Entry) -> Iterator[memoryview]:
@@ -38,21 +40,22 @@ def write_weights(checkpoint: Checkpoint, folder: Path, dtype: str, shard_bytes:
             checkpoint.read_into(entry.name, "weight", start, memoryview(piece.view(np.uint8).data))
             yield rounded(piece, code)
 
-    shards = _shards(entries, shard_bytes)
-    files = ["model.safetensors"]
-    if len(shards) > 1:
-        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    weight_map: dict[str, str] = {}
-    for file, shard in zip(files, shards, strict=True):
-        write_pieces(folder / file, sorted(shard), pieces, {"format": "pt"})
+    split = split_state_dict_into_shards_factory(
+        entries,
+        get_storage_size=lambda entry: entry.bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        shard = sorted(entries[name] for name in names)
+        write_pieces(folder / file, shard, pieces, {"format": "pt"})
         header, _ = read_header(folder / file)
         if {name: (kind, shape) for name, (kind, shape, _) in header.items()} != {e.name: e[1:] for e in shard}:
             raise OSError(f"{folder / file} does not read back as it was written")
-        weight_map |= {entry.name: file for entry in shard}
-    total = sum(entry.bytes for entry in entries)
-    if len(shards) > 1:
+    total = int(split.metadata["total_size"])
+    if split.is_sharded:
         metadata = {"total_parameters": total // ITEM_BYTES[code], "total_size": total}
-        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        index = {"metadata": metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return total
 
@@ -67,18 +70,3 @@ def rounded(piece: Piece, code: str) -> memoryview:
         upper = ((bits + (0x7FFF + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)).astype(np.uint16)
         piece = np.where(np.isnan(piece), np.uint16(0x7FC0), upper)
     return memoryview(piece.view(np.uint8).data)
-
-
-def _shards(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
-    """The entries of each file: in order, a new file where the next entry would exceed `limit` bytes."""
-    shards: list[list[Entry]] = []
-    current: list[Entry] = []
-    for entry in entries:
-        if entry.bytes > limit:
-            shards.append([entry])
-            continue
-        if current and sum(e.bytes for e in current) + entry.bytes > limit:
-            shards.append(current)
-            current = []
-        current.append(entry)
-    return [*shards, current] if current else shards
