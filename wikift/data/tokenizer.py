@@ -18,17 +18,15 @@ from typing import Any
 
 from wikift.base import hub
 from wikift.base.errors import UserError, one_line
-from wikift.base.files import is_lfs_pointer, read_json
+from wikift.base.files import is_lfs_pointer
 
 EOS = "<|endoftext|>"
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 _PAIR = ("vocab.json", "merges.txt")  # what GPT-2's tokenizer was first published as
 _FLAGS = ("lstrip", "rstrip", "single_word")
-_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-# GPT2Tokenizer is what every release of transformers, and other programs, read back to the same ids
+# of a trained one; GPT2Tokenizer is what every release of transformers, and other programs, read back to the same ids
 _CONFIG = {**dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOS), "add_prefix_space": False,
-           "tokenizer_class": "GPT2Tokenizer"}  # fmt: skip
-_OF_NO_EFFECT = {"model_max_length", "name_or_path", "is_local", "local_files_only", "backend"}
+           "model_max_length": 1024, "tokenizer_class": "GPT2Tokenizer"}  # fmt: skip
 _ENDS = (EOS, "</s>", "[SEP]", "<eos>", "<|end_of_text|>")  # what tokenizers call the end of a text
 _COPY = """from transformers import AutoTokenizer as T; \
 t = T.from_pretrained({}, trust_remote_code=False); {}t.save_pretrained({})"""
@@ -82,12 +80,8 @@ def load_tokenizer(name: str, folder: Path, setting: str = "--tokenizer") -> Sav
 
     Raises UserError where there is none or none in Rust, EnvironmentFault where the Hub is out of reach.
     """
-    source = _source(name, setting)
-    shown = source.resolve().name if Path(name).is_dir() else name
-    if (content := _gpt2s(source)) is not None:
-        length = read_json(source / CONFIG).get("model_max_length", 1024)
-        return _save(folder, shown, content, {"model_max_length": length, **_CONFIG})
     tokenizer = by_transformers(name, setting)
+    shown = Path(name).resolve().name if Path(name).is_dir() else name
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:
@@ -148,15 +142,18 @@ def train(texts: Iterable[str], size: int, folder: Path) -> SavedTokenizer:
     The result depends on the texts only. Memory grows with the number of distinct words. The vocabulary is smaller than
     `size` where the texts hold too few pairs.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
     shorter = (t if len(t) <= _TAUGHT_RUN else _LONG_RUN.sub(lambda run: run[run.lastindex or 0], t) for t in texts)
     tokenizer.train_from_iterator(shorter, trainer)
-    return _save(folder, f"train:{size}", _content(tokenizer), {"model_max_length": 1024, **_CONFIG})
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / FILE), pretty=False)
+    (folder / CONFIG).write_text(json.dumps(_CONFIG, indent=2) + "\n", encoding="utf-8")
+    return _saved(folder, f"train:{size}", _content(tokenizer), tokenizer.get_vocab()[EOS])
 
 
 def tokenizer_fingerprint(tokenizer: Any, *, setting: str = "--tokenizer") -> str:
@@ -164,10 +161,8 @@ def tokenizer_fingerprint(tokenizer: Any, *, setting: str = "--tokenizer") -> st
 
     Raises as `load_tokenizer` does.
     """
-    if isinstance(tokenizer, (str, Path)):
-        plain = _gpt2s(_source(str(tokenizer), setting))
-        return _fingerprint(plain or _content(by_transformers(str(tokenizer), setting)))
-    return _fingerprint(_content(tokenizer))
+    loaded = by_transformers(str(tokenizer), setting) if isinstance(tokenizer, (str, Path)) else tokenizer
+    return _fingerprint(_content(loaded))
 
 
 def _content(tokenizer: Any) -> Content:
@@ -204,58 +199,6 @@ def _without_offsets(value: Any) -> Any:  # which decide positions in the text o
     if isinstance(value, dict):
         return {name: _without_offsets(inner) for name, inner in value.items() if name != "trim_offsets"}
     return [_without_offsets(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _gpt2s(folder: Path) -> Content | None:
-    """The content of a tokenizer of GPT-2's kind whose one special token is the end of text, read without transformers.
-
-    Importing that takes 2.7 s of processor time, torch with it, three times what all else of a small `prepare` does.
-    None where transformers could see anything in the files that would act in another way.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    config, kind = read_json(folder / CONFIG), read_json(folder / "config.json").get("model_type")
-    pair = not (folder / FILE).exists()
-    stated = {key: value for key, value in config.items() if key not in _OF_NO_EFFECT}
-    if (
-        kind not in ("gpt2", None)
-        or (kind is None and "tokenizer_class" not in config and (config or not pair))
-        or not stated.items() <= {**_CONFIG, "pad_token": None, "errors": "replace"}.items()
-        or any((folder / name).exists() for name in ("added_tokens.json", "special_tokens_map.json"))
-        or any(folder.glob("*chat_template*"))
-        or not isinstance(config.get("model_max_length", 1024), (int, float))
-    ):
-        return None
-    try:
-        if pair:
-            tokenizer = Tokenizer(models.BPE.from_file(*(str(folder / name) for name in _PAIR)))
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tokenizer.add_special_tokens([EOS])
-        else:
-            tokenizer = Tokenizer.from_file(str(folder / FILE))
-        content = _content(tokenizer)
-        deciding = _deciding(content)
-    except Exception:  # Rust's own; transformers says what is wrong
-        return None
-    expected = {"model": "BPE", "options": None, "normalizer": None, "added": [[EOS, False, False, False]]}
-    expected["pre_tokenizer"] = _without_offsets(_LEVEL)
-    frame = (content["post_processor"] or {}).get("special_tokens")
-    alike = all(deciding.get(key) == value for key, value in expected.items()) and EOS in content["model"]["vocab"]
-    return content if alike and not frame else None
-
-
-def _save(folder: Path, name: str, content: Content, config: Content) -> SavedTokenizer:
-    """Write a tokenizer of GPT-2's kind as transformers would."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (end,) = content["added_tokens"]
-    content = {
-        **content, "truncation": None, "padding": None, "post_processor": None,
-        "added_tokens": [{**end, "normalized": False, "special": True}],
-        "pre_tokenizer": _LEVEL, "decoder": {**_LEVEL, "add_prefix_space": True},
-    }  # fmt: skip
-    (folder / FILE).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return _saved(folder, name, content, int(end["id"]))
 
 
 def _saved(folder: Path, name: str, content: Content, eos_token_id: int) -> SavedTokenizer:
