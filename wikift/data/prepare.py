@@ -19,7 +19,7 @@ from wikift.base.errors import UserError
 from wikift.data import encode, fast_encode, tokenizer
 from wikift.data.corpus import Corpus
 from wikift.data.cuts import pieces, splits_at_spaces
-from wikift.data.recipe import check_recipe, facts_of, is_unchanged, recipe_asked, record_of
+from wikift.data.recipe import check_recipe, facts_of, is_unchanged, record_of
 from wikift.data.sources import Source, open_source, source_problems
 from wikift.data.store import Encoded, TokenStore, dtype_for, open_store, write_store
 from wikift.data.tokenizer import SavedTokenizer
@@ -89,7 +89,7 @@ def ensure_store(request: Request, out: Path, *, say: Say, progress: Progress, s
         progress.clear()
     if not made:
         store = open_store(out, setting=setting)
-        check_recipe(recipe_asked(request.source, request.tokenizer, request.append_eos, store), store)
+        check_recipe(request.source, request.tokenizer, request.append_eos, store)
 
 
 # --- the work ----------------------------------------------------------------------------------------------------

@@ -6,10 +6,8 @@ other times and the same sizes are read to compare their checksums.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,43 +20,24 @@ from wikift.data.sources import DEFAULT_VALIDATION_FRACTION, Source, open_source
 from wikift.data.store import TokenStore
 from wikift.data.tokenizer import SavedTokenizer, tokenizer_fingerprint
 
-_AS_RECORDED = (
+_KEYS = (
     "dataset", "dataset_config", "dataset_revision", "text_column", "append_eos", "validation_fraction", "seed",
     "encoding",
 )  # fmt: skip
 
 FileList = dict[str, list[dict[str, Any]]]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What decides a store's ids, by the keys of `store.json`, so far as settings and files tell."""
-
-    dataset: str
-    dataset_config: str | None
-    dataset_revision: str | None  # asked for
-    text_column: str | None
-    files: str | None  # checksum of the content of the user's files
-    tokenizer: str
-    append_eos: bool | None
-    validation_fraction: float | None
-    seed: int | None
-    encoding: str | None
-    source: Source = field(compare=False)  # where the text is
+Recipe = dict[str, Any]  # what decides a store's ids, by the keys of `store.json`; `files` is their content's checksum
 
 
 def facts_of(source: Source, *, checksums: bool) -> dict[str, Any]:
     """What identifies the text, by the keys of `store.json`; `files` only where they are the user's own."""
     files = source.files
-    config = source.dataset if source.dataset in WIKITEXT else source.config
-    if source.dataset == "demo":
-        return {"dataset": "demo", "dataset_config": None, "text_column": None}
     if files is None:
         return {
             "dataset": source.dataset,
-            "dataset_config": config,
+            "dataset_config": source.dataset if source.dataset in WIKITEXT else source.config,
             "dataset_revision": source.revision,
-            "text_column": source.text_column,
+            "text_column": None if source.dataset == "demo" else source.text_column,
         }
     return {
         "dataset": source.name,
@@ -95,52 +74,62 @@ def _checksum(files: FileList) -> str:
 
 def recipe_of(store: TokenStore) -> Recipe:
     record = store.record
-    path = record.get("dataset_path") or record.get("dataset")
+    files = record.get("revision") if record.get("files") else None
+    return {**{key: record.get(key) for key in _KEYS}, "tokenizer": record["tokenizer"].get("name"), "files": files}
+
+
+def _source_of(store: TokenStore) -> Source:
+    """Where the text is that `store` was made of."""
+    record = store.record
+    path, commit = record.get("dataset_path") or record.get("dataset"), str(record.get("revision"))
     dataset, *more = path if isinstance(path, list) else [str(path)]
-    named = dataset not in (*WIKITEXT, "demo")
-    seed = record.get("seed")
-    kept: dict[str, Any] = {name: record.get(name) for name in _AS_RECORDED}
-    return Recipe(
-        **kept,
-        files=record.get("revision") if record.get("files") else None,
-        tokenizer=str(record["tokenizer"].get("name")),
-        source=Source(
-            dataset,
-            record.get("dataset_config") if named else None,
-            record.get("text_column") or "text",
-            record.get("validation_fraction"),
-            CUT_SEED if seed is None else int(seed),
-            record.get("encoding"),
-            tuple(more),
-            commit if re.fullmatch(r"[0-9a-f]{40}", commit := str(record.get("revision"))) else None,
-        ),
+    return Source(
+        dataset,
+        None if dataset in (*WIKITEXT, "demo") else record.get("dataset_config"),
+        record.get("text_column") or "text",
+        record.get("validation_fraction"),
+        CUT_SEED if record.get("seed") is None else int(record["seed"]),
+        record.get("encoding"),
+        tuple(more),
+        commit if re.fullmatch(r"[0-9a-f]{40}", commit) else None,
     )
 
 
-def recipe_asked(source: Source, tokenizer: str, append_eos: bool | None, store: TokenStore) -> Recipe:
-    """The recipe that `store` would have, were it made of these; what only the text can tell is taken from the store.
+def check_recipe(source: Source, tokenizer: str, append_eos: bool | None, store: TokenStore) -> None:
+    """Raise UserError where a store made of these would have another recipe than `store`.
 
-    Raises UserError where a validation fraction is asked for and the text has a validation split.
+    What only the text can tell is taken from the store.
     """
-    made, facts = recipe_of(store), facts_of(source, checksums=False)
-    cut = made.validation_fraction is not None
+    made, facts, record = recipe_of(store), facts_of(source, checksums=False), store.record
+    cut = made["validation_fraction"] is not None
     if not cut and source.validation_fraction is not None and "validation" in store.splits:
         raise UserError(unused_fraction(source, True))
     fraction = DEFAULT_VALIDATION_FRACTION if source.validation_fraction is None else source.validation_fraction
     if not tokenizer.startswith("train:") and Path(tokenizer).is_dir():
         same = tokenizer_fingerprint(tokenizer) == store.tokenizer_fingerprint
-        tokenizer = made.tokenizer if same else f"that of {tokenizer}"
-    return Recipe(
-        dataset=facts["dataset"],
-        dataset_revision=made.dataset_revision if source.revision == made.source.revision else source.revision,
-        **{key: facts.get(key) for key in ("dataset_config", "text_column", "encoding")},
-        files=_checksum_now(source, facts["files"], store.record) if "files" in facts else None,
-        tokenizer=tokenizer,
-        append_eos=store.record.get("rows_are_documents") if append_eos is None else append_eos,
-        validation_fraction=fraction if cut else None,
-        seed=source.seed if cut else None,
-        source=source,
-    )
+        tokenizer = made["tokenizer"] if same else f"that of {tokenizer}"
+    same_revision = source.revision == _source_of(store).revision
+    asked = {
+        **{key: facts.get(key) for key in _KEYS},
+        "dataset_revision": made["dataset_revision"] if same_revision else source.revision,
+        "append_eos": record.get("rows_are_documents") if append_eos is None else append_eos,
+        "validation_fraction": fraction if cut else None,
+        "seed": source.seed if cut else None,
+        "tokenizer": tokenizer,
+        "files": _checksum_now(source, facts["files"], record) if "files" in facts else None,
+    }
+    different = []
+    for name, recorded in made.items():
+        if asked[name] != recorded and name != "files":
+            values = ["none" if value is None else value for value in (recorded, asked[name])]
+            different.append(f"{name} {values[0]} in the store, {values[1]} requested")
+        elif asked[name] != recorded and asked["dataset"] == made["dataset"]:
+            different.append("the files have changed")
+    if different:
+        raise UserError(
+            f"{store.path}: was made with other settings ({'; '.join(different)}); remove the folder, "
+            f"or make another store with {command_line('prepare')} --out DIR"
+        )
 
 
 def is_unchanged(source: Source, store: TokenStore) -> bool:
@@ -163,34 +152,14 @@ def _only(files: FileList, key: str) -> dict[str, list[Any]]:
     return {split: [file.get(key) for file in entries] for split, entries in files.items()}
 
 
-def check_recipe(asked: Recipe, store: TokenStore) -> None:
-    """Raise UserError where `store` has another recipe."""
-    made = recipe_of(store)
-    if asked == made:
-        return
-    different = []
-    for name in (each.name for each in dataclasses.fields(Recipe) if each.compare):
-        recorded, wanted = getattr(made, name), getattr(asked, name)
-        if recorded != wanted and name != "files":
-            values = ["none" if value is None else value for value in (recorded, wanted)]
-            different.append(f"{name} {values[0]} in the store, {values[1]} requested")
-        elif recorded != wanted and made.dataset == asked.dataset:
-            different.append("the files have changed")
-    raise UserError(
-        f"{store.path}: was made with other settings ({'; '.join(different)}); remove the folder, "
-        f"or make another store with {command_line('prepare')} --out DIR"
-    )
-
-
 def open_again(store: TokenStore) -> Corpus:
     """The rows that `store` was made of. Raises UserError where they are missing or not the same."""
-    recipe, record = recipe_of(store), store.record
-    source = recipe.source
+    source, record = _source_of(store), store.record
     if "files" in record and "dataset_path" not in record:
         raise UserError(f"{store.path} was made by an older wikift, which did not record where its text is")
     if problems := source_problems(source):
         raise UserError(*problems)
-    check_recipe(recipe_asked(source, str(store.path / "tokenizer"), recipe.append_eos, store), store)
+    check_recipe(source, str(store.path / "tokenizer"), record.get("append_eos"), store)
     corpus = open_source(source)
     if "files" not in record and corpus.revision != record.get("revision"):
         raise UserError(f"{source.dataset} is now at {corpus.revision}, the store is of {record.get('revision')}")
