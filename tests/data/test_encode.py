@@ -19,9 +19,8 @@ from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 from tests.data.hostile import HANDPICKED, TEXTS
 from tests.real import GPT2_TOKENIZER, needs_data, validation_rows
 from wikift.base.errors import UserError
-from wikift.data import cuts, encode, tokenizer
-from wikift.data.cuts import pieces
-from wikift.data.encode import Chunk, chunks, encode_all
+from wikift.data import encode, tokenizer
+from wikift.data.encode import Chunk, chunks, encode_all, pieces
 from wikift.data.store import Encoded
 from wikift.data.texts import Texts
 
@@ -61,10 +60,7 @@ def test_cut_rows_have_the_ids_and_counts_of_whole_rows(
     saved = request.getfixturevalue(kind)
     ends = [0, *sorted(end % (len(text) + 1) for end in arrive), len(text)]
     arriving = [text[a:b] for a, b in itertools.pairwise(ends)]
-    with (
-        mock.patch.multiple(cuts, LONG_CHARACTERS=long),
-        mock.patch.multiple(encode, LONG_CHARACTERS=long, CHUNK_CHARACTERS=50),
-    ):
+    with mock.patch.multiple(encode, LONG_CHARACTERS=long, CHUNK_CHARACTERS=50):
         parts = encoded(saved, [text])
         unit = list(pieces((part, number == len(arrive)) for number, part in enumerate(arriving)))
     assert ids_of(parts) == whole(saved, text) == [i for piece, _ in unit for i in whole(saved, piece)]
@@ -79,7 +75,7 @@ def test_long_units_are_cut_where_words_end_and_nowhere_else() -> None:
     parts = [piece for piece, _ in pieces([(text, True)])]
     assert "".join(parts) == text
     assert len(parts) > 8
-    assert max(map(len, parts)) <= cuts.LONG_CHARACTERS + 10
+    assert max(map(len, parts)) <= encode.LONG_CHARACTERS + 10
     unbroken = "x" * 700_000
     assert list(pieces([(unbroken, False), (unbroken + "\n", True), ("short", True)])) == [
         (unbroken * 2, False), ("\n", True), ("short", True)
@@ -108,12 +104,12 @@ def test_other_tokenizers_rows_stay_whole(
         else:
             setattr(other, name, value)
     other.save(str(tmp_path / "tokenizer.json"))
-    assert cuts.splits_at_spaces(tmp_path / "tokenizer.json") == kind
+    assert encode.splits_at_spaces(tmp_path / "tokenizer.json") == kind
 
 
 def test_end_of_text_follows_each_row_once(small: tokenizer.SavedTokenizer) -> None:
     rows = ["one two three four", "", "five"]
-    with mock.patch.object(cuts, "LONG_CHARACTERS", 4), mock.patch.object(encode, "LONG_CHARACTERS", 4):
+    with mock.patch.object(encode, "LONG_CHARACTERS", 4):
         parts = encoded(small, rows, eos=small.eos_token_id)
     assert ids_of(parts) == [i for row in rows for i in [*whole(small, row), small.eos_token_id]]
     assert sum(part.words for part in parts) == 4 + 0 + 1 + 3

@@ -22,9 +22,6 @@ from wikift.data.encode import Chunk, chunks, encode_all
 from wikift.data.store import open_store
 from wikift.data.texts import Texts, count_words
 
-needs_gigatoken = pytest.mark.skipif(fast_encode.why_not(True) is not None, reason="gigatoken is not installed")
-
-
 fast_of = functools.cache(fast_encode.fast_chunk_encoder)
 
 
@@ -43,7 +40,6 @@ def both(saved: tokenizer.SavedTokenizer, rows: list[str], workers: int, eos: in
         assert sum(getattr(part, count) for part in found) == sum(getattr(part, count) for part in expected)
 
 
-@needs_gigatoken
 @pytest.mark.parametrize("workers", [1, 3])
 def test_ids_and_counts_are_those_of_tokenizers(small: tokenizer.SavedTokenizer, workers: int) -> None:
     with mock.patch.object(encode, "CHUNK_CHARACTERS", 900):
@@ -51,7 +47,6 @@ def test_ids_and_counts_are_those_of_tokenizers(small: tokenizer.SavedTokenizer,
         both(small, some_rows(), workers, small.eos_token_id)
 
 
-@needs_gigatoken
 @needs_data
 def test_real_rows_have_gpt2s_ids(gpt2: tokenizer.SavedTokenizer) -> None:
     both(gpt2, [*validation_rows(), *HANDPICKED], 2, gpt2.eos_token_id)
@@ -67,14 +62,12 @@ def same_or_told(saved: tokenizer.SavedTokenizer, texts: list[str]) -> bool:
     return bool(ids == encoder_of(saved.file, None, "uint16")(chunk).ids.tolist())
 
 
-@needs_gigatoken
 @settings(max_examples=100, deadline=None)
 @given(texts=st.lists(st.text() | TEXTS, min_size=1, max_size=5))
 def test_any_text_has_the_same_ids(small: tokenizer.SavedTokenizer, texts: list[str]) -> None:
     assert same_or_told(small, texts)
 
 
-@needs_gigatoken
 @pytest.mark.parametrize("new", ["\U000323b0", "\u088f"])
 def test_a_character_that_one_of_the_two_does_not_know_is_found(small: tokenizer.SavedTokenizer, new: str) -> None:
     """In one row of ten thousand, where the sample does not see it."""
@@ -89,7 +82,6 @@ def test_the_characters_beyond_ascii_are_all_seen() -> None:
         assert [chr(code) for code in found] == [character for character in text if character > "\x7f"]
 
 
-@needs_gigatoken
 def test_a_restarted_tokenizer_returns_the_same_ids(small: tokenizer.SavedTokenizer) -> None:
     with (
         mock.patch.object(fast_encode, "RESTART_BYTES", 2000),
@@ -101,7 +93,6 @@ def test_a_restarted_tokenizer_returns_the_same_ids(small: tokenizer.SavedTokeni
     assert 1 + size / 4000 < load.call_count <= 1 + size / 2000
 
 
-@needs_gigatoken
 def test_other_ids_are_found_and_the_store_is_that_of_tokenizers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,7 +122,6 @@ def test_other_ids_are_found_and_the_store_is_that_of_tokenizers(
     assert false == true
 
 
-@needs_gigatoken
 def test_a_tokenizer_that_it_cannot_read_is_a_disagreement(small: tokenizer.SavedTokenizer, tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_text(small.file.read_text().replace('"BPE"', '"Unheard"'))
@@ -139,7 +129,6 @@ def test_a_tokenizer_that_it_cannot_read_is_a_disagreement(small: tokenizer.Save
         fast_encode._load(file)
 
 
-@needs_gigatoken
 def test_the_last_hostile_string_and_long_texts_are_compared(small: tokenizer.SavedTokenizer) -> None:
     """Other ids for the last of many texts alone are a disagreement before any text is read."""
     right = fast_encode._encode
@@ -154,12 +143,6 @@ def test_the_last_hostile_string_and_long_texts_are_compared(small: tokenizer.Sa
             fast_encode.fast_chunk_encoder(small.file, None, "uint16")
         with pytest.raises(fast_encode.Disagreement, match="different ids"):
             encode_chunk(chunk_of(["the cat then " * 3000] * 2))
-
-
-def test_only_where_it_may_be_used() -> None:
-    assert "GPT-2's kind" in (fast_encode.why_not(False) or "gigatoken is not installed GPT-2's kind")
-    with mock.patch("importlib.util.find_spec", return_value=None):
-        assert fast_encode.why_not(True) == "gigatoken is not installed"
 
 
 WHITE = [c for c in map(chr, range(0x110000)) if c.isspace()]

@@ -8,7 +8,6 @@ starts again with `encode.chunk_encoder`. Threads share one gigatoken and what i
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,13 +39,6 @@ _HOSTILE = [
 
 class Disagreement(Exception):
     """gigatoken returned other ids than `tokenizers`, or could not read the tokenizer; the message says where."""
-
-
-def why_not(gpt2s_kind: bool) -> str | None:
-    """Why gigatoken is not to be used: None where it may be."""
-    if importlib.util.find_spec("gigatoken") is None:
-        return "gigatoken is not installed"
-    return None if gpt2s_kind else "gigatoken is used for tokenizers of GPT-2's kind only"
 
 
 def fast_chunk_encoder(tokenizer_file: Path, eos_token_id: int | None, dtype: str) -> EncodeChunk:
@@ -88,11 +80,11 @@ def fast_chunk_encoder(tokenizer_file: Path, eos_token_id: int | None, dtype: st
 
 
 def _load(tokenizer_file: Path) -> Any:
-    import gigatoken
-
     try:
+        import gigatoken
+
         return gigatoken.Tokenizer.from_json(tokenizer_file.read_bytes())
-    except Exception as error:  # Rust's own
+    except Exception as error:  # Rust's own, or it is not installed
         raise Disagreement(f"gigatoken cannot read the tokenizer ({error})") from None
 
 

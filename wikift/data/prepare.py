@@ -18,7 +18,6 @@ from wikift.base.console import Progress
 from wikift.base.errors import UserError
 from wikift.data import encode, fast_encode, tokenizer
 from wikift.data.corpus import Corpus
-from wikift.data.cuts import pieces, splits_at_spaces
 from wikift.data.recipe import check_recipe, facts_of, is_unchanged, record_of
 from wikift.data.sources import Source, open_source, source_problems
 from wikift.data.store import Encoded, TokenStore, dtype_for, open_store, write_store
@@ -150,9 +149,9 @@ def _by_either(
 ) -> TokenStore:
     """The store by gigatoken where that is possible and right, else by `tokenizers`."""
     setup = (saved.file, saved.eos_token_id if append_eos else None, dtype_for(saved.vocab_size))
-    gpt2s_kind = splits_at_spaces(saved.file)
-    reason = fast_encode.why_not(gpt2s_kind)
-    if reason is None:
+    gpt2s_kind = encode.splits_at_spaces(saved.file)
+    reason = "gigatoken is used for tokenizers of GPT-2's kind only"
+    if gpt2s_kind:
         try:
             return write(fast_encode.fast_chunk_encoder(*setup), gpt2s_kind)
         except fast_encode.Disagreement as error:
@@ -186,7 +185,7 @@ def _tokenizer(request: Request, corpus: Corpus, folder: Path, say: Say, progres
         raise UserError(f"--tokenizer {name}: {request.source.dataset} has no train split; name a tokenizer")
     size = int(name.removeprefix("train:"))
     say(f"training a byte-level BPE of {size:,} tokens on the train split")
-    texts = (piece for piece, _ in pieces((text, True) for text in corpus.texts("train")))
+    texts = (piece for piece, _ in encode.pieces((text, True) for text in corpus.texts("train")))
     counted = progress.over("tokenizer", corpus.sizes["train"], texts, lambda text: (len(text.encode()), 0))
     saved = tokenizer.train(counted, size, folder)
     progress.clear()

@@ -12,8 +12,7 @@ import numpy as np
 
 from wikift.base.errors import EnvironmentFault, UserError, one_line
 from wikift.data.corpus import Corpus
-from wikift.data.cuts import pieces, splits_at_spaces
-from wikift.data.encode import plain_tokenizer
+from wikift.data.encode import pieces, plain_tokenizer, splits_at_spaces
 from wikift.data.recipe import open_again
 from wikift.data.sources import Source, open_source
 from wikift.data.store import TokenStore
