@@ -96,19 +96,17 @@ def loaded_scorer(source: str, precision: str, world: World, say: Callable[[str]
     Matmuls are in `precision`; "auto" is that of the stored weights, as lm_eval's is: a faster one changes the fourth
     digit of a perplexity.
     """
-    from wikift.data import tokenizer
+    from wikift.data.tokenizer import load_tokenizer
     from wikift.model.gpt2 import DTYPES, NextTokenLoss, load_model, resolve_precision
 
     quiet_libraries()
     model = load_model(source, world.device, "MODEL", say)
-    if Path(source).is_dir():
-        tokenizer.tokenizer_fingerprint(source, setting="MODEL")  # raises for a broken one, in the user's terms
     stored_in = next((name for name, dtype in DTYPES.items() if dtype == model.config.dtype), "fp32")
     chosen = stored_in if precision == "auto" else precision
     if resolve_precision(chosen, world.device).warning:
         say(f"{source}: {chosen} is slow on this device; --precision fp32 is faster")
     with tempfile.TemporaryDirectory(prefix="wikift-tokenizer-") as folder:
-        saved = tokenizer.load_tokenizer(source, Path(folder))
+        saved = load_tokenizer(source, Path(folder), "MODEL")
         yield Scorer(NextTokenLoss(model, chosen).by_token, model.config.n_positions, chosen, saved)
 
 

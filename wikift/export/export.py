@@ -1,7 +1,7 @@
 """A checkpoint to a standard Hugging Face directory, tensor by tensor: memory is one tensor, whatever the model.
 
 Cost: the checkpoint is read once to verify its checksums, by threads beside the writing, its weights once more to be
-written. Published by one rename (folder.py): a reader sees the earlier export or the new one, never a part.
+written. Published by one rename: a reader sees the earlier export or the new one, never a part. Nothing else is overwritten.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from typing import Any
 
 from wikift import __version__
 from wikift.base import folders
-from wikift.base.errors import UserError, one_line
-from wikift.base.files import parse_object, sha256_of, show_bytes
+from wikift.base.errors import EnvironmentFault, UserError, one_line
+from wikift.base.files import parse_object, read_json, sha256_of, show_bytes
 from wikift.base.hub import CONFIG, TOKENIZER
 from wikift.base.names import EXPORT_RECORD
+from wikift.base.publish import folder_lock, publish_folder
+from wikift.base.signals import stopping_by_exception
 from wikift.checkpoint.reader import open_checkpoint
 from wikift.export.card import model_card
-from wikift.export.folder import FORMAT, check_target, published
 from wikift.export.weights import write_weights
+
+FORMAT = "wikift-export-1"
 
 
 def export(path: Path, target: Path, *, dtype: str, shard_bytes: int, say: Callable[[str], None]) -> None:
@@ -37,11 +40,11 @@ def export(path: Path, target: Path, *, dtype: str, shard_bytes: int, say: Calla
     config = folders.run_config(run)
     with _reading_config(run):
         record: dict[str, Any] = {"format": FORMAT, "run": _identity(run, config), "wikift": __version__}
-    check_target(target, record["run"], own=target.absolute() == (run / "hf").absolute())
+    _check_target(target, record["run"], own=target.absolute() == (run / "hf").absolute())
     with _naming_other_checkpoints(path):
         checkpoint = open_checkpoint(path)
     record |= {"step": checkpoint.step, "tokens": checkpoint.manifest.get("tokens"), "dtype": dtype}
-    with published(target) as partial, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with _published(target) as partial, ThreadPoolExecutor(os.cpu_count()) as pool:
         checks = [pool.submit(checkpoint.verify, name) for name in checkpoint.manifest["files"]]
         if unused := _write_model_files(run, partial, dtype):
             say(f"not exported, no run of wikift wrote it: {', '.join(unused)} in {run / 'model'}")
@@ -58,6 +61,42 @@ def export(path: Path, target: Path, *, dtype: str, shard_bytes: int, say: Calla
         (partial / "README.md").write_text(card, encoding="utf-8")
         _write_json(partial / EXPORT_RECORD, record)
     say(f"{target}: step {checkpoint.step:,} as {dtype}, {show_bytes(size)} of weights")
+
+
+def _check_target(target: Path, identity: dict[str, Any], *, own: bool) -> None:
+    """Raises UserError where `target` is something else than an export of this run; in its `own` hf/, any export."""
+    if target.is_file():
+        raise UserError(f"--out {target}: is a file; name a folder")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    record = read_json(target / EXPORT_RECORD)
+    if record.get("format") != FORMAT or not isinstance(record.get("run"), dict):
+        raise UserError(f"--out {target}: contains files that wikift did not export; name another folder, or move them")
+    if record["run"] != identity and not own:
+        name = record["run"].get("name")
+        raise UserError(f"--out {target}: contains the model of another run ({name}); name another folder, or move it")
+
+
+@contextlib.contextmanager
+def _published(target: Path) -> Iterator[Path]:
+    """A folder to write into; it becomes `target` when all went well, and is removed otherwise."""
+
+    def refuse() -> None:
+        raise EnvironmentFault(f"{target}: another process is writing it; run the command again when that has ended")
+
+    try:
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with (
+            stopping_by_exception(),
+            folder_lock(target, on_wait=refuse),
+            publish_folder(target, replace=True) as partial,
+        ):
+            yield partial
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{target} was not made: {error.strerror or error}; free space, or name another --out. An earlier "
+            "export there is unchanged"
+        ) from None
 
 
 @contextlib.contextmanager
