@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,11 @@ from wikift.data.encode import pieces, plain_tokenizer, splits_at_spaces
 from wikift.data.recipe import open_again
 from wikift.data.sources import Source, open_source
 from wikift.data.store import TokenStore
-from wikift.evaluation.documents import Part, is_title
+from wikift.evaluation.documents import Part
 from wikift.evaluation.score import Piece
 
 ALL = "all"  # the split of a single file
 _WITH_UNK = ("wikitext-2-v1", "wikitext-103-v1")
-_TITLE_TOKENS = 400  # of the longest title
 _STRETCH_TOKENS = 1024
 
 
@@ -98,23 +96,10 @@ def encoded(texts: Iterable[Part], tokenizer_file: Path, eos_token_id: int | Non
 
 
 def document_starts(store: TokenStore, split: str) -> list[int]:
-    """Where documents but the first begin: after end-of-text tokens where rows have them, else at WikiText's titles.
+    """Where documents but the first begin: after end-of-text tokens where rows have them.
 
-    A text without either counts as documents of 1,024 tokens, so that a difference has a standard error.
+    A text without counts as documents of 1,024 tokens, so that a difference has a standard error.
     """
-    ids, with_eos = store.tokens(split), store.record.get("append_eos")
-    tokenizer = plain_tokenizer(store.path / "tokenizer" / "tokenizer.json")
-    line_ends = [i for token, i in tokenizer.get_vocab().items() if token.endswith("\u010a")]  # "\n" in byte-level BPE
-    is_end = np.zeros(store.vocab_size, np.bool_)
-    is_end[store.eos_token_id if with_eos else line_ends] = True
-    starts = [start for start in (np.flatnonzero(is_end[ids]) + 1).tolist() if start < len(ids)]
-    stretches = list(range(_STRETCH_TOKENS, len(ids), _STRETCH_TOKENS))
-    if with_eos:
-        return starts or stretches
-    titles = [
-        begin
-        for begin, end in itertools.pairwise([0, *starts, len(ids)])
-        if end - begin <= _TITLE_TOKENS and is_title(tokenizer.decode(ids[begin:end].tolist()))
-    ]
-    blank = titles and not tokenizer.decode(ids[: min(titles[0], _TITLE_TOKENS)].tolist()).strip()
-    return (titles[1:] if blank else titles) or stretches
+    ids = store.tokens(split)
+    ends = np.flatnonzero(ids[:-1] == store.eos_token_id) if store.record.get("append_eos") else np.empty(0, np.int64)
+    return (ends + 1).tolist() or list(range(_STRETCH_TOKENS, len(ids), _STRETCH_TOKENS))

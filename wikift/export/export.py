@@ -1,7 +1,7 @@
 """A checkpoint to a standard Hugging Face directory, tensor by tensor: memory is one tensor, whatever the model.
 
 Cost: the checkpoint is read once to verify its checksums, by threads beside the writing, its weights once more to be
-written. Published by one rename: a reader sees the earlier export or the new one, never a part. Nothing else is overwritten.
+written. Published by one rename: a reader sees the earlier export or the new one, never a part.
 """
 
 from __future__ import annotations
