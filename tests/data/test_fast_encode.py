@@ -76,12 +76,6 @@ def test_a_character_that_one_of_the_two_does_not_know_is_found(small: tokenizer
     assert same_or_told(small, rows)
 
 
-def test_the_characters_beyond_ascii_are_all_seen() -> None:
-    for text in ("", "plain", "é", "1234567é89", "12345é6漢7\U000323b08ab", "éé漢漢😀" * 9 + "x" * 5 + "ü"):
-        found = fast_encode._beyond_ascii(np.frombuffer(text.encode(), np.uint8))
-        assert [chr(code) for code in found] == [character for character in text if character > "\x7f"]
-
-
 def test_a_restarted_tokenizer_returns_the_same_ids(small: tokenizer.SavedTokenizer) -> None:
     with (
         mock.patch.object(fast_encode, "RESTART_BYTES", 2000),

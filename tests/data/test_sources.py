@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import gzip
 import itertools
-import json
 import re
 import shutil
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.real import WIKITEXT_MIRROR, needs_data, validation_rows
 from wikift.base.errors import UserError
@@ -255,6 +251,27 @@ def test_archives_that_cannot_be_unpacked(tmp_path: Path) -> None:
     assert "unpack it and name the folder" in problem
 
 
+def test_links_and_archives_that_hold_nothing(tmp_path: Path) -> None:
+    (tmp_path / "split").mkdir()
+    for name in ("train.txt", "train.txt~"):
+        (tmp_path / "split" / name).write_text("a\n" * 40)
+    (tmp_path / "split" / "other.txt").symlink_to("gone.txt")
+    assert opened(tmp_path / "split").notes[-1] == "not used: other.txt, train.txt~"
+    (tmp_path / "split" / "validation.txt").symlink_to("gone.txt")
+    with pytest.raises(UserError, match=r"validation\.txt: is a link to a file that is missing or not in the folder"):
+        opened(tmp_path / "split")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("folder/", "")
+    with pytest.raises(UserError, match=r"a\.zip: is an archive without files"):
+        opened(tmp_path / "a.zip")
+    with tarfile.open(tmp_path / "a.tar", "w") as packed:
+        packed.add(tmp_path / "split", "data")
+    with pytest.raises(UserError, match=r"a\.tar: data/other\.txt is a link, and links in an archive are not read"):
+        opened(tmp_path / "a.tar")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(gzip.compress(b"b\n" * 40)))
+    assert len(rows_of(opened(tmp_path / "b.txt.gz"), "train")) == 38
+
+
 # --- the Hub -----------------------------------------------------------------------------------------------------
 
 
@@ -292,116 +309,3 @@ def test_configurations_of_readme_and_subfolders(tmp_path: Path) -> None:
     corpus = opened(tmp_path)
     assert corpus.config == "only"
     assert [rows_of(corpus, split) for split in corpus.splits] == [["en"], ["vde", "ven"]]
-
-
-# --- the demo ----------------------------------------------------------------------------------------------------
-
-
-def test_the_demo_is_every_topic_once() -> None:
-    from pydoc_data.topics import topics
-
-    corpus = opened("demo")
-    whole = {split: "".join(rows_of(corpus, split)) for split in corpus.splits}
-    for split, share in (("train", 0.9), ("validation", 0.05), ("test", 0.05)):
-        size = len(whole[split].encode())
-        assert size == corpus.sizes[split]
-        assert size / sum(len(text.encode()) for text in whole.values()) == pytest.approx(share, abs=0.01)
-    for text in topics.values():
-        assert sum(text.removesuffix("\n") + "\n" in part for part in whole.values()) >= 1
-    assert sum(map(len, whole.values())) == sum(len(text.removesuffix("\n")) + 1 for text in topics.values())
-    assert corpus.revision == sys.version.split()[0]
-
-
-# --- the cut -----------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(count=st.integers(2, 300), fraction=st.floats(0.001, 0.999), seed=st.integers(0, 5), lines=st.booleans())
-def test_a_cut_parts_the_rows_exactly(
-    tmp_path_factory: pytest.TempPathFactory, count: int, fraction: float, seed: int, lines: bool
-) -> None:
-    folder = tmp_path_factory.mktemp("cut")
-    rows = [f"row {i}" + "\n" * lines for i in range(count)]
-    rows[-1] = rows[-1].rstrip()
-    path = folder / ("t.txt" if lines else "t.jsonl")
-    path.write_text("".join(rows) if lines else "".join(json.dumps({"text": row}) + "\n" for row in rows))
-    corpus = opened(path, seed=seed, validation_fraction=fraction)
-    train, validation = rows_of(corpus, "train"), rows_of(corpus, "validation")
-    assert sorted([*train, *validation]) == sorted(rows)
-    number = {row: i for i, row in enumerate(rows)}
-    assert [number[row] for row in train] == sorted(number[row] for row in train), "in order"
-    assert train
-    assert validation
-    if not lines:
-        assert len(validation) == min(max(1, round(count * fraction)), count - 1)
-    elif count > 10:
-        assert len(validation) / count == pytest.approx(fraction, abs=0.11)
-    assert rows_of(opened(path, seed=seed, validation_fraction=fraction), "validation") == validation
-    assert corpus.cut == {"validation_fraction": fraction, "seed": seed}
-
-
-def test_lines_are_cut_in_stretches_and_documents_one_by_one(tmp_path: Path) -> None:
-    written(tmp_path, a__txt="".join(f"{i}\n" for i in range(20_000)))
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(20_000)))
-    lines = [int(row) for row in rows_of(opened(tmp_path / "a.txt"), "validation")]
-    documents = [int(row) for row in rows_of(opened(tmp_path / "a.jsonl"), "validation")]
-    assert len(lines) == len(documents) == 1000, "5 per cent is the default"
-    assert sum(b - a > 1 for a, b in itertools.pairwise(lines)) < 10, "ten stretches of a hundred lines"
-    assert sum(b - a > 1 for a, b in itertools.pairwise(documents)) > 900
-    assert max(documents) > 18_000 > 2_000 > min(documents), "from everywhere"
-    other = [int(row) for row in rows_of(opened(tmp_path / "a.jsonl", seed=43), "validation")]
-    assert len(set(documents) & set(other)) < 100, "another seed, another sample"
-
-
-@pytest.mark.parametrize("fraction", [0.05, 0.5, 0.99])
-def test_one_row_is_cut_by_length_before_white_space(tmp_path: Path, fraction: float) -> None:
-    text = "".join(f" word{i}" for i in range(1000)) + "\n"
-    corpus = opened(written(tmp_path, one__txt=text) / "one.txt", validation_fraction=fraction)
-    (train,), (validation,) = (rows_of(corpus, split) for split in ("train", "validation"))
-    assert train + validation == text
-    assert len(validation) / len(text) == pytest.approx(fraction, abs=0.01)
-    assert validation.startswith(" word")
-    assert corpus.notes == [
-        f"one.txt is one row: the last {len(validation):,} of its characters are the validation split"
-    ]
-    assert rows_of(opened(written(tmp_path, two__txt="a " + "b" * 99) / "two.txt"), "train") == ["a"]
-
-
-def test_a_file_of_one_long_line_can_be_cut(tmp_path: Path) -> None:
-    text = "word " * 1_000_000
-    corpus = opened(written(tmp_path, t__txt=text) / "t.txt", validation_fraction=0.5)
-    assert [len(rows_of(corpus, split)) for split in ("train", "validation")] == [3, 2]
-    assert corpus.notes == [
-        f"{tmp_path / 't.txt'}: lines of more than a million characters are divided into several rows"
-    ]
-
-
-def test_a_file_that_grows_between_the_two_readings_of_a_cut(tmp_path: Path) -> None:
-    path = tmp_path / "text.txt"
-    path.write_text("a line\n" * 50)
-    corpus = opened(path)  # its rows are counted
-    with path.open("a") as file:
-        file.write("a line\n" * 50)
-    with pytest.raises(UserError, match="changed while it was read"):
-        rows_of(corpus, "train")
-
-
-def test_links_and_archives_that_hold_nothing(tmp_path: Path) -> None:
-    (tmp_path / "split").mkdir()
-    for name in ("train.txt", "train.txt~"):
-        (tmp_path / "split" / name).write_text("a\n" * 40)
-    (tmp_path / "split" / "other.txt").symlink_to("gone.txt")
-    assert opened(tmp_path / "split").notes[-1] == "not used: other.txt, train.txt~"
-    (tmp_path / "split" / "validation.txt").symlink_to("gone.txt")
-    with pytest.raises(UserError, match=r"validation\.txt: is a link to a file that is missing or not in the folder"):
-        opened(tmp_path / "split")
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.writestr("folder/", "")
-    with pytest.raises(UserError, match=r"a\.zip: is an archive without files"):
-        opened(tmp_path / "a.zip")
-    with tarfile.open(tmp_path / "a.tar", "w") as packed:
-        packed.add(tmp_path / "split", "data")
-    with pytest.raises(UserError, match=r"a\.tar: data/other\.txt is a link, and links in an archive are not read"):
-        opened(tmp_path / "a.tar")
-    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(gzip.compress(b"b\n" * 40)))
-    assert len(rows_of(opened(tmp_path / "b.txt.gz"), "train")) == 38

@@ -77,25 +77,6 @@ def test_the_vocabulary_is_that_of_the_text(tmp_path: Path) -> None:
     assert runs[0].fingerprint == runs[1].fingerprint, "runs without an end teach their beginning only"
 
 
-@needs_data
-def test_a_fingerprint_is_the_same_for_every_spelling(tmp_path: Path) -> None:
-    """vocab.json with merges.txt, tokenizer.json as transformers 5 writes it, merges as older releases did, loaded."""
-    from transformers import AutoTokenizer
-
-    expected = tokenizer_fingerprint(GPT2_TOKENIZER)
-    stock = AutoTokenizer.from_pretrained(GPT2_TOKENIZER)
-    assert tokenizer_fingerprint(stock) == expected
-    stock.save_pretrained(tmp_path)
-    assert tokenizer_fingerprint(tmp_path) == expected
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
-    content["added_tokens"][0]["normalized"] = True
-    content["pre_tokenizer"]["trim_offsets"] = False
-    content["post_processor"] = None
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content, indent=1))
-    assert tokenizer_fingerprint(tmp_path) == expected
-
-
 def test_a_fingerprint_changes_with_what_decides_ids(tmp_path: Path) -> None:
     saved = tokenizer.train(TEXTS, 300, tmp_path)
     original = json.loads(saved.file.read_text())
@@ -196,8 +177,11 @@ AS_AUTO_TOKENIZER: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("kind", AS_AUTO_TOKENIZER)
 def test_a_copy_is_what_auto_tokenizer_loads(kind: str, folder: Path, tmp_path: Path) -> None:
+    before = tokenizer_fingerprint(folder)
     AS_AUTO_TOKENIZER[kind](folder)
     same_as_by_transformers(folder, tmp_path)
+    if kind in ("as it was trained", "the Hub's gpt2", "settings without effect"):
+        assert tokenizer_fingerprint(folder) == before
 
 
 def same_as_by_transformers(source: Path, tmp_path: Path) -> None:
@@ -237,18 +221,6 @@ def test_ids_that_the_saved_file_would_not_return_are_refused(folder: Path, tmp_
     edit(CONFIG, lambda c: c.update(split_special_tokens=True))(folder)
     with pytest.raises(UserError, match=r"split text in another way than tokenizer\.json; remove that setting"):
         tokenizer.load_tokenizer(str(folder), tmp_path / "copy")
-
-
-def test_training_a_tokenizer_imports_no_more_than_it_needs(tmp_path: Path) -> None:
-    (tmp_path / "t.txt").write_text("".join(TEXTS))
-    words = ["--dataset", tmp_path / "t.txt", "--tokenizer", "train:300", "--out", tmp_path / "out", "--quiet"]
-    code = (
-        "import sys; from wikift.commands.prepare import main; main(sys.argv[1:]);"
-        "print(*{'torch', 'transformers', 'datasets', 'pandas'} & {*sys.modules})"
-    )
-    command = [sys.executable, "-c", code, *map(str, words)]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=100)
-    assert ran.stdout.split() == []
 
 
 def unigram() -> Tokenizer:  # T5's kind
