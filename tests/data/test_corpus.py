@@ -1,4 +1,4 @@
-"""The demo, and the cut of a validation split. Run: pytest tests/data/test_corpus.py"""
+"""The Hub's layout, the demo, and the cut of a validation split. Run: pytest tests/data/test_corpus.py"""
 
 from __future__ import annotations
 
@@ -12,7 +12,48 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.test_sources import opened, rows_of, written
+from tests.real import WIKITEXT_MIRROR, needs_data, validation_rows
 from wikift.base.errors import UserError
+from wikift.data.sources import Source, source_problems
+
+# --- the Hub -----------------------------------------------------------------------------------------------------
+
+
+@needs_data
+def test_a_folder_in_the_hubs_layout() -> None:
+    (problem,) = source_problems(Source(str(WIKITEXT_MIRROR)))
+    assert problem == (
+        "--dataset-config: required, the dataset has several; choose one of wikitext-2-v1, wikitext-103-v1"
+    )
+    (problem,) = source_problems(Source(str(WIKITEXT_MIRROR), config="wikitext-103"))
+    assert problem.endswith("has no such configuration; choose one of wikitext-2-v1, wikitext-103-v1")
+    corpus = opened(WIKITEXT_MIRROR, config="wikitext-2-v1")
+    assert list(corpus.splits) == ["train", "validation", "test"]
+    assert (corpus.config, corpus.rows_are_documents) == ("wikitext-2-v1", False)
+    assert rows_of(corpus, "validation") == validation_rows()
+    inner = opened(WIKITEXT_MIRROR / "wikitext-2-v1")
+    assert (inner.config, inner.rows_are_documents) == ("wikitext-2-v1", False), "known by its name"
+    assert rows_of(inner, "test") == rows_of(corpus, "test")
+    assert corpus.sizes["validation"] == pytest.approx(sum(len(row.encode()) for row in validation_rows()), rel=0.1)
+
+
+def test_configurations_of_readme_and_subfolders(tmp_path: Path) -> None:
+    for config in ("en", "de"):
+        written(
+            tmp_path / config, train__jsonl=f'{{"text": "{config}"}}\n', validation__jsonl=f'{{"text": "v{config}"}}\n'
+        )
+    assert rows_of(opened(tmp_path, config="de"), "train") == ["de"]
+    assert opened(tmp_path, config="de").rows_are_documents
+    written(tmp_path / "one" / "fr", train__jsonl='{"text": "fr"}\n')
+    assert opened(tmp_path / "one").config == "fr", "the only one needs no name"
+    readme = (
+        "---\nlicense: mit\nconfigs:\n- config_name: only\n  data_files:\n  - split: train\n    path: en/train.jsonl\n"
+    )
+    (tmp_path / "README.md").write_text(readme + "  - split: validation\n    path: [en/val*, de/val*]\n---\nwords")
+    corpus = opened(tmp_path)
+    assert corpus.config == "only"
+    assert [rows_of(corpus, split) for split in corpus.splits] == [["en"], ["vde", "ven"]]
+
 
 # --- the demo ----------------------------------------------------------------------------------------------------
 
