@@ -169,22 +169,15 @@ def is_text(head: bytes) -> bool:
 
 def _unmarked_utf16(head: bytes) -> str | None:
     """UTF-16's name where the text without a mark has many control characters as bytes and none as UTF-16."""
-    if sum(byte < 9 for byte in head) < len(head) / 10 and _is_utf8(head):
-        return None
-    for name in ("utf-16-le", "utf-16-be"):
+    for name in ("utf-8", "utf-16-le", "utf-16-be"):
         with contextlib.suppress(UnicodeDecodeError):
-            text = codecs.getincrementaldecoder(name)().decode(head, len(head) < _HEAD_BYTES)
-            if text and re.search("[ \n]", text) and all(c.isprintable() or c in "\t\n\r\f\xa0\u3000" for c in text):
+            text = codecs.getincrementaldecoder(name)().decode(head, name != "utf-8" and len(head) < _HEAD_BYTES)
+            if name == "utf-8":
+                if sum(byte < 9 for byte in head) < len(head) / 10:
+                    return None
+            elif re.search("[ \n]", text) and all(c.isprintable() or c in "\t\n\r\f\xa0\u3000" for c in text):
                 return name
     return None
-
-
-def _is_utf8(head: bytes) -> bool:
-    try:
-        codecs.utf_8_decode(head, "strict", False)
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _proposal(data: bytes, position: int, refused: str) -> str:

@@ -102,7 +102,6 @@ def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> No
     facts = facts_of(source, checksums=True)
     for note in corpus.notes:
         say(note)
-    told = len(corpus.notes)
     first: dict[str, str] = {}  # file with a content
     for name, content in (
         (f"{split}: {e['name']}", e["sha256"]) for split, es in facts.get("files", {}).items() for e in es
@@ -132,8 +131,6 @@ def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> No
     progress.clear()
     if not is_unchanged(source, store):
         raise UserError(f"{source.dataset}: {CHANGED}")
-    for note in corpus.notes[told:]:  # of the reading
-        say(note)
     size, seconds = sum(split.bytes for split in store.splits.values()), time.perf_counter() - starts[0]
     if size > SLOW_BYTES:
         rate = f"{size / 1e6:,.0f} MB of text in {seconds:.1f} s, {size / seconds / 1e6:,.3g} MB/s"

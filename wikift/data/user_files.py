@@ -89,21 +89,19 @@ def user_files(datasets: Sequence[str], config: str | None) -> UserFiles | None:
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror}); fix its permissions") from None
     if len(roots) == 1 and path.is_file() and not files[0].file.member:
-        if config is not None:
-            raise UserError(f"--dataset-config {config}: has no effect, {path} is one file; omit it")
-        return _checked({"train": files}, None, where)
-    groups = _configurations(files) if len(roots) == 1 else {}
-    if groups:
-        if config is None and len(groups) == 1:
-            (config,) = groups
-        if config not in groups:
-            raise UserError(config_problem(config, list(groups)))
-        files = groups[config]
-    splits, unused = _by_split(files, where)
-    one_by_one = {root for root, named in roots if named and root.is_file()}
-    if problems := gaps(each for each in files if each.kind and each.file.path not in one_by_one):
-        raise UserError(*problems)
-    made = _checked(splits, config if groups else None, where, unused)
+        made = _checked({"train": files}, None, where)
+    else:
+        groups = _configurations(files) if len(roots) == 1 else {}
+        if groups:
+            config = next(iter(groups)) if config is None and len(groups) == 1 else config
+            if config not in groups:
+                raise UserError(config_problem(config, list(groups)))
+            files = groups[config]
+        splits, unused = _by_split(files, where)
+        one_by_one = {root for root, named in roots if named and root.is_file()}
+        if problems := gaps(each for each in files if each.kind and each.file.path not in one_by_one):
+            raise UserError(*problems)
+        made = _checked(splits, config if groups else None, where, unused)
     if config not in (None, made.config):
         raise UserError(f"--dataset-config {config}: has no effect, {path} has no configurations; omit it")
     return made
