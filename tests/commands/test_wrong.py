@@ -212,7 +212,7 @@ TEXT = r"""
 --dataset rows.jsonl -> text
 --dataset broken.jsonl -> broken.jsonl
 --dataset good.txt --text-column body -> --text-column body: has no effect, good.txt
---dataset good.txt --dataset-config x -> --dataset-config x: has no effect, good.txt is one file
+--dataset good.txt --dataset-config x -> --dataset-config x: has no effect, good.txt has no configurations
 --dataset demo --dataset-config x -> --dataset-config x: --dataset demo has none
 --dataset good.txt --validation-fraction 1 -> --validation-fraction 1: must be above 0 and below 1
 --dataset good.txt --workers 0 -> --workers 0: must be 1 or more
