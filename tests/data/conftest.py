@@ -2,16 +2,16 @@
 
 import pytest
 
-from tests.data.hostile import HANDPICKED
 from tests.real import GPT2_TOKENIZER
 from wikift.data import tokenizer
+from wikift.data.fast_encode import HOSTILE
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.SavedTokenizer:
     """A trained BPE with merges over all that the tests throw at it."""
     line = "the cat's don't we'll  three   spaces a1 b2, (x) the then there\n"
-    texts = [line * 20, *HANDPICKED * 3, "aaaa" * 9, "=" * 40]
+    texts = [line * 20, *HOSTILE * 3, "aaaa" * 9, "=" * 40]
     return tokenizer.train(texts, 420, tmp_path_factory.mktemp("tokenizer"))
 
 

@@ -16,11 +16,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
-from tests.data.hostile import HANDPICKED, TEXTS
+from tests.data.hostile import TEXTS
 from tests.real import GPT2_TOKENIZER, needs_data, validation_rows
 from wikift.base.errors import UserError
 from wikift.data import encode, tokenizer
 from wikift.data.encode import Chunk, chunks, encode_all, pieces
+from wikift.data.fast_encode import HOSTILE
 from wikift.data.store import Encoded
 from wikift.data.texts import Texts
 
@@ -120,13 +121,13 @@ def test_real_rows_and_hostile_ones_have_hugging_faces_ids(gpt2: tokenizer.Saved
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(GPT2_TOKENIZER)
-    rows = [*validation_rows(), *HANDPICKED]
+    rows = [*validation_rows(), *HOSTILE]
     expected = [i for ids in theirs(rows, add_special_tokens=False)["input_ids"] for i in ids]
     assert ids_of(encoded(gpt2, rows)) == expected
 
 
 def some_rows(count: int = 400) -> list[str]:
-    return [f"row {i} " + HANDPICKED[i % len(HANDPICKED)] * (i % 5) + "\n" for i in range(count)]
+    return [f"row {i} " + HOSTILE[i % len(HOSTILE)] * (i % 5) + "\n" for i in range(count)]
 
 
 def test_chunks_in_flight_are_bounded_and_an_error_ends_the_threads(small: tokenizer.SavedTokenizer) -> None:

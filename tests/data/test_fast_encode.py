@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.hostile import HANDPICKED, TEXTS
+from tests.data.hostile import TEXTS
 from tests.data.test_encode import batches, encoded, encoder_of, ids_of, some_rows
 from tests.real import needs_data, validation_rows
 from wikift.commands.prepare import main
 from wikift.data import encode, fast_encode, prepare, tokenizer
 from wikift.data.encode import Chunk, chunks, encode_all
+from wikift.data.fast_encode import HOSTILE
 from wikift.data.store import open_store
 from wikift.data.texts import Texts, count_words
 
@@ -49,7 +50,7 @@ def test_ids_and_counts_are_those_of_tokenizers(small: tokenizer.SavedTokenizer,
 
 @needs_data
 def test_real_rows_have_gpt2s_ids(gpt2: tokenizer.SavedTokenizer) -> None:
-    both(gpt2, [*validation_rows(), *HANDPICKED], 2, gpt2.eos_token_id)
+    both(gpt2, [*validation_rows(), *HOSTILE], 2, gpt2.eos_token_id)
 
 
 def same_or_told(saved: tokenizer.SavedTokenizer, texts: list[str]) -> bool:

@@ -25,7 +25,7 @@ RESTART_BYTES = 256_000_000  # gigatoken remembers every new word, up to 10 byte
 _SURROUNDINGS = ("{}", " {}", "a{}", "{}a", "1{}", "{}1", "{}'s", "{} ", "{}.", "{0}{0}")
 
 # fmt: off
-_HOSTILE = [
+HOSTILE = [
     "", " ", "\n", "\r\n", "\t \u00a0 ", "don't DON'T we've 'tis '' 's' I'LL", "a  b   c    ", " a", "a ", "   x   ",
     "\u200b\u200d\ufeff", "e\u0301\u0301", "👩‍👩‍👧‍👦🏳️‍🌈", "\x00\x01\x7f\x85\xa0", "<|endoftext|>",
     "a<|endoftext|> b<|endoftext|>", "<|endoftext|", "मनीष नमस्ते", "สวัสดีครับ", "שלום עולם", "العربية ـــ",
@@ -75,7 +75,7 @@ def fast_chunk_encoder(tokenizer_file: Path, eos_token_id: int | None, dtype: st
         known[fresh] = True
         return chunk.encoded(ids, ends, eos_token_id, dtype)
 
-    compare(Texts.of(_HOSTILE), range(len(_HOSTILE)), *_encode(fast, Texts.of(_HOSTILE)))
+    compare(Texts.of(HOSTILE), range(len(HOSTILE)), *_encode(fast, Texts.of(HOSTILE)))
     return encode
 
 
