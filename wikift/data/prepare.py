@@ -117,7 +117,7 @@ def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> No
         def parts(split: str) -> Iterator[Encoded]:
             starts.append(time.perf_counter())
             chunks = encode.chunks(corpus.splits[split](), cut=gpt2s_kind)
-            encoded = encode.encode_all(chunks, encode_chunk, request.workers or _cores())
+            encoded = encode.encode_all(chunks, encode_chunk, request.workers or len(os.sched_getaffinity(0)))
             counted = progress.over(split, corpus.sizes[split], encoded, lambda part: (part.bytes, len(part.ids)))
             yield from _with_text(f"--dataset {source.dataset}: its {split} split", counted)
             record.update(record_of(facts, corpus, saved, append_eos, source))
@@ -168,10 +168,6 @@ def _with_text(name: str, parts: Iterator[Encoded]) -> Iterator[Encoded]:
         content = f"{rows:,} blank rows" if rows else "no rows"
         other = "use a dataset that does, or cut other rows with --validation-fraction or --seed"
         raise UserError(f"{name} contains no text ({content}); {other}")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tokenizer(request: Request, corpus: Corpus, folder: Path, say: Say, progress: Progress) -> SavedTokenizer:

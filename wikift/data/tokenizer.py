@@ -18,7 +18,7 @@ from typing import Any
 
 from wikift.base import hub
 from wikift.base.errors import UserError, one_line
-from wikift.base.files import is_lfs_pointer
+from wikift.base.files import is_lfs_pointer, replace_json
 
 EOS = "<|endoftext|>"
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -152,7 +152,7 @@ def train(texts: Iterable[str], size: int, folder: Path) -> SavedTokenizer:
     tokenizer.train_from_iterator(shorter, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / FILE), pretty=False)
-    (folder / CONFIG).write_text(json.dumps(_CONFIG, indent=2) + "\n", encoding="utf-8")
+    replace_json(folder / CONFIG, _CONFIG)
     return _saved(folder, f"train:{size}", _content(tokenizer), tokenizer.get_vocab()[EOS])
 
 

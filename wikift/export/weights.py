@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from wikift.base.files import replace_json
 from wikift.base.tensorfile import ITEM_BYTES, Entry, read_header, write_pieces
 from wikift.checkpoint.reader import Checkpoint
 
@@ -56,7 +56,7 @@ def write_weights(checkpoint: Checkpoint, folder: Path, dtype: str, shard_bytes:
     if split.is_sharded:
         metadata = {"total_parameters": total // ITEM_BYTES[code], "total_size": total}
         index = {"metadata": metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        replace_json(folder / "model.safetensors.index.json", index)
     return total
 
 
