@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from wikift.base import hub
 from wikift.base.console import Progress
@@ -103,14 +102,13 @@ def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> No
     for note in corpus.notes:
         say(note)
     first: dict[str, str] = {}  # file with a content
-    for name, content in (
-        (f"{split}: {e['name']}", e["sha256"]) for split, es in facts.get("files", {}).items() for e in es
-    ):
-        if (other := first.setdefault(content, name)) != name:
-            say(f"{other} and {name} have the same content")
+    for split, files in facts.get("files", {}).items():
+        for name, content in ((f"{split}: {file['name']}", file["sha256"]) for file in files):
+            if (other := first.setdefault(content, name)) != name:
+                say(f"{other} and {name} have the same content")
     saved = _tokenizer(request, corpus, folder / "tokenizer", say, progress)
     append_eos = corpus.rows_are_documents if request.append_eos is None else request.append_eos
-    record: dict[str, Any] = {}
+    record = record_of(facts, corpus, saved, append_eos, source)
     starts: list[float] = []  # of reading each split
 
     def write(encode_chunk: encode.EncodeChunk, gpt2s_kind: bool) -> TokenStore:
@@ -120,7 +118,6 @@ def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> No
             encoded = encode.encode_all(chunks, encode_chunk, request.workers or len(os.sched_getaffinity(0)))
             counted = progress.over(split, corpus.sizes[split], encoded, lambda part: (part.bytes, len(part.ids)))
             yield from _with_text(f"--dataset {source.dataset}: its {split} split", counted)
-            record.update(record_of(facts, corpus, saved, append_eos, source))
 
         return write_store(
             folder, {split: parts(split) for split in corpus.splits}, vocab_size=saved.vocab_size,

@@ -103,8 +103,8 @@ def write_store(
 ) -> TokenStore:
     """Write `splits` into the folder `path`, `store.json` last, everything on the disk when it returns.
 
-    Publishing is the caller's: `path` is meant to be renamed afterwards. `record` is merged into `store.json` once the
-    splits have been consumed. Holds one `Encoded` at a time. Raises OSError as the file system does.
+    Publishing is the caller's: `path` is meant to be renamed afterwards. `record` is merged into `store.json`. Holds
+    one `Encoded` at a time. Raises OSError as the file system does.
     """
     dtype = dtype_for(vocab_size)
     path.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def write_store(
     for name, split in written.items():
         assert split.largest_id < vocab_size, f"{name}: id {split.largest_id} in a vocabulary of {vocab_size}"
     tokenizer = {"fingerprint": tokenizer_fingerprint, "vocab_size": vocab_size, "eos_token_id": eos_token_id}
-    extra = record or {}  # complete only now
+    extra = record or {}
     content = {
         "format": FORMAT,
         "wikift": __version__,
