@@ -214,8 +214,10 @@ def preloaded(module: str, words: Sequence[str]) -> None:
 
 
 def load() -> None:
-    """What the commands import, once, and that orphans of theirs are this process' to see."""
+    """What the commands import and look up, once, and that orphans of theirs are this process' to see."""
     import importlib
+
+    from transformers import GenerationConfig
 
     for module in ("tests.preload", "transformers.models.gpt2.modeling_gpt2", "wikift.training.run"):
         importlib.import_module(module)
@@ -224,5 +226,9 @@ def load() -> None:
     os.environ.pop("LOCAL_RANK", None)  # DeepSpeed's import set it
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     from wikift.base import failure
+    from wikift.model.gpt2 import model_config, shapes_of
 
+    config = model_config({"n_layer": 1, "n_head": 2, "n_embd": 8})
+    shapes_of(config)
+    GenerationConfig.from_model_config(config)
     failure._GRACE_SECONDS = 0.5
