@@ -113,7 +113,8 @@ def _wrong_end(kind: str, ended: Ended) -> list[str]:
         "SIGSTOP": {0}, "SIGTERM": {0, 1, 75, 143, -signal.SIGTERM, *killed}, "frozen": {0, 1, -signal.SIGKILL},
     }  # fmt: skip
     wrong = ["hang"] * (HUNG in codes) + ["message"] * bool(codes - expected.get(kind, codes))
-    return wrong + ["message"] * (kind == "frozen" and 1 in codes and "shows no sign of life" not in ended.output)
+    told = any(text in ended.output for text in ("shows no sign of life", "s for rank"))
+    return wrong + ["message"] * (kind == "frozen" and 1 in codes and not told)
 
 
 def bits(root: Path) -> tuple[Any, ...]:
