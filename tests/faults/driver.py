@@ -80,6 +80,7 @@ def run(root: Path, line: Sequence[str], ranks: int = 1, point: Point = NOWHERE,
     logs = _empty(root.parent / "logs")
     port, host = _store_host() if ranks > 1 else (0, 0)
     children = [_fork(root, logs, _words(root, line), rank, ranks, point, port) for rank in range(ranks)]
+    patience = 2.0 if blow is not None and blow.frozen else LAUNCHER_SECONDS
     codes, began, failed, moment, sent = [HUNG] * ranks, time.monotonic(), 0.0, 0.0, False
     while waiting := [rank for rank in range(ranks) if codes[rank] == HUNG]:
         seconds = time.monotonic() - began
@@ -91,7 +92,7 @@ def run(root: Path, line: Sequence[str], ranks: int = 1, point: Point = NOWHERE,
             blow, moment, sent = again if blow.signal == signal.SIGSTOP and not blow.frozen else None, 0.0, True
         late = seconds > SECONDS
         failed = failed or seconds * any(code not in (0, 75, HUNG) for code in codes)
-        launcher = failed and seconds > failed + LAUNCHER_SECONDS
+        launcher = failed and seconds > failed + patience
         if late or launcher or (point.kind == "kill" and -signal.SIGKILL in codes):
             _signal([children[rank] for rank in waiting], signal.SIGKILL)
         for rank in waiting:

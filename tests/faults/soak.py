@@ -70,6 +70,7 @@ class Nights:
             blow = blow or Blow(
                 self.random.uniform(0, 0.5), signal.SIGSTOP, self.random.randrange(place.ranks), "run/stacks", True
             )
+            shutil.rmtree(self.root / "run" / "stacks", ignore_errors=True)  # of a run that was killed
             ended = run(self.root, self.line(place, hang_timeout=HANG_SECONDS), place.ranks, blow=blow)
             strikes[kind] += ended.struck
             wrong += [f"{text}: {place} {blow} {ended.codes} {ended.output}" for text in _wrong_end(kind, ended)]
