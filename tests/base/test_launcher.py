@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from tests.ranks import run_ranks
-from wikift.base.errors import UserError
+from wikift.base import launcher
+from wikift.base.errors import EnvironmentFault, UserError
 from wikift.base.launcher import Launch, launch, unused_settings
-from wikift.base.world import first_on_each_host
+from wikift.base.world import first_on_each_host, shared_store
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29501"}
 STEP = {"SLURM_JOB_ID": "4243", "SLURM_STEP_ID": "1", "SLURM_STEP_NODELIST": "gpu[03-04,07],big"}
@@ -80,6 +82,18 @@ def test_what_accelerate_was_asked_for_is_told(clean: pytest.MonkeyPatch) -> Non
         clean.setenv("ACCELERATE_" + name, value)
     told = ["ACCELERATE_MIXED_PRECISION bf16 (here --precision)", "ACCELERATE_USE_FSDP true (here --engine fsdp)"]
     assert unused_settings() == told
+
+
+def test_a_rank_whose_torchrun_has_ended_waits_for_nobody(clean: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        port = str(taken.getsockname()[1])
+        for name, value in {**TORCHRUN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            clean.setenv(name, value)
+        clean.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        clean.setattr(launcher, "_ENDED_SECONDS", 0.0)
+        with pytest.raises(EnvironmentFault, match=r"torchrun has ended; run it again"):
+            shared_store("test")
 
 
 def prepared(folder: Path, fails: bool) -> str:

@@ -34,7 +34,7 @@ SIGNALS = ("SIGKILL", "SIGTERM", "SIGSTOP", "frozen")
 TO_LAUNCHER = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 BEGINNINGS = (".", "run", "run/metrics.jsonl")  # a launcher's ranks start, set up, train
 HANG_SECONDS = 6
-SURVIVE_SECONDS = 30.0  # ranks notice the end of their launcher, and save
+SURVIVE_SECONDS = 90.0  # ranks notice the end of their launcher, and save; or could not meet
 
 
 class Nights:

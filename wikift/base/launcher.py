@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import time
 import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from wikift.base.errors import UserError
+from wikift.base.errors import EnvironmentFault, UserError
 
 # Names of the rank, the number of ranks, the rank on this host and the number of ranks there; the first that is set.
 _USUAL = ("RANK", "WORLD_SIZE", "LOCAL_RANK SLURM_LOCALID", "LOCAL_WORLD_SIZE LOCAL_SIZE")
@@ -31,6 +32,8 @@ _ACCELERATE = {
     "ACCELERATE_USE_DEEPSPEED": ("false", "--deepspeed"),
     "ACCELERATE_DYNAMO_BACKEND": ("no", "--compile"),
 }
+
+_ENDED_SECONDS = 20.0  # until a launcher that cannot be reached has ended
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,22 @@ def name_of_start(store: Any, here: Launch, seconds: float) -> str:
             raise RuntimeError(f"rank {min(missing)} did not come within {seconds:g} s")
         time.sleep(0.02)
     return own
+
+
+def reach_store(address: str) -> None:
+    """torchrun's store is there before its ranks: where it cannot be reached torchrun has ended, and a rank is left."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + _ENDED_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise EnvironmentFault(
+                    f"torchrun's store, {address}, cannot be reached ({error}): torchrun has ended; run it again"
+                ) from None
+        time.sleep(0.5)
 
 
 def unused_settings() -> list[str]:

@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from wikift.base.console import print
 from wikift.base.errors import UserError
-from wikift.base.launcher import Launch, launch, name_of_start
+from wikift.base.launcher import Launch, launch, name_of_start, reach_store
 
 COLLECTIVE_SECONDS = 1800.0
 _MEETING = datetime.timedelta(minutes=30)
@@ -167,6 +167,8 @@ def shared_store(prefix: str, timeout: datetime.timedelta = _MEETING) -> Any:
 
 
 def _connect(here: Launch, timeout: datetime.timedelta) -> Any:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        reach_store(here.address)
     return next(iter(rendezvous(f"tcp://{here.address}", here.rank, here.size, timeout=timeout)))[0]
 
 
