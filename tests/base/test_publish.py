@@ -22,7 +22,7 @@ import pytest
 
 from tests.tiny import arguments, tiny_store
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.base.files import replace_text
+from wikift.base.files import read_json, replace_text
 from wikift.base.publish import folder_lock, make_once, publish_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -255,3 +255,13 @@ def test_ignored_signals_stay_ignored(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGHUP, before)
     assert (tmp_path / "out" / "store.json").exists()
+
+
+def test_what_the_disk_does_not_let_read_is_not_taken_for_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wikift.json").write_text('{"files": {}}')
+    assert read_json(tmp_path / "none.json") == {}
+    monkeypatch.setattr(Path, "read_bytes", mock.Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(EnvironmentFault, match=r"wikift\.json: cannot be read"):
+        read_json(tmp_path / "wikift.json")

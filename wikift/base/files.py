@@ -83,10 +83,12 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`, empty where there is none that can be read."""
+    """The object in `path`, empty where there is none. Raises EnvironmentFault where the disk fails."""
     try:
         return parse_object(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EIO:
+            raise EnvironmentFault(f"{path}: cannot be read ({error.strerror}); see to the disk") from None
         return {}
 
 
