@@ -211,6 +211,7 @@ def preloaded(module: str, words: Sequence[str]) -> None:
             [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-O1", SOURCE, "-o", library, "-ldl"], check=True
         )
         env = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        env["GIT_DIR"] = os.devnull  # config.json has the commit, which may change meanwhile
         sys.exit(subprocess.run([sys.executable, "-m", module, *words], env=env).returncode)
 
 
