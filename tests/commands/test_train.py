@@ -86,6 +86,7 @@ def test_fp16_counts_skipped_steps_and_resumes_bit_for_bit(store: Path, tmp_path
     skipped = metrics(whole)[-1]["skipped_steps"]
     assert skipped > 0
     assert metrics(whole)[0]["grad_norm"] is None, "an overflow is null in JSON, which has no infinity"
+    assert metrics(whole)[-1]["seconds_left"] == 0, "the last validation is over"
     opened = open_checkpoint(list_checkpoints(whole)[-1])
     assert float(opened.read("optimizer", "updates", 0, 1)) == 12 - skipped, "a skipped step must not advance Adam"
     assert float(opened.read("optimizer", "loss_scale", 0, 1)) == 65536 / 2**skipped

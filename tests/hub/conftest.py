@@ -53,7 +53,7 @@ def wikitext_files() -> Files:
 def server(gpt2_files: Files, wikitext_files: Files) -> Iterator[HubServer]:
     with HubServer() as hub:
         hub.add(GPT2, gpt2_files, alias="gpt2")
-        hub.add(WIKI, wikitext_files)
+        hub.add(WIKI, wikitext_files, alias="wikitext")
         yield hub
 
 

@@ -168,5 +168,6 @@ def test_revisions(server: HubServer, gpt2_files: Files, wikitext_files: Files) 
 
 
 def test_a_dataset_with_several_configurations_lists_them() -> None:
-    with pytest.raises(UserError, match=r"choose one of wikitext-2-v1, .*wikitext-103-raw-v1"):
-        open_source(Source("Salesforce/wikitext"))
+    for name in ("Salesforce/wikitext", "wikitext"):
+        with pytest.raises(UserError, match=r"choose one of wikitext-2-v1, .*wikitext-103-raw-v1"):
+            open_source(Source(name))

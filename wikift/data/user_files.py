@@ -111,7 +111,7 @@ def _must_be_hub_name(dataset: str, where: str) -> None:
     if Path(plain(dataset)).suffix.lower() in KINDS or not hub.is_name(dataset):
         raise UserError(f"{where}: no such file or folder; fix the path")
     near = difflib.get_close_matches(dataset, (*WIKITEXT, "demo"), n=1, cutoff=0.75)
-    if near and "/" not in dataset:
+    if near and "/" not in dataset and dataset != "wikitext":  # the Hub knows it by this name too
         raise UserError(f"{where}: no such file, folder or dataset; did you mean {near[0]}?")
 
 

@@ -64,7 +64,8 @@ def read_arguments(
     for name in (name for name, field in fields.items() if field.metadata["positional"] and arguments):
         typed[name] = arguments if kinds[name] is tuple else arguments[:1]
         arguments = arguments[len(typed[name]) :]
-    problems += [Wrong(f"{argument}: is not an option, and none takes it") for argument in arguments]
+    fix = "write --NAME VALUE, see --help"
+    problems += [Wrong(f"{argument}: is not an option, and none takes it; {fix}") for argument in arguments]
     several = {name: values for name, values in typed.items() if len(values) > 1 and kinds[name] is not tuple}
     problems += [
         Wrong(f"{flag(name)}: is set {len(values)} times ({', '.join(map(str, values))}); keep one", name)

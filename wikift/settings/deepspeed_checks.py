@@ -57,6 +57,7 @@ SETTINGS = {
     "scheduler.params.total_num_steps": "max_steps",
     "communication_data_type": "reduce_dtype",
 }
+_KERNELS = ("torch_adam", "fused", "foreach")  # which compute the same AdamW
 _HINTS = {name: kind_of(hint) for name, hint in typing.get_type_hints(TrainSettings).items()}
 SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear"}  # by name, their --lr-scheduler-type
 # key: kind of its value, and what `convert` is to know of it
@@ -66,7 +67,7 @@ _KINDS: dict[str, tuple[Any, Mapping[str, Any]]] = {
     **dict.fromkeys(("fp16.enabled", "bf16.enabled"), (bool, {})),
     "optimizer.type": (str, {"choices": ("Adam", "AdamW"), "prose": True}),  # DeepSpeed runs both as AdamW
     "scheduler.type": (str, {"choices": tuple(SCHEDULERS), "prose": True}),
-    **dict.fromkeys((_ZERO + "stage", "optimizer.params.torch_adam"), (None, {})),
+    **dict.fromkeys((_ZERO + "stage", *(f"optimizer.params.{name}" for name in _KERNELS)), (None, {})),
 }
 _SECTIONS = {key.rsplit(".", depth)[0] for key in _KINDS for depth in range(1, key.count(".") + 1)}
 _ALIASES = {key.replace("stage3_", ""): key for key in PASSED} | {  # names that DeepSpeed takes for the same

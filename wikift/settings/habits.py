@@ -35,14 +35,14 @@ def unknown(typed: str, value: str, flags: Sequence[str], where: str = "") -> Wr
 
     `typed` has dashes on a command line; `where` is " in FILE" for a config file.
     """
-    name = typed.lstrip("-").replace("-", "_")
-    meant, setting = answer(name, flags), ""
+    name = typed.lstrip("-").rpartition(".")[2].replace("-", "_")  # LitGPT has --train.max_steps
+    meant, setting = f"{flag(name)} VALUE" if flag(name) in flags else answer(name, flags), ""
     if meant.startswith("--"):
         setting = options_in(meant)[0]
-        option, _, note = meant.partition("; ")
         with_value = value and value.lower() not in ("true", "false")
-        option = option.replace("VALUE", shlex.quote(value)) if with_value else option.removesuffix(" VALUE")
-        text = f"is {option} here" + (f"; {note}" if note else "")
+        text = meant.replace("VALUE", shlex.quote(value)) if with_value else meant.replace(" VALUE", "")
+        option, semicolon, note = text.partition("; ")
+        text = "omit it" if value.lower() == "false" else f"is {option} here{semicolon}{note}"
     elif meant:
         text = meant
     elif near := difflib.get_close_matches(flag(name), flags, n=1, cutoff=0.8):

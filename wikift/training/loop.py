@@ -61,7 +61,7 @@ def run_steps(training: Training, owed: dict[str, Any] | None, profiler: Profile
         with meter.paused(due.evaluate(step)):
             score = training.validate() if due.evaluate(step) and not stop else None
             if score is not None:
-                record |= _scored(score)
+                record |= _scored(score) | {"seconds_left": record["seconds_left"] - meter.pause}
                 patience = patience.after(score.loss)
             if due.sample(step) and not stop:
                 training.sample(step)

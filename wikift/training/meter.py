@@ -71,6 +71,7 @@ class Meter:
         self.matmuls = deque[float](maxlen=5)  # milliseconds of the last ones
         self.next_matmul = 0.0
         self.pauses: list[float] = []  # seconds of each validation so far, its samples and its save included
+        self.pause = 0.0  # what the last reading expected of one
         self.tokens = self.steps = 0
         self.away = 0.0  # seconds spent on other things since the last reading
         self.waited = 0.0  # seconds spent waiting for batches
@@ -117,14 +118,14 @@ class Meter:
         seconds, ranks = self._seconds(), len(rows)
         tokens_per_second = self.tokens / seconds
         # before the first validation: a forward is a third of a step's work
-        pause = fmean(self.pauses or [self.eval_tokens / (3 * max(1.0, tokens_per_second))])
+        self.pause = fmean(self.pauses or [self.eval_tokens / (3 * max(1.0, tokens_per_second))])
         each = {name: [row[index] for row in rows] for index, name in enumerate(_BY_RANK, 1)}
         reading: dict[str, Any] = {
             "loss": fmean(row[0] for row in rows),
             "tokens_per_second": tokens_per_second,
             **{name: each[name][0] for name in ("memory_gb", "data_wait")},
             **({"ranks": each} if ranks > 1 else {}),
-            "seconds_left": seconds / max(1, self.steps) * steps_left + pause * pauses_left,
+            "seconds_left": seconds / max(1, self.steps) * steps_left + self.pause * pauses_left,
         }
         if self.peak is not None:
             reading["mfu"] = tokens_per_second * self.flops_per_token / (self.peak * ranks)
