@@ -81,6 +81,9 @@ def test_where_it_does_not_fit_the_plan_names_what_does(
     assert "wikift train --model gpt2-xl --deepspeed zero2_offload\n" in text
     text = derived(capsys, "--model", "gpt2-large", "--gpus", "1", "--gpu-memory", "24GB", "--max-steps", "9")
     assert "# steps: 9 steps" in text
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["--model", "gpt2-xl", "--gpus", "1", "--gpu-memory", "24GB"]) == 0, "rank 0 speaks before it fails"
 
 
 def tried(options: list[str]) -> None:

@@ -48,8 +48,9 @@ def main(argv: Sequence[str]) -> int:
         PlanSettings, options, prog="wikift plan", description=DESCRIPTION, epilog=EPILOG, exclusive=EXCLUSIVE
     )
     text, fits = plan(parsed, problems)
-    if launch().rank == 0:
-        print(text, flush=True)
+    if launch().rank:  # the launcher ends all ranks when one fails: let the first do it when it has spoken
+        return EXIT_DONE
+    print(text, flush=True)
     return EXIT_DONE if fits else EXIT_USER
 
 
