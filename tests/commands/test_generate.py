@@ -231,6 +231,7 @@ def test_a_published_models_own_sampling_does_not_mix_in(
         out, err = capsys.readouterr()
         texts.append(json.loads(out)["text"])
         assert all(line.startswith("wikift: ") for line in err.splitlines()), "no library speaks on the terminal"
+        assert err.startswith(f"wikift: loading {folder} ...\n"), "before the seconds that torch takes"
     assert texts[0] == texts[1]
 
 

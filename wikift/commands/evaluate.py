@@ -16,6 +16,7 @@ from wikift.base.command import command_line
 from wikift.base.console import Progress, print
 from wikift.base.errors import EXIT_DONE, UserError
 from wikift.base.files import read_json
+from wikift.base.launcher import launch
 from wikift.base.model_files import shape_of
 from wikift.base.names import EXPORT_RECORD
 from wikift.commands.consolidate import model_source
@@ -61,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
     store, settings = parsed.checked(check), parsed.settings
     results: list[Result] = []
     text = _text(settings, store)
+    if launch().rank == 0 and not settings.quiet:
+        print("wikift: loading torch ...", file=sys.stderr, flush=True)
 
     from wikift.base.failure import started_world
 

@@ -63,6 +63,7 @@ def main(argv: Sequence[str]) -> int:
     elif training:
         say(f"{name} has a model: no training, the settings after -- are ignored")
     source = model_source(name, say)
+    say(f"loading {source} ...")
     from wikift.generation.writer import load_writer
 
     writer = load_writer(source, settings.device, settings.precision, say)
