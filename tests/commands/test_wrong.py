@@ -94,7 +94,7 @@ def check(code: Any, out: str, err: str, expected: list[str]) -> None:
     """Exit code 2 and one line for each problem, each naming its setting and value."""
     assert code == 2, (code, out, err)
     assert "Traceback" not in out + err
-    head, *lines = err.splitlines()
+    head, *lines = err.removeprefix("wikift: loading torch ...\n").splitlines()
     assert head == f"wikift: {'one problem' if len(expected) == 1 else f'{len(expected)} problems'}", err
     assert len(lines) == len(expected), err
     for words in expected:
