@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -154,6 +155,9 @@ def test_a_content_that_is_read_twice_is_said_once_and_by_rank_0(
     words = ("--dataset", tmp_path / "text", "--tokenizer", "train:300", "--out", tmp_path / "out")
     assert run(*words) == (0, [])
     assert "train: train.txt and validation: validation.txt have the same content\n" in capsys.readouterr().err
+    archive = shutil.make_archive(str(tmp_path / "text"), "zip", tmp_path / "text")
+    assert run("--dataset", archive, *words[2:-1], tmp_path / "out2") == (0, [])
+    assert "same content" not in capsys.readouterr().err, "two splits in one file"
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert run(*words) == (0, [])
@@ -163,7 +167,7 @@ def test_a_content_that_is_read_twice_is_said_once_and_by_rank_0(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"", "its train split contains no text (no rows); use a dataset that does"),
+        ("a.txt", b"", "its train split contains no text (no rows); use a dataset that does, or remove its file"),
         ("a.txt", b"\n \n\t\n\r\n", "contains no text (3 blank rows)"),
         ("a.jsonl", b"\n\n", "its train split contains no text (no rows)"),
         ("a.parquet", b"text", "a.parquet: is damaged or incomplete"),

@@ -74,6 +74,7 @@ LAYOUTS: dict[str, tuple[str, str, str]] = {
     "data": ("data/train-0-of-1.txt data/test-0-of-1.txt", "data/train-0-of-1.txt | | data/test-0-of-1.txt", ""),
     "shards from 1": ("a-2-of-2.txt a-1-of-2.txt", "a-1-of-2.txt a-2-of-2.txt", ""),
     "compressed": ("train.txt.gz valid.txt", "train.txt.gz | valid.txt", ""),
+    "a cache of datasets": ("train/a.txt train/cache-1.arrow", "train/a.txt", "train"),
     "beside folders": ("__MACOSX/._a.txt en/train.txt en/test.txt", "en/train.txt | | en/test.txt", "__MACOSX"),
 }  # fmt: skip
 
@@ -146,10 +147,10 @@ PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
     "nothing of that pattern": ({"a.txt": ""}, "*.csv", {}, r"--dataset \S*csv: no file matches; fix it"),
     "nothing fitting": (
         {"README.md": "", "b.pdf": ""}, "", {},
-        r"has no text \(there: README.md, b.pdf\); wikift reads .txt, .*; convert it, or rename it to .txt",
+        r"has no text \(there: README.md, b.pdf\); wikift reads .txt, .*; unpack or convert it, or rename it to .txt",
     ),
     "empty folder": ({}, "", {}, r"\(there: nothing\)"),
-    "unknown ending": ({"a.pdf": "x"}, "a.pdf", {}, r"a.pdf: wikift reads .txt, .*; convert it, or rename it to .txt"),
+    "unknown ending": ({"a.pdf": "x"}, "a.pdf", {}, r"a.pdf: wikift reads .txt, .*; unpack or convert it, or rename"),
     "a token store": ({"store.json": "{}", "train.bin": ""}, "", {}, "is a token store, not text; train .* --data /"),
     "binary": ({"corpus": "a\0\1b" * 99}, "corpus", {}, "corpus: wikift reads"),
     "another archive": ({"a.7z": "x"}, "a.7z", {}, "a.7z: wikift reads"),
@@ -163,7 +164,7 @@ PATH_FAULTS: dict[str, tuple[dict[str, str], str, dict[str, Any], str]] = {
     "folder against name": ({"eval/train.txt": "x"}, "", {}, "eval/train.txt: is named eval and train"),
     "a gap": (
         {"train-00000-of-00003.txt": "x", "train-00002-of-00003.txt": "x"}, "", {},
-        "train-00001-of-00003.txt: missing, of 00003; download it again, or name each file with --dataset",
+        "train-00001-of-00003.txt: missing, of 00003; download it again, or name each unpacked file with --dataset",
     ),
     "twice": ({"train.txt": "x", "train.txt.gz": "x"}, "", {}, "same text twice, .*train.txt and .*txt.gz; remove"),
     "pointer": (
@@ -248,6 +249,30 @@ def test_archives_that_cannot_be_unpacked(tmp_path: Path) -> None:
     (problem,) = source_problems(Source(str(path)))
     assert "cannot be unpacked here" in problem
     assert "unpack it and name the folder" in problem
+    for names, message in (
+        (("a-0-of-2.txt",), "a-1-of-2.txt: missing, of 2; download it again, or name each unpacked file"),
+        (("a.txt", "a.csv"), "mixes kinds of files (csv in a.csv, lines in a.txt); name those of one kind, unpacked"),
+    ):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in names:
+                archive.writestr(name, "text\n")
+        (problem,) = source_problems(Source(str(path)))
+        assert message in problem
+
+
+def test_a_text_that_is_named_otherwise_is_read_as_its_name_says(tmp_path: Path) -> None:
+    csv, text = "id,text\n1,a\n2,b\n", '{"text": "a"}\n{"text": "b"}\n'
+    written(tmp_path, a=csv, b=text, c__txt=text, d__txt=csv)
+    for name, kind in (("c.txt", "JSON"), ("d.txt", "CSV")):
+        corpus = opened(tmp_path / name)
+        assert corpus.notes == [
+            f"{name}: looks like {kind}, and is read as plain text, as its name says; rename it if it is not"
+        ]
+        assert not corpus.rows_are_documents
+    for name in "ab":  # no ending, by looking
+        corpus = opened(tmp_path / name)
+        assert sorted(rows_of(corpus, "train") + rows_of(corpus, "validation")) == ["a", "b"]
+        assert corpus.notes == []
 
 
 def test_links_and_archives_that_hold_nothing(tmp_path: Path) -> None:

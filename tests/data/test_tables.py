@@ -44,6 +44,7 @@ def test_tables(tmp_path: Path) -> None:
     for new in (pa.ipc.new_file, pa.ipc.new_stream):
         for column in ("text", "nested.meta.body"):
             assert rows(arrow(tmp_path / "t.arrow", table, new), column) == texts
+    assert rows(arrow(tmp_path / "odd.parquet", table, pa.ipc.new_file)) == texts
 
 
 def test_faults_of_tables(tmp_path: Path) -> None:

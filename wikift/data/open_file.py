@@ -167,6 +167,13 @@ def is_text(head: bytes) -> bool:
     return bool(_marked(head) or _unmarked_utf16(head)) or not any(byte < 9 for byte in head)
 
 
+def looks_like(head: bytes) -> str:
+    """The kind of rows in fields that a text without an ending, or of another kind's, seems to hold."""
+    if re.match(rb"\s*(\[\s*)?\{\s*\"", head):
+        return "json"
+    return "csv" if re.match(rb"(?=[^\n]*[,\t])(\w+[,\t])*text([,\t]\w+)*\r?\n", head) else ""
+
+
 def _unmarked_utf16(head: bytes) -> str | None:
     """UTF-16's name where the text without a mark has many control characters as bytes and none as UTF-16."""
     for name in ("utf-8", "utf-16-le", "utf-16-be"):

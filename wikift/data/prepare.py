@@ -101,11 +101,12 @@ def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> No
     facts = facts_of(source, checksums=True)
     for note in corpus.notes:
         say(note)
-    first: dict[str, str] = {}  # file with a content
-    for split, files in facts.get("files", {}).items():
-        for name, content in ((f"{split}: {file['name']}", file["sha256"]) for file in files):
-            if (other := first.setdefault(content, name)) != name:
-                say(f"{other} and {name} have the same content")
+    first: dict[str, tuple[str, Path]] = {}  # split and file with a content
+    for split, entries in facts.get("files", {}).items():
+        for path, entry in zip(source.files.paths(split), entries, strict=True):  # type: ignore[union-attr]
+            other, other_path = first.setdefault(entry["sha256"], (split, path))
+            if other_path != path:  # an archive may have several splits
+                say(f"{other}: {other_path.name} and {split}: {path.name} have the same content")
     saved = _tokenizer(request, corpus, folder / "tokenizer", say, progress)
     append_eos = corpus.rows_are_documents if request.append_eos is None else request.append_eos
     record = record_of(facts, corpus, saved, append_eos, source)
@@ -117,7 +118,7 @@ def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> No
             chunks = encode.chunks(corpus.splits[split](), cut=gpt2s_kind)
             encoded = encode.encode_all(chunks, encode_chunk, request.workers or len(os.sched_getaffinity(0)))
             counted = progress.over(split, corpus.sizes[split], encoded, lambda part: (part.bytes, len(part.ids)))
-            yield from _with_text(f"--dataset {source.dataset}: its {split} split", counted)
+            yield from _with_text(f"--dataset {source.dataset}: its {split} split", counted, corpus.cut is not None)
 
         return write_store(
             folder, {split: parts(split) for split in corpus.splits}, vocab_size=saved.vocab_size,
@@ -155,7 +156,7 @@ def _by_either(
     return write(encode.chunk_encoder(*setup), gpt2s_kind)
 
 
-def _with_text(name: str, parts: Iterator[Encoded]) -> Iterator[Encoded]:
+def _with_text(name: str, parts: Iterator[Encoded], cut: bool) -> Iterator[Encoded]:
     """The parts; raises UserError at their end where there is no word in them."""
     rows = word_count = 0
     for part in parts:
@@ -163,8 +164,8 @@ def _with_text(name: str, parts: Iterator[Encoded]) -> Iterator[Encoded]:
         yield part
     if word_count == rows:  # each row counts one end of line
         content = f"{rows:,} blank rows" if rows else "no rows"
-        other = "use a dataset that does, or cut other rows with --validation-fraction or --seed"
-        raise UserError(f"{name} contains no text ({content}); {other}")
+        way = "cut other rows with --validation-fraction or --seed" if cut else "remove its file, if another has text"
+        raise UserError(f"{name} contains no text ({content}); use a dataset that does, or {way}")
 
 
 def _tokenizer(request: Request, corpus: Corpus, folder: Path, say: Say, progress: Progress) -> SavedTokenizer:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wikift.base.errors import UserError
 from wikift.base.files import LFS_POINTER
-from wikift.data.open_file import TextFile, is_text, look_into
+from wikift.data.open_file import TextFile, is_text, look_into, looks_like
 
 SPLITS = ("train", "validation", "test")
 
@@ -29,7 +29,7 @@ _SPLIT = re.compile(  # as `datasets` has them, save that eval is validation
 _BESIDE = re.compile(  # what lies beside data and is no part of it
     r"[.].*|__.*|(readme|licen[sc]e|copying|notice|citation|authors|changelog|contributing)([-_.][a-z]{1,8})*|"
     r"thumbs\.db|desktop\.ini|_success|(state|config|metadata|dataset_infos?|dataset_dict|croissant)\.json|"
-    r".*~|.*\.(py|pyc|sh|ipynb|ya?ml|toml|cfg|ini|log|lock|md5|sha\d+|crc|idx)",
+    r"cache-.*\.arrow|.*~|.*\.(py|pyc|sh|ipynb|ya?ml|toml|cfg|ini|log|lock|md5|sha\d+|crc|idx)",
     re.IGNORECASE,
 )
 _SHARD = re.compile(r"(.*?)(\d+)[-_]of[-_](\d+)(.*)")
@@ -100,9 +100,7 @@ def _kind(file: TextFile) -> str:
             return kind
     if (ending := _ENDING.search(name)) and (known := KINDS.get(ending[0].lower())):
         return known
-    if re.match(rb"\s*(\[\s*)?\{\s*\"", head):
-        return "json"
-    return "lines" if is_text(head) else ""
+    return looks_like(head) or ("lines" if is_text(head) else "")
 
 
 # --- splits ------------------------------------------------------------------------------------------------------
@@ -137,5 +135,7 @@ def gaps(files: Iterable[Candidate]) -> list[str]:
         first = 0 if 0 in present else 1
         if missing := sorted({*range(first, first + int(count))} - present)[:8]:
             names = ", ".join(f"{before}{number:0{len(count)}}-of-{count}{after}" for number in missing)
-            problems.append(f"{names}: missing, of {count}; download it again, or name each file with --dataset")
+            problems.append(
+                f"{names}: missing, of {count}; download it again, or name each unpacked file with --dataset"
+            )
     return problems

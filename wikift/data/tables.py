@@ -146,7 +146,7 @@ def _opened(file: TextFile, source: Any) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet
 
-    if file.head.startswith(b"PAR1") or ".parquet" in file.parts[-1]:
+    if file.head.startswith(b"PAR1") or (".parquet" in file.parts[-1] and not file.head.startswith(b"ARROW1")):
         with pa.parquet.ParquetFile(source, pre_buffer=False, buffer_size=BLOCK_BYTES) as table:
             yield table
         return

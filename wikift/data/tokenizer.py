@@ -96,7 +96,7 @@ def by_transformers(name: str, setting: str = "--tokenizer") -> Any:
 
     source, where = _source(name, setting), f"{setting} {name}"
     files = {path.name for path in source.iterdir()}
-    bare = {"tokenizer_type": "gpt2"} if files == {*_PAIR} else {}
+    bare = {"tokenizer_type": "gpt2"} if files >= {*_PAIR} and not files & {FILE, CONFIG, "config.json"} else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **bare)
         special = "".join(map(str, tokenizer.all_special_tokens))

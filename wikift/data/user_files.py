@@ -20,13 +20,13 @@ from wikift.base.errors import UserError
 from wikift.base.files import parse_object, sha256_of
 from wikift.base.names import WIKITEXT
 from wikift.data.dataset_card import Patterns, choose, config_problem, configs_of
-from wikift.data.open_file import TextFile, look_into
+from wikift.data.open_file import TextFile, look_into, looks_like
 from wikift.data.splits import KINDS, SPLITS, Candidate, candidates, gaps, is_beside, natural, plain, split_of
 
 CHANGED = "changed while it was read; run the command again when nothing is writing to it"
 UNREAD = (
     "wikift reads .txt, .md, .tokens, .jsonl, .json, .csv, .tsv, .parquet and .arrow, also in .gz, .bz2, .xz, .zst, "
-    ".zip and .tar; convert it, or rename it to .txt if it is plain text"
+    ".zip and .tar; unpack or convert it, or rename it to .txt if it is plain text"
 )
 _LISTED = 8
 _LINK = "is a link to a file that is missing or not in the folder; copy the file there, or name it with --dataset"
@@ -44,19 +44,22 @@ class UserFiles:
     rows_are_documents: bool
     unused: Sequence[Candidate]
 
+    def paths(self, split: str) -> list[Path]:
+        """Of a split's files, an archive once."""
+        return [path for path, _ in itertools.groupby(each.file.path for each in self.splits[split])]
+
     def listed(self, *, checksums: bool) -> dict[str, list[dict[str, Any]]]:
         """Name, size and time of each split's files, an archive once, and their SHA-256 where asked for."""
-        return {
-            split: [_describe(path, checksums) for path, _ in itertools.groupby(each.file.path for each in files)]
-            for split, files in self.splits.items()
-        }
+        return {split: [_describe(path, checksums) for path in self.paths(split)] for split in self.splits}
 
     def notes(self) -> list[str]:
-        """What was read of which split, and what was not; nothing where there is one file only."""
-        if len([*itertools.chain(*self.splits.values(), self.unused)]) == 1:
-            return []
-        read = [f"{split}: {_names(files)}" for split, files in self.splits.items()]
-        return read + ([f"not used: {_names(self.unused)}"] if self.unused else [])
+        """What was read of which split, and what was not, unless there is one file only; and what is named oddly."""
+        files = list(itertools.chain(*self.splits.values()))
+        named: dict[str, Sequence[Candidate]] = {**self.splits, "not used": self.unused}
+        notes = [f"{name}: {_names(each)}" for name, each in named.items() if each and (files[1:] or self.unused)]
+        odd = ((each, looks_like(each.file.head)) for each in files if self.kind == "lines")
+        as_text = "is read as plain text, as its name says; rename it if it is not"
+        return notes + [f"{each.shown}: looks like {kind.upper()}, and {as_text}" for each, kind in odd if kind][:1]
 
 
 def _describe(path: Path, checksum: bool) -> dict[str, Any]:
@@ -260,7 +263,8 @@ def _checked(splits: Splits, config: str | None, where: str, unused: Sequence[Ca
     if len(kinds) > 1:
         mixed = ", ".join(f"{kind} in {each.shown}" for kind, each in kinds.items())
         some = shlex.quote(str(files[0].file.path.parent / f"*{files[0].file.path.suffix}"))
-        problems.append(f"{where}: mixes kinds of files ({mixed}); name those of one kind, say --dataset {some}")
+        way = "unpacked" if files[0].file.member else f"say --dataset {some}"
+        problems.append(f"{where}: mixes kinds of files ({mixed}); name those of one kind, {way}")
     first: dict[tuple[str, str, bytes], Candidate] = {}
     for split, each in ((split, each) for split, of_split in splits.items() for each in of_split if each.file.head):
         other = first.setdefault((split, plain(each.parts[-1]), each.file.head), each)
