@@ -142,7 +142,10 @@ def with_value(value: float) -> Change:
 REFUSED: list[tuple[Change, str]] = [
     (lambda w: {n: t for n, t in w.items() if n != FC}, rf"lacks {FC}; copy or download it again$"),
     (lambda w: {n: t for n, t in w.items() if ".h." not in n}, r"lacks transformer.h.0.ln_1.weight, .* and 21 more"),
-    (lambda w: w | {"score.weight": torch.zeros(2, 32)}, "has not: score.weight; to remove that: python -c '"),
+    (
+        lambda w: w | {"score.weight": torch.zeros(2, 32)},
+        "has not: score.weight; to remove that: python -c '.*then name",
+    ),
     (lambda w: prefixed("module.")(w) | {"score.weight": torch.zeros(2, 32)}, "has not: score.weight$"),
     (lambda w: w | {"module." + FC: w[FC]}, rf"holds what a GPT-2 has not: (module\.)?{FC}"),  # twice
     (lambda w: w | {FC: w[FC].t()}, rf"does not fit config.json: {FC} is F32 \[128, 32\] .* \[32, 128\]"),
@@ -234,6 +237,7 @@ WAYS_OUT: list[tuple[Callable[[Path], object], str]] = [
     (damaged(lambda b: (1 << 60).to_bytes(8, "little") + b[8:]), f"header of {1 << 60} bytes in a file of"),
     (damaged(lambda b: b"[" * 100_000, "config.json"), "config.json cannot be read"),
     (configured(tie_word_embeddings=False), f"lacks {HEAD}"),
+    (configured(activation_function="foo"), "activation_function 'foo', which is none of gelu_new, gelu, "),
     (configured(n_head=5), "n_head=5: must divide n_embd=32"),
 ]
 

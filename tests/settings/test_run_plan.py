@@ -242,9 +242,9 @@ def test_overrides(overrides: str, expected: list[str]) -> None:
 def test_every_activation_that_is_allowed_exists() -> None:
     from transformers.activations import ACT2FN
 
-    from wikift.base.shape import ACTIVATIONS
+    from wikift.base.shape import OF_CONFIGS
 
-    assert all(ACT2FN[name] is not None for name in ACTIVATIONS)
+    assert all(ACT2FN[name] is not None for name in OF_CONFIGS)
 
 
 # --- dry run -----------------------------------------------------------------------------------------------------

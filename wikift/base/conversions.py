@@ -53,8 +53,8 @@ def way_out(folder: Path, files: Iterable[Path]) -> str | None:
 
 
 def save_again(folder: Path) -> str:
-    """The command that writes what transformers reads in `folder`, and nothing else."""
-    return _command(_SAVE_AGAIN % "", folder)
+    """The command that writes what transformers reads in `folder`, and nothing else, and what to name then."""
+    return f"{_command(_SAVE_AGAIN % '', folder)}; then name {folder / 'converted'}"
 
 
 def third_party(folder: Path) -> str | None:

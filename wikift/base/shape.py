@@ -27,6 +27,8 @@ _ALIASES = {
 }  # of transformers' GPT2Config
 
 ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh", "relu", "silu", "tanh")  # of transformers' ACT2FN
+_RARE = "gelu_10 gelu_accurate gelu_fast gelu_python hardswish laplace leaky_relu linear mish quick_gelu"
+OF_CONFIGS = (*ACTIVATIONS, *_RARE.split(), "relu2", "relu6", "sigmoid", "swish")  # of models that exist
 # What --config-overrides may set (the names of transformers' GPT2Config): the type, what holds of it, the same in words
 _COUNT = (int, lambda value: value >= 1, "a whole number of 1 or more")
 _POSITIVE = (float, lambda value: 0 < value < math.inf, "a number above 0")
@@ -113,6 +115,9 @@ def shape_of_config(config: dict[str, Any], where: str) -> Shape:
         problems.append(f"{where}: config.json says quantization_config, and wikift reads no quantized weights; {fix}")
     if config.get("add_cross_attention"):
         problems.append(f"{where}: config.json says add_cross_attention, of which wikift trains none; name another")
+    if (activation := config.get("activation_function", "gelu_new")) not in OF_CONFIGS:
+        known = f"which is none of {', '.join(OF_CONFIGS)}; fix it"
+        problems.append(f"{where}: config.json says activation_function {activation!r}, {known}")
     if problems := problems or head_problems(shape, f"{where}: config.json says "):
         raise UserError(*problems)
     return shape

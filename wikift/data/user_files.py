@@ -102,7 +102,8 @@ def user_files(datasets: Sequence[str], config: str | None) -> UserFiles | None:
             files = groups[config]
         splits, unused = _by_split(files, where)
         one_by_one = {root for root, named in roots if named and root.is_file()}
-        if problems := gaps(each for each in files if each.kind and each.file.path not in one_by_one):
+        together = (each for each in files if each.file.member or each.file.path not in one_by_one)
+        if problems := gaps(each for each in together if each.kind):
             raise UserError(*problems)
         made = _checked(splits, config if groups else None, where, unused)
     if config not in (None, made.config):
