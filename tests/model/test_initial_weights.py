@@ -223,6 +223,7 @@ WAYS_OUT: list[tuple[Callable[[Path], object], str]] = [
         lambda f: (in_several_files(f), misled(f / "model.safetensors.index.json")),
         r"model.safetensors.index.json cannot be read \(it names '../model-00002.*', which is no file of the folder\)",
     ),
+    (renamed("model-00001-of-00002.safetensors"), "00001-of-00002.safetensors without model.safetensors.index"),
     (renamed("my.safetensors"), "run: mv .*/my.safetensors .*/model.safetensors"),
     (renamed("tf_model.h5"), f"{IN_FOUR}.*python -c '.*from_tf=True"),
     (renamed("flax_model.msgpack"), f"{IN_FOUR}.*python -c '.*from_flax=True"),

@@ -212,7 +212,7 @@ def _lacking(model: str, folder: Path, where: str, file: str) -> Exception:
     if is_file:
         return UserError(f"{where}: is a file; name its folder")
     weights = [path.name for path in files if path.suffix == ".safetensors"]
-    if file == SINGLE and len(weights) == 1:
+    if file == SINGLE and len(weights) == 1 and "-of-" not in weights[0]:
         move = shlex.join(["mv", str(folder / weights[0]), str(folder / SINGLE)])
         return UserError(f"{where}: its weights are not in {SINGLE}; run: {move}")
     if file == SINGLE and weights:
