@@ -125,7 +125,7 @@ def _texts(file: TextFile, stream: Any, column: str) -> Iterator[Texts]:
                 raise UserError(f"{where}: {column!r} is null, not text; fix or delete the row")
             try:
                 yield Texts.of_arrow(texts)
-            except UnicodeDecodeError:
+            except UnicodeError:
                 where = f"{file}, rows {number + 1} to {number + len(texts)}"
                 raise UserError(f"{where}: {column!r} is not UTF-8 everywhere; write the file again") from None
             number += len(texts)

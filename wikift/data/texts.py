@@ -38,16 +38,15 @@ class Texts:
 
     @classmethod
     def of_arrow(cls, column: Any) -> Texts:
-        """An Arrow array (or chunked array) of strings, none null. Raises UnicodeDecodeError for what is no UTF-8."""
+        """An Arrow array (or chunked array) of strings, none null. Raises UnicodeError for what is no UTF-8."""
         import pyarrow as pa
 
         column = column.cast(pa.large_string())
         column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
         try:
             column.validate(full=True)
-        except pa.ArrowInvalid:
-            column.to_pylist()  # says which byte
-            raise
+        except pa.ArrowInvalid as error:
+            raise UnicodeError(*error.args) if "UTF8" in str(error) else error from None
         if not len(column):
             return cls.of(())
         _, raw_offsets, raw = column.buffers()
