@@ -104,7 +104,7 @@ def prepared(folder: Path, fails: bool) -> str:
         (folder / f"by-{launch().rank}").write_text(seen)
 
     try:
-        first_on_each_host(work)
+        first_on_each_host(work, 60)
     except (ValueError, UserError) as error:
         return str(error)
     return "done"
@@ -114,3 +114,13 @@ def test_the_first_rank_of_a_host_prepares_and_tells_of_its_failure(tmp_path: Pa
     assert run_ranks(prepared, 2, tmp_path, False) == ["done", "done"]
     assert (tmp_path / "by-1").read_text() == "by-0"
     assert run_ranks(prepared, 2, tmp_path, True) == ["no disk", "rank 0 failed; see its message"]
+
+
+def test_a_rank_that_ended_before_all_have_met_is_told(clean: pytest.MonkeyPatch) -> None:
+    """In a bare srun, where no launcher ends those who wait."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        for name, value in {**ONE_HOST, "MASTER_PORT": str(silent.getsockname()[1])}.items():
+            clean.setenv(name, value)
+        with pytest.raises(EnvironmentFault, match=r"rank 1 could not meet the others .*has one ended"):
+            first_on_each_host(lambda: None, 1)

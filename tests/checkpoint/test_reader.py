@@ -21,11 +21,12 @@ from tests.ranks import run_ranks
 from tests.tiny import arguments, problems_of_training, tiny_store, train
 from tests.tiny_engines import make_engine, tiny_config
 from wikift.base.errors import UserError
+from wikift.base.files import sealed
 from wikift.base.folders import list_checkpoints, step_folder
 from wikift.base.world import World, start_world
 from wikift.checkpoint import reader
 from wikift.checkpoint.fragment import STATES
-from wikift.checkpoint.reader import FORMAT, best_checkpoint, newest_sound, open_checkpoint, open_sound, prune, sealed
+from wikift.checkpoint.reader import FORMAT, best_checkpoint, newest_sound, open_checkpoint, open_sound, prune
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = work / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for name in ("config.json", "store.json"):  # pipes into which nobody writes
+        (work / "pipes").mkdir(exist_ok=True)
+        os.mkfifo(work / "pipes" / name)
     tiny_store(work / "store")
     tiny_store(work / "short", train=8)
     tiny_store(work / "no-validation", validation=0)
@@ -176,6 +179,7 @@ optimizer.type "Lamb" in no-zero.json: must be one of Adam, AdamW | \
 --data garbled-store -> --data garbled-store: store.json is damaged (KeyError: 'tokenizer')
 --data truncated -> --data truncated: train.bin is damaged: 100 bytes, store.json says 818
 --data damaged -> --data damaged: train.bin is damaged: id 65535
+--data pipes -> --data pipes: cannot be read (pipes/store.json: no regular file)
 --data short --block-size 8 -> --block-size 8: the train split has 8 tokens, too few for one block
 --data no-validation --eval-steps 4 --early-stopping-patience 2 \
 -> --eval-steps 4: has no effect, no-validation has no validation text | --early-stopping-patience 2: has no effect
@@ -198,6 +202,7 @@ FINE_TUNE = r"""
 --model no-config -> --model no-config: has no config.json
 --model bert -> --model bert: config.json says model_type 'bert'; wikift knows gpt2 models only
 --model broken -> --model broken: config.json cannot be read
+--model pipes -> --model pipes: config.json cannot be read ([Errno 22] no regular file
 --model garbled -> --model garbled: config.json says n_layer 'two'
 --model small-model -> --model small-model: has no model.safetensors
 --config-overrides n_layer=2 -> --config-overrides n_layer=2: has no effect without --from-scratch

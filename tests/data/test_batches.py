@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler
 
 from tests.tiny import VOCABULARY, arguments, metrics, tiny_store
-from wikift.base.files import sha256_of
+from wikift.base.files import sealed, sha256_of
 from wikift.commands.train import main
 from wikift.data.batches import (
     BatchLayout,
@@ -180,7 +180,7 @@ def test_a_store_above_31_bits_is_read_to_its_end(tmp_path: Path) -> None:
         file.seek(2 * (tokens - len(last)))
         file.write(last.tobytes())
     record["splits"]["train"]["sha256"] = sha256_of(path / "train.bin")
-    (path / "store.json").write_text(json.dumps(record))
+    (path / "store.json").write_text(json.dumps(sealed(record)))
     ids = open_store(path).tokens("train")
     count = count_blocks(len(ids), block)
     assert count == 2**21 + 3

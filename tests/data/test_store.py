@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from wikift.base.errors import UserError
+from wikift.base.files import sealed
 from wikift.data.store import Encoded, TokenStore, open_store, write_store
 
 
@@ -44,7 +45,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert not ids.flags.writeable
     assert store.record["dataset"] == "mine"
     assert store.record["tokenizer"] == {
-        "name": "theirs", "fingerprint": "f" * 64, "vocab_size": 50257, "eos_token_id": 50256
+        "name": "theirs", "fingerprint": "f" * 64, "vocab_size": 50257, "eos_token_id": 50256, "files": {}
     }  # fmt: skip
     raw = (tmp_path / "store" / "train.bin").read_bytes()
     assert raw[:6] == b"\0\0\1\0\2\0", "little-endian, two bytes a token, no header"
@@ -78,13 +79,24 @@ def edit(**changes: Any) -> Callable[[Path], None]:
         inner[last] = value
         if value is ...:
             del inner[last]
-        (store / "store.json").write_text(json.dumps(record))
+        (store / "store.json").write_text(json.dumps(sealed(record)))
 
     return damage
 
 
 def write(name: str, text: str) -> Callable[[Path], None]:
     return lambda store: (store / name).write_text(text) and None
+
+
+def flip(name: str, last: bytes) -> Callable[[Path], None]:
+    """One bit of a file, of the last of these bytes."""
+
+    def damage(store: Path) -> None:
+        content = bytearray((store / name).read_bytes())
+        content[content.index(last) + len(last) - 1] ^= 1
+        (store / name).write_bytes(content)
+
+    return damage
 
 
 def overwrite(position: int, ids: int) -> Callable[[Path], None]:
@@ -111,6 +123,8 @@ DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
     ("count gone", edit(splits__train__tokens=...), "store.json is damaged .*'tokens'"),
     ("count no number", edit(splits__train__tokens="many"), "store.json is damaged .*counts of train"),
     ("another's file", edit(splits__train__file="../../etc/passwd"), "store.json is damaged .*outside of the folder"),
+    ("a flip", flip("store.json", b'"words": 2'), r"store.json is damaged \(ValueError: it has changed since it was"),
+    ("a tokenizer's flip", flip("tokenizer/x", b"x"), "tokenizer/x is damaged: it has changed since it was written"),
     ("vocabulary", edit(tokenizer__vocab_size=50_000), "damaged: id 50256; .* the vocabulary has 50000"),
     ("id beyond the end", overwrite(20_000, 60_000), "train.bin is damaged: id 60000; the largest written was 50256"),
 ]
@@ -118,6 +132,8 @@ DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
 
 @pytest.mark.parametrize(("damage", "message"), [d[1:] for d in DAMAGES], ids=[d[0] for d in DAMAGES])
 def test_damage_is_told_by_opening(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "x").write_text("x")
     made(tmp_path)
     damage(tmp_path)
     with pytest.raises(UserError, match=message) as caught:

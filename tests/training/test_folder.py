@@ -41,6 +41,21 @@ def test_what_a_killed_run_left_is_removed_and_links_are_not_followed(tmp_path: 
     assert (tmp_path / "file").exists()
 
 
+@pytest.mark.parametrize("stacks", ["stacks", "stacks/rank-0.txt"])
+def test_nothing_is_written_or_moved_through_a_planted_link(store: Path, tmp_path: Path, stacks: str) -> None:
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    assert train(arguments(store, run, max_steps=4)) == 0
+    mine.mkdir()
+    (mine / "rank-0.txt").write_text("mine")
+    (run / "metrics.jsonl").unlink()
+    links = {".before.partial/checkpoints": mine, "metrics.jsonl": mine / "new", stacks: mine}
+    for name, to in (links | {"stacks/rank-0.txt": mine / "rank-0.txt"} if "/" in stacks else links).items():
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).symlink_to(to)
+    assert train(arguments(store, run)) == 0
+    assert [(path.name, path.read_text()) for path in mine.iterdir()] == [("rank-0.txt", "mine")]
+
+
 def removed_midway(what: str, command_line: list[str]) -> tuple[int, str]:
     """Train, and at the sixth step let something happen to the run's folder; the exit code and what is told."""
     from wikift.base.errors import EnvironmentFault

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from wikift.base.console import print
 from wikift.base.errors import EXIT_FAULT, EXIT_USER, EnvironmentFault, UserError, one_line, report
-from wikift.base.launcher import Launch, end_restarts, launch
+from wikift.base.launcher import Launch, end_restarts, launch, meeting
 from wikift.base.world import COLLECTIVE_SECONDS, World, shared_store, start_world, stop_world
 
 _PREFIX, _FAILED, _WAITED = "wikift", "wikift/failed", "wikift/waited"
@@ -37,27 +37,16 @@ def started_world(device: str = "auto", seconds: float = COLLECTIVE_SECONDS) -> 
         yield start_world(device, seconds)
         stop_world()
         return
-    with _meeting(here.rank):
+    with meeting(here.rank):
         store = shared_store(_PREFIX)
     _start_watching(store, here.rank)  # before the others are waited for: one may have failed already
     try:
-        with _meeting(here.rank):
+        with meeting(here.rank):
             world = start_world(device, seconds)
         yield world
         stop_world()
     except Exception as error:
         _fail(error, store, here, seconds)
-
-
-@contextlib.contextmanager
-def _meeting(rank: int) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise EnvironmentFault(
-            f"rank {rank} could not meet the others ({error}); for the network's settings see "
-            "docs/how-to/several-machines.md"
-        ) from None
 
 
 def tell_other_hosts() -> None:

@@ -82,14 +82,36 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     return content
 
 
+def content_of(path: Path) -> bytes:
+    """A file's bytes. Raises OSError where it is none: a pipe or a device may have no end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return path.read_bytes()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in `path`, empty where there is none. Raises EnvironmentFault where the disk fails."""
     try:
-        return parse_object(path.read_bytes())
+        return parse_object(content_of(path))
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno == errno.EIO:
             raise EnvironmentFault(f"{path}: cannot be read ({error.strerror}); see to the disk") from None
         return {}
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` with a digest over all else in it."""
+    return {**content, "sha256": digest(content)}
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    rest = json.loads(json.dumps({key: value for key, value in content.items() if key != "sha256"}))
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def sums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file in `folder`, by name."""
+    return {path.name: sha256_of(path) for path in sorted(folder.glob("*")) if path.is_file()}
 
 
 LFS_POINTER = b"version https://git-lfs"  # how one starts
@@ -98,7 +120,7 @@ LFS_POINTER = b"version https://git-lfs"  # how one starts
 def is_lfs_pointer(path: Path) -> bool:
     """Whether a file is what `git clone` leaves of a large one where Git LFS is not installed."""
     try:
-        with open(path, "rb") as file:
+        with open(path if path.is_file() else os.devnull, "rb") as file:
             return file.read(len(LFS_POINTER)) == LFS_POINTER
     except OSError:
         return False
@@ -133,7 +155,7 @@ def read_lines(path: Path, setting: str) -> list[str]:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a file with one on each line, none where it is missing; a line torn by a kill is omitted."""
     rows = []
-    if path.exists():
+    if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # U+2028 in a text ends no line
             with contextlib.suppress(ValueError):
                 rows.append(parse_object(line))

@@ -5,12 +5,14 @@ torchrun, deepspeed and `accelerate launch` set the first row's; mpirun and a ba
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import socket
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +134,18 @@ def reach_store(address: str) -> None:
                     f"torchrun's store, {address}, cannot be reached ({error}): torchrun has ended; run it again"
                 ) from None
         time.sleep(0.5)
+
+
+@contextlib.contextmanager
+def meeting(rank: int) -> Iterator[None]:
+    """Within, a rank that the others wait for too long is a message: it has ended, or cannot be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise EnvironmentFault(
+            f"rank {rank} could not meet the others ({error}); has one ended? For the network's settings see "
+            "docs/how-to/several-machines.md"
+        ) from None
 
 
 def unused_settings() -> list[str]:

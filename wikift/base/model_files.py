@@ -16,7 +16,7 @@ from wikift.base import hub
 from wikift.base.command import command_line
 from wikift.base.conversions import save_again, way_out
 from wikift.base.errors import UserError, one_line
-from wikift.base.files import is_lfs_pointer, parse_object, read_json, sha256_of
+from wikift.base.files import content_of, is_lfs_pointer, parse_object, read_json, sha256_of
 from wikift.base.names import EXPORT_RECORD
 from wikift.base.shape import EMBEDDING, HEAD, Shape, released_shape, shape_of_config
 from wikift.base.tensorfile import ITEM_BYTES, read_header
@@ -98,20 +98,27 @@ def open_model(model: str, setting: str = "--model", *, download: bool = True) -
 
 def check_exported(model: str, setting: str = "--model") -> None:
     """Raises UserError where a file of the folder `model` is not as `consolidate` wrote it; others have no record."""
-    files = read_json(Path(model) / EXPORT_RECORD).get("files")
+    if (name := changed_file(Path(model))) is not None:
+        raise UserError(
+            f"{setting} {model}: {name} has changed since it was exported; make the folder again "
+            f"({command_line('consolidate')}), or remove its {EXPORT_RECORD} if it was changed on purpose"
+        )
+
+
+def changed_file(folder: Path) -> str | None:
+    """The first file of a folder that is not as it was when the folder's record was written; a missing one is none."""
+    files = read_json(folder / EXPORT_RECORD).get("files")
     for name, sha256 in files.items() if isinstance(files, dict) else ():
-        file = Path(model) / Path(name).name
-        if file.is_file() and sha256_of(file) != sha256:  # a missing one is told elsewhere
-            raise UserError(
-                f"{setting} {model}: {name} has changed since it was exported; make the folder again "
-                f"({command_line('consolidate')}), or remove its {EXPORT_RECORD} if it was changed on purpose"
-            )
+        file = folder / Path(name).name
+        if file.is_file() and sha256_of(file) != sha256:
+            return str(name)
+    return None
 
 
 def _read_config(model: str, folder: Path, setting: str) -> Shape:
     path, where = folder / "config.json", f"{setting} {model}"
     try:
-        config = parse_object(path.read_bytes())
+        config = parse_object(content_of(path))
     except (FileNotFoundError, NotADirectoryError):
         raise _lacking(model, folder, where, "config.json") from None
     except (OSError, ValueError) as error:
@@ -128,7 +135,7 @@ def _headers(model: str, folder: Path, where: str) -> list[tuple[Path, Header]]:
         if not index.exists():
             raise _lacking(model, folder, where, SINGLE)
         try:
-            names = sorted(set(parse_object(index.read_bytes())["weight_map"].values()))
+            names = sorted(set(parse_object(content_of(index))["weight_map"].values()))
             if outside := [name for name in names if Path(name).name != name]:
                 raise ValueError(f"it names {outside[0]!r}, which is no file of the folder")
             files = [folder / name for name in names]

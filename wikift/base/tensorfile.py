@@ -89,8 +89,8 @@ def read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], int]]
 
     Raises ValueError where the header makes no sense, or is not of all the file's bytes, each once.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    size = path.stat().st_size if path.is_file() else 0  # a pipe or a device may have no end
+    with open(path if size else os.devnull, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(size - 8, _HEADER_BYTES):
             raise ValueError(f"{path}: header of {length} bytes in a file of {size}")

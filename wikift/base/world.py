@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from wikift.base.console import print
 from wikift.base.errors import UserError
-from wikift.base.launcher import Launch, launch, name_of_start, reach_store
+from wikift.base.launcher import Launch, launch, meeting, name_of_start, reach_store
 
 COLLECTIVE_SECONDS = 1800.0
 _MEETING = datetime.timedelta(minutes=30)
@@ -177,16 +177,17 @@ def _name_of_start() -> str:
     return name_of_start(_connect(launch(), _MEETING), launch(), _MEETING.total_seconds())
 
 
-def first_on_each_host(work: Callable[[], None]) -> None:
+def first_on_each_host(work: Callable[[], None], seconds: float) -> None:
     """Do `work` on the first rank of each host, then on its other ranks, which find what the first left on the disk.
 
-    Needs no process group. Where a first rank fails, the others of its host raise UserError.
+    Needs no process group. Where a first rank fails, the others of its host raise UserError; where a rank does not come
+    within `seconds`, the others raise EnvironmentFault.
     """
     here = launch()
     if here.size == 1:
         work()
         return
-    store, first = _hosts(), str(here.rank - (here.local_rank or 0))
+    store, first = _hosts(seconds), str(here.rank - (here.local_rank or 0))
     while here.local_rank and not store.check([first]):  # hours, where a large text is prepared
         time.sleep(0.1)
     if here.local_rank and store.get(first) != b"done":
@@ -200,11 +201,12 @@ def first_on_each_host(work: Callable[[], None]) -> None:
 
 
 @functools.cache  # the first rank's has the server in it, which ends with it
-def _hosts() -> Any:
+def _hosts(seconds: float) -> Any:
     if dist.is_initialized():  # the caller's group
         own = torch.distributed.distributed_c10d
         return own.PrefixStore("wikift/hosts", own._get_default_store())
-    return shared_store("wikift/hosts")
+    with meeting(launch().rank):
+        return shared_store("wikift/hosts", datetime.timedelta(seconds=seconds))
 
 
 def join_group(world: World) -> None:

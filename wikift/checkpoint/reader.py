@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import json
 import math
 import os
 import sys
@@ -25,7 +23,7 @@ from wikift import __version__
 from wikift.base import tensorfile
 from wikift.base.console import print
 from wikift.base.errors import EnvironmentFault, UserError, one_line
-from wikift.base.files import parse_object, read_range, remove, sha256_of
+from wikift.base.files import content_of, digest, parse_object, read_range, remove, sha256_of
 from wikift.base.folders import aside_of, list_checkpoints, step_folder
 from wikift.checkpoint.fragment import OPTIMIZER, SCALARS, STATES
 
@@ -102,23 +100,13 @@ class Checkpoint:
             raise UserError(f"{self.path / file}: its content has changed since it was written (sha256 differs)")
 
 
-def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """`manifest` with a digest over all else in it, as `read_manifest` wants it."""
-    return {**manifest, "sha256": _digest(manifest)}
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    rest = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "sha256"}))
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of the checkpoint `path`. Raises UserError where it is another's, or not as it was written.
 
     Raises EnvironmentFault where the disk does not let it be read: it may be sound.
     """
     try:
-        manifest = parse_object((path / "manifest.json").read_bytes())
+        manifest = parse_object(content_of(path / "manifest.json"))
     except FileNotFoundError:
         raise UserError(f"{path}: is no checkpoint (no manifest.json); name OUTPUT_DIR/checkpoints/step-...") from None
     except OSError as error:
@@ -130,7 +118,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path}: has format {form}, this version ({__version__}) reads {FORMAT}; resume or consolidate it with "
             "the version that wrote it, which its run's config.json names"
         )
-    if manifest.get("sha256") != _digest(manifest):
+    if manifest.get("sha256") != digest(manifest):
         raise UserError(f"{path}: manifest.json has changed since it was written; use an older checkpoint")
     if (name := step_folder(path, manifest["step"]).name) != path.absolute().name:
         raise UserError(f"{path}: is the checkpoint of step {manifest['step']}; name its folder {name}")

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from wikift.base.console import print
 from wikift.base.errors import EnvironmentFault, one_line
-from wikift.base.files import remove, replace_json, sync
+from wikift.base.files import remove, replace_json, sealed, sync
 from wikift.base.folders import aside_of, list_checkpoints, step_folder
 from wikift.base.tensorfile import Entry, write_pieces
 from wikift.base.world import World
 from wikift.checkpoint.fragment import Fragment
-from wikift.checkpoint.reader import FORMAT, StoredRange, check_complete, prune, sealed, stored_range
+from wikift.checkpoint.reader import FORMAT, StoredRange, check_complete, prune, stored_range
 
 _POLL_SECONDS = 0.05
 _PIECE = 1 << 18  # elements, 1 MiB: hashed and written while it is in the cache

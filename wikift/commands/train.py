@@ -206,7 +206,7 @@ def _bring(settings: TrainSettings, prints: bool, say: Say) -> TokenStore:
         with phase("loading torch", say):
             from wikift.base.world import first_on_each_host
 
-        first_on_each_host(bring)
+        first_on_each_host(bring, settings.hang_timeout)
     else:
         bring()
     return open_store(path)

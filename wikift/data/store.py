@@ -25,7 +25,7 @@ import numpy.typing as npt
 from wikift import __version__
 from wikift.base.command import command_line
 from wikift.base.errors import UserError
-from wikift.base.files import parse_object, replace_json, sha256_of
+from wikift.base.files import content_of, digest, parse_object, replace_json, sealed, sha256_of, sums
 
 FORMAT = "wikift-store-1"
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -111,7 +111,8 @@ def write_store(
     written = {name: _write_split(path / f"{name}.bin", parts, dtype) for name, parts in splits.items()}
     for name, split in written.items():
         assert split.largest_id < vocab_size, f"{name}: id {split.largest_id} in a vocabulary of {vocab_size}"
-    tokenizer = {"fingerprint": tokenizer_fingerprint, "vocab_size": vocab_size, "eos_token_id": eos_token_id}
+    tokenizer: dict[str, Any] = {"fingerprint": tokenizer_fingerprint, "vocab_size": vocab_size}
+    tokenizer |= {"eos_token_id": eos_token_id, "files": sums(path / "tokenizer")}
     extra = record or {}
     content = {
         "format": FORMAT,
@@ -122,7 +123,7 @@ def write_store(
         "byte_order": "little",
         "splits": {name: asdict(split) for name, split in written.items()},
     }
-    replace_json(path / "store.json", content)
+    replace_json(path / "store.json", sealed(content))
     return open_store(path)
 
 
@@ -152,14 +153,20 @@ def open_store(path: str | Path, *, verify: bool = False, setting: str = "--data
     path, where = Path(path), f"{setting} {path}"
     again = "remove the folder and prepare it again"
     try:
-        record = parse_object((path / "store.json").read_bytes())
+        record = parse_object(content_of(path / "store.json"))
         if record.get("format") != FORMAT:
             raise UserError(
                 f"{where}: store.json has format {record.get('format')}, this version ({__version__}) reads {FORMAT}; "
                 f"prepare it again, or use the version that made it ({record.get('wikift', 'unknown')})"
             )
+        if record.get("sha256", "") not in ("", digest(record)):  # stores of older versions have none
+            raise ValueError("it has changed since it was written")
         store = _from_record(path, record)
         damages = {split.file: _damage(store, name, verify) for name, split in store.splits.items()}
+        for name, sha256 in record["tokenizer"].get("files", {}).items():
+            file = path / "tokenizer" / Path(name).name
+            changed = not file.is_file() or sha256_of(file) != sha256
+            damages[f"tokenizer/{name}"] = "it has changed since it was written" if changed else None
     except (FileNotFoundError, NotADirectoryError):
         what = "is no token store, it has no store.json" if path.exists() else "no such folder"
         option = f"--out {shlex.quote(str(path))} --dataset ..."

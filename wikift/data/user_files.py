@@ -17,7 +17,7 @@ from typing import Any
 
 from wikift.base import hub
 from wikift.base.errors import UserError
-from wikift.base.files import parse_object, sha256_of
+from wikift.base.files import content_of, parse_object, sha256_of
 from wikift.base.names import WIKITEXT
 from wikift.data.dataset_card import Patterns, choose, config_problem, configs_of
 from wikift.data.open_file import TextFile, look_into, looks_like
@@ -166,7 +166,7 @@ def _is_inside(path: Path, root: Path) -> bool:
 def _walk(folder: Path, parts: tuple[str, ...], root: Path) -> Iterator[Candidate]:
     saved = None  # the files of a folder of `save_to_disk`, which may have others in it
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        saved = [entry["filename"] for entry in parse_object((folder / "state.json").read_bytes())["_data_files"]]
+        saved = [entry["filename"] for entry in parse_object(content_of(folder / "state.json"))["_data_files"]]
     if missing := [name for name in saved or () if not (folder / name).is_file()]:
         raise UserError(f"{folder}: {missing[0]} is missing, which its state.json names; copy or save it again")
     for path in sorted(folder.iterdir(), key=lambda path: natural(path.name)):

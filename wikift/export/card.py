@@ -95,7 +95,7 @@ def _validation(curve: list[dict[str, Any]], step: int) -> str:
 
 def _data(store: dict[str, Any]) -> str:
     tokenizer = store.get("tokenizer")
-    facts = {key: value for key, value in store.items() if key not in ("format", "wikift", "dataset_path")}
+    facts = {key: value for key, value in store.items() if key not in ("format", "wikift", "dataset_path", "sha256")}
     facts |= {f"tokenizer {k}": v for k, v in tokenizer.items()} if isinstance(tokenizer, dict) else {}
     facts |= {key: Path(str(facts[key])).name for key in ("dataset", "tokenizer name") if key in facts}
     columns = ("rows", "tokens", "words", "bytes")

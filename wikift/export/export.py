@@ -20,6 +20,7 @@ from wikift.base import folders
 from wikift.base.errors import EnvironmentFault, UserError, one_line
 from wikift.base.files import parse_object, read_json, sha256_of, show_bytes
 from wikift.base.hub import CONFIG, TOKENIZER
+from wikift.base.model_files import changed_file
 from wikift.base.names import EXPORT_RECORD
 from wikift.base.publish import folder_lock, publish_folder
 from wikift.base.signals import stopping_by_exception
@@ -136,6 +137,11 @@ def _write_model_files(run: Path, folder: Path, dtype: str) -> list[str]:
     """The run's model configuration with `dtype` set, its generation configuration and its tokenizer, without what
     names code to run. Returns the names of what else is in RUN/model, which no run put there."""
     source = run / "model"
+    if (name := changed_file(source)) is not None:
+        raise UserError(
+            f"{source / name}: has changed since the run wrote it; copy it again, or remove {source / EXPORT_RECORD} "
+            "if it was changed on purpose"
+        )
     wanted = {source / CONFIG[0], *(path for name in (*CONFIG, *TOKENIZER) for path in source.glob(name))}
     for path in sorted(wanted):
         own = path.relative_to(source)
@@ -156,7 +162,7 @@ def _write_model_files(run: Path, folder: Path, dtype: str) -> list[str]:
             content.pop("torch_dtype", None)  # transformers 4's name for it
             content = dict(sorted((content | {"dtype": dtype}).items()))
         _write_json(target, content)
-    names = {path.relative_to(source).parts[0] for path in wanted}
+    names = {EXPORT_RECORD, *(path.relative_to(source).parts[0] for path in wanted)}
     return sorted(path.name for path in source.iterdir() if path.name not in names)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.base.files import faults_of_writing, json_line, read_jsonl, remove, replace_json, replace_text, sync
+from wikift.base.files import faults_of_writing, json_line, read_jsonl, remove, replace_json, replace_text, sealed, sync
 from wikift.base.folders import METRICS, RUN_FILES, SAMPLES, STACKS, WANDB_ID, list_checkpoints, step_folder, step_of
 from wikift.base.launcher import launch
 from wikift.base.publish import folder_lock, folders_above
@@ -162,7 +162,7 @@ def count_deaths(run: Path, world: World, after_step: int) -> None:
 def add_to_manifest(run: Path, start: Checkpoint | None, world: World, facts: dict[str, Any]) -> None:
     """Write `facts` into the manifest of the run's own checkpoint `start`, by one rename."""
     if start is not None and world.rank == 0 and _is_own(run, start):
-        replace_json(start.path / "manifest.json", reader.sealed({**start.manifest, **facts}))
+        replace_json(start.path / "manifest.json", sealed({**start.manifest, **facts}))
 
 
 def _is_own(run: Path, start: Checkpoint) -> bool:
@@ -207,8 +207,10 @@ def clear_leftovers(run: Path) -> None:
         for pattern in ("*", "checkpoints/*"):
             for path in aside.glob(pattern):
                 target = run / path.relative_to(aside)
-                if not os.path.lexists(target):
+                if not os.path.lexists(target) and not path.parent.is_symlink():
                     os.rename(path, target)
+    if (run / STACKS).is_symlink():  # no run made it
+        (run / STACKS).unlink()
     names = (".model.partial", ".model.old", *(f"{name}.partial" for name in (METRICS, SAMPLES, "config.json")))
     manifests = (path / "manifest.json.partial" for path in list_checkpoints(run) if not path.is_symlink())
     partial = (*run.glob("checkpoints/.step-*.partial"), *run.glob(f"{STACKS}/rank-*.beat"))

@@ -25,8 +25,9 @@ from wikift.base import hub
 from wikift.base.command import command_line
 from wikift.base.errors import EnvironmentFault
 from wikift.base.failure import started_world
-from wikift.base.files import faults_of_writing, read_json, replace_json
+from wikift.base.files import faults_of_writing, read_json, replace_json, sums
 from wikift.base.folders import list_checkpoints
+from wikift.base.names import EXPORT_RECORD
 from wikift.base.publish import publish_folder
 from wikift.base.signals import stop_requests
 from wikift.base.work import Choice
@@ -221,6 +222,7 @@ def _prepare_folder(
                 generation.save_pretrained(partial)
                 for file in (store.path / "tokenizer").iterdir():
                     shutil.copyfile(file, partial / file.name)
+                replace_json(partial / EXPORT_RECORD, {"files": sums(partial)})
 
 
 def _announcement(

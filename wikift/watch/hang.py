@@ -64,7 +64,8 @@ def signs_of_life(run: Path, rank: int, size: int, seconds: float) -> Iterator[P
         with contextlib.suppress(FileNotFoundError):  # the stacks of a hang that the launcher's restart followed
             if (own := folder / f"rank-{rank}.txt").stat().st_size:
                 own.rename(folder / f"rank-{rank}.before.txt")
-        file = open(folder / f"rank-{rank}.txt", "w", encoding="utf-8")  # noqa: SIM115  # for signals, until the end
+        own.unlink(missing_ok=True)  # not to be written to: it may be a link
+        file = open(own, "x", encoding="utf-8")  # noqa: SIM115  # for signals, until the end
     watch = _Watch(folder, rank, size, seconds, pulse, file)
     thread = threading.Thread(target=watch.run, args=(ended,), name="wikift-pulse", daemon=True)
     faulthandler.register(signal.SIGUSR2, file)

@@ -140,6 +140,7 @@ def _close(file: TextIO) -> None:
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     """Remove the lines after `step`, and an incomplete one, by one rename; returns the others."""
     if not path.exists():
+        path.unlink(missing_ok=True)  # a link to nothing, through which lines would be written
         return []
     kept = [values for values in read_metrics(path) if values["step"] <= step]
     replace_text(path, "".join(json_line(values) + "\n" for values in kept))

@@ -104,8 +104,9 @@ def read_runs(paths: Sequence[str], problems: Sequence[str] = ()) -> list[RunRec
 
 def is_running(run: Path) -> bool:
     """Whether a process of this host is writing to the run's folder."""
+    lock = lock_file(run / "run")
     try:
-        with open(lock_file(run / "run")) as file:
+        with open(lock, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
