@@ -34,7 +34,11 @@ from wikift.base.files import read_lines
 from wikift.base.folders import check_model, newest_run, train_command
 from wikift.base.model_files import open_model
 from wikift.checkpoint.reader import open_checkpoint
+from wikift.commands.compare import main as compare
 from wikift.commands.consolidate import main as consolidate
+from wikift.commands.evaluate import main as evaluate
+from wikift.commands.report import main as report
+from wikift.commands.runs import main as runs
 from wikift.commands.session import set_value
 from wikift.data.sources import Source, open_source
 from wikift.data.store import open_store
@@ -130,6 +134,13 @@ def exported(path: Path) -> None:
     train_command(run)
     newest_run(run.parent)
     check_model(str(run))
+    for view in (
+        runs,
+        lambda line: report([*line, "--text"]),
+        lambda line: compare([*line, str(run.parent / "other")]),
+    ):
+        with contextlib.suppress(UserError):
+            view([str(run)])
     consolidate([str(run), "--quiet"])
 
 
@@ -196,6 +207,7 @@ TARGETS = {
     "tokenizer.json": Target("model/tokenizer.json", tokenizer),
     "tokenizer_config.json": Target("model/tokenizer_config.json", tokenizer),
     "metrics": Target("run/metrics.jsonl", metrics),
+    "evaluations": Target("run/evaluations.jsonl", exported),
     "run": Target("run/config.json", exported),
     "run's model": Target("run/model/config.json", exported),
     "manifest": Target(MANIFEST, lambda path: open_checkpoint(path.parent)),
@@ -209,6 +221,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = trained_run(folder / "run", text_store(folder / "text").path)
     consolidate([str(run), "--quiet"])
     shutil.copytree(run / "hf", folder / "model")
+    evaluate([str(run), "--data", str(folder / "text"), "--device", "cpu"])
+    shutil.copytree(run, folder / "other")
     tiny_store(folder / "store")
     (run / "model" / "wikift.json").unlink()  # checksums would refuse all of the changes
     record = folder / "store" / "store.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from wikift.commands.report import ROLES_OF_SETTINGS
 from wikift.settings.checks import range_problems
 from wikift.settings.options import parse_all
 from wikift.settings.run_fields import CompareSettings
-from wikift.watch.record import RunRecord, aligned, differing, read_runs
+from wikift.watch.record import RunRecord, aligned, differing, read_runs, told_of_damage
 
 _DIFFERENT = 1
 _VALUES = {"tokens": "perplexity", "words": "word_perplexity", "bits/byte": "bits_per_byte"}
@@ -22,6 +23,7 @@ _MEASURED = ("text", "split", "protocol", "context", "stride", "scaled")
 Compared = tuple[str, float, float, float, float]  # name, both values, their difference and its standard error
 
 
+@told_of_damage()
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns 0 where the runs are equal within the bound, else 1."""
     parsed = parse_all(
@@ -37,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     if not compared:
         raise UserError(
             f"RUN {one.path} {other.path}: have no result on the same text; evaluate both: "
-            f"{command_line('evaluate')} {one.path} {other.path} --dataset NAME"
+            f"{command_line('evaluate')} {shlex.join([str(one.path), str(other.path)])} --dataset NAME"
         )
     rows = [["setting", one.name, other.name]]
     for role, names in ROLES_OF_SETTINGS.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from wikift.base.files import faults_of_writing, replace_text
 from wikift.settings.checks import tracker_problems
 from wikift.settings.options import parse_all
 from wikift.settings.run_fields import LogSettings
-from wikift.watch.record import RunRecord, is_running, read_run
+from wikift.watch.record import RunRecord, is_running, read_run, told_of_damage
 from wikift.watch.trackers import open_trackers, send_model, wandb_disabled
 
 
+@told_of_damage()
 def main(argv: Sequence[str]) -> int:
     parsed = parse_all(
         LogSettings,
@@ -54,7 +56,9 @@ def _check(settings: LogSettings) -> RunRecord:
     if settings.model and settings.to != "wandb":
         problems.append(f"--model: has no effect with --to {settings.to}; omit it")
     elif settings.model and not folders.is_model(run.path / "hf"):
-        problems.append(f"--model: {run.path / 'hf'} is no model; make it: wikift consolidate {run.path}")
+        problems.append(
+            f"--model: {run.path / 'hf'} is no model; make it: wikift consolidate {shlex.quote(str(run.path))}"
+        )
     if problems:
         raise UserError(*problems)
     return run

@@ -15,13 +15,14 @@ from wikift.base.folders import REPORT
 from wikift.settings.fields import TrainSettings
 from wikift.settings.options import ROLES, names_by_role, parse_all
 from wikift.settings.run_fields import ReportSettings
-from wikift.watch.record import RunRecord, read_runs
+from wikift.watch.record import RunRecord, read_runs, told_of_damage
 from wikift.watch.report import as_html, as_text
 
 _BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ROLES_OF_SETTINGS = {role: names_by_role(TrainSettings, role) for role in ROLES}
 
 
+@told_of_damage()
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     parsed = parse_all(

@@ -16,9 +16,10 @@ from wikift.checkpoint.reader import best_checkpoint, prune
 from wikift.settings.options import parse_all
 from wikift.settings.run_fields import RunsSettings
 from wikift.training.resume import clear_leftovers
-from wikift.watch.record import RunRecord, aligned, folder_bytes, is_running, read_run
+from wikift.watch.record import RunRecord, aligned, folder_bytes, is_running, read_run, told_of_damage
 
 
+@told_of_damage()
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     parsed = parse_all(

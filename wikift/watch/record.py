@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import math
 import os
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wikift.base.errors import UserError
+from wikift.base.errors import UserError, one_line
 from wikift.base.files import read_json, read_jsonl
 from wikift.base.folders import EVALUATIONS, METRICS, SAMPLES, list_checkpoints, run_config
 from wikift.base.publish import lock_file
@@ -76,6 +77,18 @@ class RunRecord:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The complete lines of metrics.jsonl or samples.jsonl."""
     return [values for values in read_jsonl(path) if isinstance(values.get("step"), int)]
+
+
+@contextlib.contextmanager
+def told_of_damage() -> Iterator[None]:
+    """What files of runs raise whose values are of other types than a run writes, as a message for the user."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(
+            f"RUN: its config.json, metrics, samples or evaluations are damaged ({reason}); copy it again"
+        ) from None
 
 
 def read_run(path: Path, name: str = "") -> RunRecord:
