@@ -49,10 +49,11 @@ def test_nothing_is_written_or_moved_through_a_planted_link(store: Path, tmp_pat
     (mine / "rank-0.txt").write_text("mine")
     (run / "metrics.jsonl").unlink()
     links = {".before.partial/checkpoints": mine, "metrics.jsonl": mine / "new", stacks: mine}
-    for name, to in (links | {"stacks/rank-0.txt": mine / "rank-0.txt"} if "/" in stacks else links).items():
+    links |= dict.fromkeys(["profile/trace.json.gz", *([stacks] if "/" in stacks else [])], mine / "rank-0.txt")
+    for name, to in links.items():
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).symlink_to(to)
-    assert train(arguments(store, run)) == 0
+    assert train(arguments(store, run, profile=1)) == 0
     assert [(path.name, path.read_text()) for path in mine.iterdir()] == [("rank-0.txt", "mine")]
 
 

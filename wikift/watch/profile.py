@@ -54,6 +54,7 @@ class Profiler:
         seconds = time.perf_counter() - self.started
         with faults_of_writing(self.path.parent):
             self.path.parent.mkdir(exist_ok=True)
+            self.path.unlink(missing_ok=True)  # not to be written through, where it is a link
             made.export_chrome_trace(str(self.path))
         self.say(table(made.key_averages(), seconds, self.on_gpu, max(1, steps)))
         self.say(f"the trace is {self.path}, for https://ui.perfetto.dev")
