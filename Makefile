@@ -2,7 +2,7 @@
 # make test    the whole test suite, by two processes
 # make test-fast   what starts hardly any process: two minutes
 # make test-agreement   evaluation against lm_eval, Trainer and transformers' page, in an environment of its own
-# make bench   the benchmarks in small, in an environment of its own, ten minutes; says what became slower
+# make bench   the benchmarks in small, beside their peers, in an environment of its own; some minutes
 # make gpu     what wants a GPU, where there is one: tests, losses, resume, speed, memory; 12 minutes, then once more for the rest
 # make test-long   what takes longer: offloading, large models, more of the engines
 # make fuzz    a million changed files and command lines, or FUZZ_CASES=N of them, from which nothing may crash; hours
@@ -78,8 +78,13 @@ $(BENCH)/installed: .venv/installed tests/requirements.txt benchmarks/requiremen
 	  -r tests/requirements.txt -r benchmarks/requirements.txt
 	@touch $@
 
+SMALL := --layers 2 --width 256 --heads 4 --results bench
 bench: $(BENCH)/installed
-	$(BENCH)/bin/python -m benchmarks.bench
+	$(BENCH)/bin/python -m benchmarks.data --megabytes 100 --peer-megabytes 8 --rounds 2 --results bench
+	$(BENCH)/bin/python -m benchmarks.train $(SMALL) --only '^Trainer$$|^plain loop$$|^wikift$$' --rounds 3
+	$(BENCH)/bin/python -m benchmarks.checkpoint $(SMALL)
+	$(BENCH)/bin/python -m benchmarks.startup $(SMALL) --rounds 2
+	$(BENCH)/bin/python -m benchmarks.generate --new-tokens 32 --rounds 3 --results bench
 
 gpu: $(BENCH)/installed
 	$(BENCH)/bin/python -m benchmarks.gpu

@@ -1,231 +1,136 @@
-"""Text to tokens: run_clm's datasets.map, nanoGPT's prepare, wikift; then opening a store and reading blocks of it.
+"""Text to tokens: run_clm's datasets.map and wikift.
 
-    python -m benchmarks.data [--megabytes 540] [--peers-megabytes 16] [--rounds 3] [--folder KEPT] [--tokenizer FOLDER]
+    python -m benchmarks.data [--megabytes 540] [--peer-megabytes 16] [--rounds 3] [--folder KEPT]
 
-Each contestant is a command in a process of its own, from parquet files to what its training reads: run_clm's two
-`map`s (tokenize, group into blocks of 1,024) into Arrow files, nanoGPT's `map` and memory-mapped uint16, wikift's
-store. A contestant runs on 1 MB and on its corpus, both from `benchmarks.corpus`; the first is its start-up, and its
-rate is the difference of the bytes over the difference of the times. wikift gets all the megabytes, the others, for
-time, a sample of the same make; they have as many processes as the machine has cores, wikift as many workers.
-nanoGPT's file and wikift's store of the sample are compared byte for byte: both end each row with end-of-text.
-The tokenizer is GPT-2's where the test data is there (WIKIFT_TEST_DATA), else one trained on the sample.
+Each contestant is a command in a process of its own, from a Parquet file to what its training reads: run_clm's two
+`map`s (benchmarks/clm.py) into Arrow files, wikift's store. It runs on 1 MB, which is its start-up, and on its corpus;
+its rate is the difference of the bytes over the difference of the times. wikift gets all the megabytes, run_clm, for
+time, a sample of the same make; both have as many processes as there are cores. Memory is the largest process's. The
+tokenizer is GPT-2's where the test data is (WIKIFT_TEST_DATA), else one trained on 1 MB.
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from benchmarks import corpus, harness
+from benchmarks import harness
 
-SMALL_MEGABYTES = 1.0
-BLOCK = 1024
-
-
-# --- the peers, each in its own process --------------------------------------------------------------------------
-
-
-def run_clm(source: Path, out: Path, tokenizer: Path, cores: int) -> None:
-    """As transformers' examples/pytorch/language-modeling/run_clm.py prepares its data."""
-    import datasets
-    from transformers import AutoTokenizer
-
-    encode = AutoTokenizer.from_pretrained(tokenizer)
-    raw = _loaded(source, out)
-
-    def group(examples: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-        joined = {key: [i for ids in lists for i in ids] for key, lists in examples.items()}
-        total = len(joined["input_ids"]) // BLOCK * BLOCK
-        result = {key: [ids[i : i + BLOCK] for i in range(0, total, BLOCK)] for key, ids in joined.items()}
-        result["labels"] = result["input_ids"].copy()
-        return result
-
-    def tokenize(examples: dict[str, list[str]]) -> object:
-        return encode(examples["text"])
-
-    assert isinstance(raw, datasets.DatasetDict)
-    tokenized = raw.map(tokenize, batched=True, num_proc=cores, remove_columns=["text"])
-    tokenized.map(group, batched=True, num_proc=cores)
+WRITERS, STEPS = 16_384, 96  # each writes so many words at a time
+TAIL_WORDS = 600_000
 
 
-def nanogpt(source: Path, out: Path, tokenizer: Path, cores: int) -> None:
-    """As nanoGPT's data/openwebtext/prepare.py, with the vocabulary read from `tokenizer`."""
-    encoding = _tiktoken(tokenizer)
+def source_rows() -> tuple[str, list[str]]:
+    """Which text a corpus is learned from, and its rows: the WikiText mirror's, or pydoc's topics."""
+    from pydoc_data.topics import topics
 
-    def process(example: dict[str, str]) -> dict[str, object]:
-        ids = encoding.encode_ordinary(example["text"])
-        ids.append(encoding.eot_token)
-        return {"ids": ids, "len": len(ids)}
+    from tests.real import WIKITEXT_MIRROR
 
-    for split, part in _loaded(source, out).map(process, remove_columns=["text"], num_proc=cores).items():
-        total = np.sum(part["len"], dtype=np.uint64)
-        file = np.memmap(out / f"{split}.bin", dtype=np.uint16, mode="w+", shape=(int(total),))
-        at, batches = 0, min(1024, len(part))
-        for number in range(batches):
-            batch = part.shard(num_shards=batches, index=number, contiguous=True).with_format("numpy")
-            ids = np.concatenate(batch["ids"])
-            file[at : at + len(ids)] = ids
-            at += len(ids)
-        file.flush()
+    files = sorted((WIKITEXT_MIRROR / "wikitext-103-v1").glob("train-*.parquet"))
+    if files:
+        rows = [row for file in files for row in pq.read_table(file)["text"].to_pylist()]
+        return "the WikiText mirror", [row for row in rows if row.strip()]
+    return "pydoc's topics", [line for text in topics.values() for line in text.split("\n")]
 
 
-def _loaded(source: Path, out: Path):  # type: ignore[no-untyped-def]
-    import datasets
+def write_corpus(file: Path, megabytes: float, seed: int = 1) -> Path:
+    """A Parquet file of real words in real order with a long tail, and nothing repeated as a block.
 
-    files = {split: [str(p) for p in sorted(source.glob(f"{split}-*"))] for split in ("train", "validation", "test")}
-    return datasets.load_dataset("parquet", data_files=files, cache_dir=str(out / "cache"))
+    Many writers walk over the source as a Markov chain: from a word to the successor of one of its occurrences, drawn
+    at random. Such a walk lacks the tail, by whose absence caches in tokenizers are flattered: words that the source
+    has only once are replaced, three times out of four, by others that join the halves of two words, drawn with Zipf's
+    law from TAIL_WORDS of them.
+    """
+    random = np.random.default_rng(seed)
+    kinds, stream = np.unique([w for row in source_rows()[1] for w in [*row.split(), "\n"]], return_inverse=True)
+    counts, order = np.bincount(stream), np.argsort(stream, kind="stable")  # order: each word's occurrences
+    first = np.cumsum(counts) - counts
+    halves = zip(random.choice(kinds, TAIL_WORDS), random.choice(kinds, TAIL_WORDS), strict=True)
+    tail = [(one[: len(one) // 2 + 1] + other[len(other) // 2 :]).strip() for one, other in halves]
+    lexicon = np.array([*kinds, *tail], object)
+    at = random.integers(len(stream), size=WRITERS)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    left = megabytes * 1e6
+    with pq.ParquetWriter(file, pa.schema([("text", pa.string())])) as out:
+        while left > 0:
+            columns = []
+            for _ in range(STEPS):
+                word = stream[at]
+                at = (order[first[word] + random.integers(counts[word])] + 1) % len(stream)
+                rare = (counts[stream[at]] == 1) & (random.random(WRITERS) < 0.75)
+                rank = np.exp(random.random(WRITERS) * np.log(TAIL_WORDS)).astype(np.int64) - 1  # Zipf
+                columns.append(np.where(rare, len(kinds) + rank, stream[at]))
+            text = " ".join(lexicon[np.stack(columns, axis=1).ravel()])  # a writer's words are neighbours
+            text = text[: int(left)]  # more bytes than letters by some
+            left -= len(text.encode())
+            out.write_table(pa.table({"text": text.split("\n")}), row_group_size=8192)
+    return file
 
 
-def _tiktoken(tokenizer: Path):  # type: ignore[no-untyped-def]
-    """GPT-2's encoding, or another of its kind, out of the vocabulary, whose ids are the merges' ranks."""
-    import tiktoken
-    from transformers import AutoTokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
+def usual_tokenizer() -> str:
+    from tests.real import GPT2_TOKENIZER
 
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    vocabulary = dict(AutoTokenizer.from_pretrained(tokenizer).get_vocab())
-    end = vocabulary.pop("<|endoftext|>")
-    return tiktoken.Encoding(
-        "gpt2",
-        pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
-        mergeable_ranks={bytes(byte_of[c] for c in token): rank for token, rank in vocabulary.items()},
-        special_tokens={"<|endoftext|>": end},
-    )
+    return str(GPT2_TOKENIZER.resolve()) if GPT2_TOKENIZER.is_dir() else "train:8192"
 
 
-# --- the contest -------------------------------------------------------------------------------------------------
+def prepare(source: Path, out: Path, tokenizer: str) -> list[str]:
+    """The command of wikift's."""
+    words = ["--dataset", str(source), "--tokenizer", tokenizer, "--out", str(out), "--quiet"]
+    return [sys.executable, "launch/prepare.py", *words]
 
 
-def command(name: str, source: Path, out: Path, tokenizer: Path) -> list[str]:
-    if name == "wikift":
-        words = ["launch/prepare.py", "--dataset", str(source), "--tokenizer", str(tokenizer), "--out", str(out)]
-        return [sys.executable, *words, "--quiet"]
-    return [sys.executable, "-m", "benchmarks.data", "--peer", name, str(source), str(out), str(tokenizer)]
+def run_clm(source: Path, out: Path, tokenizer: str) -> list[str]:
+    """The command of run_clm's."""
+    words = ["--model_name_or_path", tokenizer, "--train_file", str(source), "--output_dir", str(out)]
+    return [sys.executable, "benchmarks/clm.py", *words, "--preprocessing_num_workers", str(harness.cores())]
 
 
-def contestant(name: str, small: Path, large: Path, work: Path, tokenizer: Path) -> Mapping[str, float]:
-    """Figures of one run on `small` and one on `large`."""
-    seconds, memory = [], 0.0
-    for source in (small, large):
-        out = work / f"{name}-{source.name}"
+def contestant(name: str, sources: tuple[Path, Path], work: Path, tokenizer: str) -> Mapping[str, float]:
+    """Figures of one run on the small source and one on the large."""
+    command, seconds, memory = {"wikift": prepare, "run_clm": run_clm}[name], [], 0.0
+    for source in sources:
+        out = work / f"{name}-{source.stem}"
         shutil.rmtree(out, ignore_errors=True)
-        spent, memory = harness.timed(command(name, source, out, tokenizer))
+        spent, memory = harness.timed(command(source, out, tokenizer), HF_DATASETS_CACHE=str(out / "cache"))
         seconds.append(spent)
-    megabytes = size(large) - size(small)
-    if seconds[1] <= seconds[0]:
-        raise SystemExit(
-            f"{name}: {seconds[1]:.1f} s for all, {seconds[0]:.1f} s for 1 MB: noise; give it more megabytes"
-        )
-    return {"MB/s": megabytes / (seconds[1] - seconds[0]), "start-up s": seconds[0], "memory MB": memory}
-
-
-def size(source: Path) -> float:
-    """Megabytes of text in all splits."""
-    from wikift.data.sources import Source, open_source
-
-    if source not in _SIZES:
-        splits = open_source(Source(str(source)), cut=False).splits
-        _SIZES[source] = sum(len(batch.data) for rows in splits.values() for batch in rows()) / 1e6
-    return _SIZES[source]
-
-
-_SIZES: dict[Path, float] = {}
-
-
-def reading(store: Path) -> Mapping[str, float]:
-    """Opening the store in a process that has imported what it needs, and random blocks on a warm page cache."""
-    from wikift.data.batches import BatchLayout, count_blocks, micro_batches, sample_blocks
-    from wikift.data.store import open_store
-
-    start = time.perf_counter()
-    opened = open_store(store)
-    seconds = time.perf_counter() - start
-    tokens = opened.tokens("train")
-    int(tokens.max())  # every page is in memory now
-    items = sample_blocks(count_blocks(len(tokens), BLOCK), 1.0, 1)
-    stream = micro_batches(tokens, items, BatchLayout(BLOCK, 64), run_seed=1)
-    next(stream)
-    start, steps = time.perf_counter(), 200
-    for _ in range(steps):
-        next(stream)
-    rate = steps * 64 * (BLOCK + 1) / (time.perf_counter() - start)
-    return {"open ms": seconds * 1e3, "Mtokens/s": rate / 1e6, "GB/s": rate * 2 / 1e9}
+    small, large = (sum(len(row.encode()) for row in pq.read_table(s)["text"].to_pylist()) / 1e6 for s in sources)
+    return {"MB/s": (large - small) / (seconds[1] - seconds[0]), "start-up s": seconds[0], "memory MB": memory}
 
 
 def main() -> None:
-    """Run the contest, or one peer of it."""
+    """Run the contest."""
     parser = harness.options(__doc__, "data", rounds=3)
-    parser.add_argument("--tokenizer", type=Path, help="a folder")
     parser.add_argument("--megabytes", type=float, default=540, help="wikift's")
-    parser.add_argument("--peers-megabytes", type=float, default=16)
+    parser.add_argument("--peer-megabytes", type=float, default=16)
     parser.add_argument("--folder", type=Path, help="where the corpora are kept between runs; default a temporary one")
-    parser.add_argument("--peer", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.peer:
-        name, source, out, tokenizer = given.peer
-        Path(out).mkdir(parents=True)
-        {"run_clm": run_clm, "nanogpt": nanogpt}[name](Path(source), Path(out), Path(tokenizer), harness.cores())
-        return
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        kept = (given.folder or work).resolve()
-        sizes = {
-            "small": SMALL_MEGABYTES, f"sample-{given.peers_megabytes:g}": given.peers_megabytes,
-            f"full-{given.megabytes:g}": given.megabytes,
-        }  # fmt: skip
-        for seed, (name, megabytes) in enumerate(sizes.items(), 1):
-            if not (kept / name / "test-00000-of-00001.parquet").exists():
-                print(corpus.write(kept / name, megabytes, seed), file=sys.stderr)
-        small, sample, full = (kept / name for name in sizes)
-        tokenizer = given.tokenizer.resolve() if given.tokenizer else usual_tokenizer(sample, work)
-        large = {"run_clm": sample, "nanogpt": sample, "wikift": full}
-        figures = harness.interleave(
-            {name: partial(contestant, name, small, large[name], work, tokenizer) for name in large}, given.rounds
-        )
-        harness.timed(command("wikift", sample, work / "wikift-sample", tokenizer))
-        ours = (work / "wikift-sample/train.bin").read_bytes()
-        same = ours == (work / f"nanogpt-{sample.name}/train.bin").read_bytes()
-        blocks = harness.interleave({"wikift's store": partial(reading, work / f"wikift-{full.name}")}, given.rounds)
-    name, _ = corpus.source_rows()
-    harness.write(
-        given.name,
-        "Text to tokens",
-        [
-            *harness.table(figures, against="run_clm", figure="MB/s"),
-            "",
-            "MB/s after start-up, parquet files to what training reads; memory is the largest process's.",
-            f"wikift's store and nanoGPT's file of the sample are {'equal' if same else 'NOT equal'}, byte for byte.",
-            "",
-            f"The store of {given.megabytes:g} MB, warm page cache, one thread, 64 random blocks of {BLOCK} a time:",
-            "",
-            *harness.table(blocks, against="wikift's store", figure="Mtokens/s"),
-        ],
-        {**figures, **blocks},
-        settings={
-            "wikift's MB": given.megabytes, "peers' MB": given.peers_megabytes, "corpus": f"learned from the {name}"
-        },
-        about=harness.machine("wikift", "gigatoken", "tokenizers", "tiktoken", "datasets", "transformers", "pyarrow"),
-        folder=given.results,
-        against=dict.fromkeys(figures, "run_clm"),
-    )  # fmt: skip
-
-
-def usual_tokenizer(sample: Path, work: Path) -> Path:
-    from tests.real import GPT2_TOKENIZER
-
-    if GPT2_TOKENIZER.is_dir():
-        return GPT2_TOKENIZER.resolve()
-    words = ["--dataset", str(sample), "--tokenizer", "train:8192", "--out", str(work / "trained"), "--quiet"]
-    harness.timed([sys.executable, "launch/prepare.py", *words])
-    return work / "trained" / "tokenizer"
+        files = []
+        for seed, megabytes in enumerate((1, given.peer_megabytes, given.megabytes), 1):
+            files.append((given.folder or work).resolve() / f"{megabytes:g}.parquet")
+            if not files[-1].exists():
+                write_corpus(files[-1], megabytes, seed)
+        small, sample, full = files
+        harness.timed(prepare(small, work / "first", usual_tokenizer()))
+        tokenizer = str(work / "first" / "tokenizer")
+        contestants = {
+            "run_clm": partial(contestant, "run_clm", (small, sample), work, tokenizer),
+            "wikift": partial(contestant, "wikift", (small, full), work, tokenizer),
+        }
+        figures = harness.interleave(contestants, given.rounds)
+    about = harness.machine("wikift", "gigatoken", "tokenizers", "datasets", "transformers", "pyarrow")
+    settings = {"wikift's MB": given.megabytes, "run_clm's MB": given.peer_megabytes, "learned from": source_rows()[0]}
+    lines = harness.table(figures, "run_clm", "MB/s")
+    harness.write(given, "Text to tokens", figures, lines, about=about, **settings)
 
 
 if __name__ == "__main__":

@@ -3,36 +3,32 @@
     make gpu                                                 # or: python -m benchmarks.gpu [--only PATTERN]
     python -m benchmarks.gpu --pretended [--small]           # on tests/cuda/pretended.py's, without a GPU
 
-Each part is a command of wikift's or a benchmark in a process of its own, with a limit in seconds, the most important
+Each part is a command of wikift's or a benchmark in a process of its own, of at most two minutes, the most important
 first. As it ends a line of JSON is added to benchmarks/results/gpu-HARDWARE.jsonl; the next start leaves out what is
-measured there on the same hardware by the same torch, and tries what failed once more, last. No network is needed: the
-weights are random, the tokens made here or those of the demo. A pretended GPU has no numbers: `not_measured` names
-what a part would say besides. Exit code 1 where a part failed, or is still to be measured.
+measured there on the same hardware by the same torch, and tries what failed once more, last. No network is needed:
+weights and tokens are random. A pretended GPU has no numbers: `not_measured` names what a part would say besides. Exit
+code 1 where a part failed, or is still to be measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gzip
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.harness import RESULTS, ROOT, cores, machine
-from benchmarks.peers_train import Setting
+from benchmarks.harness import RESULTS, ROOT, cores, gpus
+from benchmarks.train import SETTINGS
 from tests.tiny import arguments, curve, tiny_store
 from wikift.base.files import parse_size
 
@@ -40,13 +36,17 @@ Figures = dict[str, Any]
 PRETENDED = "tests.cuda.pretended"
 LAUNCHER = ("torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m")
 VOCABULARY = 50257
-PEERS = "wikift, compiled|nanoGPT's method|Trainer|wikift|Trainer, compiled|plain loop, compiled|the products alone"
+PEERS = ("wikift, compiled", "plain loop, compiled", "Trainer", "wikift", "Trainer, compiled")
 ENGINES: dict[str, Figures] = {
     "ddp": {"engine": "ddp"},
     "fsdp": {"engine": "fsdp"},
     **{f"zero{stage}": {"deepspeed": f"zero{stage}"} for stage in (1, 2, 3)},
 }
 ATTENTION = "flash|fmha|cudnn|sdpa|attention"
+LIMIT = 120.0  # seconds of a part
+# A pretended GPU runs no Triton, moves no other library's fakes and has no numbers; of figures it has these.
+NEEDS_GPU = "compiled|marked|profile|attention|generation|Trainer"
+COUNTED = ("peak GB", "forecast GB", "forecast / peak", "peak_gb", "allowed", "pytest")
 
 
 class Run(NamedTuple):
@@ -58,37 +58,24 @@ class Run(NamedTuple):
     deadline: float = 0.0
 
     def __call__(self, module: str, *words: object, answers: str = "") -> str:
-        """What `python -m MODULE WORDS` prints, answered with a text. Raises RuntimeError where it fails."""
+        """What `python -m MODULE WORDS` prints, given `answers` to read. Raises RuntimeError where it fails."""
         launched = LAUNCHER if "ddp" in words else ()
         start = [sys.executable, "-m", *launched, *[PRETENDED] * self.pretended, module, *map(str, words)]
-        kept = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        with subprocess.Popen(start, cwd=ROOT, text=True, errors="replace", start_new_session=True, **kept) as ran:
-            try:
-                out, err = ran.communicate(answers, timeout=max(1.0, self.deadline - time.monotonic()))
-            finally:  # of a limit that is reached, and what it started
-                ran.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    ran.wait(5)
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(ran.pid, signal.SIGKILL)
+        limit = ["timeout", "-k", "5", f"{max(1.0, self.deadline - time.monotonic()):.0f}"]
+        ran = subprocess.run(
+            [*limit, *start], cwd=ROOT, input=answers, capture_output=True, text=True, errors="replace"
+        )
+        if ran.returncode == 124:
+            raise TimeoutError(f"{module} was not through in time")
         if ran.returncode:
-            raise RuntimeError(f"{module} ended with {ran.returncode}:\n{out[-1000:]}\n{err[-1500:]}")
-        return out
+            raise RuntimeError(f"{module} ended with {ran.returncode}:\n{ran.stdout[-1000:]}\n{ran.stderr[-1500:]}")
+        return ran.stdout
 
     def words(self, name: str, **settings: Any) -> list[str]:
         """Settings of a training in gpt2's shape, on random tokens, from random weights."""
         shape = "n_layer=2,n_positions=1024" if self.small else "n_positions=1024"
         defaults = {"config_overrides": shape, "block_size": 1024, "device": "cuda", "dropout": 0.1, "resume": "never"}
         return arguments(tokens(self.folder), self.folder / name, **defaults | settings)
-
-
-class Part(NamedTuple):
-    """Something to measure, within so many seconds; `unreal` is what a pretended GPU does not show of it."""
-
-    seconds: float
-    measure: Callable[[Run], Figures]
-    unreal: tuple[str, ...] = ()
-    needs_gpu: bool = False
 
 
 @cache
@@ -137,22 +124,6 @@ def resumed(run: Run, **settings: Any) -> Figures:
     return {"equal to the bit": "two runs, and one resumed at step 3 of 6"}
 
 
-def demo(run: Run) -> Figures:
-    """The demo: prepare, train, consolidate, evaluate, generate."""
-    made, text = run.folder / "demo", run.folder / "demo-text"
-    if not text.exists():
-        run("wikift", "prepare", "--dataset", "demo", "--tokenizer", "train:2048", "--out", text)
-    line = ["--config", "launch/demo.toml", "--data", text, "--output-dir", made, "--resume", "never"]
-    length = ["--max-steps", 3 if run.small else 50, "--warmup-steps", 0]
-    run("wikift", "train", *line, *length, "--device", "cuda")
-    run("wikift", "consolidate", made)
-    on = ["--device", "cpu" if run.pretended else "cuda"]  # scores are numbers
-    scored = run("wikift", "evaluate", made / "hf", "--data", text, "--split", "test", "--json", *on)
-    new = ["--max-new-tokens", 4 if run.small else 48, *on]
-    wrote = run("wikift", "generate", made / "hf", "--prompts-file", "launch/demo_prompts.txt", *new)
-    return {"evaluated": json.loads(scored.splitlines()[-1]), "text": wrote[-400:]}
-
-
 def speed(run: Run, micro_batch: int = 32, model: str = "gpt2", **settings: Any) -> Figures:
     """Steps by `wikift plan --trial`, and what it forecast."""
     size = {"global_batch_size": micro_batch, "per_device_train_batch_size": micro_batch, "model": model}
@@ -168,21 +139,23 @@ def speed(run: Run, micro_batch: int = 32, model: str = "gpt2", **settings: Any)
 def peer(run: Run, name: str) -> Figures:
     """A contestant of benchmarks/train.py, in gpt2's shape."""
     layers, blocks = (2, 2) if run.small else (12, 32)
-    setting = Setting(layers, 768, 12, 1024, blocks, 1, VOCABULARY, 0.1, "bf16", cores(), "cuda")
-    text = run("benchmarks.peers_train", name, json.dumps(asdict(setting)), answers="2\n10\n")
+    values = (layers, 768, 12, 1024, blocks, 1, VOCABULARY, 0.1, "bf16", cores(), "cuda")
+    setting = json.dumps(dict(zip(SETTINGS, values, strict=True)))
+    text = run("benchmarks.train", "--contestant", name, setting, answers="2\n10\n")
     first, _, last = (json.loads(line) for line in text.splitlines() if line.startswith('{"'))
     return {"tokens/s": blocks * 1024 / last["step_s"], **last, **first}
 
 
 def kernels(run: Run, what: str) -> Figures:
     """A part of benchmarks/kernels.py."""
-    return {"each": json.loads(run("benchmarks.kernels", what, *["--small"] * run.small).splitlines()[-1])}
+    few = ["--blocks", 1, "--rounds", 1] if run.small else []
+    return {"each": json.loads(run("benchmarks.kernels", what, *few).splitlines()[-1])}
 
 
 def generation(run: Run) -> Figures:
     """wikift's and transformers' `generate`."""
     few = ["--new-tokens", 4, "--rounds", 1] if run.small else ["--rounds", 3]
-    run("benchmarks.generate", "--device", "cuda", "--no-compiled", *few, "--results", run.folder)
+    run("benchmarks.generate", "--device", "cuda", *few, "--results", run.folder)
     return dict(json.loads((run.folder / "generate.json").read_text())["rounds"])
 
 
@@ -207,60 +180,48 @@ def profiled(run: Run) -> Figures:
     }
 
 
-def parts() -> dict[str, Part]:
+def parts() -> dict[str, Callable[[Run], Figures]]:
     """All there are, the most important first."""
-    far, bits, timed = ("furthest, relative",), ("equal to the bit",), ("tokens/s", "s a step")
-    every = {
-        "tests marked gpu": Part(60, marked, needs_gpu=True),
-        "losses: single": Part(60, partial(losses, most=1e-4), far),
-        "losses: bf16": Part(60, partial(losses, most=5e-2, precision="bf16"), far),
-        "losses: compiled": Part(120, partial(losses, most=1e-4, compile=True), needs_gpu=True),
-        **{f"losses: {name}": Part(60, partial(losses, most=1e-4, **words), far) for name, words in ENGINES.items()},
-        "resume: single": Part(90, resumed, bits),
-        "demo": Part(120, demo, ("evaluated", "text")),
-        "profile": Part(90, profiled, needs_gpu=True),
-        "attention by kernel": Part(60, partial(kernels, what="attention"), needs_gpu=True),
+    every: dict[str, Callable[[Run], Figures]] = {
+        "tests marked gpu": marked,
+        "losses: single": partial(losses, most=1e-4),
+        "losses: bf16": partial(losses, most=5e-2, precision="bf16"),
+        "losses: compiled": partial(losses, most=1e-4, compile=True),
+        **{f"losses: {name}": partial(losses, most=1e-4, **words) for name, words in ENGINES.items()},
+        "resume: single": resumed,
+        "profile": profiled,
+        "attention by kernel": partial(kernels, what="attention"),
     }
     for size in (32, 8, 64, 16):
-        every[f"gpt2, {size}"] = Part(60, partial(speed, micro_batch=size), timed)
-        every[f"gpt2, {size}, compiled"] = Part(120, partial(speed, micro_batch=size, compile=True), needs_gpu=True)
-    every["gpt2, 32, dropout 0"] = Part(60, partial(speed, dropout=0), timed)
-    every["gpt2, 32, compiled, dropout 0"] = Part(120, partial(speed, compile=True, dropout=0), needs_gpu=True)
-    for name in PEERS.split("|"):
-        unreal = ("tokens/s", "step_s", "cpu_s", "first_step_s")
-        others = name not in ("wikift", "the products alone")  # compile, or move fakes
-        every[f"peers: {name}"] = Part(120, partial(peer, name=name), unreal, others)
+        every[f"gpt2, {size}"] = partial(speed, micro_batch=size)
+        every[f"gpt2, {size}, compiled"] = partial(speed, micro_batch=size, compile=True)
+    every["gpt2, 32, dropout 0"] = partial(speed, dropout=0)
+    every["gpt2, 32, compiled, dropout 0"] = partial(speed, compile=True, dropout=0)
+    every |= {f"peers: {name}": partial(peer, name=name) for name in PEERS}
     for model, size in (("gpt2-medium", 16), ("gpt2-large", 8), ("gpt2-xl", 8)):
-        every[f"{model}, {size}"] = Part(90, partial(speed, model=model, micro_batch=size), timed)
-    for name, words in ENGINES.items():
-        every[f"gpt2, 32, {name}"] = Part(60, partial(speed, **words), timed)
-    rounded = partial(speed, compile=True, residual_dtype="bf16")
+        every[f"{model}, {size}"] = partial(speed, model=model, micro_batch=size)
+    every |= {f"gpt2, 32, {name}": partial(speed, **words) for name, words in ENGINES.items()}
     return every | {
-        "generation": Part(90, generation, needs_gpu=True),  # transformers reads numbers
-        "head by kernel": Part(60, partial(kernels, what="head"), ("each",)),
-        "gpt2, 32, compiled, residual bf16": Part(120, rounded, needs_gpu=True),
-        "resume: fsdp": Part(90, partial(resumed, engine="fsdp"), bits),
+        "generation": generation,
+        "head by kernel": partial(kernels, what="head"),
+        "gpt2, 32, compiled, residual bf16": partial(speed, compile=True, residual_dtype="bf16"),
+        "resume: fsdp": partial(resumed, engine="fsdp"),
     }
 
 
-def measured(run: Run, part: Part) -> Figures:
-    """What a line says of the part."""
-    if part.needs_gpu and run.pretended:
-        return {
-            "result": "skipped",
-            "not_measured": ["all of it: needs numbers, Triton or a peer that a pretended GPU has not"],
-        }
-    begun, answer = time.monotonic(), Figures()
-    unreal = part.unreal if run.pretended else ()
+def measured(run: Run, name: str, measure: Callable[[Run], Figures], seconds: float) -> Figures:
+    """The line of the part `name`."""
+    if run.pretended and re.search(NEEDS_GPU, name):
+        return {"part": name, "result": "skipped", "not_measured": ["all of it"]}
+    begun, line = time.monotonic(), Figures(part=name)
     try:
-        figures = part.measure(run._replace(deadline=begun + part.seconds))
-        figures = {name: value for name, value in figures.items() if name not in unreal}
-        answer = {"result": "measured", "figures": figures, "not_measured": unreal}
-    except subprocess.TimeoutExpired:
-        answer = {"result": "failed", "error": f"not through after {part.seconds:g} s"}
+        figures = measure(run._replace(deadline=begun + seconds))
+        unreal = [figure for figure in figures if run.pretended and figure not in COUNTED]
+        line |= {"result": "measured", "not_measured": unreal}
+        line["figures"] = {figure: value for figure, value in figures.items() if figure not in unreal}
     except Exception as error:  # the next part is measured whatever became of this one
-        answer = {"result": "failed", "error": f"{type(error).__name__}: {error}"}
-    return answer | {"seconds": round(time.monotonic() - begun, 1)}
+        line |= {"result": "failed", "error": f"{type(error).__name__}: {error}"}
+    return line | {"seconds": round(time.monotonic() - begun, 1)}
 
 
 def main() -> int:
@@ -273,28 +234,26 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="small models, to try the script itself")
     asked = parser.parse_args()
     end = time.monotonic() + 60 * asked.minutes
-    gpus = machine()["gpus"]
-    if not gpus and not asked.pretended:
+    names = ["pretended"] if asked.pretended else gpus()
+    if not names:
         parser.error("there is no GPU here (nvidia-smi names none); --pretended tries the script without one")
-    about = {"hardware": "pretended" if asked.pretended else gpus[0], "small": asked.small}
-    about |= {name: version(name) for name in ("torch", "transformers")}
+    about = {"hardware": names[0], "small": asked.small} | {name: version(name) for name in ("torch", "transformers")}
     path = asked.results / f"gpu-{re.sub('[^a-z0-9]+', '-', about['hardware'].lower())}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     before = {line["part"]: line["result"] for line in lines if about.items() <= line.items()}
-    todo = {name: part for name, part in parts().items() if re.search(asked.only, name)}
-    todo = {name: part for name, part in todo.items() if before.get(name, "failed") == "failed"}
+    todo = [name for name in parts() if re.search(asked.only, name) and before.get(name, "failed") == "failed"]
     ended = Counter[str]()
     with tempfile.TemporaryDirectory(prefix="wikift-gpu-") as work, path.open("a", encoding="utf-8") as file:
         run = Run(Path(work), asked.pretended, asked.small)
-        for name, part in sorted(todo.items(), key=lambda item: item[0] in before):
-            seconds = min(part.seconds, end - time.monotonic())
-            line = {"part": name, **measured(run, part._replace(seconds=seconds))} if seconds > 10 else {}
-            ended[line.get("result", "left for the next start")] += 1
-            if line:
-                line |= about | {"date": time.strftime("%Y-%m-%d %H:%M:%S")}
-                print(json.dumps(line), file=file, flush=True)
-                print(json.dumps(line), flush=True)
+        for name in sorted(todo, key=before.__contains__):
+            if (seconds := min(LIMIT, end - time.monotonic())) < 10:
+                ended["left for the next start"] += 1
+                continue
+            line = json.dumps(measured(run, name, parts()[name], seconds) | about | {"date": time.strftime("%F %T")})
+            ended[json.loads(line)["result"]] += 1
+            print(line, file=file, flush=True)
+            print(line, flush=True)
     print(f"{path}: {dict(ended)}")
     return int(bool(ended.keys() - {"measured", "skipped"}))
 

@@ -1,8 +1,8 @@
 """Single kernels of a step in gpt2's shape, forward and backward: `python -m benchmarks.kernels head|attention`.
 
-`head`: wikift's head and loss, and torch's `linear_cross_entropy` where this torch has one, in bf16 and, on a CPU, in
-fp32: milliseconds, memory, and how far the weight's gradient is from that of whole logits in fp32.
-`attention`: each kernel of torch's that can, by the names of what it starts. Contestants take turns. A line of JSON.
+`head`: wikift's head and loss, whole logits, and torch's `linear_cross_entropy` where this torch has one, in bf16 and,
+on a CPU, in fp32: milliseconds, memory, and how far the weight's gradient is from that of whole logits in fp32.
+`attention`: milliseconds of each kernel of torch's that can. A line of JSON.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness import interleave
-from benchmarks.peers_train import finished
+from benchmarks.train import finished
 from wikift.engines.build import missing_for_compiling
 from wikift.kernels.loss import compiled_passes, plain_losses, summed_loss
 
 WIDTH, HEADS, VOCABULARY, POSITIONS = 768, 12, 50257, 1024
 KERNELS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-Work = Callable[[], Any]
 
 
 def heads(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -73,7 +72,7 @@ def head(device: str, blocks: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def timed(work: Work, device: str) -> dict[str, float]:
+def timed(work: Callable[[], Any], device: str) -> dict[str, float]:
     """Milliseconds of one, and on a GPU the most memory."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -86,29 +85,24 @@ def timed(work: Work, device: str) -> dict[str, float]:
 
 
 def attention(device: str, blocks: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds of each kernel at dropout 0 and 0.1, and what is taken where none is named."""
+    """Milliseconds of each kernel at dropout 0 and 0.1, and where torch chooses."""
     parts = [torch.randn(blocks, HEADS, POSITIONS, WIDTH // HEADS, device=device, dtype=torch.bfloat16) for _ in "qkv"]
     found: dict[str, Any] = {}
-    for name in ("", *KERNELS):
+    for name in ("chosen by torch", *KERNELS):
+        kernels = [getattr(SDPBackend, kernel) for kernel in KERNELS if name in (kernel, "chosen by torch")]
         for dropout in (0.0, 0.1):
-            key = f"{name or 'chosen by torch'}, dropout {dropout:g}"
+            work = partial(attend, parts, dropout, kernels)
             try:
-                work = partial(attend, parts, dropout, [getattr(SDPBackend, name)] if name else [])
-                work()
-                with torch.profiler.profile() as seen:
-                    work()
-                    finished(device)
-                names = sorted({e.key[:120] for e in seen.key_averages() if e.device_type.name == "CUDA"})
-                times = [timed(work, device)["ms"] for _ in range(rounds)]
-                found[key] = {"ms": statistics.median(times), "kernels": names}
+                times = [timed(work, device)["ms"] for _ in range(rounds + 1)]
+                found[f"{name}, dropout {dropout:g}"] = statistics.median(times[1:])
             except RuntimeError as error:  # not every kernel can do it
-                found[key] = str(error)[:200]
+                found[f"{name}, dropout {dropout:g}"] = str(error)[:200]
     return found
 
 
 def attend(parts: list[Tensor], dropout: float, kernels: list[SDPBackend]) -> None:
     query, key, value = (part.detach().requires_grad_() for part in parts)
-    with sdpa_kernel(kernels or [getattr(SDPBackend, name) for name in KERNELS]):
+    with sdpa_kernel(kernels):
         F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True).sum().backward()
 
 
@@ -119,11 +113,10 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--blocks", type=int, help="of 1,024 positions; default 32, 2 on a CPU")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--small", action="store_true", help="one block, one round")
     asked = parser.parse_args()
-    blocks = 1 if asked.small else asked.blocks or (32 if asked.device == "cuda" else 2)
+    blocks = asked.blocks or (32 if asked.device == "cuda" else 2)
     measure = head if asked.what == "head" else attention
-    print(json.dumps(measure(asked.device, blocks, 1 if asked.small else asked.rounds)))
+    print(json.dumps(measure(asked.device, blocks, asked.rounds)))
 
 
 if __name__ == "__main__":

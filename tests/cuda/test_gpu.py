@@ -30,9 +30,9 @@ def test_every_part_is_measured_once(only: str, tmp_path: Path) -> None:
 
 def test_a_part_that_fails_or_hangs_is_recorded(tmp_path: Path) -> None:
     run, begun = gpu.Run(tmp_path, False, True), time.monotonic()
-    failed = gpu.measured(run, gpu.Part(30, lambda run: run("this_is_no_module")))  # type: ignore[arg-type,return-value]
+    failed = gpu.measured(run, "one", lambda run: run("this_is_no_module"), 30)  # type: ignore[arg-type,return-value]
     assert "No module named this_is_no_module" in failed["error"]
     asleep = ["timeit", "-n1", "-r1", "__import__('time').sleep(60)"]
-    hung = gpu.measured(run, gpu.Part(1, lambda run: run(*asleep)))  # type: ignore[arg-type,return-value]
-    assert (hung["result"], hung["error"]) == ("failed", "not through after 1 s")
+    hung = gpu.measured(run, "two", lambda run: run(*asleep), 1)  # type: ignore[arg-type,return-value]
+    assert (hung["result"], hung["error"]) == ("failed", "TimeoutError: timeit was not through in time")
     assert time.monotonic() - begun < 30

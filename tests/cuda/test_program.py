@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from benchmarks.scaling_paper import Size, exchanged
 from tests.cuda.program import line, steps, train
 from tests.cuda.seen import SMALL, Part, totals
 from tests.ranks import run_ranks
+from tests.traffic import Size, exchanged
 from tests.trained import text_store
 from wikift.data.store import TokenStore
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.scaling_paper import exchanged, size
 from tests.cuda.seen import SMALL, Collective, collective_of, totals
 from tests.ranks import run_ranks
 from tests.tiny import VOCABULARY
 from tests.tiny_engines import BLOCK, make_engine, random_start, tiny_config
+from tests.traffic import exchanged, size
 
 ACCUMULATION = 3
 # Large enough for several of DDP's buckets, which hold 1 MiB or a block.
