@@ -11,8 +11,7 @@ same model in fp32. A turn is some steps, a save, and steps until it is written:
     durable  from the call until the files are written (seen after a step), and on the disk: what a library does not
              flush itself is flushed here (fsync of every file), and counted
 
-The first save of a process, for which buffers are made, does not count. All hold their memory through all rounds: 3 GB
-each at 124M.
+The first save of a process, for which buffers are made, does not count.
 """
 
 from __future__ import annotations

@@ -37,7 +37,6 @@ class FirstStep(transformers.TrainerCallback):
 
 
 def main() -> None:
-    """Prepare, and train."""
     parser = transformers.HfArgumentParser((Arguments, TrainingArguments))
     given, training = parser.parse_args_into_dataclasses()
     transformers.set_seed(training.seed)

@@ -56,7 +56,6 @@ def turn(generate: Generate, batches: Mapping[int, tuple[list[str], int]]) -> Ma
 
 
 def main() -> None:
-    """Run the contest."""
     parser = options(__doc__, "generate", rounds=5)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

@@ -8,9 +8,8 @@
 Same weights, random tokens, global batch, precision, dropout, AdamW and clipping; that they learn the same is shown by
 benchmarks/parity.py. The figures: tokens per second, processor seconds of a step, the most memory the process ever held
 (on a CPU its start and its compilation included), and the seconds to the end of the first step: imports but torch's,
-building and compilation, with caches as they are. All of it runs on a GPU where there is one (--device), in bf16 where
-that is native. All processes hold their memory through all rounds, on a GPU but for what torch's allocator has cached:
---only where they do not fit.
+building and compilation, with caches as they are. All of it runs on a GPU where there is one, in bf16 where that is
+native. All processes hold their memory through all rounds: --only where they do not fit.
 """
 
 from __future__ import annotations
