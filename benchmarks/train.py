@@ -42,8 +42,8 @@ ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 
 # The same for every contestant, by the options' names. `micro_batch` is a process', a step's tokens are those of all.
 Setting = Namespace
-SETTINGS = ("layers", "width", "heads", "block", "micro_batch", "accumulation", "vocabulary", "dropout", "precision",
-            "threads", "device")  # fmt: skip
+SHAPE = ("layers", "width", "heads", "block", "micro_batch", "accumulation", "vocabulary")
+SETTINGS = (*SHAPE, "dropout", "precision", "threads", "device")
 
 
 def micro_batches(setting: Setting, rank: int = 0, ranks: int = 1) -> Iterator[Tensor]:
