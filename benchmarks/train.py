@@ -152,10 +152,10 @@ def trainer(setting: Setting, *, compile: bool) -> None:
 def wikift(setting: Setting, *, kind: str, compile: bool = False) -> None:
     """An engine of wikift's, on as many processes as torchrun started."""
     from tests.tiny_engines import make_engine
+    from wikift.base.work import AdamSettings
     from wikift.base.world import join_group, start_world
     from wikift.checkpoint.fragment import FreshStart
     from wikift.engines.memory import keep_freed_memory
-    from wikift.engines.optim import AdamSettings
 
     keep_freed_memory()  # as launch/train.py does
     world = start_world(setting.device)

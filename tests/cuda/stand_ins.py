@@ -29,23 +29,8 @@ def built_guard() -> Path:
     if not lib.exists() or lib.stat().st_mtime < _SOURCE.stat().st_mtime:
         lib.parent.mkdir(exist_ok=True)
         root, new = Path(torch.__file__).parent, lib.with_suffix(f".{os.getpid()}")
-        subprocess.run(
-            [
-                "g++",
-                "-O0",
-                "-std=c++20",
-                "-fPIC",
-                "-shared",
-                f"-I{root}/include",
-                str(_SOURCE),
-                "-o",
-                str(new),
-                f"-L{root}/lib",
-                "-lc10",
-                "-ltorch_cpu",
-            ],
-            check=True,
-        )
+        start = ["g++", "-O0", "-std=c++20", "-fPIC", "-shared", f"-I{root}/include", str(_SOURCE), "-o", str(new)]
+        subprocess.run([*start, f"-L{root}/lib", "-lc10", "-ltorch_cpu"], check=True)
         new.replace(lib)
     return lib
 
@@ -85,11 +70,8 @@ def pretend_cuda(seen: Seen) -> None:
 
     properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=MEMORY, major=9, minor=0, uuid="GPU-0")
     properties.multi_processor_count, properties.L2_cache_size, properties.gcnArchName = 132, 50 * 2**20, ""
-    properties.warp_size, properties.max_threads_per_multi_processor, properties.regs_per_multiprocessor = (
-        32,
-        2048,
-        2**16,
-    )
+    properties.warp_size, properties.max_threads_per_multi_processor = 32, 2048
+    properties.regs_per_multiprocessor = 2**16
     nothing = "_lazy_init init set_device reset_peak_memory_stats empty_cache set_stream manual_seed manual_seed_all"
     yes = "is_available is_initialized is_bf16_supported can_device_access_peer"
     values = {
