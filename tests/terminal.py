@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import pty
+import re
+import select
+import struct
 import sys
+import termios
+import time
 from pathlib import Path
-
-import pexpect
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATE = [sys.executable, str(ROOT / "launch" / "generate.py")]
@@ -17,20 +23,33 @@ class Terminal:
     """A command on a pseudo-terminal."""
 
     def __init__(self, command: list[str], columns: int = 80, **environment: str) -> None:
-        variables = {**os.environ, "TERM": "xterm", **environment}
-        self.child = pexpect.spawn(command[0], command[1:], 60, dimensions=(24, columns), env=variables)
-        self.send = self.child.send
+        self.pid, self.descriptor = pty.fork()
+        if self.pid == 0:
+            fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+            os.environ.update({"TERM": "xterm", **environment})
+            os.execv(command[0], command)
+        self.raw = b""
+
+    def send(self, text: str) -> None:
+        os.write(self.descriptor, text.encode())
 
     def wait_for(self, pattern: str, seconds: float = 60) -> str:
         """Everything seen up to and with `pattern`; what follows stays for the next time."""
-        self.child.expect(pattern, seconds)
-        return str((self.child.before + self.child.after).decode())
+        deadline = time.monotonic() + seconds
+        while not (found := re.search(pattern.encode(), self.raw)):
+            if select.select([self.descriptor], [], [], 0.2)[0]:
+                with contextlib.suppress(OSError):  # the terminal is closed: the child is gone
+                    self.raw += os.read(self.descriptor, 65536)
+            assert time.monotonic() < deadline, f"no {pattern!r} in {self.raw.decode(errors='replace')!r}"
+        before, self.raw = self.raw[: found.end()], self.raw[found.end() :]
+        return before.decode()
 
     def rest(self) -> str:
         """Everything to the end of the command."""
-        return str(self.child.read().decode())
+        with contextlib.suppress(OSError):  # the other end is closed
+            while data := os.read(self.descriptor, 65536):
+                self.raw += data
+        return self.raw.decode()
 
     def exit_code(self) -> int:
-        self.child.expect(pexpect.EOF)
-        self.child.close()
-        return int(self.child.exitstatus)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
