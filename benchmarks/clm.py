@@ -2,9 +2,8 @@
 
     python benchmarks/clm.py --model_name_or_path M --train_file T.parquet --output_dir O [--do_train True ...]
 
-takes TrainingArguments' options too. Without --do_train only datasets' `map`s are made, whose results are kept for the
-next start. After the first step the file O/first_step appears. DeepSpeed, which accelerate imports where it is
-installed, is hidden: run_clm does not need it.
+takes TrainingArguments' options too. Without --do_train only datasets' `map`s are made, whose results are kept. After
+the first step the file O/first_step appears. DeepSpeed, which accelerate imports, is hidden: run_clm does not need it.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+del sys.path[0]  # this folder, whose kernels.py transformers would take for the package of that name
 sys.modules["deepspeed"] = None  # type: ignore[assignment]
 
 import torch  # noqa: E402

@@ -42,7 +42,7 @@ def prepared(folder: Path) -> Path:
         (file,) = (WIKITEXT_MIRROR / "wikitext-103-v1").glob(f"{split}-*.parquet")
         (folder / "text").mkdir(parents=True, exist_ok=True)
         pq.write_table(pq.read_table(file).slice(0, rows), folder / "text" / f"{split}.parquet")
-    settings = {"tokenizer": f"train:{VOCABULARY}", "no_append_eos": True, "workers": 1, "quiet": True}
+    settings = {"tokenizer": f"train:{VOCABULARY}", "append_eos": False, "workers": 1, "quiet": True}
     return wikift.prepare(dataset=folder / "text", out=folder / "store", **settings)
 
 
@@ -108,9 +108,9 @@ def main() -> None:
                     run = folder / f"{who}-{seed}-{dropout}"
                     model = train(store, start, run, seed, dropout, given.steps)
                     asked: dict[str, Any] = {"split": "validation", "protocol": "blocks", "context": BLOCK}
-                    (score,) = wikift.evaluate(model, data=store, device="cpu", **asked)
-                    print(f"{run.name}: {score.loss}", file=sys.stderr, flush=True)
-                    figures.setdefault(who, {}).setdefault(f"loss, dropout {dropout:g}", []).append(score.loss)
+                    loss = wikift.evaluate(model, data=store, device="cpu", **asked)[0].score.loss
+                    print(f"{run.name}: {loss}", file=sys.stderr, flush=True)
+                    figures.setdefault(who, {}).setdefault(f"loss, dropout {dropout:g}", []).append(loss)
     lines = [*table(figures, "Trainer"), ""]
     for figure, own in figures["wikift"].items():
         gaps = ", ".join(f"{a - b:+.2g}" for a, b in zip(own, figures["Trainer"][figure], strict=True))
