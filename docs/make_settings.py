@@ -12,24 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from wikift.settings import fields, run_fields
 from wikift.settings.habits import answer, habits
 from wikift.settings.options import flag
+from wikift.settings.run_fields import SETTINGS
 
 PAGE = Path(__file__).resolve().parent / "reference" / "settings.md"
 ON_RESUME = {"experiment": "fixed", "schedule": "may change", "placement": "may change", "view": ""}
-COMMANDS = {
-    "prepare": fields.PrepareSettings,
-    "train": fields.TrainSettings,
-    "plan": run_fields.PlanSettings,
-    "consolidate": fields.ConsolidateSettings,
-    "evaluate": fields.EvaluateSettings,
-    "generate": fields.GenerateSettings,
-    "report": run_fields.ReportSettings,
-    "compare": run_fields.CompareSettings,
-    "runs": run_fields.RunsSettings,
-    "log": run_fields.LogSettings,
-}
 INTRODUCTION = """\
 # Settings
 
@@ -62,7 +50,7 @@ here. VALUE is what was typed.
 def page() -> str:
     """The whole page."""
     parts = [INTRODUCTION]
-    for command, settings in COMMANDS.items():
+    for command, settings in SETTINGS.items():
         parts.append(f"## wikift {command}\n")
         if command == "train":
             parts.append(RESUME)
@@ -84,7 +72,7 @@ def other_names() -> list[str]:
     """A row for each line of habits.txt; where commands differ, which one has the option."""
     flags = {
         command: [flag(field.name) for field in dataclasses.fields(settings) if not field.metadata["positional"]]
-        for command, settings in COMMANDS.items()
+        for command, settings in SETTINGS.items()
         if command != "plan"  # which has those of train
     }
     rows = []

@@ -82,8 +82,8 @@ def test_problems_are_one_exception_and_nothing_is_printed(capfd: pytest.Capture
     problems = error.value.problems
     assert [p for p in problems if p.startswith("max_stps: unknown option (did you mean max_steps?)")]
     assert [p for p in problems if p.startswith("block_size 8: must be a whole number, without quotes")]
-    assert [p for p in problems if p.startswith("dry_run: has no effect in wikift.train")]
-    with pytest.raises(wikift.UserError, match="learning-rate -1"):
+    assert [p for p in problems if p.startswith("dry_run: has no effect in Python")]
+    with pytest.raises(wikift.UserError, match="learning_rate -1: must be above 0"):
         wikift.train(learning_rate=-1)
     with pytest.raises(wikift.UserError, match="no such folder"):
         wikift.consolidate("none")

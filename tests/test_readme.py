@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.settings.test_options import COMMANDS
 from wikift.settings.options import parse
+from wikift.settings.run_fields import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "ds_configs" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -59,7 +59,7 @@ def wikift_command(command: str) -> tuple[str, list[str]] | None:
         program = Path(program).stem
     else:
         return None
-    assert program in COMMANDS, command
+    assert program in SETTINGS, command
     return program, rest
 
 
@@ -68,7 +68,7 @@ def test_every_command_parses(command: str) -> None:
     program, *rest = shlex.split(command)
     found = wikift_command(command)
     if found is not None:
-        settings = parse(COMMANDS[found[0]][1], found[1], prog=found[0], description="")
+        settings = parse(SETTINGS[found[0]], found[1])
         config = getattr(settings, "deepspeed", None)
         assert config is None or (ROOT / config).is_file() or (ROOT / "ds_configs" / f"{config}.json").is_file()
     elif program == "make":

@@ -49,16 +49,16 @@ def prepare(**settings: Any) -> Path:
     from wikift.commands.prepare import make
     from wikift.settings.fields import PrepareSettings
 
-    return make(_parsed(PrepareSettings, "prepare", settings, ()))
+    return make(_parsed(PrepareSettings, settings, ()))
 
 
 def train(**settings: Any) -> TrainResult:
     """Fine-tune a model; the same call resumes an interrupted run. Settings: `wikift train --help`."""
     from wikift.commands import train as command
-    from wikift.settings.fields import EXCLUSIVE, TrainSettings
+    from wikift.settings.fields import TrainSettings
     from wikift.watch.record import read_metrics
 
-    parsed = _parsed(TrainSettings, "train", settings, ("dry_run",), exclusive=EXCLUSIVE)
+    parsed = _parsed(TrainSettings, settings, ("dry_run",))
     output_dir, stopped = command.train(parsed)
     metrics: dict[str, Any] = {}
     for values in read_metrics(output_dir / "metrics.jsonl"):
@@ -69,18 +69,17 @@ def train(**settings: Any) -> TrainResult:
 def plan(**settings: Any) -> str:
     """What `train` with these settings would be, need and take. Settings: `wikift plan --help`."""
     from wikift.commands import plan as command
-    from wikift.settings.fields import EXCLUSIVE
-    from wikift.settings.run_fields import PlanSettings
+    from wikift.settings.fields import PlanSettings
 
-    return command.plan(_parsed(PlanSettings, "plan", settings, ("dry_run", "quiet"), exclusive=EXCLUSIVE))[0]
+    return command.plan(_parsed(PlanSettings, settings, ("dry_run", "quiet")))[0]
 
 
 def consolidate(run: str | Path, **settings: Any) -> Path:
     """A run's checkpoint to a Hugging Face directory, which is returned. Settings: `wikift consolidate --help`."""
     from wikift.commands import consolidate as command
-    from wikift.settings.fields import ConsolidateSettings
+    from wikift.settings.run_fields import ConsolidateSettings
 
-    parsed = _parsed(ConsolidateSettings, "consolidate", {"run": run, **settings}, ("quiet",))
+    parsed = _parsed(ConsolidateSettings, {"run": run, **settings}, ("quiet",))
     parsed.checked(command.check)  # before any work: a keyword that is not read is an error
     return command.run(parsed.settings)
 
@@ -88,9 +87,9 @@ def consolidate(run: str | Path, **settings: Any) -> Path:
 def evaluate(*models: str | Path, **settings: Any) -> list[Result]:
     """Perplexities, one result a model, split and protocol. Settings: `wikift evaluate --help`."""
     from wikift.commands import evaluate as command
-    from wikift.settings.fields import EvaluateSettings
+    from wikift.settings.run_fields import EvaluateSettings
 
-    parsed = _parsed(EvaluateSettings, "evaluate", {"models": models, **settings}, ("json", "quiet"))
+    parsed = _parsed(EvaluateSettings, {"models": models, **settings}, ("json", "quiet"))
     parsed.checked(command.check)
     return command.run(parsed.settings)
 
@@ -101,19 +100,17 @@ def generate(model: str | Path, prompts: str | Sequence[str], **settings: Any) -
     Settings: `wikift generate --help`.
     """
     from wikift.commands import generate as command
-    from wikift.settings.fields import GenerateSettings
+    from wikift.settings.run_fields import GenerateSettings
 
     asked = [prompts] if isinstance(prompts, str) else list(prompts)
     left = ("prompt", "prompts_file", "examples", "json", "train", "quiet")
-    parsed = _parsed(GenerateSettings, "generate", {"model": model, **settings}, left)
+    parsed = _parsed(GenerateSettings, {"model": model, **settings}, left)
     return [answer.text for answers in command.texts(parsed, asked) for answer in answers]
 
 
-def _parsed(
-    settings_class: type[Settings], name: str, keywords: dict[str, Any], left: Sequence[str], **about: Any
-) -> Parsed[Settings]:
+def _parsed(settings_class: type[Settings], keywords: dict[str, Any], left: Sequence[str]) -> Parsed[Settings]:
     """The keywords as settings. Those in `left` are of the command line: here they would have no effect."""
-    parsed = parse_all(settings_class, keywords=keywords, prog=f"wikift.{name}", **about)
-    if problems := [f"{word}: has no effect in wikift.{name}; omit it" for word in left if word in keywords]:
+    parsed = parse_all(settings_class, keywords=keywords)
+    if problems := [f"{word}: has no effect in Python; omit it" for word in left if word in keywords]:
         parsed.refuse(problems)
     return parsed

@@ -18,7 +18,7 @@ from wikift.base.errors import UserError
 from wikift.commands.evaluate import main, run
 from wikift.data.store import TokenStore
 from wikift.model.gpt2 import load_model
-from wikift.settings.fields import EvaluateSettings
+from wikift.settings.run_fields import EvaluateSettings
 
 FREE = ("README.md", "generation_config.json", "wikift.json")  # nothing that is computed depends on these
 ROOT = Path(__file__).resolve().parents[2]

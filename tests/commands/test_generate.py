@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -93,15 +93,6 @@ def scripted_tokenizer(scripted: Path) -> Any:
     return AutoTokenizer.from_pretrained(scripted)
 
 
-def test_bytes_that_are_no_text_are_shown_as_such(scripted_tokenizer: Any) -> None:
-    written: list[str] = []
-    stream = Stream(scripted_tokenizer, written.append)
-    first, second = scripted_tokenizer("é")["input_ids"]
-    for token in (second, *scripted_tokenizer("a")["input_ids"], first, first, second):
-        stream.take(token)
-    assert "".join(written) == "\ufffda\ufffdé"
-
-
 @settings(max_examples=100, deadline=None)
 @given(text=st.text("ab—", max_size=12), stop=st.lists(st.text("ab—", min_size=1, max_size=3), min_size=1, max_size=2))
 def test_nothing_of_a_stop_string_is_ever_written(scripted_tokenizer: Any, text: str, stop: list[str]) -> None:
@@ -138,11 +129,9 @@ def test_a_scripted_model_is_quoted_to_its_end(
     assert used == ([0.0, 0, 1.0, 1.0, 42] if temperature == "0" else [0.8, 50, 0.95, 1.1, 42])
     assert main(words) == 0
     assert capsys.readouterr().out == SCRIPT + "\n"
-
-
-def test_an_answer_cut_inside_a_character_ends_before_it(scripted: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cut = len("Hänsch — 東".encode()) - 1
-    assert main([str(scripted), "--prompt", "", "--max-new-tokens", str(cut), "--json", "--device", "cpu"]) == 0
+    cut = len("Hänsch — 東".encode()) - 1  # inside of a character
+    words[words.index("60")] = str(cut)
+    assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["text"], found["new_tokens"], found["finish_reason"]) == ("Hänsch — ", cut, "length")
 
@@ -199,29 +188,19 @@ def test_what_does_not_fit_the_context_is_said(made: Path) -> None:
     # weights so large that every token of the prompt tells in the text
     writer = Writer(GPT2LMHeadModel(config).eval(), AutoTokenizer.from_pretrained(made / "hf"))
     notes: list[str] = []
-    long = (
-        "Steam engines drove the Industrial Revolution . " * 10 + "Maria studied in Paris ; she shared the Nobel Prize "
-    )
+    long = "Steam engines drove the Industrial Revolution . " * 10 + "Maria studied in Paris"
     count = len(writer.tokenizer(long)["input_ids"])
     cut = alone(writer, long, asked(max_new_tokens=10), 0, note=notes.append)
-    assert cut.new_tokens == 10
     assert notes == [f"the prompt has {count} tokens, the model's context is 64: only its last 54 tokens are used"]
-    assert cut.prompt_tokens == count
-    # it is the end that is kept
-    end = writer.tokenizer.decode(writer.tokenizer(long)["input_ids"][-54:])
-    assert len(writer.tokenizer(end)["input_ids"]) == 54, "the cut is where a token begins anyway"
-    assert alone(writer, end, asked(max_new_tokens=10), 0).text == cut.text
-    assert alone(writer, "Paris" + long, asked(max_new_tokens=10), 0).text == cut.text
+    assert (cut.prompt_tokens, cut.new_tokens) == (count, 10)
+    assert alone(writer, "Paris" + long, asked(max_new_tokens=10), 0).text == cut.text, "it is the end that is kept"
     assert alone(writer, long + "Paris", asked(max_new_tokens=10), 0).text != cut.text
 
 
 def test_a_published_models_own_sampling_does_not_mix_in(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    for path in (made / "hf").iterdir():
-        (other / path.name).write_bytes(path.read_bytes())
+    other = shutil.copytree(made / "hf", tmp_path / "other")
     odd = {"do_sample": True, "temperature": 9.0, "max_length": 7, "no_repeat_ngram_size": 1}
     config = json.loads((other / "generation_config.json").read_text())
     (other / "generation_config.json").write_text(json.dumps({**config, **odd}))
@@ -235,22 +214,12 @@ def test_a_published_models_own_sampling_does_not_mix_in(
     assert texts[0] == texts[1]
 
 
-def test_a_model_without_a_tokenizer(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for path in (made / "hf").iterdir():
-        if "token" not in path.name and path.name not in ("vocab.json", "merges.txt"):
-            (tmp_path / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(UserError, match=r"has no tokenizer, neither tokenizer.json nor .*; copy"):
-        main([str(tmp_path), "--prompt", "a", "--device", "cpu"])
-    assert capsys.readouterr().out == ""
-
-
 def test_tokenizer_and_model_must_belong_together(made: Path, tmp_path: Path) -> None:
-    for path in (made / "hf").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "wikift.json").unlink()  # whose checksums would tell first
-    assert train([f"word{number * 7919}" for number in range(500)], 400, tmp_path).vocab_size == 400
+    model = shutil.copytree(made / "hf", tmp_path / "model")
+    (model / "wikift.json").unlink()  # whose checksums would tell first
+    assert train([f"word{number * 7919}" for number in range(500)], 400, model).vocab_size == 400
     with pytest.raises(UserError, match="do not match"):
-        main([str(tmp_path), "--prompt", "a"])
+        main([str(model), "--prompt", "a"])
 
 
 # --- prompts -------------------------------------------------------------------------------------------------------
@@ -313,25 +282,6 @@ def test_the_five_examples(made: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert all(word in prompts.EXAMPLES[0] for word in ("2005", "precision spectroscopy", "optical frequency comb"))
 
 
-def test_user_errors_come_before_torch(tmp_path: Path) -> None:
-    code = (
-        "import sys\nfrom wikift.commands.main import run\nfrom wikift.commands.{} import main\n"
-        "try: run(main, sys.argv[1:])\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
-    )
-    for module, words in (
-        ("generate", ["runs/none", "--temperature", "-1"]),
-        ("consolidate", ["runs/none"]),
-        ("evaluate", ["runs/none"]),
-    ):
-        command = [sys.executable, "-c", code.format(module), *words]
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
-        assert done.stdout == "2 False\n", done.stderr
-        assert done.stderr.startswith("wikift: ")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_the_newest_run_is_the_default(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -340,12 +290,8 @@ def test_the_newest_run_is_the_default(
     (tmp_path / "runs" / "unfinished").mkdir(parents=True)
     (tmp_path / "runs" / "unfinished" / "config.json").write_bytes((made / "config.json").read_bytes())
     for name, age in (("old", 100), ("new", 50)):
-        for path in made.rglob("*"):
-            if path.is_file():
-                copy = tmp_path / "runs" / name / path.relative_to(made)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                copy.write_bytes(path.read_bytes())
-                os.utime(copy, (time.time() - age,) * 2)
+        for copy in shutil.copytree(made, tmp_path / "runs" / name).rglob("*.*"):
+            os.utime(copy, (time.time() - age,) * 2)
     assert folders.newest_run() == Path("runs/new")
     assert main(["--prompt", "a", "--max-new-tokens", "1", "--json", "--device", "cpu"]) == 0
     assert json.loads(capsys.readouterr().out)["model"] == "runs/new/hf"

@@ -52,17 +52,6 @@ def test_torchrun_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> 
     assert steps == list(range(1, len(steps) + 1)), "a step is there twice, or missing"
 
 
-def test_one_process_exits_with_75(tmp_path: Path) -> None:
-    line, run = endless(tmp_path), tmp_path / "run"
-    process = start([sys.executable, TRAIN, *line])
-    until(lambda: logged(run) >= 3, process)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode == 75, output
-    assert "saved; the same command resumes" in output
-    assert "Traceback" not in output
-
-
 LONG_STEP = """
 import hashlib, sys
 sys.path.insert(0, {root!r})

@@ -76,7 +76,7 @@ def test_where_it_does_not_fit_the_plan_names_what_does(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     text = derived(capsys, "--model", "gpt2-xl", "--gpus", "1", "--gpu-memory", "24GB", code=2)
-    assert " too much\n" in text
+    assert " (too much) " in text
     assert "# time: not known; --trial" in text
     assert "wikift train --model gpt2-xl --deepspeed zero2_offload\n" in text
     text = derived(capsys, "--model", "gpt2-large", "--gpus", "1", "--gpu-memory", "24GB", "--max-steps", "9")

@@ -12,7 +12,8 @@ import pytest
 import wikift
 from tests.tiny import arguments, metrics, tiny_store
 from wikift.base.command import as_typed, command_line, program_of
-from wikift.commands.main import COMMANDS, main, run
+from wikift.commands.main import main, run
+from wikift.settings.run_fields import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = str(ROOT / "wikift" / "__main__.py")
@@ -24,7 +25,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(words) == 0
         text = capsys.readouterr().out
         assert text.startswith("usage: wikift COMMAND [options]\n")
-        assert all(f"\n  {name} " in text for name in COMMANDS)
+        assert all(f"\n  {name} " in text for name in SETTINGS)
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"wikift {wikift.__version__}\n"
 
@@ -35,17 +36,6 @@ def test_a_command_that_there_is_not(word: str, hint: str, capsys: pytest.Captur
         run(main, [word])
     assert left.value.code == 2
     assert f"{word}: no such command{hint}; one of prepare, train" in capsys.readouterr().err
-
-
-def test_plan_is_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    printed = []
-    for words in (["plan"], ["train", "--dry-run"]):
-        assert main([*words, "--max-steps", "7"]) == 0
-        printed.append(capsys.readouterr().out.split("# memory of")[0])  # what is free changes
-    assert printed[0] == printed[1]
-    assert "\nmax_steps = 7\n" in printed[0]
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

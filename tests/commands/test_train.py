@@ -17,7 +17,7 @@ import torch
 from tests.ranks import run_ranks
 from tests.tiny import arguments, curve, metrics, problems_of_training, tiny_store, train
 from tests.training.test_early_stopping import stopped_at
-from wikift.base.errors import EnvironmentFault, UserError
+from wikift.base.errors import EnvironmentFault
 from wikift.base.folders import list_checkpoints
 from wikift.checkpoint.reader import open_checkpoint
 from wikift.commands.consolidate import main as consolidate
@@ -111,26 +111,16 @@ def test_divergence_ends_the_run_with_advice(store: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_what_no_run_wrote_is_not_written_over(store: Path, tmp_path: Path, resume: str) -> None:
-    model, own = tmp_path / "model", tmp_path / "own"
-    for folder, name in ((model, "config.json"), (own, "metrics.jsonl")):
+    for name in ("config.json", "metrics.jsonl", "store.json"):
+        folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
         (folder / name).write_text('{"model_type": "gpt2"}')
-        (problem,) = problems_of(store, folder, resume)
+        (problem,) = problems_of_training(arguments(store, folder, resume=resume))
         assert problem.startswith(f"--output-dir {folder}: has {name}, not of a wikift run")
-        assert [path.name for path in folder.iterdir()] == [name]
-        assert (folder / name).read_text() == '{"model_type": "gpt2"}'
-    (problem,) = problems_of(store, store, resume)
-    assert "has store.json, not of a wikift run" in problem
-    log = tmp_path / "logged"
-    log.mkdir()
-    (log / "slurm-17.out").touch()
-    assert main(arguments(store, log, resume=resume, max_steps=1, eval_steps=None)) == 0
-
-
-def problems_of(store: Path, output_dir: Path, resume: str) -> tuple[str, ...]:
-    with pytest.raises(UserError) as error:
-        main(arguments(store, output_dir, resume=resume))
-    return error.value.problems
+        assert [path.read_text() for path in folder.iterdir()] == ['{"model_type": "gpt2"}']
+    (tmp_path / "logged").mkdir()
+    (tmp_path / "logged" / "slurm-17.out").touch()
+    assert train(arguments(store, tmp_path / "logged", resume=resume, max_steps=1, eval_steps=None)) == 0
 
 
 def test_a_run_that_cannot_be_written_any_more_is_said(store: Path, tmp_path: Path) -> None:
@@ -263,15 +253,6 @@ def test_save_only_model_is_a_third_as_large_and_is_not_resumed(tmp_path: Path) 
     ]
 
 
-def test_a_global_batch_larger_than_the_data_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    store = tiny_store(tmp_path / "store", train=3 * 8 + 1)
-    assert train(arguments(store, tmp_path / "run", quiet=False, max_steps=1, eval_steps=None)) == 0
-    assert (
-        "3 blocks of 8 tokens, each read up to 3 times in one step: lower --global-batch-size"
-        in capsys.readouterr().out
-    )
-
-
 def test_own_text_is_prepared_by_one_rank_while_the_others_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -301,11 +282,12 @@ def in_folder(folder: str, command_line: list[str]) -> int:
     return train(command_line)
 
 
-def test_no_validation_text_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    store = tiny_store(tmp_path / "store", validation=0)
-    words: dict[str, Any] = {"eval_steps": None, "max_steps": 2, "quiet": False}
-    assert run_ranks(train, 1, arguments(store, tmp_path / "run", **words)) == [0]
-    assert "no validation" in capsys.readouterr().out
+def test_what_the_data_lacks_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = tiny_store(tmp_path / "store", train=3 * 8 + 1, validation=0)
+    assert train(arguments(store, tmp_path / "run", quiet=False, max_steps=1, eval_steps=None)) == 0
+    text = capsys.readouterr().out
+    assert "no validation" in text
+    assert "3 blocks of 8 tokens, each read up to 3 times in one step: lower --global-batch-size" in text
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.settings.test_options import COMMANDS, LAUNCH
+from tests.settings.test_options import LAUNCH
 from tests.tiny import SHAPE, tiny_store
 from tests.trained import text_store, trained_run
 from wikift.commands import main as exits
@@ -118,7 +118,7 @@ def refused(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     def run(command: str, line: str, *expected: str) -> None:
         before = listing(work)
         with pytest.raises(SystemExit) as left:
-            exits.run(COMMANDS[command][0], shlex.split(line))
+            exits.run(exits.main, [command, *shlex.split(line)])
         check(left.value.code, *capsys.readouterr(), list(expected))
         assert listing(work) == before
 
@@ -132,35 +132,28 @@ def cases(name: str) -> list[Any]:
 
 
 TRAIN = r"""
---learning-rate -1e-4 -> --learning-rate -0.0001: must be above 0
+--learning-rate -1e-4 -> --learning-rate -1e-4: must be above 0
 --deepspeed none.json -> --deepspeed none.json: cannot be read
 --deepspeed not-json.json -> --deepspeed not-json.json: cannot be read (not valid JSON
 --deepspeed zero0.json --engine single -> zero_optimization.stage 0 in zero0.json: must | --engine single:
---deepspeed batch.json -> --gradient-accumulation-steps 3: must divide the 8 blocks
+--deepspeed batch.json -> --global-batch-size 8: must be a multiple of 1 process x 3 (--gradient-accumulation-steps)
 --deepspeed no-zero.json --max-grad-norm 1 --learning-rate 0 \
 -> zero_optimization.stage null in no-zero.json: must be 1, 2 or 3 | \
 optimizer.type "Lamb" in no-zero.json: must be one of Adam, AdamW | \
 --max-grad-norm 1: contradicts gradient_clipping 0.5 in no-zero.json | \
 --learning-rate 0: must be above 0
---adam-beta1 1 --adam-beta2 -0.5 -> --adam-beta1 1: must be at least 0 | --adam-beta2 -0.5: must be at least 0
---data-fraction 10 -> --data-fraction 10: must be above 0 and at most 1
---dropout 1 --adam-epsilon 0 -> --dropout 1: must be | --adam-epsilon 0: must be above 0
---max-steps 0 -> --max-steps 0: must be 1 or more
---num-train-epochs 2 -> --max-steps 12: the length of training is set twice, --num-train-epochs 2 too
---warmup-steps 12 -> --warmup-steps 12: must be less than --max-steps 12
---warmup-steps 1.5 -> --warmup-steps 1.5: must be a whole number, or a fraction below 1
+--num-train-epochs 2 -> --num-train-epochs 2: cannot be used with --max-steps 12; remove one of the two
+--warmup-steps 12 -> --warmup-steps 12: must be less than the run's 12 steps
 --block-size 17 -> --block-size 17: --model gpt2 has only 16 positions
---per-device-train-batch-size 3 -> --per-device-train-batch-size 3: must divide the 8 blocks
 --per-device-train-batch-size 2 --gradient-accumulation-steps 3 \
--> --global-batch-size 8: is not 1 process x 2 (--per-device-train-batch-size) x 3 (--gradient-accumulation-steps) = 6
+-> --global-batch-size 8: must be 1 process x 2 (--per-device-train-batch-size) x 3 (--gradient-accumulation-steps) = 6
 --config-overrides n_layer=many -> --config-overrides n_layer=many: n_layer must be a whole number
 --config-overrides n_layer=2,n_head=2,n_embd=32,n_positions=16,vocab_size=10 \
 -> --config-overrides vocab_size=10: the store's tokenizer has 97
 --engine ddp -> --engine ddp: needs a launcher
 --reduce-dtype bf16 -> --reduce-dtype bf16: has no effect, --engine auto is one process here
 --reduce-dtype fp16 --engine fsdp -> --reduce-dtype fp16: small gradients would underflow without a loss scale
---reduce-dtype bf16 --engine fsdp --no-fsdp-reshard --gradient-accumulation-steps 2 \
--> --reduce-dtype bf16: with --no-fsdp-reshard the 2 micro-batches of a step would be added up in bf16 too
+--reduce-dtype bf16 --engine fsdp --no-fsdp-reshard -> --no-fsdp-reshard: cannot be used with --reduce-dtype bf16
 --residual-dtype bf16 -> --residual-dtype bf16: has no effect without --precision bf16; add it
 --resume run -> --resume run: must be auto, never or a checkpoint
 --output-dir a-file/run -> --output-dir a-file/run: a-file is a file; name a folder
@@ -168,9 +161,9 @@ optimizer.type "Lamb" in no-zero.json: must be one of Adam, AdamW | \
 --engine foo --reduce-dtype bf16 --global-batch-size x --per-device-train-batch-size 3 --num-train-epochs 2 \
 -> --engine foo: must be one of | \
 --global-batch-size x: must be a whole | \
---max-steps 12: the length of training is set twice
+--num-train-epochs 2: cannot be used with --max-steps 12
 --config none.toml --output-dir a-file -> --config none.toml: cannot be read | --output-dir a-file: is a file
---datset x --text-column y --data none -> --datset: unknown option (did | --text-column y: has no effect | --data none:
+--datset x --text-column y --data none -> --datset: unknown option (did | --text-column y: cannot be | --data none:
 --config types.toml -> max_steps 1.5 in types.toml | wandb 1 in types.toml | model 7 in types.toml
 --data none -> --data none: no such folder
 --data a-file -> --data a-file: is no token store
@@ -185,12 +178,9 @@ optimizer.type "Lamb" in no-zero.json: must be one of Adam, AdamW | \
 -> --eval-steps 4: has no effect, no-validation has no validation text | --early-stopping-patience 2: has no effect
 --eval-steps 4 --early-stopping-patience 2 \
 -> --early-stopping-patience 2: has no effect, the run has 3 validations; take 1 or less
---early-stopping-patience 0 -> --early-stopping-patience 0: must be 1 or more
---decay-steps 0.3 -> --decay-steps 0.3: has no effect with --lr-scheduler-type linear
---decay-steps 2.5 --lr-scheduler-type warmup_stable_decay -> --decay-steps 2.5: must be a whole number, or a fraction
 --dataset demo --tokenizer gpt2 --no-append-eos --text-column body --workers 2 \
--> --dataset demo: has no effect, --data store is tokenized already | --text-column body: has no effect | \
---tokenizer gpt2: has no effect | --no-append-eos: has no effect | --workers 2: has no effect
+-> --dataset demo: cannot be used with --data store | --text-column body: cannot be used with --data store | \
+--tokenizer gpt2: cannot be | --no-append-eos: cannot be | --workers 2: cannot be
 --learning-rate -1 --max-steps 0 --model gpt3 --data none --engine ddp --resume nowhere --output-dir a-file \
 -> --learning-rate -1 | --max-steps 0 | --model gpt3 | --data none | --engine ddp | --resume | --output-dir
 """
@@ -244,20 +234,17 @@ CONSOLIDATE = r"""
 none -> none: no such folder
 store -> store: is not a run's folder
 run --step 5 -> --step 5: is not among the checkpoints of run: 4, 8, 12
-run --step 4 --best -> --step 4: has no effect with --best
 run/checkpoints/step-00000004 --best --out new -> --best: has no effect
 run --max-shard-size 5apples -> --max-shard-size 5apples: must be a number and KB
 run --out a-file -> --out a-file: is a file; name a folder
 run --out no-store -> --out no-store: contains files that wikift did not export
-run other -> other: is not an option
-none --step 4 --best --max-shard-size x -> none: no such | --step 4: has no effect | --max-shard-size x: must
+none --step 4 --best --max-shard-size x -> none: no such | --step 4: cannot be used with | --max-shard-size x: must
 """
 
 EVALUATE = r"""
 -> MODEL: required
 run --split tset -> --split tset:
 run --context 16 --stride 17 -> --stride 17: must be at most --context 16
-run --context 64 -> --context 64: run has 32 positions
 run --stride 64 -> --stride 64: run has 32 positions
 run --data store -> its tokenizer is not the one that made store
 run --data none -> --data none: no such folder
@@ -266,50 +253,39 @@ no-config --data text -> no-config: has no config.json
 a-file --data text -> a-file: is a file
 bert --data text -> bert: config.json says model_type 'bert'
 run --splt test --context 0 -> --splt: unknown option (did you mean --split?) | --context 0: must be 1 or more
-run --per-device-eval-batch-size -1 -> --per-device-eval-batch-size -1: must be 1 or more
 run run -> run: is named twice
 run --protocol lm-eval --stride 8 -> --stride 8: has no effect
 run --protocol paper -> --protocol paper: needs the text, not only its tokens; name it with --dataset
 run --text-column x -> --text-column x: has no effect without --dataset
-run --dataset demo --data text -> --data text: has no effect, --dataset demo is set
+run --dataset demo --data text -> --dataset demo: cannot be used with --data text
 run --data one-token -> --data: no split of one-token has two tokens or more
 runs/empty --data text -> runs/empty: has no checkpoint yet
 store --data text -> store: has no config.json
-a-file no-config --data none --stride 0 -> --stride 0: must | --data none: no such | a-file: is | no-config: has no
 """
 
 PLAN = r"""
---gpus 0 -> --gpus 0: must be 1 or more
 --gpus 8 -> --gpus 8: no GPU is here to tell its memory; add --gpu-memory 80GB
 --gpus 1 --gpu-memory much -> --gpu-memory much: must be a number and KB, MB
---gpus 8 --gpu-memory 80GB --mfu 0.4 -> --mfu 0.4: is a part of a GPU's peak in half precision, and no GPU is here
---gpus 8 --gpu-memory 80GB --mfu 0.4 --gpu H1 -> --mfu 0.4: is a part of a GPU's peak in half precision, and of H1
---gpu H100 --trial 0 -> --trial 0: must be | --gpu H100: has no effect without --mfu
---gpus 2 --trial 5 --device cpu -> --gpus 2: has no effect with | --gpus 2: a trial runs
---mfu 0.4 --trial 5 -> --mfu 0.4: has no effect with --trial
+--gpus 8 --gpu-memory 80GB --mfu 0.4 -> --mfu 0.4: is a part of a GPU's peak
+--gpus 8 --gpu-memory 80GB --mfu 0.4 --gpu H1 -> which is not known of H1
+--gpus 2 --trial 5 --device cpu -> --gpus 2: cannot be used with --trial 5 | --device cpu: has no effect on GPUs
 --find-lr -> --find-lr: there is no token store yet
 """
 
 GENERATE = r"""
-run --prompt a --examples --seed -1 -> --prompt and --examples: only one source of prompts | --seed -1: must be
-run --prompt a --prompts-file prompts-latin.txt -> --prompt and --prompts-file: only one source | line 2 is not UTF-8
+run --prompt a --prompts-file prompts-latin.txt -> --prompt a: cannot be used with --prompts-file | line 2 is not UTF-8
 run --prompts-file none.txt -> --prompts-file none.txt: cannot be read
 run --prompts-file . -> --prompts-file .: cannot be read
 run --prompts-file prompts-empty.txt -> --prompts-file prompts-empty.txt: has no prompt in it
-run --temperature -1 --top-p 0 -> --temperature -1: must be 0 or more | --top-p 0: must be above 0
-run --top-k -1 --top-p 1.1 -> --top-k -1: must be 0 or more | --top-p 1.1: must be above 0 and at most 1
-run --max-new-tokens 0 --repetition-penalty 0 -> --max-new-tokens 0: must be 1 or more | --repetition-penalty 0: must be
 run --repetition-penalty 0.05 --temperature hot -> --temperature hot: must be a number | 0.05: must be
 run --stop "" -> --stop: is empty
 run --num-return-sequences 3 --temperature 0 -> all would be the same; raise the temperature
-run --num-return-sequences=0 --batch-size=0 -> -sequences 0: must | -size 0: must
 run --temperature 0 --top-k 9 --top-p 0.5 --seed 1 \
 -> --top-k 9: has no effect at --temperature 0 | --top-p 0.5: has no effect | --seed 1: has no effect
 a-file -> a-file: is a file
 no-store -> no-store: has no config.json (there: notes.txt)
 run/checkpoints/step-00000004 -> is a checkpoint; make a model of it first: wikift consolidate
 gtp2 -> gtp2: no such folder, and no name of the Hub (did you mean gpt2?)
-runs/smal -> runs/smal: no such folder, and no name of the Hub (did you mean runs/small?)
 runs/small/hf -> runs/small/hf: is not there yet; make it: wikift consolidate runs/small
 runs/empty -> has no checkpoint yet; train it first: wikift train --seed 3 --output-dir runs/empty
 zzz/y/hf -> zzz/y/hf: no such folder, and no name of the Hub; train it first: wikift train --output-dir zzz/y
@@ -321,7 +297,6 @@ run --no-train -- --seed 1 -> --no-train: settings after -- are for training
 TABLES = {
     "train from scratch": ("train", FITS, TRAIN),
     "train a model": ("train", "--data store --block-size 8 --max-steps 2 --output-dir out", FINE_TUNE),
-    "train on text": ("train", f"{FITS.replace('--data store ', '')} --tokenizer train:300 --quiet", TEXT),
     "prepare text": ("prepare", "--tokenizer train:300 --out new --quiet", TEXT),
     "prepare": ("prepare", "--dataset good.txt --tokenizer train:300", PREPARE),
     "plan": ("plan", "", PLAN),
@@ -353,7 +328,7 @@ def test_another_experiment_in_a_runs_folder(refused: Any) -> None:
 
 
 AS_PROCESSES: list[tuple[str, str, int, list[str]]] = [  # command, line, processes that a launcher started, expected
-    ("train", FITS, 3, ["--global-batch-size 8: must be a multiple of the 3 processes; take 6 or 9"]),
+    ("train", FITS, 3, ["--global-batch-size 8: must be a multiple of 3 processes; take 6 or 9"]),
     ("train", f"{FITS} --engine single", 2, ["--engine single: uses one process, but"]),
     ("consolidate", "run", 2, ["torchrun: started 2 processes"]),
     ("generate", "run --prompt a", 2, ["torchrun: started 2 processes"]),

@@ -111,13 +111,6 @@ def test_step_and_best_and_one_checkpoint_choose(run: Path, tmp_path: Path, caps
     assert capsys.readouterr().out == ""
 
 
-def test_a_better_validation_without_a_checkpoint_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": 6, "eval_loss": 0.25}) + "\n")
-    assert main([str(run), "--best"]) == 0
-    assert "step 6 was better (0.2500 against" in capsys.readouterr().out
-
-
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 

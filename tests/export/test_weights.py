@@ -23,7 +23,7 @@ _MEASURE = """
 import re, sys
 from pathlib import Path
 import torch
-from wikift.settings.fields import ConsolidateSettings
+from wikift.settings.run_fields import ConsolidateSettings
 from wikift.commands import consolidate
 def peak_kb():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

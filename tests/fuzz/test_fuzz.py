@@ -47,9 +47,10 @@ from wikift.evaluation.text import text_of_store
 from wikift.model.gpt2 import load_config, load_generation_config
 from wikift.settings import deepspeed
 from wikift.settings.checks import check_train
-from wikift.settings.fields import EvaluateSettings, GenerateSettings, PrepareSettings, TrainSettings
+from wikift.settings.fields import PrepareSettings, TrainSettings
 from wikift.settings.options import parse_all
-from wikift.settings.run_plan import resolve
+from wikift.settings.resolve import resolve
+from wikift.settings.run_fields import EvaluateSettings, GenerateSettings
 from wikift.watch.metrics import keep_until
 from wikift.watch.record import read_metrics
 
@@ -114,7 +115,7 @@ def rows(path: Path) -> None:
 
 
 def settings_of(path: Path) -> None:
-    parsed = parse_all(TrainSettings, ["--config", str(path)], prog="wikift train")
+    parsed = parse_all(TrainSettings, ["--config", str(path)])
     parsed.refuse(check_train(resolve(parsed.settings, 1), 1, launched=False))
 
 
@@ -123,7 +124,7 @@ def command_lines(path: Path) -> None:
     arguments = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")
     for each in (PrepareSettings, TrainSettings, EvaluateSettings, GenerateSettings):
         with contextlib.suppress(UserError, SystemExit):
-            parse_all(each, arguments, prog="wikift").refuse(())
+            parse_all(each, arguments).refuse(())
     for first, second in itertools.pairwise(arguments):
         with contextlib.suppress(UserError):
             set_value(GenerateSettings(), first, second)

@@ -5,19 +5,15 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-from typing import Any
 
 import pytest
 
 from wikift.base.errors import UserError
-from wikift.settings import fields
 from wikift.settings.habits import answer, habits, options_in
 from wikift.settings.options import flag, parse
+from wikift.settings.run_fields import SETTINGS
 
-CLASSES: dict[str, type[Any]] = {
-    name: getattr(fields, f"{name.title()}Settings")
-    for name in ("train", "prepare", "consolidate", "evaluate", "generate")
-}
+CLASSES = {name: SETTINGS[name] for name in ("train", "prepare", "consolidate", "evaluate", "generate")}
 NAMES = [name for names, _ in habits() for name in names]
 
 
@@ -42,10 +38,10 @@ def test_what_is_answered_is_taken_by_the_command(command: str) -> None:
         assert set(options_in(text)) <= set(known)
         for other in re.findall("`wikift (.*?)`", text):
             program, *line = shlex.split(other)
-            parse(CLASSES[program], line, prog=program)
+            parse(CLASSES[program], line)
         option = text.partition("; ")[0]
         if re.match("--.* [a-z]", option) and (name, command) != ("fp16", "generate"):  # an option with its value
-            parse(CLASSES[command], shlex.split(option.replace("VALUE", "300")), prog=command)
+            parse(CLASSES[command], shlex.split(option.replace("VALUE", "300")))
 
 
 @pytest.mark.parametrize("command", CLASSES)
@@ -57,7 +53,7 @@ def test_a_name_of_another_tool_is_one_problem(command: str) -> None:
             if flag(name) in flags(command) or not text:
                 continue
             with pytest.raises(UserError) as caught:
-                parse(CLASSES[command], line, prog=command)
+                parse(CLASSES[command], line)
             (problem,) = caught.value.problems
             assert re.match(r"--[\w-]+: (is --\S.* here|omit it, \S|name it without an option)", problem), problem
             assert "VALUE" not in problem or len(line) == 1

@@ -15,37 +15,17 @@ from typing import Any
 import pytest
 
 from wikift.base.errors import EnvironmentFault, UserError
-from wikift.commands import compare, consolidate, evaluate, generate, log, plan, prepare, report, runs, train
 from wikift.commands import main as exits
-from wikift.settings import run_fields
-from wikift.settings.fields import (
-    EXCLUSIVE,
-    ConsolidateSettings,
-    EvaluateSettings,
-    GenerateSettings,
-    PrepareSettings,
-    TrainSettings,
-)
+from wikift.settings.fields import PrepareSettings, TrainSettings
 from wikift.settings.options import flag, parse, parse_all
+from wikift.settings.run_fields import SETTINGS, ConsolidateSettings, EvaluateSettings, GenerateSettings
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 Main = Callable[[Sequence[str]], int]
-COMMANDS: dict[str, tuple[Main, type]] = {
-    "train": (train.main, TrainSettings),
-    "plan": (plan.main, run_fields.PlanSettings),
-    "prepare": (prepare.main, PrepareSettings),
-    "consolidate": (consolidate.main, ConsolidateSettings),
-    "evaluate": (evaluate.main, EvaluateSettings),
-    "generate": (generate.main, GenerateSettings),
-    "report": (report.main, run_fields.ReportSettings),
-    "compare": (compare.main, run_fields.CompareSettings),
-    "runs": (runs.main, run_fields.RunsSettings),
-    "log": (log.main, run_fields.LogSettings),
-}
 
 
 def parsed(*words: str) -> TrainSettings:
-    return parse(TrainSettings, words, prog="train.py", description="", exclusive=EXCLUSIVE)
+    return parse(TrainSettings, words)
 
 
 def problems(*words: str) -> list[str]:
@@ -70,20 +50,22 @@ def test_dashes_and_underscores_are_the_same_in_names_and_kept_in_values() -> No
             words: list[list[str]] = [[flag(name)], ["--" + name]]
         else:
             choices = field.metadata["choices"]
-            value = choices[-1] if choices else "a_b-c" if kind.startswith("str") else "3"
+            value = choices[-1] if choices else "a_b-c" if kind.startswith("str") else "3" if "int" in kind else "0.5"
             if field.name == "config":
                 continue
             words = [[flag(field.name), value], [f"--{field.name}={value}"], [f"--{field.name}", value]]
-        first, *others = [getattr(parsed(*line), field.name) for line in words]
+        first, *others = [getattr(parse_all(TrainSettings, line).settings, field.name) for line in words]
         assert all(other == first for other in others)
         assert first != field.default or field.metadata["choices"], field.name
     assert parsed("--output_dir", "my_run-1").output_dir == "my_run-1"
 
 
 def test_numbers_below_zero_and_texts_with_a_dash_are_values() -> None:
-    assert parse(GenerateSettings, ["--prompt", "- a", "--stop", "-- b"], prog="").prompt == "- a"
-    assert parsed("--learning-rate", "-1e-5", "--dropout", "-.5").learning_rate == -1e-5
-    assert parsed("--dropout=-1").dropout == -1
+    assert parse(GenerateSettings, ["--prompt", "- a", "--stop", "-- b"]).prompt == "- a"
+    assert problems("--learning-rate", "-1e-5", "--dropout", "-.5") == [
+        "--learning-rate -1e-5: must be above 0",
+        "--dropout -.5: must be at least 0 and below 1",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -91,18 +73,21 @@ def test_numbers_below_zero_and_texts_with_a_dash_are_values() -> None:
     [
         (["--max-steps", "1.5"], "--max-steps 1.5: must be a whole number"),
         (["--max-steps", "1e3"], "--max-steps 1e3: must be a whole number"),
-        (["--max-steps", ""], "--max-steps '': must be a whole number"),
         (["--learning-rate", "fast"], "--learning-rate fast: must be a number"),
         (["--learning-rate", "nan"], "--learning-rate nan: must be a finite number"),
-        (["--learning-rate", "-inf"], "--learning-rate -inf: must be a finite number"),
         (["--precision", "fp8"], "--precision fp8: must be one of auto, bf16, fp16, fp32"),
         (["--output-dir", ""], "--output-dir '': must not be empty"),
         (["--model", os.fsdecode(b"caf\xe9")], "must be UTF-8 text"),
         (["--max-steps"], "--max-steps: needs a value"),
         (["--dry-run=yes"], "--dry-run yes: takes no value; write --dry-run or --no-dry-run"),
-        (["--no-append-eos=1"], "--no-append-eos 1: takes no value"),
         (["--gradient_checkpointing", "True"], "--gradient-checkpointing True: takes no value"),
         (["--max-steps", "1", "--max_steps=2"], "--max-steps: is set 2 times (1, 2); keep one"),
+        (["--max-steps", "0"], "--max-steps 0: must be 1 or more"),
+        (["--adam-beta1", "1"], "--adam-beta1 1: must be at least 0 and below 1"),
+        (["--warmup-steps", "1.5"], "--warmup-steps 1.5: must be a whole number, or a fraction below 1"),
+        (["--max-steps", "5", "--num-train-epochs", "2"], "cannot be used with --num-train-epochs 2; remove one of"),
+        (["--data", "x", "--no-append-eos"], "--no-append-eos: cannot be used with --data x; remove one of the two"),
+        (["--config-overrides", "n_layer=1"], "has no effect without --from-scratch; add that, or remove this"),
         (["--wandb", "--no-wandb"], "--wandb: is set 2 times (True, False); keep one"),
         (["5"], "5: is not an option, and none takes it; write --NAME VALUE"),
         (["--max-step", "5"], "--max-step: unknown option (did you mean --max-steps?)"),
@@ -113,7 +98,6 @@ def test_numbers_below_zero_and_texts_with_a_dash_are_values() -> None:
         (["--dtype", "bfloat16"], "--dtype: is --precision here; bf16, fp16 or fp32"),
         (["--dataset_config_name", "wikitext-2-v1"], "of WikiText the name: --dataset wikitext-2-v1"),
         (["--zzz"], "--zzz: unknown option; see --help"),
-        (["--stride", "5"], "--stride: unknown option; see --help"),
         (["--fp16", "True"], "--fp16: is --precision fp16 here"),
         (["--model_name_or_path", "my model"], "--model_name_or_path: is --model 'my model' here"),
         (["--warmup_ratio=.1"], "--warmup_ratio: is --warmup-steps .1 here; below 1 it is a fraction of the run"),
@@ -140,7 +124,9 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
 
 
 def test_toml_and_json_say_the_same_and_the_command_line_wins(tmp_path: Path) -> None:
-    toml = written(tmp_path / "a.toml", '# ours\nmax-steps = 7\nlearning_rate = 1\nmodel = "distilgpt2"\nwandb = true')
+    toml = written(
+        tmp_path / "a.toml", '\ufeff# ours\r\nmax-steps = 7\nlearning_rate = 1\nmodel = "distilgpt2"\nwandb = true'
+    )
     content = {"max_steps": 7, "learning-rate": 1, "model": "distilgpt2", "wandb": True}
     from_json = written(tmp_path / "a.json", json.dumps(content))
     expected = TrainSettings(max_steps=7, learning_rate=1.0, model="distilgpt2", wandb=True)
@@ -149,24 +135,11 @@ def test_toml_and_json_say_the_same_and_the_command_line_wins(tmp_path: Path) ->
         assert isinstance(parsed("--config", file).learning_rate, float)
         line = parsed("--config", file, "--model", "gpt2", "--max_steps", "9", "--no-wandb")
         assert (line.model, line.max_steps, line.learning_rate, line.wandb) == ("gpt2", 9, 1.0, False)
-
-
-def test_how_each_setting_was_given_is_told(tmp_path: Path) -> None:
-    file = tmp_path / "my.toml"
-    file.write_text("seed = 7\nmax-steps = 9\n")
-    words = ["--config", str(file), "--max_steps=5", "--model", "gpt2"]
-    assert parse_all(TrainSettings, words, prog="train.py").typed == {
-        "config": f"--config {file}",
-        "max_steps": "--max-steps 5",
-        "model": "--model gpt2",
-        "seed": f"seed 7 in {file}",
-    }
-
-
-def test_a_file_from_windows_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "a.toml"
-    path.write_bytes(b"\xef\xbb\xbfmax_steps = 7\r\nmodel = 'gpt2-xl'\r\n")
-    assert parsed("--config", str(path)).max_steps == 7
+    words = ["--config", toml, "--max_steps=9", "--model", "gpt2"]
+    assert parse_all(TrainSettings, words).typed == {  # how each was set
+        "config": f"--config {toml}", "max_steps": "--max-steps 9", "model": "--model gpt2",
+        "learning_rate": f"learning_rate 1 in {toml}", "wandb": f"wandb True in {toml}",
+    }  # fmt: skip
 
 
 def test_an_answer_on_the_line_displaces_what_hangs_on_the_question_in_the_file(tmp_path: Path) -> None:
@@ -187,19 +160,13 @@ def test_an_answer_on_the_line_displaces_what_hangs_on_the_question_in_the_file(
     ("name", "content", "expected"),
     [
         ("a.toml", "max_steps = 1.5", "max_steps 1.5 in {}: must be a whole number"),
-        ("a.toml", "max_steps = inf", "max_steps inf in {}: must be a whole number"),
         ("a.toml", "learning_rate = nan", "learning_rate nan in {}: must be a finite number"),
-        ("a.toml", "learning_rate = -inf", "learning_rate -inf in {}: must be a finite number"),
         ("a.json", '{"learning_rate": 1' + "0" * 400 + "}", "in {}: must be a number"),
         ("a.toml", 'max_steps = "5"', "max_steps 5 in {}: must be a whole number, without quotes"),
         ("a.toml", "max_steps = true", "max_steps True in {}: must be a whole number, not true or false"),
-        ("a.toml", "max_steps = [1, 2]", "max_steps 1 2 in {}: must be a whole number"),
-        ("a.json", '{"max_steps": null}', "max_steps None in {}: must be a whole number"),
         ("a.toml", "model = 5", "model 5 in {}: must be text, in quotes"),
         ("a.toml", 'model = "a\\u0000"', "in {}: must not be empty"),
-        ("a.toml", "wandb = 1", "wandb 1 in {}: must be true or false"),
         ("a.toml", 'wandb = "true"', "wandb true in {}: must be true or false"),
-        ("a.toml", 'precision = "fp8"', "precision fp8 in {}: must be one of auto"),
         ("a.toml", "[train]\nmax_steps = 5", "train in {}: unknown option; see --help"),
         ("a.toml", 'config = "b.toml"', "config in {}: unknown option; see --help"),
         ("a.toml", "max_steps = 5\nmax-steps = 6", "max_steps in {}: is set twice, with - and with _"),
@@ -230,8 +197,8 @@ def test_a_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: py
     assert (line.output_dir, line.dataset) == (f"{tmp_path}/run", (f"{tmp_path}/a.txt", "b.txt"))
     assert (line.model, line.tokenizer) == (f"{tmp_path}/model", f"{tmp_path}/t")
     assert line.resume == f"{tmp_path}/r/checkpoints/x"
-    assert parse(EvaluateSettings, ["~/a", "b"], prog="").models == (f"{tmp_path}/a", "b")
-    assert parse(GenerateSettings, ["--prompt", "~/a", "--prompts-file", "~/a"], prog="").prompt == "~/a"
+    assert parse(EvaluateSettings, ["~/a", "b"]).models == (f"{tmp_path}/a", "b")
+    assert parse(GenerateSettings, ["--prompt", "~/a"]).prompt == "~/a"
     for settings in (PrepareSettings, TrainSettings, ConsolidateSettings, EvaluateSettings, GenerateSettings):
         paths = {"config", "data", "deepspeed", "model", "out", "output_dir", "prompts_file", "run", "sample_prompts"}
         named = {field.name for field in dataclasses.fields(settings) if field.metadata["path"]}
@@ -243,37 +210,37 @@ def test_a_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: py
 
 def test_positional_settings() -> None:
     def models(*words: str) -> tuple[str, ...]:
-        return parse(EvaluateSettings, words, prog="evaluate.py", description="").models
+        return parse(EvaluateSettings, words).models
 
     assert models() == ()
     for words in (["a", "b", "--split", "test"], ["a", "--split", "test", "b"], ["--split", "test", "a", "b"]):
         assert models(*words) == ("a", "b")
-    assert parse(ConsolidateSettings, ["run"], prog="", description="").run == "run"
-    assert parse(ConsolidateSettings, [], prog="", description="").run is None
+    assert parse(ConsolidateSettings, ["run"]).run == "run"
+    assert parse(ConsolidateSettings, []).run is None
     with pytest.raises(UserError, match="other: is not an option"):
-        parse(ConsolidateSettings, ["run", "other"], prog="", description="")
+        parse(ConsolidateSettings, ["run", "other"])
     with pytest.raises(UserError, match=r"MODEL .*must not be empty"):
         models("a", "")
-    assert parse(GenerateSettings, ["--prompt", ""], prog="", description="").prompt == ""
+    assert parse(GenerateSettings, ["--prompt", ""]).prompt == ""
 
 
 # --- help --------------------------------------------------------------------------------------------------------
 
 
 def test_every_launch_script_is_tested_here() -> None:
-    assert {path.stem for path in LAUNCH.glob("*.py")} == set(COMMANDS)
+    assert {path.stem for path in LAUNCH.glob("*.py")} == set(SETTINGS)
 
 
 def help_of(command: str, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as left:
-        COMMANDS[command][0](["--help"])
+        exits.main([command, "--help"])
     assert left.value.code == 0
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("columns", [60, 80, 200])
+@pytest.mark.parametrize("command", SETTINGS)
+@pytest.mark.parametrize("columns", [60, 200])
 def test_help_fits_and_shows_groups_settings_and_defaults(
     command: str, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -281,7 +248,7 @@ def test_help_fits_and_shows_groups_settings_and_defaults(
     assert max(map(len, text.splitlines())) <= columns
     headings = re.findall(r"^(\w+):$", text, re.MULTILINE)
     assert len(headings) == len(set(headings))
-    fields = dataclasses.fields(COMMANDS[command][1])
+    fields = dataclasses.fields(SETTINGS[command])
     assert {f.metadata["group"] for f in fields if not f.metadata["positional"]} <= set(headings)
     entries = re.split(r"\n  (?=-|[A-Z])", text.split("\n\n", 1)[1])
     for field in fields:
@@ -297,7 +264,7 @@ def test_help_fits_and_shows_groups_settings_and_defaults(
             assert f"default:{'yes' if default is True else default})".replace(" ", "") in words, field.name
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_help_as_a_process_is_instant(command: str, tmp_path: Path) -> None:
     line = [sys.executable, "-X", "importtime", str(LAUNCH / f"{command}.py"), "--help"]
     done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "COLUMNS": "80"})
@@ -307,19 +274,6 @@ def test_help_as_a_process_is_instant(command: str, tmp_path: Path) -> None:
     assert "wikift.settings.options" in imported
     assert not imported & {"torch", "transformers", "datasets", "tokenizers", "pyarrow", "rich", "wandb"}
     assert list(tmp_path.iterdir()) == []
-
-
-def test_help_takes_half_a_second_of_the_processor() -> None:
-    """Which other work on the machine does not change; the best of three."""
-    assert min(processor_seconds([sys.executable, str(LAUNCH / "train.py"), "--help"]) for _ in range(3)) < 0.5
-
-
-def processor_seconds(line: list[str]) -> float:
-    child = subprocess.Popen(line, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    assert child.returncode == 0
-    return usage.ru_utime + usage.ru_stime
 
 
 # --- how a command ends ------------------------------------------------------------------------------------------

@@ -6,16 +6,16 @@ import dataclasses
 
 import pytest
 
-from tests.settings.test_options import COMMANDS
+from wikift.settings.run_fields import SETTINGS
 
-SETTINGS = {
+PINNED = {
     "prepare": """
         append_eos config dataset dataset_config dataset_revision encoding out quiet seed text_column tokenizer
         validation_fraction verify workers
     """,
     "train": """
         adam_beta1 adam_beta2 adam_epsilon append_eos async_save block_size compile config config_overrides data
-        data_fraction dataset dataset_config dataset_revision decay_steps deepspeed deterministic device dropout
+        data_fraction dataset dataset_config dataset_revision deepspeed deterministic device dropout
         dry_run early_stopping_patience encoding engine eval_steps from_scratch fsdp_reshard global_batch_size
         gradient_accumulation_steps gradient_checkpointing hang_timeout learning_rate logging_steps lr_scheduler_type
         max_eval_samples max_grad_norm max_steps model num_train_epochs on_nonfinite output_dir
@@ -50,8 +50,8 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("command", SETTINGS)
+@pytest.mark.parametrize("command", PINNED)
 def test_the_set_of_settings(command: str) -> None:
-    names = {field.name for field in dataclasses.fields(COMMANDS[command][1])}
-    inherited = SETTINGS["train"].split() if command == "plan" else []
-    assert sorted(names.difference(inherited)) == SETTINGS[command].split()
+    names = {field.name for field in dataclasses.fields(SETTINGS[command])}
+    inherited = PINNED["train"].split() if command == "plan" else []
+    assert sorted(names.difference(inherited)) == PINNED[command].split()

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from wikift.commands.main import main
-from wikift.settings.fields import EvaluateSettings, TrainSettings
+from wikift.settings.fields import TrainSettings
 from wikift.settings.options import parse
+from wikift.settings.run_fields import EvaluateSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").iterdir())
@@ -23,11 +24,11 @@ def test_a_recipe_plans_and_tells_its_score(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     facts = dict(re.findall(r"^# (\w+): (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE))
-    settings = parse(TrainSettings, ["--config", str(path)], prog="wikift train")
+    settings = parse(TrainSettings, ["--config", str(path)])
     assert settings.output_dir == f"runs/{path.stem}", "no recipe resumes another's run"
     program, command, *words = shlex.split(facts["score"])
     assert (program, command) == ("wikift", "evaluate")
-    assert parse(EvaluateSettings, words, prog="wikift evaluate").models == (settings.output_dir,)
+    assert parse(EvaluateSettings, words).models == (settings.output_dir,)
     assert facts["source"]
     assert f"`recipes/{path.name}`" in PAGE
     assert re.split(r" \(|;", facts["expected"])[0] in PAGE

@@ -257,7 +257,7 @@ def test_the_job_for_kubernetes_is_whole() -> None:
         found = wikift_command(re.sub(r"\$\(\w+\)", "0", shlex.join(container["command"])))
         assert found is not None
         assert found[0] == "train"
-        settings = cli.parse(TrainSettings, found[1], prog="train", description="")
+        settings = cli.parse(TrainSettings, found[1])
         assert (ROOT / str(settings.deepspeed)).is_file()
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from wikift.base.console import printable
 from wikift.base.files import json_line
-from wikift.settings.fields import GenerateSettings
-from wikift.settings.generate_checks import SAMPLING, with_defaults
+from wikift.settings.checks import SAMPLING, with_defaults
+from wikift.settings.run_fields import GenerateSettings
 
 if TYPE_CHECKING:
     from wikift.generation.sampler import Sampling

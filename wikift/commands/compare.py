@@ -11,7 +11,6 @@ from wikift.base.command import command_line
 from wikift.base.console import print
 from wikift.base.errors import EXIT_DONE, UserError
 from wikift.commands.report import ROLES_OF_SETTINGS
-from wikift.settings.checks import range_problems
 from wikift.settings.options import parse_all
 from wikift.settings.run_fields import CompareSettings
 from wikift.watch.record import RunRecord, aligned, differing, read_runs, told_of_damage
@@ -26,14 +25,7 @@ Compared = tuple[str, float, float, float, float]  # name, both values, their di
 @told_of_damage()
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns 0 where the runs are equal within the bound, else 1."""
-    parsed = parse_all(
-        CompareSettings,
-        argv,
-        prog="wikift compare",
-        description="Two runs: the settings that differ, validation losses and scores by wikift evaluate. Exit code 0: "
-        "every difference is within --within; 1: one is not; 2: there is nothing to compare.",
-        epilog="examples:\n  wikift compare runs/a runs/b\n  wikift compare runs/a runs/b --within 0.001",
-    )
+    parsed = parse_all(CompareSettings, argv)
     (one, other), within = parsed.checked(_check), parsed.settings.within
     compared = [*_validations(one, other), *_scores(one, other)]
     if not compared:
@@ -59,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check(settings: CompareSettings) -> list[RunRecord]:
-    problems = range_problems(settings)
+    problems = []
     if len(settings.runs) != 2:
         problems.append(
             f"RUN {' '.join(settings.runs)}: must be two runs' folders; {command_line('report')} takes more"

@@ -11,28 +11,21 @@ from wikift.base.command import command_line
 from wikift.base.console import print
 from wikift.base.conversions import third_party
 from wikift.base.errors import EXIT_DONE, UserError
-from wikift.base.files import parse_size, read_json, read_jsonl
+from wikift.base.files import parse_size, read_json
 from wikift.base.launcher import launch
 from wikift.base.names import EXPORT_RECORD
 from wikift.checkpoint.reader import best_checkpoint
 from wikift.export.export import export
 from wikift.export.push import push, push_problems
 from wikift.settings.checks import problems_of
-from wikift.settings.fields import ConsolidateSettings
 from wikift.settings.options import parse_all
+from wikift.settings.run_fields import ConsolidateSettings
 
 Say = Callable[[str], None]
 
 
 def main(argv: Sequence[str]) -> int:
-    parsed = parse_all(
-        ConsolidateSettings,
-        argv,
-        prog="wikift consolidate",
-        description="Make a standard Hugging Face directory of a run's newest (or best, or a given) checkpoint.",
-        epilog="examples:\n  wikift consolidate runs/gpt2-wikitext-2-v1\n"
-        "  wikift consolidate runs/gpt2-wikitext-2-v1 --best --dtype bfloat16 --out models/small",
-    )
+    parsed = parse_all(ConsolidateSettings, argv)
     parsed.checked(check)
     settings = parsed.settings
     say = (lambda text: None) if settings.quiet else print
@@ -54,7 +47,7 @@ def run(settings: ConsolidateSettings, say: Say = lambda text: None) -> Path:
     check(settings)
     source = Path(str(settings.run))
     folder = _run_folder(str(settings.run))
-    checkpoint = source if folders.is_checkpoint(source) else _choose(folder, settings, say)
+    checkpoint = source if folders.is_checkpoint(source) else _choose(folder, settings)
     target = Path(settings.out) if settings.out else folder / "hf"
     export(checkpoint, target, dtype=settings.dtype, shard_bytes=parse_size(settings.max_shard_size), say=say)
     if settings.push_to_hub is not None:
@@ -98,12 +91,8 @@ def check(settings: ConsolidateSettings) -> None:
     if launch().size > 1:
         problems.append(f"torchrun: started {launch().size} processes, this command is one; start it with python")
     problems += problems_of(lambda: parse_size(settings.max_shard_size))
-    if settings.step is not None and settings.best:
-        problems.append(f"--step {settings.step}: has no effect with --best; omit one of the two")
     if settings.push_to_hub is not None:
         problems += push_problems(settings.push_to_hub)
-    elif not settings.private:
-        problems.append("--no-private: has no effect without --push-to-hub; omit it")
     if settings.run is None:
         problems.append("RUN_OR_CHECKPOINT: is missing; name a run, runs/NAME, or one checkpoint of it")
     else:
@@ -125,7 +114,7 @@ def _source_problems(source: Path, settings: ConsolidateSettings) -> list[str]:
     return problems_of(lambda: folders.run_config(source))
 
 
-def _choose(folder: Path, settings: ConsolidateSettings, say: Say) -> Path:
+def _choose(folder: Path, settings: ConsolidateSettings) -> Path:
     """The run's checkpoint asked for. Raises UserError listing those it has."""
     steps = folders.checkpoint_steps(folder)
     listed = ", ".join(map(str, steps))
@@ -135,16 +124,6 @@ def _choose(folder: Path, settings: ConsolidateSettings, say: Say) -> Path:
         raise UserError(f"--step {settings.step}: is not among the checkpoints of {folder}: {listed}; use one of these")
     if not settings.best:
         return folders.step_folder(folder, steps[-1] if settings.step is None else settings.step)
-    best = best_checkpoint(folder)
-    if best is None:
+    if (best := best_checkpoint(folder)) is None:
         raise UserError(f"--best: no checkpoint of {folder} was validated; omit it, or name a --step of {listed}")
-    saved = read_json(best / "manifest.json")["eval_loss"]
-    validated = [row for row in read_jsonl(folder / folders.METRICS) if row.get("eval_loss") is not None]
-    lowest = min(validated, key=lambda row: row["eval_loss"], default={"eval_loss": saved})
-    if lowest["eval_loss"] < saved:
-        say(
-            f"step {lowest['step']} was better ({lowest['eval_loss']:.4f} against {saved:.4f}), but no checkpoint was "
-            "made there; train with --save-steps as small as --eval-steps, or with --early-stopping-patience, which "
-            "keeps the best"
-        )
     return best

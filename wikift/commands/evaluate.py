@@ -26,39 +26,18 @@ from wikift.data.store import TokenStore, check_tokenizer, open_store
 from wikift.evaluation.protocols import PROTOCOLS, Protocol, loaded_scorer, measure, setups
 from wikift.evaluation.report import Result, as_json, keep, table
 from wikift.evaluation.text import Text, splits_of, text_of_dataset, text_of_store
-from wikift.settings.checks import check_data, problems_of, range_problems
-from wikift.settings.fields import DataSettings, EvaluateSettings
-from wikift.settings.options import flag, parse_all
+from wikift.settings.checks import check_data, problems_of
+from wikift.settings.fields import DataSettings
+from wikift.settings.options import parse_all
+from wikift.settings.run_fields import EvaluateSettings
 
 if TYPE_CHECKING:
     from wikift.base.world import World
 
 
-EPILOG = """examples:
-  wikift evaluate runs/gpt2-wikitext-2-v1
-  wikift evaluate gpt2 runs/mine/hf --dataset wikitext-103-raw-v1 --split test
-  wikift evaluate gpt2 --dataset wikitext-2-raw-v1 --protocol lm-eval --split test
-  torchrun --nproc_per_node=4 -m wikift evaluate gpt2-xl --data data/wikitext-103-raw-v1-gpt2 --context 1024 --stride 64
-
-protocols:
-  hf-doc   transformers' page on perplexity: rows joined by blank lines, strides 1024 and 512, per token
-  blocks   run_clm.py's disjoint blocks, nothing dropped, per token and word
-  knn      neulab/knn-transformers: context 1024, stride 512, per token and word
-  paper    the GPT-2 paper: detokenized text, per original word
-  lm-eval  lm-evaluation-harness' task wikitext: detokenized pages, per original word and byte
-  free     --context and --stride as you like; the same without --protocol"""
-
-
 def main(argv: Sequence[str]) -> int:
     """The command, on one process or under torchrun."""
-    parsed = parse_all(
-        EvaluateSettings,
-        argv,
-        prog="wikift evaluate",
-        description="Perplexity of models by the field's protocols, side by side; without --protocol, all that the "
-        "text allows.",
-        epilog=EPILOG,
-    )
+    parsed = parse_all(EvaluateSettings, argv)
     store, settings = parsed.checked(check), parsed.settings
     results: list[Result] = []
     text = _text(settings, store)
@@ -137,7 +116,6 @@ def check(settings: EvaluateSettings) -> TokenStore | None:
     Raises UserError with every problem that shows without loading a model or reading text.
     """
     problems = [] if settings.models else ["MODEL: required; a run (runs/NAME), a model folder or a Hub name"]
-    problems += range_problems(settings)
     if settings.context is not None and settings.stride is not None and settings.stride > settings.context:
         problems.append(f"--stride {settings.stride}: must be at most --context {settings.context}")
     if settings.protocol == "lm-eval" and settings.stride is not None:
@@ -161,14 +139,9 @@ def _store(settings: EvaluateSettings) -> TokenStore | None:
     if settings.dataset is not None:
         asked = _text_settings(settings)
         problems = check_data(asked) + source_problems(source_of(asked))
-        if settings.data is not None:
-            problems.append(f"--data {settings.data}: has no effect, --dataset {settings.dataset[0]} is set; omit one")
         if problems:
             raise UserError(*problems)
         return None
-    for name in ("dataset_config", "text_column", "encoding"):
-        if getattr(settings, name) != getattr(EvaluateSettings(), name):
-            raise UserError(f"{flag(name)} {getattr(settings, name)}: has no effect without --dataset; omit it")
     runs = [run for name in settings.models if (run := folders.run_of(name)) is not None]
     paths = [settings.data] if settings.data else [str(folders.run_config(run)["store_path"]) for run in runs]
     stores = [open_store(path, verify=True) for path in paths]

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wikift.base.errors import UserError
 from wikift.base.files import parse_size, show_bytes
 from wikift.base.launcher import launch
-from wikift.settings.fields import TrainSettings
-from wikift.settings.reproduce import command_of
-from wikift.settings.run_fields import PlanSettings
+from wikift.settings.fields import PlanSettings, TrainSettings
+from wikift.settings.resolve import command_of
 from wikift.settings.run_plan import RunPlan, work_of
+from wikift.watch.record import aligned
 
 if TYPE_CHECKING:
     from wikift.base.work import Work
@@ -102,14 +102,12 @@ def table(settings: TrainSettings, run: RunPlan, machine: Machine, precision: st
         parts = memory_parts(work, on.ranks, gpu=machine.gpu)
         total = sum(part.bytes for part in parts.values())
         figures = [f"{part.bytes / 1e9:.2f}" for part in parts.values()]
-        rows.append([name, str(work.micro_batch), *figures, f"{total / 1e9:.2f}{' too much' * (total > machine.room)}"])
+        label = name + " (too much)" * (total > machine.room)
+        rows.append([label, str(work.micro_batch), *figures, f"{total / 1e9:.2f}"])
         of_each = {kind: f"{kind} {part.formula}" for kind, part in parts.items()}
         common = f"  all: {of_each.pop('activations')}, {of_each.pop('logits')}"
         formulas.append(f"  {name}: {', '.join(of_each.values())}")
-    widths = [max(len(row[column].removesuffix(" too much")) for row in rows) for column in range(len(_COLUMNS))]
-    for row in rows:
-        cells = [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
-        yield "  ".join([f"{row[0]:<{widths[0]}}", *cells])
+    yield from aligned(rows, right=True).splitlines()
     yield from [*formulas, common]
 
 
@@ -138,16 +136,9 @@ def speed_by_mfu(asked: PlanSettings, run: RunPlan, precision: str) -> tuple[flo
     name = asked.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else "")
     peak = peak_of(name)
     if peak is None or precision == "fp32":
-        why = (
-            "in fp32 there is none"
-            if precision == "fp32"
-            else f"of {name} it is not known"
-            if name
-            else "no GPU is here"
-        )
         raise UserError(
-            f"--mfu {asked.mfu:g}: is a part of a GPU's peak in half precision, and {why}; name --gpu H100, or use "
-            "--trial 20"
+            f"--mfu {asked.mfu:g}: is a part of a GPU's peak in half precision, which is not known of "
+            f"{name or 'no GPU'} in {precision}; name --gpu H100 and --precision bf16, or use --trial 20"
         )
     flops, ranks = run.model.shape.flops_per_token(run.block_size), run.layout.ranks
     speed = float(asked.mfu or 0) * peak * ranks / flops

@@ -22,34 +22,23 @@ from wikift.base.launcher import launch
 from wikift.commands.answers import print_answer, print_answers, sampling_of, speed
 from wikift.commands.consolidate import model_source
 from wikift.generation import prompts
-from wikift.settings.checks import check_train, problems_of
-from wikift.settings.fields import EXCLUSIVE, GenerateSettings, TrainSettings
-from wikift.settings.generate_checks import check_sampling
+from wikift.settings.checks import check_sampling, check_train, problems_of
+from wikift.settings.fields import TrainSettings
 from wikift.settings.options import Parsed, parse_all
-from wikift.settings.run_plan import resolve
+from wikift.settings.resolve import resolve
+from wikift.settings.run_fields import GenerateSettings
 
 if TYPE_CHECKING:
     from wikift.generation.writer import Answer, Writer
 
 Say = Callable[[str], None]
 
-DESCRIPTION = "Generate text from a prompt. Without a prompt it is interactive."
-EPILOG = """examples:
-  wikift generate                              the newest run, interactive
-  wikift generate runs/NAME --prompt "The Renaissance was"
-  wikift generate runs/NAME --examples --json --seed 7
-  wikift generate runs/NAME --prompts-file FILE --batch-size 32 --stop "\\n" --json
-  wikift generate -- --dataset demo --from-scratch
-                     where runs/ has no model yet: settings after -- are those of wikift train"""
-
 
 def main(argv: Sequence[str]) -> int:
     arguments = list(argv)
     end = arguments.index("--") if "--" in arguments else len(arguments)
     training = arguments[end + 1 :] if end < len(arguments) else None
-    parsed = parse_all(
-        GenerateSettings, arguments[:end], prog="wikift generate", description=DESCRIPTION, epilog=EPILOG
-    )
+    parsed = parse_all(GenerateSettings, arguments[:end])
     settings, texts = parsed.checked(lambda settings: _checked(settings, training))
     say = _sayer(settings)
     for stream in (sys.stdin, sys.stdout):
@@ -81,14 +70,6 @@ def main(argv: Sequence[str]) -> int:
 def _checked(settings: GenerateSettings, training: list[str] | None) -> tuple[GenerateSettings, list[str] | None]:
     """The settings, and the prompts asked for, None for an interactive session. Raises UserError with all problems."""
     problems = check_sampling(settings)
-    sources = {
-        "--prompt": settings.prompt is not None,
-        "--prompts-file": settings.prompts_file is not None,
-        "--examples": settings.examples,
-    }
-    chosen = [name for name, used in sources.items() if used]
-    if len(chosen) > 1:
-        problems.append(f"{' and '.join(chosen)}: only one source of prompts can be used; remove the others")
     if launch().size > 1:
         problems.append(f"torchrun: started {launch().size} processes, this command is one; start it with python")
     if training is not None and not settings.train:
@@ -120,7 +101,7 @@ def _train_first(arguments: list[str], settings: GenerateSettings) -> tuple[int,
 
     Raises UserError where training is not allowed or not wanted, or left no model.
     """
-    parsed = parse_all(TrainSettings, arguments, prog="wikift train", exclusive=EXCLUSIVE)
+    parsed = parse_all(TrainSettings, arguments)
     resolved = resolve(parsed.settings, 1)
     parsed.refuse(check_train(resolved, 1, launched=False))
     run = str(resolved.output_dir)

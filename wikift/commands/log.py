@@ -21,14 +21,7 @@ from wikift.watch.trackers import open_trackers, send_model, wandb_disabled
 
 @told_of_damage()
 def main(argv: Sequence[str]) -> int:
-    parsed = parse_all(
-        LogSettings,
-        argv,
-        prog="wikift log",
-        description="A run's metrics, whole, into Weights & Biases, TensorBoard or a CSV file: what a killed run "
-        "or one without a network did not send. Again, it adds only what is missing.",
-        epilog="examples:\n  wikift log runs/mine --to tensorboard\n  wikift log runs/mine --to wandb --model",
-    )
+    parsed = parse_all(LogSettings, argv)
     run, settings = parsed.checked(_check), parsed.settings
     with faults_of_writing(run.path):
         if settings.to == "csv":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import re
 import sys
 import threading
 import time
@@ -26,19 +27,7 @@ from wikift.base.errors import (
     report,
 )
 from wikift.base.launcher import Launch, end_restarts, launch
-
-COMMANDS = {  # name: its module, what it does
-    "prepare": ("wikift.commands.prepare", "text to a token store"),
-    "train": ("wikift.commands.train", "fine-tune GPT-2, or train it from scratch; the same command resumes"),
-    "plan": ("wikift.commands.plan", "what a training would be, need and take: memory, time, the command to type"),
-    "consolidate": ("wikift.commands.consolidate", "a run's checkpoint to a Hugging Face directory"),
-    "evaluate": ("wikift.commands.evaluate", "perplexity of models by the field's protocols"),
-    "generate": ("wikift.commands.generate", "prompts to text, interactive without one"),
-    "report": ("wikift.commands.report", "runs as one HTML file: curves, settings, samples, scores"),
-    "compare": ("wikift.commands.compare", "two runs: what differs, and whether the results are equal within a bound"),
-    "runs": ("wikift.commands.runs", "the runs of a folder: state, steps, best score, size; --prune of checkpoints"),
-    "log": ("wikift.commands.log", "a run's metrics into Weights & Biases, TensorBoard or a CSV file, whole, later"),
-}
+from wikift.settings.run_fields import SETTINGS
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,14 +39,14 @@ def main(argv: Sequence[str]) -> int:
     if name == "--version":
         print(f"wikift {__version__}")
         return EXIT_DONE
-    if name not in COMMANDS:
-        raise UserError(f"{name}: no such command{nearest(name, list(COMMANDS))}; one of {', '.join(COMMANDS)}")
-    return int(importlib.import_module(COMMANDS[name][0]).main(options))
+    if name not in SETTINGS:
+        raise UserError(f"{name}: no such command{nearest(name, list(SETTINGS))}; one of {', '.join(SETTINGS)}")
+    return int(importlib.import_module(f"wikift.commands.{name}").main(options))
 
 
 def _help() -> str:
     program = as_typed("wikift train").removesuffix(" train")
-    lines = [f"  {name:<12} {about}" for name, (_, about) in COMMANDS.items()]
+    lines = [f"  {name:<12} {re.split('[.:;]', kind.__doc__ or '')[0]}" for name, kind in SETTINGS.items()]
     return "\n".join([
         f"usage: {program} COMMAND [options]", "", "GPT-2 and WikiText, from raw text to a fine-tuned model.", "",
         "commands:", *lines, "", f"`{program} COMMAND --help` lists a command's settings; --version prints the version",

@@ -15,11 +15,9 @@ from wikift.base.launcher import launch
 from wikift.base.names import WIKITEXT
 from wikift.commands.train import checked_files, plan_of, resolved, without_local_rank
 from wikift.settings.batch_layout import batch_layout
-from wikift.settings.checks import range_problems
-from wikift.settings.default_folders import store_path
-from wikift.settings.fields import EXCLUSIVE, TrainSettings
+from wikift.settings.fields import PlanSettings, TrainSettings
 from wikift.settings.options import Parsed, parse_all
-from wikift.settings.run_fields import PlanSettings
+from wikift.settings.resolve import store_path
 from wikift.settings.run_plan import RunPlan, apply_scratch, plan_run
 from wikift.training.resume import earlier_choice, planned_start
 
@@ -27,41 +25,25 @@ if TYPE_CHECKING:
     from wikift.base.shape import Shape
     from wikift.data.store import TokenStore
 
-DESCRIPTION = """\
-What a training would be, need and take. Its settings are printed as a file that --config takes; as comments follow the
-memory of a process under each engine, download, disk, time, and the command to type. Writes nothing."""
-EPILOG = """examples:
-  wikift plan --model gpt2-xl --gpus 8 --gpu-memory 80GB --mfu 0.4 --gpu H100
-                 for GPUs that are not here
-  wikift plan --trial 20
-                 measures speed and memory here
-  wikift plan --find-lr
-                 proposes a learning rate"""
 _TEST_STEPS = 100  # of a range test, as fast.ai's
 _BARS = 20  # lines of its curve
 _MANY = 10**12  # tokens of a text of unknown length
 
 
 def main(argv: Sequence[str]) -> int:
-    options, problems = without_local_rank(argv)
-    parsed = parse_all(
-        PlanSettings, options, prog="wikift plan", description=DESCRIPTION, epilog=EPILOG, exclusive=EXCLUSIVE
-    )
-    text, fits = plan(parsed, problems)
+    text, fits = plan(parse_all(PlanSettings, without_local_rank(argv)))
     if launch().rank:  # the launcher ends all ranks when one fails: let the first do it when it has spoken
         return EXIT_DONE
     print(text, flush=True)
     return EXIT_DONE if fits else EXIT_USER
 
 
-def plan(parsed: Parsed[PlanSettings], problems: Sequence[str] = ()) -> tuple[str, bool]:
+def plan(parsed: Parsed[PlanSettings]) -> tuple[str, bool]:
     """A config file with what follows from it as comments; and whether the run would fit into memory."""
     from wikift.data.store import open_store
 
     asked, ranks = parsed.settings, max(1, parsed.settings.gpus or launch().size)
-    of_train = TrainSettings(**{f.name: getattr(asked, f.name) for f in dataclasses.fields(TrainSettings)})
-    typed = {name: how for name, how in parsed.typed.items() if hasattr(of_train, name)}
-    settings, notes = resolved(Parsed(of_train, typed, parsed.problems), [*problems, *_problems(asked)], ranks)
+    settings, notes = resolved(parsed, ranks, [*_problems(asked)])
     path = Path(settings.data) if settings.data is not None else store_path(settings)
     store = open_store(path) if settings.data is not None or (path / "store.json").exists() else None
     shape, comments = checked_files(settings, store)
@@ -69,7 +51,7 @@ def plan(parsed: Parsed[PlanSettings], problems: Sequence[str] = ()) -> tuple[st
     if shape is None:
         comments.append(f"{settings.model}: what it needs is known when its shape is")
     else:
-        lines, fits = _derived(asked, of_train, settings, store, shape)
+        lines, fits = _derived(asked, settings, store, shape)
         comments = [*lines, *comments]
     # a comment in TOML has no control characters, a path may
     clean = ["".join(sign if sign.isprintable() else "?" for sign in text) for text in comments]
@@ -78,30 +60,22 @@ def plan(parsed: Parsed[PlanSettings], problems: Sequence[str] = ()) -> tuple[st
 
 
 def _problems(asked: PlanSettings) -> Iterator[str]:
-    yield from range_problems(asked)
-    pretended = [f"--gpus {asked.gpus}"] * (asked.gpus is not None)
-    pretended += [f"--gpu-memory {asked.gpu_memory}"] * (asked.gpu_memory is not None)
-    for name in pretended:
-        if asked.device == "cpu":
-            yield f"{name}: has no effect with --device cpu; remove one of the two"
-        if asked.trial or asked.find_lr:
-            yield f"{name}: a trial runs on what is here; remove it, or --trial and --find-lr (--mfu computes the time)"
+    if asked.device == "cpu" and (asked.gpus or asked.gpu_memory):
+        yield "--device cpu: has no effect on GPUs; remove it, or --gpus and --gpu-memory"
     if asked.gpu is not None and asked.mfu is None:
         yield f"--gpu {asked.gpu}: has no effect without --mfu; add --mfu 0.4, or remove it"
-    if asked.mfu is not None and asked.trial:
-        yield f"--mfu {asked.mfu:g}: has no effect with --trial, which measures; remove one of the two"
 
 
 def settings_file(settings: TrainSettings) -> Iterator[str]:
     yield "# settings: a file that --config takes"
-    for field in dataclasses.fields(settings):
+    for field in dataclasses.fields(TrainSettings):
         value = getattr(settings, field.name)
         if value is not None and field.name not in ("config", "dry_run"):
             yield f"{field.name} = {json_line(value)}"  # JSON's values are TOML's too
 
 
 def _derived(
-    asked: PlanSettings, typed: TrainSettings, settings: TrainSettings, store: TokenStore | None, shape: Shape
+    asked: PlanSettings, settings: TrainSettings, store: TokenStore | None, shape: Shape
 ) -> tuple[list[str], bool]:
     """What follows from the settings, a line each; and whether the run would fit into memory."""
     from wikift.commands import forecast
@@ -119,7 +93,7 @@ def _derived(
         prepared = f"is prepared (by {command_line('prepare')}, or by the run itself)"
         notes.append(f"steps of an epoch: known{' exactly' if known else ''} when {store_path(settings)} {prepared}")
     machine, precision, about = forecast.machine_for(asked, settings, ranks)
-    choice = forecast.recommend(typed, run, machine, precision, earlier_choice(start, ranks))
+    choice = forecast.recommend(asked, run, machine, precision, earlier_choice(start, ranks))
     summary = run.summary
     if store is None and known is None:
         unknown = ("train blocks", "steps", "warm-up steps", "decay steps")[: 4 if settings.max_steps is None else 1]

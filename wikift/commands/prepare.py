@@ -15,27 +15,22 @@ from wikift.base.console import print
 from wikift.base.launcher import launch
 from wikift.base.names import CUT_SEED
 from wikift.base.shape import released_name
-from wikift.settings.checks import check_data, range_problems
-from wikift.settings.default_folders import store_path
+from wikift.settings.checks import check_data
 from wikift.settings.fields import DataSettings, PrepareSettings
 from wikift.settings.options import Parsed, parse_all
-from wikift.settings.run_plan import fallback_dataset
+from wikift.settings.resolve import fallback_dataset, store_path
+from wikift.watch.record import aligned
 
 if TYPE_CHECKING:
     from wikift.data.prepare import Request
     from wikift.data.sources import Source
     from wikift.data.store import TokenStore
 
-DESCRIPTION = """\
-Make a token store out of text: one flat file of ids per split, store.json, and the tokenizer.
-
-  wikift prepare --dataset wikitext-103-v1
-  wikift prepare --dataset my.txt --tokenizer train:8192 --out data/mine"""
 DEFAULT_TOKENIZER = "gpt2"
 
 
 def main(argv: Sequence[str]) -> int:
-    parsed = parse_all(PrepareSettings, argv, prog="wikift prepare", description=DESCRIPTION)
+    parsed = parse_all(PrepareSettings, argv)
     if launch().rank:  # rank 0 tells
         parsed = dataclasses.replace(parsed, settings=dataclasses.replace(parsed.settings, quiet=True))
     return _report(make(parsed), parsed.settings)
@@ -55,7 +50,7 @@ def make(parsed: Parsed[PrepareSettings]) -> Path:
     dataset = settings.dataset or (fallback_dataset(launch().size),)
     settings = dataclasses.replace(settings, dataset=dataset, tokenizer=settings.tokenizer or DEFAULT_TOKENIZER)
     out = Path(settings.out) if settings.out is not None else store_path(settings)
-    parsed.refuse(range_problems(settings) + data_problems(settings, out))
+    parsed.refuse(data_problems(settings, out))
     if parsed.settings.dataset is None:
         say(f"--dataset is not set: using {dataset[0]}")
     exists = (out / "store.json").exists()
@@ -106,7 +101,7 @@ def _report(out: Path, settings: PrepareSettings) -> int:
         return 0
     store = open_store(out, verify=settings.verify, setting="--out")
     if not settings.quiet:
-        print("\n".join(_table(store)))
+        print(_table(store))
         ready = f"{out}: {'every checksum is right' if settings.verify else 'ready'}"
         if "train" in store.splits and store.splits["train"].tokens <= 2:
             print(f"{ready}; its train split is too short for a training")
@@ -129,10 +124,8 @@ def _what_train_needs(store: TokenStore, tokenizer: str | None) -> str:
     return shlex.join(options)
 
 
-def _table(store: TokenStore) -> list[str]:
+def _table(store: TokenStore) -> str:
     rows = [("split", "rows", "tokens", "words", "bytes")]
     for name, split in store.splits.items():
         rows.append((name, f"{split.rows:,}", f"{split.tokens:,}", f"{split.words:,}", f"{split.bytes:,}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    cells = [[f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)] for row in rows]
-    return ["  ".join((f"{row[0]:<{widths[0]}}", *more)) for row, more in zip(rows, cells, strict=True)]
+    return aligned(rows, right=True)

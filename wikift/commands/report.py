@@ -25,15 +25,7 @@ ROLES_OF_SETTINGS = {role: names_by_role(TrainSettings, role) for role in ROLES}
 @told_of_damage()
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    parsed = parse_all(
-        ReportSettings,
-        argv,
-        prog="wikift report",
-        description="One HTML file of a run, or of several laid over each other: curves, settings, samples, scores. It "
-        "needs no network.",
-        epilog="examples:\n  wikift report runs/gpt2-wikitext-2-v1\n  wikift report runs/* --out all.html\n"
-        "  wikift report runs/a --png\n  wikift report runs/a runs/b --text",
-    )
+    parsed = parse_all(ReportSettings, argv)
     runs, settings = parsed.checked(_check), parsed.settings
     if settings.text:
         print(as_text(runs, ROLES_OF_SETTINGS))
@@ -51,10 +43,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _check(settings: ReportSettings) -> list[RunRecord]:
     problems = [] if settings.runs else ["RUN: required; name one or several runs, runs/NAME"]
-    if settings.text and settings.out:
-        problems.append(f"--out {settings.out}: has no effect with --text; omit one of the two")
-    if settings.text and settings.png:
-        problems.append("--png: has no effect with --text; omit one of the two")
     if settings.png and _browser() is None:
         problems.append(
             f"--png: needs one of {', '.join(_BROWSERS)} (Debian: apt install chromium-headless-shell); install it, or "

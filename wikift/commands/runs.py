@@ -22,13 +22,7 @@ from wikift.watch.record import RunRecord, aligned, folder_bytes, is_running, re
 @told_of_damage()
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    parsed = parse_all(
-        RunsSettings,
-        argv,
-        prog="wikift runs",
-        description="The runs of a folder: state, steps, best validation loss, size and last sign of life.",
-        epilog="examples:\n  wikift runs\n  wikift runs experiments --prune",
-    )
+    parsed = parse_all(RunsSettings, argv)
     runs, settings = parsed.checked(_check), parsed.settings
     head = ("run", "state", "step", "best loss", "size", "last sign of life")
     print(
@@ -45,8 +39,6 @@ def _check(settings: RunsSettings) -> list[RunRecord]:
     folder, problems = Path(settings.folder), []
     if not folder.is_dir() and settings.folder != RunsSettings().folder:
         problems.append(f"FOLDER {folder}: no such folder; name the one that the runs' folders are in")
-    if settings.yes and not settings.prune:
-        problems.append("--yes: has no effect without --prune; omit it")
     if settings.prune and not settings.yes and not sys.stdin.isatty():
         problems.append("--prune: asks before it removes anything, and nobody is there to answer; add --yes")
     if problems:

@@ -19,9 +19,9 @@ from wikift.base.console import print
 from wikift.base.errors import EXIT_DONE, UserError
 from wikift.commands.answers import print_answer, speed
 from wikift.generation import prompts
-from wikift.settings.fields import GenerateSettings
-from wikift.settings.generate_checks import SAMPLING, check_sampling, with_defaults
+from wikift.settings.checks import SAMPLING, check_sampling, with_defaults
 from wikift.settings.options import flag, parse
+from wikift.settings.run_fields import GenerateSettings
 
 if TYPE_CHECKING:
     from wikift.generation.writer import Writer
@@ -65,7 +65,6 @@ class _Session:
     say: Say
     terminal: bool
     number: int = 0  # of the next answer under this seed
-    last: str = ""  # the last prompt
 
     def execute(self, line: str) -> bool:
         """Answer a prompt or execute a command; returns whether it was the last line."""
@@ -74,7 +73,9 @@ class _Session:
             if line.strip() in ("exit", "quit", "/exit", "/quit"):
                 return True
             if name == "/set":
-                self.set(*rest.strip().partition(" ")[::2])
+                setting, _, value = rest.strip().partition(" ")
+                self.settings = set_value(self.settings, setting, value.strip())
+                self.number = 0 if setting == "seed" else self.number  # a seed restarts with its first answer
             elif name == "/show":
                 values = with_defaults(self.settings)
                 print(*(f"{name:<21} {getattr(values, name)}" for name in SAMPLING), sep="\n")
@@ -89,21 +90,13 @@ class _Session:
         return False
 
     def answer(self, prompt: str) -> None:
-        if prompt == self.last and self.settings.temperature == 0:
-            self.say("the same prompt gives the same text at temperature 0; /set temperature 0.8 samples")
         with _interruptible() if self.terminal else contextlib.nullcontext(lambda: False) as stopped:
             echo = not self.terminal and not self.settings.quiet
             answers = print_answer(
                 self.writer, (self.number, prompt), self.settings, self.source, self.say, echo=echo, stopped=stopped
             )
         self.say(speed(answers))
-        self.number, self.last = self.number + 1, prompt
-
-    def set(self, name: str, value: str) -> None:
-        """Change a setting; a seed restarts with its first answer."""
-        self.settings = set_value(self.settings, name, value.strip())
-        if name == "seed":
-            self.number = 0
+        self.number += 1
 
 
 def set_value(settings: GenerateSettings, name: str, value: str) -> GenerateSettings:
@@ -115,7 +108,7 @@ def set_value(settings: GenerateSettings, name: str, value: str) -> GenerateSett
     if field == "stop" and value:
         new = (prompts.escapes(value),)
     elif value:
-        parsed = parse(GenerateSettings, [f"{flag(field)}={value}"], prog="/set", description="")
+        parsed = parse(GenerateSettings, [f"{flag(field)}={value}"])
         new = getattr(parsed, field)
     changed = dataclasses.replace(settings, **{field: new})
     if problems := check_sampling(changed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,46 +20,29 @@ from wikift.base.shape import Shape
 from wikift.settings import deepspeed
 from wikift.settings.batch_layout import BatchLayout, batch_layout
 from wikift.settings.checks import check_train, problems_of
-from wikift.settings.default_folders import store_path
-from wikift.settings.fields import EXCLUSIVE, TrainSettings, trackers_of
+from wikift.settings.fields import TrainSettings, trackers_of
 from wikift.settings.options import Parsed, flag, parse_all
-from wikift.settings.run_plan import RunPlan, apply_scratch, plan_run, resolve, vocabulary_problems
+from wikift.settings.resolve import resolve, store_path
+from wikift.settings.run_plan import RunPlan, apply_scratch, plan_run, vocabulary_problems
 from wikift.watch.trackers import wandb_disabled
 
 if TYPE_CHECKING:
     from wikift.data.store import TokenStore
 
-DESCRIPTION = "Fine-tune GPT-2, or train it from scratch. The same command resumes where it stopped."
-EPILOG = """examples:
-  torchrun --nproc_per_node=4 -m wikift train
-                 four processes: gpt2 on wikitext-103-v1
-  wikift train
-                 one process: gpt2 on wikitext-2-v1
-  wikift train --dataset my.txt --model distilgpt2 --max-steps 500
-                 your own text
-
-exit codes:
-  0    done
-  1    the machine or the training failed; the message says what is saved and what to do
-  2    wrong settings or files; nothing was written
-  75   stopped by a signal, all saved; the same command resumes"""
 
 Say = Callable[[str], None]
 
 
 def main(argv: Sequence[str]) -> int:
-    options, problems = without_local_rank(argv)
-    parsed = parse_all(
-        TrainSettings, options, prog="wikift train", description=DESCRIPTION, epilog=EPILOG, exclusive=EXCLUSIVE
-    )
+    parsed = parse_all(TrainSettings, without_local_rank(argv))
     if parsed.settings.dry_run:
         return int(importlib.import_module("wikift.commands.plan").main(argv))
-    return EXIT_INTERRUPTED if train(parsed, problems)[1] else EXIT_DONE
+    return EXIT_INTERRUPTED if train(parsed)[1] else EXIT_DONE
 
 
-def train(parsed: Parsed[TrainSettings], problems: Sequence[str] = ()) -> tuple[Path, int]:
+def train(parsed: Parsed[TrainSettings]) -> tuple[Path, int]:
     """Train to the end or to a stop; returns the run's folder and the signal that stopped it, else 0."""
-    settings, notes = resolved(parsed, problems, launch().size)
+    settings, notes = resolved(parsed, launch().size)
     prints = launch().rank == 0 and not settings.quiet
 
     def say(text: str) -> None:
@@ -79,7 +63,7 @@ def train(parsed: Parsed[TrainSettings], problems: Sequence[str] = ()) -> tuple[
     return run_plan.output_dir, train_run(run_plan, store, say)
 
 
-def resolved(parsed: Parsed[TrainSettings], problems: Sequence[str], ranks: int) -> tuple[TrainSettings, list[str]]:
+def resolved(parsed: Parsed[TrainSettings], ranks: int, further: Sequence[str] = ()) -> tuple[TrainSettings, list[str]]:
     """The settings with what follows from them, and what to tell of it. Raises UserError with all that is wrong."""
     asked = parsed.settings
     merged = deepspeed.merge(asked, parsed.typed)
@@ -90,7 +74,7 @@ def resolved(parsed: Parsed[TrainSettings], problems: Sequence[str], ranks: int)
             f"--resume {settings.resume}: would go back at each restart (torchrun --max-restarts {launch().restarts}); "
             "start once without --max-restarts, or remove it"
         )
-    parsed.refuse([*problems, *merged.problems, *deepspeed.with_keys(checks, merged)])
+    parsed.refuse([*further, *merged.problems, *deepspeed.with_keys(checks, merged)])
     notes = list(merged.notes)
     if wandb_disabled() and "wandb" in trackers_of(settings):
         notes.append("WANDB_DISABLED is set: nothing goes to Weights & Biases")
@@ -101,20 +85,9 @@ def resolved(parsed: Parsed[TrainSettings], problems: Sequence[str], ranks: int)
     return settings, notes
 
 
-def without_local_rank(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """`argv` less the --local_rank=N that DeepSpeed's launcher appends, and what is wrong where LOCAL_RANK differs."""
-    options, ranks = list(argv), []
-    for index in reversed(range(len(options))):
-        name, equals, value = options[index].partition("=")
-        if name in ("--local_rank", "--local-rank"):
-            value = value if equals else "".join(options[index + 1 : index + 2])
-            ranks.append(value)
-            del options[index : index + (1 if equals else 2)]
-    own = launch().local_rank
-    wrong = [rank for rank in ranks if not rank.isdecimal() or int(rank) != (int(rank) if own is None else own)]
-    return options, [
-        f"--local-rank {rank}: is the launcher's to set, LOCAL_RANK is {own}; omit it" for rank in wrong[:1]
-    ]
+def without_local_rank(argv: Sequence[str]) -> list[str]:
+    """`argv` less the --local_rank=N that DeepSpeed's launcher appends, beside LOCAL_RANK."""
+    return [argument for argument in argv if not re.fullmatch(r"--local[_-]rank=\d+", argument)]
 
 
 def checked_files(settings: TrainSettings, store: TokenStore | None) -> tuple[Shape | None, list[str]]:

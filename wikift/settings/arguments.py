@@ -8,6 +8,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 Fields = dict[str, dataclasses.Field[Any]]
@@ -112,5 +113,6 @@ def make_parser(
 
 
 def _wrapped(text: str, width: int) -> str:
-    wrap = textwrap.TextWrapper(width, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False)
-    return "\n".join(map(wrap.fill, text.splitlines()))
+    """Each line by itself, an example's rest further in."""
+    wrap = partial(textwrap.fill, width=width, break_on_hyphens=False, break_long_words=False)
+    return "\n".join(wrap(line, subsequent_indent="    " * line.startswith(" ")) for line in text.splitlines())

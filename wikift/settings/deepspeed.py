@@ -69,17 +69,13 @@ def merge(settings: TrainSettings, typed: Mapping[str, str]) -> Merged:
     path = settings.deepspeed
     if path is None:
         return Merged(settings)
-    problems = []
-    if settings.engine != "auto":
-        problems.append(f"--engine {settings.engine}: has no effect, --deepspeed {path} selects ZeRO; remove one")
     if importlib.util.find_spec("deepspeed") is None:
         fix = 'pip install "wikift[deepspeed]", or use --engine fsdp'
-        return Merged(settings, problems=[*problems, f"--deepspeed {path}: DeepSpeed is not installed; {fix}"])
+        return Merged(settings, problems=[f"--deepspeed {path}: DeepSpeed is not installed; {fix}"])
     try:
-        config, wrong = read(path)
+        config, problems = read(path)
     except UserError as error:
-        return Merged(settings, problems=[*problems, *error.problems])
-    problems += wrong
+        return Merged(settings, problems=error.problems)
     if settings.compile and stage(config) == 3:
         problems.append(
             f"--compile: has no effect, stage 3 in {path} gathers weights in hooks that torch.compile does not follow; "

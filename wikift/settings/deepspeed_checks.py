@@ -38,7 +38,7 @@ _PASSED: dict[tuple[str, type], str] = {
     (_ZERO, str): "offload_optimizer.device offload_optimizer.nvme_path offload_param.device offload_param.nvme_path",
 }
 PASSED = {section + name: kind for (section, kind), names in _PASSED.items() for name in names.split()}
-_ABOVE_ZERO = (_ZERO + "reduce_bucket_size", "fp16.loss_scale_window", "fp16.min_loss_scale")
+_RULES = dict.fromkeys((_ZERO + "reduce_bucket_size", "fp16.loss_scale_window", "fp16.min_loss_scale"), ">=1")
 _CHOICES = {"grad_accum_dtype": ("fp32", "fp16", "bf16"), "device": ("none", "cpu", "nvme")}  # by the key's end
 _SWITCH = {**dict.fromkeys(("true", "1", "yes", "on"), True), **dict.fromkeys(("false", "0", "no", "off"), False)}
 # Read as settings of wikift.
@@ -62,7 +62,10 @@ _HINTS = {name: kind_of(hint) for name, hint in typing.get_type_hints(TrainSetti
 SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear"}  # by name, their --lr-scheduler-type
 # key: kind of its value, and what `convert` is to know of it
 _KINDS: dict[str, tuple[Any, Mapping[str, Any]]] = {
-    **{key: (kind, {"choices": _CHOICES.get(key.split(".")[-1]), "prose": True}) for key, kind in PASSED.items()},
+    **{
+        key: (kind, {"choices": _CHOICES.get(key.split(".")[-1]), "prose": True, "rule": _RULES.get(key, ">=0")})
+        for key, kind in PASSED.items()
+    },
     **{key: (_HINTS[name], TrainSettings.__dataclass_fields__[name].metadata) for key, name in SETTINGS.items()},
     **dict.fromkeys(("fp16.enabled", "bf16.enabled"), (bool, {})),
     "optimizer.type": (str, {"choices": ("Adam", "AdamW"), "prose": True}),  # DeepSpeed runs both as AdamW
@@ -163,15 +166,11 @@ def _converted(key: str, value: Any) -> Any:
         value = _SWITCH.get(str(value).lower(), value)
     if key == "optimizer.type":
         value = {"adam": "Adam", "adamw": "AdamW"}.get(str(value).lower(), value)
-    least = int(key in _ABOVE_ZERO)
     try:
-        converted = convert(value, kind, meta, "line")
-        if key in PASSED and kind in (int, float) and converted < least:
-            raise ValueError(f"must be {least} or more")
+        return convert(value, kind, meta, "line")
     except ValueError as error:
         own = " with --lr-scheduler-type" if key == "scheduler.type" else ""
         raise ValueError(f'{error}, or "auto"{own}') from None
-    return converted
 
 
 def _fix(key: str) -> str | None:

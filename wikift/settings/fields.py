@@ -1,8 +1,8 @@
-"""Every command's settings, with their groups, units and defaults. Imports no torch, so `--help` is instant."""
+"""What prepare, train and plan are told, with groups, units, defaults and rules; run_fields.py has the others."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 from wikift.base.names import CUT_SEED, WIKITEXT
@@ -15,77 +15,94 @@ DEVICES, PRECISIONS = ("auto", "cpu", "cuda"), ("auto", "bf16", "fp16", "fp32")
 _model, _data, _batch = partial(option, group="model"), partial(option, group="data"), partial(option, group="batch")
 _length, _optimizer = partial(option, group="length"), partial(option, group="optimizer")
 _speed, _run, _store = partial(option, group="speed"), partial(option, group="run"), partial(option, group="store")
-_argument, _text, _prompts = (partial(option, group=name) for name in ("arguments", "text", "prompts"))
-_sampling, _output = partial(option, group="sampling"), partial(option, group="output")
+_text, _plan = partial(option, group="data", against=("data",)), partial(option, group="plan")
 
 
 @dataclass(frozen=True)
 class DataSettings:
     """Which text, and how it becomes tokens."""
 
-    dataset: tuple[str, ...] | None = _data(
+    dataset: tuple[str, ...] | None = _text(
         None,
         f"{', '.join(WIKITEXT)}, demo, another Hub dataset, or your own text, JSON, CSV, Parquet or Arrow: a file, a "
         "folder or a 'PATTERN'; may be repeated",
         "NAME|PATH",
         shown="wikitext-103-v1; wikitext-2-v1 on one process",
     )
-    dataset_config: str | None = _data(None, "configuration of a dataset that has several", "NAME")
-    dataset_revision: str | None = _data(None, "branch, tag or commit of a Hub dataset", "REVISION", shown="main")
-    text_column: str = _data("text", "column that holds the text; a.b for the field b of the field a", "NAME")
-    encoding: str | None = _data(None, "encoding of text files", "NAME", shown="UTF-8, or UTF-16 where it shows")
-    validation_fraction: float | None = _data(
+    dataset_config: str | None = _text(None, "configuration of a dataset that has several", "NAME", needs="dataset")
+    dataset_revision: str | None = _text(
+        None, "branch, tag or commit of a Hub dataset", "REVISION", shown="main", needs="dataset"
+    )
+    text_column: str = _text("text", "column that holds the text; a.b for the field b of the field a", "NAME")
+    encoding: str | None = _text(None, "encoding of text files", "NAME", shown="UTF-8, or UTF-16 where it shows")
+    validation_fraction: float | None = _text(
         None,
         "fraction of the training rows held out, chosen by seed, where the dataset has no validation split",
         "0..1",
         shown="0.05",
+        rule="(0,1)",
     )
-    tokenizer: str | None = _data(
+    tokenizer: str | None = _text(
         None,
         "a name on the Hub, a folder, or train:SIZE for a byte-level BPE of SIZE tokens trained on the train split",
         "NAME|PATH|train:SIZE",
         shown="the model's, gpt2",
     )
-    append_eos: bool | None = _data(
+    append_eos: bool | None = _text(
         None,
         "end each row with the end-of-text token",
         shown="for documents: JSON, CSV, Parquet, Arrow and Hub datasets, other than WikiText",
     )
-    workers: int | None = _data(None, "threads that tokenize", shown="all cores", role="view")
-
-
-# Which settings of the config file one on the command line overrides: other answers to its question, or details of it.
-EXCLUSIVE = {
-    "max_steps": ("num_train_epochs",),
-    "num_train_epochs": ("max_steps",),
-    "data": tuple(field.name for field in fields(DataSettings)),
-    "dataset": ("data", "dataset_config", "dataset_revision"),
-}
+    workers: int | None = _text(None, "threads that tokenize", shown="all cores", role="view")
 
 
 @dataclass(frozen=True)
 class PrepareSettings(DataSettings):
-    """The prepare command: text to a token store."""
+    """Make a token store out of text: one flat file of ids per split, store.json, and the tokenizer.
+
+    examples:
+      wikift prepare --dataset wikitext-103-v1
+      wikift prepare --dataset my.txt --tokenizer train:8192 --out data/mine
+    """
 
     out: str | None = _store(None, "the store to make", "DIR", shown="data/DATASET-TOKENIZER")
     verify: bool = _store(False, "check every byte of a store that already exists")
-    seed: int = _store(CUT_SEED, "seed of the held-out validation rows")
+    seed: int = _store(CUT_SEED, "seed of the held-out validation rows", rule=">=0")
     quiet: bool = _store(False, "print errors only")
     config: str | None = _store(None, CONFIG_HELP, "FILE")
 
 
 @dataclass(frozen=True)
 class TrainSettings(DataSettings):
-    """The train command: a token store to a fine-tuned model."""
+    """Fine-tune GPT-2, or train it from scratch. The same command resumes where it stopped.
+
+    examples:
+      torchrun --nproc_per_node=4 -m wikift train
+                     four processes: gpt2 on wikitext-103-v1
+      wikift train
+                     one process: gpt2 on wikitext-2-v1
+      wikift train --dataset my.txt --model distilgpt2 --max-steps 500
+                     your own text
+
+    exit codes:
+      0    done
+      1    the machine or the training failed; the message says what is saved and what to do
+      2    wrong settings or files; nothing was written
+      75   stopped by a signal, all saved; the same command resumes
+    """
 
     model: str = _model("gpt2", f"{', '.join(RELEASED)}, another GPT-2 on the Hub, or a folder", "NAME|PATH")
     revision: str | None = _model(None, "branch, tag or commit of a Hub model", "REVISION", shown="main")
     from_scratch: bool = _model(False, "random weights in the model's shape")
-    config_overrides: str | None = _model(None, "with --from-scratch: n_layer=2,n_head=4,n_embd=128", "K=V,...")
-    dropout: float | None = _model(None, "of embeddings, attention and residuals", "0..1", shown="the model's, 0.1")
+    config_overrides: str | None = _model(
+        None, "with --from-scratch: n_layer=2,n_head=4,n_embd=128", "K=V,...", needs="from_scratch"
+    )
+    dropout: float | None = _model(
+        None, "of embeddings, attention and residuals", "0..1", shown="the model's, 0.1", rule="[0,1)"
+    )
 
-    data: str | None = _data(None, "a store that the prepare command made", "DIR")
-    data_fraction: float = _data(1.0, "train on a seeded random sample of the blocks", "0..1")
+    data: str | None = _data(None, "a store that the prepare command made", "DIR", against=("dataset",))
+    data_fraction: float = _data(1.0, "train on a seeded random sample of the blocks", "0..1", rule="(0,1]")
     block_size: int | None = _data(None, "tokens predicted in one block", "TOKENS", shown="the model's context, 1024")
 
     global_batch_size: int | None = _batch(
@@ -103,32 +120,33 @@ class TrainSettings(DataSettings):
     )
     gradient_accumulation_steps: int | None = _batch(None, "micro-batches per step", shown="by the global batch")
 
-    num_train_epochs: float | None = _length(None, "passes over the data", "EPOCHS", shown="3")
-    max_steps: int | None = _length(None, "optimizer steps, in place of epochs", "STEPS")
+    num_train_epochs: float | None = _length(
+        None, "passes over the data", "EPOCHS", shown="3", rule="(0,1e6]", against=("max_steps",)
+    )
+    max_steps: int | None = _length(None, "optimizer steps, in place of epochs", "STEPS", against=("num_train_epochs",))
 
-    learning_rate: float | None = _optimizer(None, "its highest value", "LR", shown="5e-05; 6e-04 from scratch")
+    learning_rate: float | None = _optimizer(
+        None, "its highest value", "LR", shown="5e-05; 6e-04 from scratch", rule=">0"
+    )
     lr_scheduler_type: str = _optimizer(
         "linear",
-        "schedule of the learning rate after the warm-up: linear or cosine to 0, constant, or warmup_stable_decay: "
-        "constant, then to 0 over --decay-steps",
+        "schedule of the learning rate after the warm-up: linear or cosine to 0, or constant",
         "SCHEDULE",
-        choices=("linear", "cosine", "constant", "warmup_stable_decay"),
+        choices=("linear", "cosine", "constant"),
     )
     warmup_steps: float = _optimizer(
-        0.0, "steps over which the learning rate rises from 0; below 1: a fraction of the run", "STEPS", shown="0"
-    )
-    decay_steps: float | None = _optimizer(
-        None,
-        "with warmup_stable_decay: last steps, over which the learning rate falls to 0; below 1: a fraction of the run",
+        0.0,
+        "steps over which the learning rate rises from 0; below 1: a fraction of the run",
         "STEPS",
-        shown="0.2",
+        shown="0",
+        rule="steps",
     )
-    weight_decay: float = _optimizer(0.0, "AdamW's, of matrices and embeddings; others have none", "DECAY")
-    adam_beta1: float = _optimizer(0.9, "AdamW's decay of the mean gradient", "0..1")
-    adam_beta2: float = _optimizer(0.999, "AdamW's decay of the mean squared gradient", "0..1")
-    adam_epsilon: float = _optimizer(1e-8, "AdamW's, against division by 0", "EPSILON")
-    max_grad_norm: float = _optimizer(1.0, "clip the gradient's norm to this; 0 is no clipping", "NORM")
-    seed: int = _optimizer(42, "decides everything random", role="experiment")
+    weight_decay: float = _optimizer(0.0, "AdamW's, of matrices and embeddings; others have none", "DECAY", rule=">=0")
+    adam_beta1: float = _optimizer(0.9, "AdamW's decay of the mean gradient", "0..1", rule="[0,1)")
+    adam_beta2: float = _optimizer(0.999, "AdamW's decay of the mean squared gradient", "0..1", rule="[0,1)")
+    adam_epsilon: float = _optimizer(1e-8, "AdamW's, against division by 0", "EPSILON", rule=">0")
+    max_grad_norm: float = _optimizer(1.0, "clip the gradient's norm to this; 0 is no clipping", "NORM", rule=">=0")
+    seed: int = _optimizer(42, "decides everything random", role="experiment", rule=">=0")
 
     precision: str = _speed(
         "auto",
@@ -153,8 +171,13 @@ class TrainSettings(DataSettings):
         "how weights and work are split over the processes. single: one process; ddp: a full copy on each; fsdp: "
         "FSDP2, a shard on each; auto: the first of these that fits into memory",
         choices=("auto", "single", "ddp", "fsdp"),
+        against=("deepspeed",),
     )
-    fsdp_reshard: bool = _speed(True, "fsdp: free a block's weights after its forward; off: faster, more memory")
+    fsdp_reshard: bool = _speed(
+        True,
+        "fsdp: free a block's weights after its forward; off: faster, more memory",
+        against=("deepspeed", "reduce_dtype"),
+    )
     reduce_dtype: str = _speed(
         "fp32",
         "number format in which gradients are summed over the processes; bf16: half the traffic, rounded to 8 bits",
@@ -206,73 +229,29 @@ def trackers_of(settings: TrainSettings) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class ConsolidateSettings:
-    """The consolidate command: a checkpoint to a Hugging Face directory."""
+class PlanSettings(TrainSettings):
+    """What a training would be, need and take. Writes nothing. Its settings are printed as a file that --config takes.
 
-    run: str | None = _argument(None, "a run's folder or one checkpoint of it", "RUN_OR_CHECKPOINT")
-    out: str | None = option(None, "the directory to make", "DIR", shown="RUN/hf")
-    step: int | None = option(None, "the checkpoint of this step", "STEP", shown="the newest")
-    best: bool = option(False, "the checkpoint with the lowest validation loss")
-    dtype: str = option("float32", "number format of the weights written", choices=("float32", "bfloat16", "float16"))
-    max_shard_size: str = option("5GB", "largest file of weights", "SIZE")
-    push_to_hub: str | None = option(None, "upload the directory to this repository of the Hugging Face Hub", "NAME")
-    private: bool = option(True, "make the repository a private one, where it does not exist yet")
-    quiet: bool = option(False, "print errors only")
+    As comments follow the memory of a process under each engine, download, disk, time, and the command to type.
 
+    examples:
+      wikift plan --model gpt2-xl --gpus 8 --gpu-memory 80GB --mfu 0.4 --gpu H100
+                     for GPUs that are not here
+      wikift plan --trial 20
+                     measures speed and memory here
+      wikift plan --find-lr
+                     proposes a learning rate
+    """
 
-@dataclass(frozen=True)
-class EvaluateSettings:
-    """The evaluate command: perplexity of Hugging Face directories by the field's protocols."""
-
-    models: tuple[str, ...] = _argument((), "Hugging Face directories, runs or names", "MODEL")
-    protocol: str | None = option(
-        None,
-        "evaluation protocol, see below",
-        choices=("hf-doc", "blocks", "knn", "paper", "lm-eval", "free"),
-        shown="all that the text allows, in one table; free with --context or --stride",
+    gpus: int | None = _plan(
+        None, "plan for as many GPUs, that need not be here", shown="what is here", against=("trial", "find_lr")
     )
-    data: str | None = _text(None, "a store that wikift prepare made", "DIR", shown="the store a run was trained on")
-    dataset: tuple[str, ...] | None = _text(
-        None, "instead of a store, a text as wikift prepare takes it; of a single file all is evaluated", "NAME|PATH"
+    gpu_memory: str | None = _plan(
+        None, "memory of each GPU: 80GB", "SIZE", shown="what is free here", against=("trial", "find_lr")
     )
-    dataset_config: str | None = _text(None, "configuration of a dataset that has several", "NAME")
-    text_column: str = _text("text", "column that holds the text", "NAME")
-    encoding: str | None = _text(None, "encoding of text files", "NAME", shown="UTF-8, or UTF-16 where it shows")
-    split: str | None = _text(None, "split of the text", "NAME", shown="all but train, where there are others")
-    context: int | None = option(
-        None, "tokens per window", "TOKENS", shown="the protocol's, 1024, or the model's where that is less"
+    gpu: str | None = _plan(None, "with --mfu, what the GPUs are: H100, A100, ...", "NAME", shown="what is here")
+    mfu: float | None = _plan(
+        None, "compute the time from this fraction of the GPUs' peak FLOP/s", "0..1", rule="(0,1]", against=("trial",)
     )
-    stride: int | None = option(None, "tokens between windows", "TOKENS", shown="the protocol's; of free, the context")
-    per_device_eval_batch_size: int = option(8, "windows per forward pass")
-    precision: str = option("auto", "number format of matmuls; auto: the stored weights'", choices=PRECISIONS)
-    device: str = option("auto", "auto: cuda where there is one", choices=DEVICES)
-    json: bool = option(False, "print JSON, one object per model, split and protocol")
-    quiet: bool = option(False, "no progress")
-
-
-@dataclass(frozen=True)
-class GenerateSettings:
-    """The generate command: prompts to text. None stands for the default that follows from `temperature`."""
-
-    model: str | None = _argument(None, "a Hugging Face directory, run or name", "MODEL", shown="the newest of runs/")
-    prompt: str | None = _prompts(None, "generate from this prompt and exit", "TEXT")
-    prompts_file: str | None = _prompts(None, "generate from each line of a file and exit", "FILE")
-    examples: bool = _prompts(False, "generate from five built-in prompts and exit")
-    max_new_tokens: int = _sampling(128, "tokens of an answer, at most", "TOKENS")
-    temperature: float = _sampling(0.8, "0 takes the likeliest token each time, as do_sample=False", "T")
-    top_k: int | None = _sampling(None, "sample from the K likeliest tokens; 0 is all", "K", shown="50")
-    top_p: float | None = _sampling(None, "sample from the likeliest tokens that make up P", "P", shown="0.95")
-    repetition_penalty: float | None = _sampling(None, "above 1 repeats less", "R", shown="1.1; 1 at temperature 0")
-    seed: int | None = _sampling(None, "same seed, same text", shown="42")
-    stop: tuple[str, ...] = _sampling((), "end before this text; may be repeated, \\n is a new line", "TEXT")
-    num_return_sequences: int = _sampling(1, "answers to each prompt")
-    json: bool = _output(False, "one JSON object per answer")
-    batch_size: int = _speed(16, "sequences generated at once where there are several prompts")
-    precision: str = _speed(
-        "fp32",
-        "number format of the weights; auto: bf16 where the device has it natively, else fp32",
-        choices=PRECISIONS,
-    )
-    device: str = _speed("auto", "auto: cuda where there is one", choices=DEVICES)
-    train: bool = _output(True, "train first where no model is named and runs/ has none")
-    quiet: bool = _output(False, "answers only")
+    trial: int | None = _plan(None, "measure the time: train as many steps here, and keep nothing", "STEPS")
+    find_lr: bool = _plan(False, "let the learning rate rise in the trial (100 steps) and propose one")

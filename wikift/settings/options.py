@@ -7,9 +7,10 @@ with those of the checks that follow. Imports nothing heavy: `--help` is instant
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -22,7 +23,7 @@ from wikift.settings.values import convert, kind_of, read_config_file, show
 
 __all__ = ["ROLES", "Parsed", "flag", "names_by_role", "option", "parse", "parse_all"]
 
-Settings = TypeVar("Settings")
+Settings = TypeVar("Settings", covariant=True)
 Result = TypeVar("Result")
 
 # What a change of a setting means to a run that is resumed: another experiment is refused; another schedule or
@@ -35,28 +36,23 @@ _ROLE_OF_GROUP = {
 
 
 _FLAG = re.compile(r"--[a-z0-9-]+")
+_MORE = {"choices": (), "shown": None, "role": None, "rule": ">=1", "needs": "", "against": ()}
 
 
-def option(
-    default: Any,
-    help: str,
-    metavar: str | None = None,
-    *,
-    group: str = "options",
-    choices: Sequence[str] = (),
-    shown: str | None = None,
-    role: str | None = None,
-) -> Any:
-    """One setting. `shown` is the text of a default that is derived (`None` in the class); `role` is one of ROLES.
+def option(default: Any, help: str, metavar: str | None = None, *, group: str = "options", **more: Any) -> Any:
+    """One setting.
+
+    choices: of a text. rule: of a number, one of values.RULES. role: one of ROLES, else its group's.
+    shown: the text of a default that is derived (`None` in the class).
+    needs: the setting without which it has no effect. against: settings that it cannot be used with.
 
     The group "arguments" has no flags: its settings are set by position. A TEXT may be anything: empty, or not UTF-8,
     which a name or a path may not. In a PATH, FILE, DIR, MODEL or RUN a leading `~` is the home folder.
     """
-    metadata = {
-        "help": help, "metavar": metavar, "group": group, "choices": tuple(choices), "shown": shown,
-        "role": role or _ROLE_OF_GROUP.get(group, "view"), "positional": group == "arguments",
-        "prose": metavar == "TEXT", "path": re.search("PATH|FILE|DIR|MODEL|RUN", metavar or "") is not None,
-    }  # fmt: skip
+    metadata = {"help": help, "metavar": metavar, "group": group, "positional": group == "arguments", **_MORE, **more}
+    assert len(metadata) == 4 + len(_MORE), more
+    metadata["role"] = metadata["role"] or _ROLE_OF_GROUP.get(group, "view")
+    metadata |= {"prose": metavar == "TEXT", "path": re.search("PATH|FILE|DIR|MODEL|RUN", metavar or "") is not None}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -98,33 +94,32 @@ class Parsed(Generic[Settings]):
             raise UserError(*dict.fromkeys(problems))
 
 
-def parse(settings_class: type[Settings], argv: Sequence[str], **about: Any) -> Settings:
+def parse(settings_class: type[Settings], argv: Sequence[str]) -> Settings:
     """The settings of a command line without further checks: raises UserError with every problem in it."""
-    parsed = parse_all(settings_class, argv, **about)
+    parsed = parse_all(settings_class, argv)
     parsed.refuse(())
     return parsed.settings
 
 
 def parse_all(
-    settings_class: type[Settings],
-    argv: Sequence[str] = (),
-    *,
-    prog: str,
-    description: str = "",
-    epilog: str = "",
-    exclusive: Mapping[str, Sequence[str]] | None = None,
-    keywords: Mapping[str, Any] | None = None,
+    settings_class: type[Settings], argv: Sequence[str] = (), *, keywords: Mapping[str, Any] | None = None
 ) -> Parsed[Settings]:
     """Read `argv` (or a Python call's `keywords`), and the file that `--config` names, which these override.
 
-    `exclusive` tells for some settings which ones of the config file they override when set on the command line.
-    Problems are in the result, see `Parsed.refuse`; `--help` prints and exits with 0.
+    Problems are in the result, see `Parsed.refuse`. `--help` prints the class's docstring and its options, and exits
+    with 0.
     """
     fields = {f.name: f for f in dataclasses.fields(settings_class) if f.init}  # type: ignore[arg-type]
     kinds = {name: kind_of(hint) for name, hint in typing.get_type_hints(settings_class).items() if name in fields}
     flags = [flag(name) for name, field in fields.items() if not field.metadata["positional"]]
     if {"-h", "--help"} & set(argv):
-        make_parser(fields, kinds, *map(as_typed, (prog, description, epilog))).print_help()
+        about, _, examples = inspect.cleandoc(settings_class.__doc__ or "").partition("\n\n")
+        texts = (
+            f"wikift {settings_class.__name__.removesuffix('Settings').lower()}",
+            " ".join(about.split()),
+            examples,
+        )
+        make_parser(fields, kinds, *map(as_typed, texts)).print_help()
         raise SystemExit(0)
     problems = list[Wrong]()
     if keywords is None:
@@ -137,30 +132,53 @@ def parse_all(
     if typed.get("config"):
         filed, wrong = _filed(str(typed["config"]), fields, typed)
         problems += wrong
-        overridden = {other for name in typed for other in (exclusive or {}).get(name, ())}
         # first, so that the command line wins; a wrong value in the file is told all the same
-        raw = [("file", name, value) for name, value in filed.items() if name not in overridden] + raw
+        raw = [("file", name, value) for name, value in filed.items()] + raw
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for origin, name, value in raw:
-        meta = fields[name].metadata
-        label = (meta["metavar"] or name) if meta["positional"] else flag(name) if origin == "line" else name
-        sources[name] = f"{label} {show(value)}" + (f" in {typed['config']}" if origin == "file" else "")
+        sources[name] = _typed(fields[name], value, origin) + (f" in {typed['config']}" if origin == "file" else "")
         try:
-            values[name] = convert(value, kinds[name], meta, origin)
+            values[name] = convert(value, kinds[name], fields[name].metadata, origin)
         except ValueError as error:
             problems.append(Wrong(f"{sources[name]}: {error}", name))
     problems = [Wrong(text, "" if setting in values else setting) for text, setting in problems]
-    return Parsed(settings_class(**values), sources, tuple(problems))
+    settings = settings_class(**values)
+    return Parsed(settings, sources, (*problems, *_clashes(settings, fields, sources, {p.setting for p in problems})))
+
+
+def _typed(field: dataclasses.Field[Any], value: Any, origin: str) -> str:
+    """How a setting was set: `--max-steps 5`, `--no-private`, `seed 1`."""
+    if origin == "line" and isinstance(value, bool):
+        return flag(field.name if value else f"no_{field.name}")
+    name = field.metadata["metavar"] if field.metadata["positional"] else None
+    return f"{name or (flag(field.name) if origin == 'line' else field.name)} {show(value)}"
+
+
+def _clashes(settings: Any, fields: Fields, sources: Mapping[str, str], unread: set[str]) -> Iterator[Wrong]:
+    """What has no effect without a setting that is missing, and what cannot be used together."""
+    chosen = [name for name in sources if getattr(settings, name) not in (None, fields[name].default)]
+    for name in chosen:
+        needs, against = fields[name].metadata["needs"], fields[name].metadata["against"]
+        if needs and needs not in {*chosen, *unread}:
+            yield Wrong(f"{sources[name]}: has no effect without {flag(needs)}; add that, or remove this")
+        for other in against:
+            both_ways = other in chosen and name in fields[other].metadata["against"]
+            if other in chosen and not (both_ways and chosen.index(other) < chosen.index(name)):
+                yield Wrong(f"{sources[name]}: cannot be used with {sources[other]}; remove one of the two")
 
 
 def _filed(path: str, fields: Fields, typed: Mapping[str, Any]) -> tuple[dict[str, Any], list[Wrong]]:
-    """(values by setting, problems) of a config file."""
+    """(values by setting, problems) of a config file, less what depends on a setting that was typed, or excludes it."""
     known = [name for name in fields if name != "config"]
+    switches = {name for name in known if fields[name].default is False}
     try:
         values = read_config_file(Path(path).expanduser())
     except UserError as error:  # any setting may be in it
         return {}, [*map(Wrong, error.problems), *(Wrong("", name) for name in known if name not in typed)]
     flags = [flag(name) for name in known]
     problems = [unknown(key, show(value), flags, f" in {path}") for key, value in values.items() if key not in known]
-    return {name: value for name, value in values.items() if name in known}, problems
+    depends = {n: {*fields[n].metadata["against"], fields[n].metadata["needs"]} - switches for n in known}
+    return {
+        name: value for name, value in values.items() if name in known and not depends[name] & typed.keys()
+    }, problems

@@ -9,14 +9,13 @@ from typing import Any
 
 from wikift.base.errors import UserError
 from wikift.base.files import read_lines
-from wikift.base.shape import Shape, parse_overrides, released_name, with_overrides
+from wikift.base.shape import Shape, parse_overrides, with_overrides
 from wikift.base.work import AdamSettings, Choice, Work
 from wikift.settings import deepspeed, deepspeed_checks
 from wikift.settings.batch_layout import BatchLayout
-from wikift.settings.default_folders import dataset_slug, slug
 from wikift.settings.fields import DataSettings, TrainSettings, trackers_of
 from wikift.settings.options import flag, names_by_role
-from wikift.settings.reproduce import command_of
+from wikift.settings.resolve import command_of
 from wikift.settings.schedule import Due, Schedule, due_of, epoch_steps, length_problems, schedule_of
 
 
@@ -91,7 +90,6 @@ class RunPlan:
             "train blocks": f"{self.blocks:,} blocks of {self.block_size:,} tokens{repeated if times > 1 else ''}",
             "steps": f"{self.steps:,} steps, {self.epochs:.2f} epochs",
             "warm-up steps": f"{self.schedule.warmup:,}",
-            **({"decay steps": f"{self.schedule.decay:,}"} if self.schedule.decay else {}),
         }
 
     def record(self) -> dict[str, Any]:
@@ -102,7 +100,6 @@ class RunPlan:
             "blocks": self.blocks,
             "steps": self.steps,
             "warmup_steps": self.schedule.warmup,
-            "decay_steps": self.schedule.decay,
             "tokens_per_step": self.tokens_per_step,
             "parameters": self.model.shape.parameters,
         }
@@ -119,33 +116,6 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], role: str) -> dic
     defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
     pairs = {name: (old.get(name, defaults[name]), new[name]) for name in names_by_role(TrainSettings, role)}
     return {flag(name): (before, now) for name, (before, now) in pairs.items() if before != now}
-
-
-def fallback_dataset(ranks: int) -> str:
-    """What is trained on where nothing is said: the mission's data on several processes, its small twin on one."""
-    return "wikitext-103-v1" if ranks > 1 else "wikitext-2-v1"
-
-
-def resolve(settings: TrainSettings, ranks: int) -> TrainSettings:
-    """Fill what follows from other settings alone: dataset, tokenizer, learning rate, its schedule, length, folder."""
-    changes: dict[str, Any] = {}
-    if settings.revision is not None and "@" not in settings.model and not Path(settings.model).is_dir():
-        settings = dataclasses.replace(settings, model=f"{settings.model}@{settings.revision}", revision=None)
-    if settings.data is None and settings.dataset is None:
-        changes["dataset"] = (fallback_dataset(ranks),)
-    if settings.data is None and settings.tokenizer is None:
-        own = "@" in settings.model or not released_name(settings.model) or Path(settings.model).is_dir()
-        changes["tokenizer"] = settings.model if own else "gpt2"
-    if settings.learning_rate is None:
-        changes["learning_rate"] = 6e-4 if settings.from_scratch else 5e-5  # nanoGPT's for 124M; run_clm.py's
-    if settings.num_train_epochs is None and settings.max_steps is None:
-        changes["num_train_epochs"] = 3.0
-    if settings.output_dir is None:
-        model = "scratch" if settings.from_scratch else slug(settings.model)
-        names = (settings.data,) if settings.data else settings.dataset or changes.get("dataset", ())
-        config = f"-{settings.dataset_config}" if settings.dataset_config else ""
-        changes["output_dir"] = f"runs/{model}-{dataset_slug(names)}{config}"
-    return dataclasses.replace(settings, **changes)
 
 
 def apply_scratch(settings: TrainSettings, shape: Shape, vocab_size: int | None) -> Shape:

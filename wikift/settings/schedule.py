@@ -10,17 +10,12 @@ from wikift.settings.fields import TrainSettings
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate over a run of `steps` updates, `warmup` of them rising from 0 (transformers' shapes).
-
-    warmup_stable_decay is constant but for the last `decay` updates, in which it falls to 0 by a straight line
-    (Hägele et al., arXiv:2405.18392, call it constant with cool-down).
-    """
+    """The learning rate over a run of `steps` updates, `warmup` of them rising from 0 (transformers' shapes)."""
 
     kind: str
     peak: float
     warmup: int
     steps: int
-    decay: int = 0
 
     def lr_at(self, step: int) -> float:
         """The learning rate of update `step`, counted from 1, as get_scheduler has it after step - 1 updates."""
@@ -30,8 +25,6 @@ class Schedule:
         part = (done - self.warmup) / max(1, self.steps - self.warmup)
         if self.kind == "constant":
             return self.peak
-        if self.kind == "warmup_stable_decay":
-            return self.peak * min(1.0, max(0.0, (self.steps - done) / max(1, self.decay)))
         if self.kind == "cosine":
             return self.peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * part)))
         assert self.kind == "linear"
@@ -76,11 +69,10 @@ def schedule_of(settings: TrainSettings, steps: int) -> Schedule:
     A part of the run is rounded up; a warm-up given as a part leaves one update at the full learning rate.
     """
     kind, peak = settings.lr_scheduler_type, settings.learning_rate or 0.0
-    warmup = _of_run(settings.warmup_steps, steps)
-    if settings.warmup_steps < 1:
-        warmup = min(warmup, steps - 1)
-    decay = settings.decay_steps if settings.decay_steps is not None else 0.2
-    return Schedule(kind, peak, warmup, steps, _of_run(decay, steps) if kind == "warmup_stable_decay" else 0)
+    # rounded to a millionth of a step first: 0.07 of 100 steps are 7, though 0.07 * 100 is above 7
+    part = min(math.ceil(round(settings.warmup_steps * steps, 6)), steps - 1)
+    warmup = part if settings.warmup_steps < 1 else int(settings.warmup_steps)
+    return Schedule(kind, peak, warmup, steps)
 
 
 def due_of(settings: TrainSettings, steps: int) -> Due:
@@ -95,23 +87,11 @@ def epoch_steps(epochs: float, blocks: int, global_batch: int) -> int:
     return max(1, math.ceil(round(epochs * blocks / global_batch, 6)))
 
 
-def _of_run(asked: float, steps: int) -> int:
-    # rounded to a millionth of a step first: 0.07 of 100 steps are 7, though 0.07 * 100 is above 7
-    return int(asked) if asked >= 1 else math.ceil(round(asked * steps, 6))
-
-
 def length_problems(settings: TrainSettings, steps: int) -> list[str]:
     problems = []
-    schedule = schedule_of(settings, steps)
-    if schedule.warmup >= steps:
+    if (warmup := schedule_of(settings, steps).warmup) >= steps:
         problems.append(
-            f"--warmup-steps {schedule.warmup}: must be less than the run's {steps} steps; use fewer, or a fraction "
-            "below 1"
-        )
-    elif schedule.warmup + schedule.decay > steps:
-        problems.append(
-            f"--decay-steps {schedule.decay}: and --warmup-steps {schedule.warmup} exceed the run's {steps} "
-            "steps; use fewer, or a fraction below 1"
+            f"--warmup-steps {warmup}: must be less than the run's {steps} steps; use fewer, or a fraction below 1"
         )
     if settings.profile is not None and settings.profile > steps - 2:
         problems.append(

@@ -8,7 +8,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,19 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:  # pragma: no cover
     import tomli as tomllib
+
+RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # of numbers: in the words of a message, and itself
+    ">=1": ("1 or more", lambda value: value >= 1),
+    ">=0": ("0 or more", lambda value: value >= 0),
+    ">0": ("above 0", lambda value: value > 0),
+    "(0,1]": ("above 0 and at most 1", lambda value: 0 < value <= 1),
+    "(0,1)": ("above 0 and below 1", lambda value: 0 < value < 1),
+    "[0,1)": ("at least 0 and below 1", lambda value: 0 <= value < 1),
+    "(0,1e6]": ("above 0 and at most a million", lambda value: 0 < value <= 1e6),
+    "[0.1,10]": ("from 0.1 to 10; 1 is none", lambda value: 0.1 <= value <= 10),
+    "steps": ("a whole number, or a fraction below 1", lambda value: value >= 0 and (value < 1 or value % 1 == 0)),
+    "any": ("", lambda value: True),
+}
 
 
 def kind_of(hint: Any) -> type:
@@ -87,6 +100,9 @@ def convert(value: Any, kind: type, meta: Mapping[str, Any], source: str) -> Any
         raise ValueError("must be a whole number")
     if kind is int and abs(number) >= 1 << 63:
         raise ValueError("must be a whole number of at most 64 bits")
+    rule, holds = RULES[meta.get("rule", "any")]
+    if not holds(number):
+        raise ValueError(f"must be {rule}")
     return number
 
 

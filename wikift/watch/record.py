@@ -141,8 +141,9 @@ def folder_bytes(folder: Path) -> int:
     return sum(os.lstat(Path(root) / name).st_size for root, _, names in os.walk(folder) for name in names)
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """`rows` as text in columns; the first row is the head."""
+def aligned(rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
+    """`rows` as text in columns, all but the first of them flush `right`; the first row is the head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    signs = ["<", *(">" if right else "<" for _ in widths[1:])]
+    lines = ("  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, signs, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
