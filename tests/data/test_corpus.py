@@ -132,6 +132,9 @@ def test_a_file_of_one_long_line_can_be_cut(tmp_path: Path) -> None:
     text = "word " * 1_000_000
     corpus = opened(written(tmp_path, t__txt=text) / "t.txt", validation_fraction=0.5)
     assert [len(rows_of(corpus, split)) for split in ("train", "validation")] == [3, 2]
+    assert corpus.notes == [
+        f"{tmp_path / 't.txt'}: lines of more than a million characters are divided into several rows"
+    ]
 
 
 def test_a_file_that_grows_between_the_two_readings_of_a_cut(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ Rows = Callable[[], Iterator[Texts]]
 @dataclass(frozen=True)
 class Corpus:
     """Splits of rows: each text is one. `sizes` are bytes of text, about, where they are known beforehand; `notes` are
-    for the user."""
+    for the user, and reading a split may add to them."""
 
     name: str
     config: str | None

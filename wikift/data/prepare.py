@@ -101,6 +101,7 @@ def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> No
     facts = facts_of(source, checksums=True)
     for note in corpus.notes:
         say(note)
+    told = len(corpus.notes)
     first: dict[str, tuple[str, Path]] = {}  # split and file with a content
     for split, entries in facts.get("files", {}).items():
         for path, entry in zip(source.files.paths(split), entries, strict=True):  # type: ignore[union-attr]
@@ -129,6 +130,8 @@ def _prepare(request: Request, folder: Path, say: Say, progress: Progress) -> No
     progress.clear()
     if not is_unchanged(source, store):
         raise UserError(f"{source.dataset}: {CHANGED}")
+    for note in corpus.notes[told:]:  # of the reading
+        say(note)
     size, seconds = sum(split.bytes for split in store.splits.values()), time.perf_counter() - starts[0]
     if size > SLOW_BYTES:
         rate = f"{size / 1e6:,.0f} MB of text in {seconds:.1f} s, {size / seconds / 1e6:,.3g} MB/s"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from wikift.base import hub
@@ -100,10 +100,19 @@ def source_problems(source: Source) -> list[str]:
 
 
 def _from_files(source: Source, files: UserFiles) -> Corpus:
-    column = source.text_column
+    column, notes = source.text_column, files.notes()
+    long_line = f"{source.dataset}: lines of more than a million characters are divided into several rows"
 
     def rows(of_split: list[Candidate]) -> Rows:
-        return partial(read_rows, [each.file for each in of_split], files.kind, column, source.encoding)
+        def batches() -> Iterator[Texts]:
+            last: Texts | None = None
+            for batch in read_rows([each.file for each in of_split], files.kind, column, source.encoding):
+                yield batch
+                if last is not None and files.kind == "lines" and not last.ends_with_newline and long_line not in notes:
+                    notes.append(long_line)
+                last = batch
+
+        return batches
 
     every = [each.file for of_split in files.splits.values() for each in of_split]
     tables = [file for file in every if file.in_place] if files.kind in TABLES else []
@@ -120,7 +129,7 @@ def _from_files(source: Source, files: UserFiles) -> Corpus:
         rows_are_documents=files.rows_are_documents,
         splits={name: rows(each) for name, each in files.splits.items()},
         sizes={name: size(each) for name, each in files.splits.items()},
-        notes=files.notes(),
+        notes=notes,
     )
 
 
