@@ -151,7 +151,7 @@ def train(texts: Iterable[str], size: int, folder: Path) -> SavedTokenizer:
     shorter = (t if len(t) <= _TAUGHT_RUN else _LONG_RUN.sub(lambda run: run[run.lastindex or 0], t) for t in texts)
     tokenizer.train_from_iterator(shorter, trainer)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / FILE), pretty=False)
+    (folder / FILE).write_text(tokenizer.to_str(), encoding="utf-8")  # its own save raises no OSError
     replace_json(folder / CONFIG, _CONFIG)
     return _saved(folder, f"train:{size}", _content(tokenizer), tokenizer.get_vocab()[EOS])
 
