@@ -31,13 +31,14 @@ def check_hosts(run: Path, store: TokenStore, world: World) -> Path:
     if world.rank == 0:
         with faults_of_writing(run):
             meeting.mkdir()
-    world.barrier()
-    rows = world.exchange([meeting.is_dir(), seed(0, store.fingerprint) % 2**53])
-    if world.rank == 0:
-        meeting.rmdir()
-    other_folder, other_text = (
-        ", ".join(str(rank) for rank, row in enumerate(rows) if row[n] != rows[0][n]) for n in range(2)
-    )
+    try:
+        world.barrier()
+        other_folder = _ranks(world, not meeting.is_dir())
+    finally:
+        if world.rank == 0:
+            meeting.rmdir()
+    text = seed(0, store.fingerprint)
+    other_text = _ranks(world, text != world.shared(text))
     problems = []
     if other_folder:
         problems.append(
@@ -66,3 +67,10 @@ def environment(device: torch.device, precision: str, compiled: str) -> dict[str
         git = subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         facts["wikift_commit"] = git.stdout.strip()
     return facts
+
+
+def _ranks(world: World, wrong: bool) -> str:
+    """The ranks on which something is `wrong`, listed; collective."""
+    flags = torch.zeros(world.size)
+    flags[world.rank] = float(wrong)
+    return ", ".join(str(rank) for rank, value in enumerate(world.total(flags).tolist()) if value)
