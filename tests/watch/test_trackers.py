@@ -212,9 +212,9 @@ def test_what_was_killed_three_times_is_whole_and_has_no_step_twice(tmp_path: Pa
     words[words.index("2000")] = "700"
     assert python(_TRAIN, words, tmp_path).returncode == 0
     (path,) = wandb_files(run)
-    logged = [(step, values["train/loss"]) for step, values in history(path)]
-    assert logged == [(row["step"], row["loss"]) for row in metrics(run)]
-    assert [step for step, _ in logged] == list(range(1, 701))
+    sent = [(step, values["train/loss"]) for step, values in history(path)]
+    assert sent == [(row["step"], row["loss"]) for row in metrics(run)]
+    assert [step for step, _ in sent] == list(range(1, 701))
 
 
 def wandb_files(run: Path) -> list[Path]:
